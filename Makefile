@@ -1,0 +1,31 @@
+# On a fresh machine with Python 3.11 or newer: `make demo` shows the main job, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact --overwrite
+	$(BIN)/comp export out/demo-compact --onnx -o out/demo-onnx --overwrite
+	$(BIN)/comp bench out/demo-compact --baseline demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/comp bench out/demo-compact --baseline demo --iterations 50 --duration 20
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,134 @@
+"""`comp analyze`: where parameters and FLOPs are, and how unequal the importance of heads, channels and tokens is."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from . import __version__
+from .engine import flops, importance, scoring
+from .loading import pick_device
+from .output import Output
+from .report import gflops, millions, percent
+from .workbench import Dense, batches_for, open_dense, warn_about_scenes
+
+
+def analyze(
+    model: str, out: Output, *, num_samples: int, batch_size: int, text_tokens: int, device: str, seed: int, **hub_options
+) -> dict[str, Any]:
+    """The report of `comp analyze`; prints its tables."""
+    dense = open_dense(model, out, text_tokens=text_tokens, device=pick_device(device), **hub_options)
+    warn_about_scenes(dense, out)
+    batches = batches_for(dense, "train", num_samples, batch_size, seed)
+    runtime = dense.runtime(dense.plan)
+    weight = next(runtime.parameters())
+    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
+        inputs = (batch.to(weight.device, weight.dtype).inputs for batch in batches)
+        scores = scoring.collect(runtime, dense.family, dense.plan, inputs, advance=bar.advance)
+    document = {
+        "comp_version": __version__,
+        "model": dense.source.name,
+        "revision": dense.source.revision,
+        "architecture": dense.architecture,
+        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
+        **costs(dense),
+        "inequality": inequality(dense, scores),
+        "samples": num_samples,
+    }
+    print_analysis(document, out)
+    return document
+
+
+def costs(dense: Dense) -> dict[str, Any]:
+    """Parameters and FLOPs of every layer's attention, cross-attention and feed-forward part, and of what lies outside."""
+    counted = flops.count(dense.plan, dense.reference)
+    params = part_params(dense)
+    layers = [
+        {
+            "tower": row.tower,
+            "layer": row.layer,
+            "flops": {part: getattr(row, part) for part in ("attention", "cross", "ffn")},
+            "params": {part: params.get((row.tower, row.layer, part), 0) for part in ("attention", "cross", "ffn")},
+        }
+        for row in counted.layers
+    ]
+    shared = {tensor.data_ptr(): tensor.numel() for tensor in dense.state.values()}
+    total = sum(shared.values())
+    return {
+        "params": {"total": total, "outside_layers": total - sum(params.values())},
+        "flops": {"total": counted.total, "outside_layers": counted.fixed},
+        "layers": layers,
+    }
+
+
+def part_params(dense: Dense) -> dict[scoring.Key, int]:
+    """Parameters of each prunable part, norms counted with the part that they belong to."""
+    found: dict[scoring.Key, int] = {}
+    for tower in dense.family.towers:
+        root = f"{tower.encoder}.{tower.layers}."
+        heads = {"cross": _head(tower.cross.module)} if tower.cross else {}
+        heads["attention"] = _head(tower.attention.module)
+        for name, tensor in dense.state.items():
+            if not name.startswith(root):
+                continue
+            index, _, path = name.removeprefix(root).partition(".")
+            part = next((part for part, head in heads.items() if path.startswith(head + ".")), "ffn")
+            key = (tower.name, int(index), part)
+            found[key] = found.get(key, 0) + tensor.numel()
+    return found
+
+
+def _head(path: str) -> str:
+    return PurePosixPath(path.replace(".", "/")).parts[0]
+
+
+def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
+    """Gini coefficients per layer: 0 where all units matter alike (nothing to gain), towards 1 where few matter."""
+    rows = []
+    for tower in dense.family.towers:
+        for index in range(len(dense.plan.tower(tower.name).layers)):
+            tokens = scores.tokens[tower.name, index]
+            per_sample = [importance.gini(row[~row.isnan()]) for row in tokens]
+            row = {"tower": tower.name, "layer": index, "tokens": sum(per_sample) / len(per_sample)}
+            for part in ("attention", "cross", "ffn"):
+                found = scores.units.get((tower.name, index, part))
+                row[part] = None if found is None else importance.gini(found)
+            rows.append(row)
+    return rows
+
+
+def print_analysis(document: dict[str, Any], out: Output) -> None:
+    """Three tables: towers, layers, inequality."""
+    total_flops, total_params = document["flops"]["total"], document["params"]["total"]
+    sums: dict[tuple[str, str], list[int]] = {}
+    for layer in document["layers"]:
+        for part in ("attention", "cross", "ffn"):
+            entry = sums.setdefault((layer["tower"], part), [0, 0])
+            entry[0] += layer["flops"][part]
+            entry[1] += layer["params"][part]
+    rows = [
+        [f"{tower} {part}", gflops(f), percent(f / total_flops), millions(p), percent(p / total_params)]
+        for (tower, part), (f, p) in sums.items()
+        if f
+    ]
+    outside_f, outside_p = document["flops"]["outside_layers"], document["params"]["outside_layers"]
+    outside = [gflops(outside_f), percent(outside_f / total_flops), millions(outside_p), percent(outside_p / total_params)]
+    rows.append(["embeddings and heads", *outside])
+    rows.append(["all", gflops(total_flops), "100 %", millions(total_params), "100 %"])
+    tokens = document["reference"]["tokens"]
+    where = f"{tokens['vision']} image tokens, {tokens['language']} text tokens"
+    out.table(f"{document['model']}: FLOPs per pair ({where}) and parameters", ["part", "FLOPs", "", "params", ""], rows)
+    by_layer = {(row["tower"], row["layer"]): row for row in document["inequality"]}
+    rows = []
+    for layer in document["layers"]:
+        uneven = by_layer[layer["tower"], layer["layer"]]
+        cells = [uneven[part] for part in ("attention", "cross", "ffn", "tokens")]
+        rows.append(
+            [
+                f"{layer['tower']} {layer['layer']}",
+                gflops(sum(layer["flops"].values())),
+                millions(sum(layer["params"].values())),
+                *("-" if cell is None else f"{cell:.2f}" for cell in cells),
+            ]
+        )
+    columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
+    out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
+    out.line(f"Next: comp prune {document['model']} --ratio 0.5 -o compact")

@@ -1,0 +1,267 @@
+"""The command line. Options and wording only; heavy imports live inside the commands."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import FAILED, INTERRUPTED, USAGE, CompError
+from .output import MODES, Output
+
+app = typer.Typer(
+    name="comp",
+    help="Make vision-language models smaller and faster: prune heads, channels and tokens together, export, measure.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A hub id, hf:// URI, folder, or `demo` (shipped with comp).", show_default=False)]
+Folder = Annotated[
+    Path | None,
+    typer.Argument(help="A folder that `comp prune` wrote; the last one below here if left out.", show_default=False),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept; else where HF_HOME says.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Load pytorch_model.bin where there is no safetensors.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. Never falls back.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+NumSamples = Annotated[int, typer.Option(min=1, help="Image-text pairs for calibration.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")]
+TextTokens = Annotated[int, typer.Option(min=4, help="Text length of the reference input.")]
+OutputDir = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that comp wrote before.")]
+Format = Annotated[str, typer.Option("--format", help="human, json or quiet.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the path of the result.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bars.")]
+
+
+def _output(form: str, as_json: bool, quiet: bool, no_progress: bool) -> Output:
+    mode = "json" if as_json else "quiet" if quiet else form
+    if mode not in MODES:
+        Output().error(CompError(f"--format {form}: unknown.", hint=f"Use one of {', '.join(MODES)}."))
+        raise typer.Exit(USAGE)
+    return Output(mode, progress=not no_progress)
+
+
+def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]]) -> None:
+    """Do the work and end with its result, or with one sentence and the right exit code."""
+    try:
+        document, path = work()
+    except CompError as error:
+        if os.environ.get("COMP_DEBUG"):
+            raise
+        out.error(error)
+        raise typer.Exit(error.code) from None
+    except KeyboardInterrupt:
+        out.error(CompError("interrupted; nothing was written.", code=INTERRUPTED))
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if os.environ.get("COMP_DEBUG"):
+            raise
+        text = str(error).strip().splitlines()
+        hint = "This is a defect of comp or of a library. COMP_DEBUG=1 shows where it happened."
+        out.error(CompError(f"{type(error).__name__}: {text[0] if text else 'no message'}", code=FAILED, hint=hint))
+        raise typer.Exit(FAILED) from None
+    out.result(document, str(path) if path else None)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"comp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def analyze(
+    model: Model,
+    num_samples: NumSamples = 32,
+    batch_size: BatchSize = 8,
+    text_tokens: TextTokens = 35,
+    seed: Seed = 0,
+    device: Device = "auto",
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    allow_pickle: AllowPickle = False,
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Show where FLOPs and parameters are, and how unequal heads, channels and tokens are.
+
+    Examples:
+
+    `comp analyze demo`
+
+    `comp analyze Salesforce/blip-itm-base-coco --json`
+    """
+    out = _output(form, as_json, quiet, no_progress)
+
+    def work():
+        from . import analyze as command
+
+        options = {"num_samples": num_samples, "batch_size": batch_size, "text_tokens": text_tokens, "seed": seed}
+        where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
+        return command.analyze(model, out, device=device, **options, **where), None
+
+    _run(out, work)
+
+
+@app.command()
+def prune(
+    model: Model,
+    ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
+    output: OutputDir = None,
+    method: Annotated[str, typer.Option(help="comp or wanda: how parameters are scored.")] = "comp",
+    num_samples: NumSamples = 64,
+    eval_samples: Annotated[int, typer.Option(min=1, help="Pairs for the comparison at the end.")] = 1000,
+    batch_size: BatchSize = 8,
+    text_tokens: TextTokens = 35,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 for the written weights; else as they are.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    allow_pickle: AllowPickle = False,
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Remove heads, feed-forward channels and tokens together, and write a compact checkpoint.
+
+    Examples:
+
+    `comp prune demo --ratio 0.5 -o compact`
+
+    `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
+
+    `comp prune ./my-blip --ratio 0.7 --dry-run`
+    """
+    out = _output(form, as_json, quiet, no_progress)
+
+    def work():
+        from . import prune as command
+
+        command.check_ratio(ratio)
+        folder = output or Path(f"{Path(model.split('@')[0]).name}-comp-{ratio:g}")
+        options = command.Options(
+            model=model,
+            ratio=ratio,
+            method=method,
+            seed=seed,
+            num_samples=num_samples,
+            eval_samples=eval_samples,
+            batch_size=batch_size,
+            text_tokens=text_tokens,
+            device=device,
+            dtype=dtype,
+        )
+        where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
+        document = command.prune(options, folder, out, overwrite=overwrite, dry_run=dry_run, **where)
+        return document | {"output": None if dry_run else str(folder)}, None if dry_run else folder
+
+    _run(out, work)
+
+
+@app.command()
+def export(
+    folder: Folder = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the only format so far).")] = False,
+    output: OutputDir = None,
+    atol: Annotated[float, typer.Option(min=0, help="Largest difference from torch that is accepted.")] = 1e-4,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    overwrite: Overwrite = False,
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Write an ONNX graph with the token pruning inside, checked against torch.
+
+    Examples:
+
+    `comp export compact --onnx`
+
+    `comp export --onnx -o served` (takes the last compact model below the current folder)
+    """
+    out = _output(form, as_json, quiet, no_progress)
+
+    def work():
+        if not onnx:
+            raise CompError("name a format.", code=USAGE, hint="comp export FOLDER --onnx")
+        from . import export as command
+
+        source = command.resolve_folder(folder, out)
+        target = output or source.with_name(source.name + "-onnx")
+        document = command.export(source, target, out, overwrite=overwrite, atol=atol, opset=opset)
+        return document | {"output": str(target)}, target
+
+    _run(out, work)
+
+
+@app.command()
+def bench(
+    folder: Folder = None,
+    baseline: Annotated[str | None, typer.Option(help="Dense model to compare with; else the one it was made of.")] = None,
+    device: Device = "auto",
+    backend: Annotated[str, typer.Option(help="torch, onnx, or both with a comma.")] = "torch,onnx",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    iterations: Annotated[int, typer.Option(min=1, help="At least so many timed runs of each variant.")] = 10,
+    duration: Annotated[float, typer.Option(min=0, help="And at least so many seconds of timed runs for each batch size.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")] = 0,
+    text_tokens: TextTokens = 35,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Time the dense against the compact model, interleaved, in torch and ONNX Runtime.
+
+    Examples:
+
+    `comp bench compact --baseline demo`
+
+    `comp bench compact --device cuda --batch 1,8,32 --json`
+    """
+    out = _output(form, as_json, quiet, no_progress)
+
+    def work():
+        from . import bench as command
+        from .export import resolve_folder
+
+        options = command.Options(
+            device=device,
+            backends=command.parse_backends(backend),
+            batches=command.parse_batches(batch),
+            iterations=iterations,
+            duration=duration,
+            threads=threads,
+            text_tokens=text_tokens,
+        )
+        where = {"revision": revision, "cache_dir": cache_dir}
+        return command.bench(resolve_folder(folder, out), baseline, options, out, **where), None
+
+    _run(out, work)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

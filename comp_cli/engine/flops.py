@@ -1,0 +1,111 @@
+"""FLOPs of a plan, counted by formula: 2 x multiply-accumulates of matmuls and convolutions, for one sample.
+
+Counted at the reference input: the model's own image size, and as many text tokens as the caller says. Scoring tokens
+where they are pruned costs FLOPs as well and is counted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..families import Family
+from ..plan import LayerPlan, Plan
+
+TEXT_TOKENS = 35
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference input of a model, and the widths that a plan does not hold."""
+
+    tokens: dict[str, int]  # tower -> tokens that enter it
+    width: dict[str, int]  # tower -> hidden size
+    patches: int
+    fixed: int  # FLOPs outside the towers: patch embedding, heads
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    tower: str
+    layer: int
+    attention: int
+    cross: int
+    ffn: int
+    tokens_in: int
+    tokens_out: int
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.cross + self.ffn
+
+
+@dataclass(frozen=True)
+class Flops:
+    layers: tuple[LayerFlops, ...]
+    fixed: int
+
+    @property
+    def total(self) -> int:
+        return self.fixed + sum(layer.total for layer in self.layers)
+
+    def tower(self, name: str) -> int:
+        return sum(layer.total for layer in self.layers if layer.tower == name)
+
+    def part(self, name: str, part: str) -> int:
+        """FLOPs of one part ("attention", "cross" or "ffn") of a tower."""
+        return sum(getattr(layer, part) for layer in self.layers if layer.tower == name)
+
+    def mean_tokens(self, name: str) -> float:
+        """Mean number of tokens in the feed-forward layers of a tower."""
+        outs = [layer.tokens_out for layer in self.layers if layer.tower == name]
+        return sum(outs) / len(outs)
+
+
+def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[int, ...]], text_tokens: int) -> Reference:
+    """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
+    vision, language = config["vision_config"], config["text_config"]
+    side, patch = vision["image_size"], vision["patch_size"]
+    patches = (side // patch) ** 2
+    first = int("first" in family.tower("vision").protected)
+    tokens = {"vision": patches + first, "language": min(text_tokens, language["max_position_embeddings"])}
+    times = {"patches": patches, "once": 1}
+    fixed = sum(2 * _numel(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
+    width = {tower.name: config[tower.config]["hidden_size"] for tower in family.towers}
+    return Reference(tokens, width, patches, fixed)
+
+
+def count(plan: Plan, ref: Reference) -> Flops:
+    """FLOPs of every layer of a plan at the reference input."""
+    rows = []
+    handed_on = {}
+    for tower in plan.towers:
+        tokens, width = ref.tokens[tower.name], ref.width[tower.name]
+        for index, layer in enumerate(tower.layers):
+            rows.append(_layer(tower.name, index, layer, tokens, width, tower.score_rows, handed_on.get("vision"), ref))
+            tokens = rows[-1].tokens_out
+        handed_on[tower.name] = tokens
+    return Flops(tuple(rows), ref.fixed)
+
+
+def _layer(
+    name: str, index: int, layer: LayerPlan, tokens: int, width: int, score_rows: int, image: int | None, ref: Reference
+) -> LayerFlops:
+    inner = len(layer.attention.heads) * layer.attention.head_dim
+    attention = 2 * tokens * width * inner * 4 + 4 * tokens * tokens * inner
+    out = tokens
+    if layer.keep is not None and layer.keep < tokens:
+        out = layer.keep
+        first = 1  # the row of [CLS] is left out
+        rows = min(score_rows or tokens, tokens - first)
+        attention += 2 * rows * tokens * inner
+    cross = 0
+    if layer.cross is not None:
+        cross_inner = len(layer.cross.heads) * layer.cross.head_dim
+        cross = 4 * out * width * cross_inner + 4 * image * ref.width["vision"] * cross_inner + 4 * out * image * cross_inner
+    return LayerFlops(name, index, attention, cross, 4 * out * width * len(layer.ffn), tokens, out)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,189 @@
+"""Which units and tokens go: from scores to a plan of the wanted FLOPs.
+
+Every mode has one threshold (CoMP, Eq. 2). For parameters it is a quantile, weighted by FLOPs, of the scores relative to
+their layer; for tokens it is a score relative to uniform. `prune_to` raises the thresholds of the chosen modes together
+until the FLOPs fall to a target.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import CompError
+from ..plan import LayerPlan, Plan, TowerPlan
+from . import flops
+from .importance import relative_to_layer
+from .scoring import Scores
+
+PARAMETER_MODES = {
+    "vision_params": ("vision", ("attention", "ffn")),
+    "language_params": ("language", ("attention", "ffn")),
+    "cross_params": ("language", ("cross",)),
+}
+TOKEN_MODES = {"vision_tokens": "vision", "language_tokens": "language"}
+MODES = (*PARAMETER_MODES, *TOKEN_MODES)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What always stays, and how kept numbers are rounded."""
+
+    ffn_multiple: int = 8  # odd widths cost 3 to 8 % in ONNX Runtime
+    ffn_share: float = 0.1  # of the dense width
+    tokens: int = 5  # [CLS] and four more; text: [CLS], [SEP] and more
+    least_drop: float = 0.04  # a layer that would drop a smaller share of its tokens drops none: scoring is not free
+
+
+@dataclass(frozen=True)
+class Unit:
+    score: float
+    cost: int  # FLOPs
+    layer: int
+    part: str
+    index: int  # into the kept heads or channels of the current plan
+
+
+def joint_plan(plan: Plan, scores: Scores, ref: flops.Reference, ratio: float, *, token_share: float, floors: Floors) -> Plan:
+    """One-shot joint pruning: tokens take their share of the (logarithmic) reduction, parameters the rest."""
+    dense = flops.count(plan, ref).total
+    target = dense * (1 - ratio)
+    fewer_tokens = prune_to(plan, scores, ref, tuple(TOKEN_MODES), dense * (1 - ratio) ** token_share, floors)
+    fewer_params = prune_to(fewer_tokens, scores, ref, tuple(PARAMETER_MODES), target, floors)
+    reached = 1 - flops.count(fewer_params, ref).total / dense
+    if abs(reached - ratio) > 0.01:
+        raise CompError(
+            f"ratio {ratio} cannot be reached: with one head, {floors.ffn_share:.0%} of the channels and "
+            f"{floors.tokens} tokens left in every layer it is {reached:.3f}."
+            if reached < ratio
+            else f"ratio {ratio} cannot be hit within 0.01: the nearest plan has {reached:.3f}.",
+            hint=f"Try --ratio {math.floor(reached * 100) / 100:.2f}.",
+        )
+    return fewer_params
+
+
+def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[str], target: float, floors: Floors) -> Plan:
+    """Raise the thresholds of `modes` together, by bisection, until the plan's FLOPs are at most `target`.
+
+    Returns the plan nearest above the threshold that suffices; if the floors forbid the target, the smallest plan.
+    """
+
+    def pruned(threshold: float) -> Plan:
+        result = plan
+        for mode in modes:
+            prune = prune_tokens if mode in TOKEN_MODES else prune_parameters
+            result = prune(result, scores, ref, mode, threshold, floors)
+        return result
+
+    low, high = 0.0, max(_highest(scores, mode) for mode in modes)
+    if flops.count(plan, ref).total <= target:
+        return plan
+    best = pruned(high)
+    if flops.count(best, ref).total > target:
+        return best
+    for _ in range(40):
+        middle = (low + high) / 2
+        candidate = pruned(middle)
+        if flops.count(candidate, ref).total <= target:
+            best, high = candidate, middle
+        else:
+            low = middle
+    return best
+
+
+def _highest(scores: Scores, mode: str) -> float:
+    """A threshold at which everything but the floors goes."""
+    if mode in PARAMETER_MODES:
+        return 1.0
+    found = [t.nan_to_num(0).max().item() for (tower, _), t in scores.tokens.items() if tower == TOKEN_MODES[mode]]
+    return max(found) + 1e-3
+
+
+def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, quantile: float, floors: Floors) -> Plan:
+    """Remove the units of a mode with the lowest scores, until they hold `quantile` of the mode's FLOPs."""
+    tower_name, parts = PARAMETER_MODES[mode]
+    tower = plan.tower(tower_name)
+    units = _units(plan, tower, scores, ref, parts)
+    budget = quantile * sum(unit.cost for unit in units)
+    doomed: set[tuple[int, str, int]] = set()
+    left = {(layer, part): len(_kept(tower.layers[layer], part)) for layer, part in {(u.layer, u.part) for u in units}}
+    least = {(layer, part): _least(tower.layers[layer], part, floors) for layer, part in left}
+    spent = 0
+    for unit in sorted(units, key=lambda unit: (unit.score, unit.layer, unit.part, unit.index)):
+        if spent + unit.cost > budget:
+            break
+        if left[unit.layer, unit.part] > least[unit.layer, unit.part]:
+            left[unit.layer, unit.part] -= 1
+            spent += unit.cost
+            doomed.add((unit.layer, unit.part, unit.index))
+    layers = list(tower.layers)
+    for index, part in left:
+        survivors = [i for i in range(len(_kept(layers[index], part))) if (index, part, i) not in doomed]
+        if part == "ffn":
+            survivors = _rounded(survivors, scores.units[tower_name, index, part], least[index, part], floors.ffn_multiple)
+        layers[index] = _keeping(layers[index], part, survivors)
+    return plan.with_tower(replace(tower, layers=tuple(layers)))
+
+
+def _units(plan: Plan, tower: TowerPlan, scores: Scores, ref: flops.Reference, parts: Sequence[str]) -> list[Unit]:
+    rows = {row.layer: row for row in flops.count(plan, ref).layers if row.tower == tower.name}
+    units = []
+    for layer, layer_plan in enumerate(tower.layers):
+        for part in parts:
+            kept = _kept(layer_plan, part)
+            cost = getattr(rows[layer], part) // len(kept)
+            relative = relative_to_layer(scores.units[tower.name, layer, part]).tolist()
+            units += [Unit(score, cost, layer, part, i) for i, score in enumerate(relative)]
+    return units
+
+
+def _kept(layer: LayerPlan, part: str) -> tuple[int, ...]:
+    return layer.ffn if part == "ffn" else getattr(layer, part).heads
+
+
+def _keeping(layer: LayerPlan, part: str, survivors: Sequence[int]) -> LayerPlan:
+    """The layer with the units at positions `survivors` of its kept ones."""
+    kept = tuple(_kept(layer, part)[i] for i in survivors)
+    if part == "ffn":
+        return replace(layer, ffn=kept)
+    return replace(layer, **{part: replace(getattr(layer, part), heads=kept)})
+
+
+def _least(layer: LayerPlan, part: str, floors: Floors) -> int:
+    if part != "ffn":
+        return 1
+    width = len(layer.ffn)
+    return min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width)))
+
+
+def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: int) -> list[int]:
+    """As many channels as the nearest multiple (not under `least`), the best ones, in order. A whole layer stays whole."""
+    width = len(scores)
+    wanted = max(math.ceil(least / multiple), round(len(survivors) / multiple)) * multiple
+    if len(survivors) == width or wanted >= width:
+        return list(range(width))
+    return sorted(scores.topk(wanted).indices.tolist())
+
+
+def prune_tokens(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, threshold: float, floors: Floors) -> Plan:
+    """Keep in each layer as many tokens as score above the threshold on average over the calibration samples.
+
+    The counts are constants of the plan. Tokens are dropped between attention and feed-forward layer, so a layer never
+    sees more tokens than the one before it handed on.
+    """
+    tower = plan.tower(TOKEN_MODES[mode])
+    scored = [row.tokens_in for row in flops.count(plan, ref).layers if row.tower == tower.name]
+    entering = ref.tokens[tower.name]
+    layers = []
+    for index, layer in enumerate(tower.layers):
+        relative = scores.tokens[tower.name, index]
+        valid = (~relative.isnan()).sum(1)
+        share = float(((relative > threshold).sum(1) / valid).mean())
+        before = layer.keep if layer.keep is not None else entering
+        keep = max(min(floors.tokens, before), min(math.ceil(share * scored[index]), before, entering))
+        if keep > entering * (1 - floors.least_drop):
+            keep = layer.keep if layer.keep is not None and layer.keep < entering else None
+        layers.append(replace(layer, keep=keep))
+        entering = keep if keep is not None else entering
+    return plan.with_tower(replace(tower, layers=tuple(layers)))

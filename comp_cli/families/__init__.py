@@ -1,0 +1,33 @@
+"""The families that comp knows, and how a checkpoint finds its own."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import REFUSED, CompError
+from .base import Attention, Family, Tower
+from .blip import BLIP
+
+FAMILIES = {"blip": BLIP}
+
+__all__ = ["FAMILIES", "Attention", "Family", "Tower", "find_family", "supported"]
+
+
+def supported() -> list[str]:
+    """The architectures that comp prunes."""
+    return sorted(name for family in FAMILIES.values() for name in family.architectures)
+
+
+def find_family(config: dict[str, Any]) -> tuple[Family, str]:
+    """Family and architecture of a config.json. Exit 4 for an architecture that comp does not know."""
+    named = config.get("architectures")
+    named = named if isinstance(named, list) and named else ["(none named)"]
+    for family in FAMILIES.values():
+        for architecture in map(str, named):
+            if architecture in family.architectures:
+                return family, architecture
+    nearest = get_close_matches(str(named[0]), supported(), n=1, cutoff=0.4)
+    raise CompError(
+        f"comp does not know the architecture {named[0]} (model_type {config.get('model_type')!r}).",
+        code=REFUSED,
+        hint=f"Supported: {', '.join(supported())}." + (f" The nearest is {nearest[0]}." if nearest else ""),
+    )

@@ -1,0 +1,31 @@
+"""BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens."""
+
+from .base import Attention, Family, Tower
+
+VISION = Tower(
+    name="vision",
+    config="vision_config",
+    encoder="vision_model.encoder",
+    layers="layers",
+    order="pre_norm",
+    attention=Attention("self_attn", qkv=("qkv",), out="self_attn.projection"),
+    ffn=("mlp.fc1", "mlp.fc2"),
+    protected=("first",),  # [CLS]
+)
+LANGUAGE = Tower(
+    name="language",
+    config="text_config",
+    encoder="text_encoder.encoder",
+    layers="layer",
+    order="post_norm",
+    attention=Attention("attention.self", qkv=("query", "key", "value"), out="attention.output.dense"),
+    cross=Attention("crossattention.self", qkv=("query", "key", "value"), out="crossattention.output.dense"),
+    ffn=("intermediate.dense", "output.dense"),
+    protected=("first", "last"),  # [CLS] ([ENC]) and [SEP]
+)
+BLIP = Family(
+    name="blip",
+    architectures={"BlipForImageTextRetrieval": "itm"},
+    towers=(VISION, LANGUAGE),
+    fixed={"vision_model.embeddings.patch_embedding": "patches", "itm_head": "once"},
+)

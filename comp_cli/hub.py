@@ -1,0 +1,247 @@
+"""From what the user typed to a local folder with a checkpoint: the demo, a folder, or a model on the hub."""
+
+import difflib
+import errno
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import FAILED, REFUSED, USAGE, CompError
+from .output import Output
+from .store import read_json
+
+DEMO = Path(__file__).parent / "demo"
+
+KNOWN_IDS = (
+    "Salesforce/blip-itm-base-coco",
+    "Salesforce/blip-itm-base-flickr",
+    "Salesforce/blip-itm-large-coco",
+    "Salesforce/blip-itm-large-flickr",
+    "Salesforce/blip-vqa-base",
+    "Salesforce/blip-image-captioning-base",
+    "openai/clip-vit-base-patch32",
+    "openai/clip-vit-base-patch16",
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14-336",
+    "google/siglip-base-patch16-224",
+)
+ALIASES = {
+    "Salesforce/blip-itm-base": "Salesforce/blip-itm-base-coco",
+    "Salesforce/blip-itm-large": "Salesforce/blip-itm-large-coco",
+    "blip-itm-base": "Salesforce/blip-itm-base-coco",
+    "blip-itm-large": "Salesforce/blip-itm-large-coco",
+} | {known.split("/")[1]: known for known in KNOWN_IDS}
+
+# Beside the weights: configs and indices, tokenizers, templates, own code (run only with --trust-remote-code), licence.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
+NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder, what to call it in reports (hub id, folder name or "demo"), and a hub model's commit."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    kind: Literal["demo", "folder", "hub"]
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    allow_pickle: bool = False,
+    out: Output,
+) -> Source:
+    """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
+
+    An existing folder wins over a hub id. Exit 2 for a name that can be neither, 4 for a checkpoint that is refused
+    (not found, gated, no such revision, broken, or pickled without `allow_pickle`), 1 where the hub cannot be reached.
+    """
+    typed = os.path.expanduser(model)
+    local = model == "demo" or os.path.isdir(typed)
+    if local and revision is not None:
+        raise CompError(f"--revision {revision} needs a hub model; {model} is a folder.", code=USAGE)
+    if model == "demo":
+        if not DEMO.is_dir():
+            raise CompError(f"The demo model is missing: no folder {DEMO}.", hint="Install comp again, from its wheel.")
+        source = Source(DEMO, "demo", None, "demo")
+    elif local:
+        folder = Path(typed).resolve()
+        source = Source(folder, folder.name, None, "folder")
+    else:
+        name, revision = _read_hub_name(model, revision)
+        if real := ALIASES.get(name):
+            out.say(f"{name}: taking {real}, its id on the hub.")
+        name = real or name
+        folder = download(name, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle, out=out)
+        source = Source(folder, name, folder.name, "hub")
+    check_checkpoint(source.folder, allow_pickle=allow_pickle)
+    return source
+
+
+def download(model: str, *, revision: str | None, cache_dir: Path | None, allow_pickle: bool, out: Output) -> Path:
+    """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
+
+    Small files come first; with them huggingface_hub caches the list of all files, which says what the weights are.
+    """
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not out.show_progress:
+        disable_progress_bars()
+    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
+    try:
+        folder = Path(snapshot_download(**place, revision=revision, allow_patterns=list(SMALL_FILES)))
+        try:
+            names = [file.path for file in get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)]
+        except errors.CachedRepoTreeNotFoundError:  # another program filled this cache: all there is lies here
+            names = os.listdir(folder)
+            if not (_safe(names) or _pickled(names)):
+                raise errors.LocalEntryNotFoundError("no weights in the cache") from None
+        weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
+        snapshot_download(**place, revision=folder.name, allow_patterns=weights)
+    except (errors.HTTPError, errors.XetDownloadError, OSError, ValueError) as error:
+        raise explain(error, model, revision) from error
+    return folder
+
+
+def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> list[str]:
+    """Of a checkpoint's file names those that hold the weights, with the index of shards; pickle as a last resort.
+
+    Exit 4 where config.json or weights are missing, or the weights are pickled and `allow_pickle` is not given.
+    """
+    if "config.json" not in names:
+        hint = "Give a folder or hub model that transformers' save_pretrained or comp wrote."
+        raise CompError(f"{owner} is not a checkpoint: no config.json.", code=REFUSED, hint=hint)
+    if weights := _safe(names):
+        return weights
+    if not (weights := _pickled(names)):
+        expected = "model.safetensors, or model.safetensors.index.json and its shards"
+        raise CompError(f"{owner} holds no weights: expected {expected}.", code=REFUSED)
+    if not allow_pickle:
+        raise CompError(
+            f"{owner} has only pickled weights ({weights[0]}), and a pickle can run code when it is read.",
+            code=REFUSED,
+            hint="Choose a revision with safetensors, or read them with --allow-pickle if you trust the author.",
+        )
+    return weights
+
+
+def check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
+    """Exit 4 where `pick_weights` refuses the folder's files, or a shard is missing or lies outside."""
+    for name in pick_weights(os.listdir(folder), allow_pickle=allow_pickle, owner=str(folder)):
+        path = folder / name
+        for needed in check_shards(read_json(path), path) if path.suffix == ".json" else [name]:
+            if not (folder / needed).is_file():
+                raise CompError(f"{folder}: the weight file {needed!r} is missing.", code=REFUSED)
+
+
+def check_shards(index: dict, path: Path) -> list[str]:
+    """The file names of a shard index, sorted. Exit 4 where one is more than a plain name: it could lead anywhere."""
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CompError(f"{path}: expected a weight_map from tensors to files.", code=REFUSED)
+    for name in shards.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\]", name):
+            raise CompError(f"{path}: {name!r} is not the name of a file beside it.", code=REFUSED)
+    return sorted(set(shards.values()))
+
+
+def suggest(model: str) -> list[str]:
+    """Up to three known ids that read like `model`, the nearest first."""
+    spellings = {known: known for known in KNOWN_IDS} | ALIASES
+    near = difflib.get_close_matches(model, spellings, n=6, cutoff=0.6)
+    return list(dict.fromkeys(spellings[name] for name in near))[:3]
+
+
+def explain(error: Exception, model: str, revision: str | None) -> CompError:
+    """What huggingface_hub raised, as a sentence and an exit code: 4 the model is refused, 2 not a name, 1 the rest."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # the cache was the second try; the first one says why
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{model}"
+            message = f"{model} is gated: its owner has not let you in, or there is no token."
+            return CompError(message, code=REFUSED, hint=f"Ask for access at {page}, then set HF_TOKEN.")
+        case errors.RepositoryNotFoundError():
+            near = suggest(model)
+            hint = f"Did you mean {' or '.join(near)}? " if near else ""
+            message = f"{model} is neither a folder here nor a model on the hub that you may see."
+            return CompError(message, code=REFUSED, hint=hint + "For a private model set HF_TOKEN.")
+        case errors.RevisionNotFoundError():
+            hint = f"See the branches, tags and commits at {constants.ENDPOINT}/{model}/tree/main."
+            return CompError(f"{model} has no revision {revision}.", code=REFUSED, hint=hint)
+        case errors.HFValidationError():
+            hint = "MODEL is demo, a folder, or a hub id such as Salesforce/blip-itm-base-coco."
+            return CompError(f"{model} is neither a folder here nor a hub id.", code=USAGE, hint=hint)
+        case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
+            message = f"The hub refuses {model} (status {response.status_code})."
+            return CompError(message, code=REFUSED, hint="Check that HF_TOKEN is valid and may read this model.")
+        case errors.HfHubHTTPError(response=response):
+            message = f"The hub failed on {model} (status {response.status_code})."
+            return CompError(message, code=FAILED, hint="Try again later, or give a local folder.")
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            message = f"{model} is not in the cache, or not all of it, and the hub is off limits (HF_HUB_OFFLINE)."
+            return CompError(message, code=FAILED, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
+        case errors.HTTPError() | errors.XetDownloadError():
+            message = f"Cannot reach the hub for {model} at {constants.ENDPOINT} ({type(error).__name__}: {error})."
+            return CompError(message, code=FAILED, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
+        case ValueError():
+            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({error})."
+            return CompError(message, code=FAILED, hint="Check HF_ENDPOINT, and whether a login page is in the way.")
+        case OSError(errno=errno.ENOSPC):
+            message = f"Cannot store {model}: the disk of the cache is full."
+            return CompError(message, code=FAILED, hint="Free some space, or name another disk with --cache-dir.")
+    return CompError(f"Cannot fetch {model}: {error}", code=FAILED)
+
+
+def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Hub id and revision of what was typed; exit 2 where it can only be a path, or is no model's address."""
+    if model.startswith(("hf://", "https://", "http://")):
+        return _read_uri(model, revision)
+    if not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
+        found = "is a file, not a folder" if os.path.isfile(os.path.expanduser(model)) else "does not exist"
+        hint = "MODEL is demo, a folder with a checkpoint, or a hub id such as Salesforce/blip-itm-base-coco."
+        raise CompError(f"The folder {model!r} {found}.", code=USAGE, hint=hint)
+    return model, revision
+
+
+def _read_uri(uri: str, revision: str | None) -> tuple[str, str | None]:
+    from huggingface_hub import parse_hf_uri
+    from huggingface_hub.errors import HfUriError, HFValidationError
+
+    hint = "Write hf://org/name or hf://org/name@revision."
+    try:
+        parsed = parse_hf_uri(uri)
+    except (HfUriError, HFValidationError) as error:
+        reason = getattr(error, "msg", error)
+        raise CompError(f"{uri} is not the address of a model: {reason}", code=USAGE, hint=hint) from error
+    if parsed.type != "model" or parsed.path_in_repo:
+        raise CompError(f"{uri} is not the address of a model.", code=USAGE, hint=hint)
+    if parsed.revision and revision:
+        raise CompError(f"{uri} names a revision already: leave out --revision {revision}.", code=USAGE)
+    return parsed.id, parsed.revision or revision
+
+
+def _safe(names: Collection[str]) -> list[str]:
+    return _weights(names, "model", ".safetensors")
+
+
+def _pickled(names: Collection[str]) -> list[str]:
+    return _weights(names, "pytorch_model", ".bin")
+
+
+def _weights(names: Collection[str], stem: str, suffix: str) -> list[str]:
+    whole, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
+    if whole in names:
+        return [whole]
+    shard = re.compile(rf"{stem}-\d+-of-\d+{re.escape(suffix)}")
+    return [index, *sorted(filter(shard.fullmatch, names))] if index in names else []

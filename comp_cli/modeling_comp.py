@@ -1,0 +1,303 @@
+"""The runtime of compact models: sliced attention, sliced feed-forward layers, token pruning.
+
+This file ships beside every compact checkpoint and needs torch and transformers only. It knows no model family: the block
+`comp` of config.json says, for each tower, where its parts are (`layout`) and how large each layer is (`layers`). Nothing
+is derived: head counts, head widths, softmax scales, feed-forward widths and kept tokens are read from there.
+
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+
+def token_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    *,
+    rows: int = 0,
+    skip_first: bool = True,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much attention each token receives: S_i = sum over queries n of max over heads h of A^(h)[n, i].
+
+    CoMP, Eq. 6; with `head_mask` Eq. 7 (CIT): the softmaxed map of a fading head is scaled, not its logits. Not normalised.
+
+    query, key: (batch, heads, tokens, head_dim). `rows` bounds the query rows that are used (evenly spaced; 0 for all).
+    `skip_first` leaves the [CLS] row out. attention_mask: (batch, 1, tokens, tokens), additive or boolean; rows and
+    columns of padding do not count. head_mask: (heads,) in [0, 1]. Returns (batch, tokens).
+    """
+    first = int(skip_first)
+    tokens = query.shape[2]
+    if rows and tokens - first > rows:
+        chosen = torch.linspace(first, tokens - 1, rows, device=query.device).round().long()
+        query = query[:, :, chosen]
+    else:
+        chosen = slice(first, None)
+        query = query[:, :, first:]
+    logits = query @ key.transpose(-1, -2) * scale
+    seen = None
+    if attention_mask is not None:
+        seen = unmasked(attention_mask)
+        logits = logits.masked_fill(~seen[:, :, chosen], torch.finfo(logits.dtype).min)
+    attention = logits.softmax(-1)
+    if head_mask is not None:
+        attention = attention * head_mask.view(1, -1, 1, 1)
+    received = attention.amax(1)
+    if seen is not None:
+        valid = seen[:, 0, -1]  # (batch, tokens): what the last row sees is everything that is not padding
+        received = received * valid[:, chosen].unsqueeze(-1)
+        return received.sum(1).masked_fill(~valid, -1.0)
+    return received.sum(1)
+
+
+def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mask as booleans, True where a query may look. Additive masks hold 0 or a very negative number."""
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
+
+
+def kept_tokens(scores: torch.Tensor, keep: int, protected: tuple[str, ...]) -> torch.Tensor:
+    """Indices of the `keep` best tokens in their original order. scores (batch, tokens) -> (batch, keep).
+
+    Protected tokens stay whatever their score: "first" is token 0 ([CLS]), "last" the last one that is not padding
+    ([SEP]; padding has a negative score).
+    """
+    position = torch.arange(scores.shape[1], device=scores.device)
+    if "first" in protected:
+        scores = scores.masked_fill(position == 0, torch.inf)
+    if "last" in protected:
+        last = torch.where(scores >= 0, position, -1).amax(1, keepdim=True)
+        scores = scores.masked_fill(position == last, torch.inf)
+    return scores.topk(keep, dim=1).indices.sort(dim=1).values
+
+
+def select_tokens(hidden_states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, dim), (batch, keep) -> (batch, keep, dim)."""
+    return hidden_states[torch.arange(kept.shape[0], device=kept.device).unsqueeze(1), kept]
+
+
+def select_mask(attention_mask: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, tokens, tokens), (batch, keep) -> (batch, 1, keep, keep)."""
+    sample = torch.arange(kept.shape[0], device=kept.device).view(-1, 1, 1)
+    return attention_mask.expand(kept.shape[0], -1, -1, -1)[sample, 0, kept.unsqueeze(2), kept.unsqueeze(1)].unsqueeze(1)
+
+
+def resized(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+    """An uninitialised layer like `linear`, of another size."""
+    if (linear.in_features, linear.out_features) == (in_features, out_features):
+        return linear
+    weight = linear.weight
+    bias = linear.bias is not None
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias, device=weight.device, dtype=weight.dtype)
+
+
+class CompactAttention(nn.Module):
+    """Self- or cross-attention with any number of heads, on the fused kernel; keeps the stock names of its weights.
+
+    Returns the attended tokens (batch, tokens, dim) — before the output projection where the stock module has it
+    elsewhere — and the token scores (batch, tokens), None unless `score_rows` is set (0: all rows).
+    """
+
+    def __init__(self, stock: nn.Module, layout: dict[str, Any], num_heads: int, head_dim: int, scale: float):
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
+        self.layout = layout
+        self.skip_first = True
+        self.score_rows: int | None = None
+        self.head_mask: torch.Tensor | None = None
+        inner = num_heads * head_dim
+        for name in layout["qkv"]:
+            linear = getattr(stock, name)
+            parts = 3 if len(layout["qkv"]) == 1 else 1
+            self.add_module(name, resized(linear, linear.in_features, parts * inner))
+        self.out_name = layout["out"].removeprefix(layout["module"] + ".")
+        if self.out_name == layout["out"]:
+            self.out_name = None
+        else:
+            linear = getattr(stock, self.out_name)
+            self.add_module(self.out_name, resized(linear, inner, linear.out_features))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self._project(hidden_states, encoder_hidden_states)
+        if encoder_hidden_states is not None:
+            attention_mask = None  # as in the stock model: image tokens have no padding
+        context = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=self.scale)
+        context = context.transpose(1, 2).flatten(2)
+        scores = None
+        if self.score_rows is not None:
+            options = {"rows": self.score_rows, "skip_first": self.skip_first}
+            masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
+            scores = token_scores(query, key, self.scale, **options, **masks)
+        return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
+
+    def _project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
+        """Queries, keys and values, each (batch, heads, tokens, head_dim)."""
+        names = self.layout["qkv"]
+        if len(names) == 1:
+            fused = getattr(self, names[0])(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+            return list(fused.permute(2, 0, 3, 1, 4))
+        other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        sources = (hidden_states, other, other)
+        return [
+            getattr(self, name)(source).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for name, source in zip(names, sources, strict=True)
+        ]
+
+
+class TokenPruning:
+    """What layers that hand on fewer tokens share. `keep` is a constant: no result depends on its batch mates."""
+
+    keep: int | None = None
+    protected: tuple[str, ...] = ()
+
+    def hand_on(
+        self, hidden_states: torch.Tensor, scores: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer."""
+        if self.keep is None:
+            return hidden_states, attention_mask
+        if torch.compiler.is_exporting():
+            keep = torch.sym_min(self.keep, hidden_states.shape[1])  # no branch on the text length in a graph
+        elif hidden_states.shape[1] <= self.keep:
+            return hidden_states, attention_mask
+        else:
+            keep = self.keep
+        kept = kept_tokens(scores, keep, self.protected)
+        if attention_mask is not None:
+            attention_mask = select_mask(attention_mask, kept)
+        return select_tokens(hidden_states, kept), attention_mask
+
+
+class PreNormLayer(TokenPruning):
+    """Layer of a ViT-like tower (BLIP's vision tower, CLIP, SigLIP). Mixed in before the stock class."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+        attended, scores = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask)
+        hidden_states, attention_mask = self.hand_on(hidden_states + attended, scores, attention_mask)
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states if self.keep is None else (hidden_states, attention_mask)
+
+
+class PostNormLayer(TokenPruning):
+    """Layer of a BERT-like tower with cross-attention (BLIP's text tower). Mixed in before the stock class."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ):
+        hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask)
+        hidden_states, attention_mask = self.hand_on(hidden_states, scores, attention_mask)
+        if encoder_hidden_states is not None:
+            hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states)
+        hidden_states = self.feed_forward_chunk(hidden_states)
+        return hidden_states if self.keep is None else (hidden_states, attention_mask)
+
+
+LAYERS = {"pre_norm": PreNormLayer, "post_norm": PostNormLayer}
+
+
+class CompactEncoder(nn.Module):
+    """Runs the layers of a tower in which the number of tokens falls from layer to layer."""
+
+    def __init__(self, stock: nn.Module, layers: str):
+        super().__init__()
+        self.config = getattr(stock, "config", None)
+        self.layers_name = layers
+        self.add_module(layers, getattr(stock, layers))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        hidden_states = inputs_embeds if hidden_states is None else hidden_states
+        if encoder_hidden_states is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+        for layer in getattr(self, self.layers_name):
+            output = layer(hidden_states, attention_mask=attention_mask, **kwargs)
+            hidden_states, attention_mask = output if isinstance(output, tuple) else (output, attention_mask)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+@cache
+def _layer_class(order: str, stock_class: type) -> type:
+    # A subclass of the stock layer, so that transformers' recording of hidden states and checkpointing find it.
+    return type(f"Compact{stock_class.__name__}", (LAYERS[order], stock_class), {})
+
+
+def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any], score_rows: int) -> nn.Module:
+    """The layer with the sizes of its plan. Weights that change size are left uninitialised."""
+    layer_class = _layer_class(layout["order"], type(stock))
+    layer = layer_class.__new__(layer_class)
+    layer.__dict__.update(stock.__dict__)
+    for kind in ("attention", "cross"):
+        parts = layout[kind]
+        if parts is None:
+            continue
+        attention = CompactAttention(stock.get_submodule(parts["module"]), parts, **sizes[kind])
+        attention.skip_first = "first" in layout["protected"]
+        layer.set_submodule(parts["module"], attention)
+        if attention.out_name is None:
+            out = layer.get_submodule(parts["out"])
+            inner = attention.num_heads * attention.head_dim
+            layer.set_submodule(parts["out"], resized(out, inner, out.out_features))
+    fc1, fc2 = (layer.get_submodule(path) for path in layout["ffn"])
+    layer.set_submodule(layout["ffn"][0], resized(fc1, fc1.in_features, sizes["ffn"]))
+    layer.set_submodule(layout["ffn"][1], resized(fc2, sizes["ffn"], fc2.out_features))
+    if sizes["keep"] is not None:
+        layer.keep, layer.protected = sizes["keep"], tuple(layout["protected"])
+        layer.get_submodule(layout["attention"]["module"]).score_rows = score_rows
+    return layer
+
+
+def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
+    """Give every tower of a stock model the sizes of its plan, in place."""
+    for tower in comp["towers"]:
+        layout = tower["layout"]
+        encoder = model.get_submodule(layout["encoder"])
+        layers = getattr(encoder, layout["layers"])
+        if len(layers) != len(tower["layers"]):
+            raise ValueError(f"{layout['encoder']}: the plan has {len(tower['layers'])} layers, the model {len(layers)}")
+        for index, sizes in enumerate(tower["layers"]):
+            layers[index] = compact_layer(layers[index], layout, sizes, tower["score_rows"])
+        if any(sizes["keep"] is not None for sizes in tower["layers"]):
+            model.set_submodule(layout["encoder"], CompactEncoder(encoder, layout["layers"]))
+
+
+@cache
+def compact_class(architecture: str) -> type:
+    """The stock class of that name with `__init__` extended: same forward, same outputs, layers of the plan's sizes."""
+    stock = getattr(transformers, architecture)
+
+    def __init__(self, config, *args, **kwargs):
+        stock.__init__(self, config, *args, **kwargs)
+        make_compact(self, config.comp)
+
+    return type(f"Compact{architecture}", (stock,), {"__init__": __init__, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    # `auto_map` names CompactBlipForImageTextRetrieval and its like; each is made when it is asked for.
+    if name.startswith("Compact") and hasattr(transformers, name.removeprefix("Compact")):
+        return compact_class(name.removeprefix("Compact"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

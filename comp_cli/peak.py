@@ -1,0 +1,45 @@
+"""Peak memory of one model in a process of its own: python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str) -> int:
+    import torch
+
+    from .loading import load_model
+
+    model = load_model(path, dtype=torch.float32).to(device)
+    with torch.inference_mode():
+        model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
+
+
+def run_onnx(path: Path, inputs: dict[str, np.ndarray]) -> int:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Bytes. Linux: VmHWM, which starts anew with the process (ru_maxrss would remember the parent's size)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    backend, path, example, device = sys.argv[1:5]
+    inputs = dict(np.load(example))
+    peak = run_torch(Path(path), inputs, device) if backend == "torch" else run_onnx(Path(path), inputs)
+    print(json.dumps({"bytes": peak}))

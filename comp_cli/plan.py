@@ -1,0 +1,89 @@
+"""The plan: what a compact model keeps. The only thing that passes between scoring, slicing, loading and exporting."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .errors import REFUSED, CompError
+from .families import Family
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Kept heads as indices into the dense model. head_dim and scale are stored, never derived."""
+
+    heads: tuple[int, ...]
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    attention: AttentionPlan
+    cross: AttentionPlan | None
+    ffn: tuple[int, ...]  # kept feed-forward channels, indices into the dense model
+    keep: int | None = None  # tokens handed on from attention to feed-forward layer; None for all
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    name: str
+    layers: tuple[LayerPlan, ...]
+    score_rows: int = 0  # query rows behind the token scores; 0 for all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Towers in the order of the family's description."""
+
+    architecture: str
+    towers: tuple[TowerPlan, ...]
+
+    def tower(self, name: str) -> TowerPlan:
+        return next(tower for tower in self.towers if tower.name == name)
+
+    def with_tower(self, tower: TowerPlan) -> "Plan":
+        return replace(self, towers=tuple(tower if t.name == tower.name else t for t in self.towers))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def comp_block(self, family: Family, **facts: Any) -> dict[str, Any]:
+        """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin."""
+        towers = [
+            {
+                "layout": family.tower(tower.name).layout(),
+                "score_rows": tower.score_rows,
+                "layers": [_layer_sizes(layer) for layer in tower.layers],
+            }
+            for tower in self.towers
+        ]
+        return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers}
+
+
+def _layer_sizes(layer: LayerPlan) -> dict[str, Any]:
+    def sizes(attention: AttentionPlan) -> dict[str, Any]:
+        return {"num_heads": len(attention.heads), "head_dim": attention.head_dim, "scale": attention.scale}
+
+    cross = {"cross": sizes(layer.cross)} if layer.cross else {}
+    return {"attention": sizes(layer.attention), **cross, "ffn": len(layer.ffn), "keep": layer.keep}
+
+
+def dense_plan(config: dict[str, Any], family: Family, architecture: str) -> Plan:
+    """The plan that keeps everything. Exit 4 where the config makes no sense."""
+    towers = []
+    for tower in family.towers:
+        part = config[tower.config]
+        width, heads = part["hidden_size"], part["num_attention_heads"]
+        if heads < 1 or width % heads:
+            raise CompError(
+                f"{tower.config}: hidden_size {width} does not divide into {heads} attention heads.",
+                code=REFUSED,
+                hint="The config.json of this checkpoint is not one that transformers can load.",
+            )
+        attention = AttentionPlan(tuple(range(heads)), width // heads, (width // heads) ** -0.5)
+        ffn = tuple(range(part["intermediate_size"]))
+        layer = LayerPlan(attention, attention if tower.cross else None, ffn)
+        towers.append(TowerPlan(tower.name, (layer,) * part["num_hidden_layers"]))
+    return Plan(architecture, tuple(towers))

@@ -1,0 +1,207 @@
+"""`comp prune`: from a dense model to a folder with a compact one."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__, modeling_comp, report, tasks
+from .engine import flops, schedule, scoring
+from .errors import FAILED, USAGE, CompError
+from .loading import load_model, pick_device, pick_dtype, quiet_libraries
+from .output import Output
+from .plan import Plan
+from .store import atomic_folder, check_output, folder_size, save_tensors, sha256
+from .workbench import Dense, batches_for, open_dense, warn_about_scenes
+
+METHODS = {"comp": True, "wanda": False}  # method -> parameters are scored by the tokens that matter (CIP)
+TOKEN_SHARE = 0.5  # tokens' share of the logarithmic FLOPs reduction
+SCORE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `comp prune` was asked for; goes into the report as it is."""
+
+    model: str
+    ratio: float
+    method: str = "comp"
+    seed: int = 0
+    num_samples: int = 64
+    eval_samples: int = 1000
+    batch_size: int = 8
+    text_tokens: int = flops.TEXT_TOKENS
+    device: str = "auto"
+    dtype: str | None = None
+
+
+def check_ratio(ratio: float) -> None:
+    """Exit 2 unless 0 < ratio < 1."""
+    if not 0 < ratio < 1:
+        raise CompError(
+            f"--ratio {ratio}: expected a number between 0 and 1.",
+            code=USAGE,
+            hint="The ratio is the share of the FLOPs that goes: 0.5 halves them.",
+        )
+
+
+def prune(options: Options, output: Path, out: Output, *, overwrite: bool, dry_run: bool, **hub_options) -> dict[str, Any]:
+    """Prune a model and write the folder; returns the report. With `dry_run` nothing is written."""
+    check_ratio(options.ratio)
+    if options.method not in METHODS:
+        raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
+    device, save_dtype = pick_device(options.device), pick_dtype(options.dtype)
+    if not dry_run:
+        check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
+    started = time.perf_counter()
+    dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
+    warn_about_scenes(dense, out)
+    plan = find_plan(dense, options, out)
+    document = describe(dense, plan, options)
+    if dry_run:
+        report.print_plan(document, out)
+        return document
+    compact = dense.runtime(plan)
+    document |= {"quality": compare(dense, compact, options, out)}
+    document["seconds"] = round(time.perf_counter() - started, 1)
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        out.say(f"writing {output} ...")
+        write_checkpoint(folder, dense, compact, plan, document, save_dtype)
+        check_reload(folder, dense, compact, save_dtype)
+        document["size_bytes"] = {"dense": _dense_bytes(dense, save_dtype), "compact": folder_size(folder)}
+        write_report(folder, document, plan)
+    report.print_pruned(document, output, out)
+    return document
+
+
+def find_plan(dense: Dense, options: Options, out: Output) -> Plan:
+    """Score everything on calibration batches, then choose what stays."""
+    batches = batches_for(dense, "train", options.num_samples, options.batch_size, options.seed)
+    model = dense.runtime(dense.plan)
+    weight = next(model.parameters())
+    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
+        scores = scoring.collect(
+            model,
+            dense.family,
+            dense.plan,
+            (batch.to(weight.device, weight.dtype).inputs for batch in batches),
+            weighted=METHODS[options.method],
+            advance=bar.advance,
+        )
+    start = Plan(dense.plan.architecture, tuple(_with_rows(tower, dense) for tower in dense.plan.towers))
+    floors = schedule.Floors()
+    return schedule.joint_plan(start, scores, dense.reference, options.ratio, token_share=TOKEN_SHARE, floors=floors)
+
+
+def _with_rows(tower, dense: Dense):
+    # Short sequences are scored with all rows: their number varies from batch to batch, and they cost nothing.
+    from dataclasses import replace
+
+    return replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0)
+
+
+def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
+    """The report of a plan: what goes, at which reference input."""
+    before, after = flops.count(dense.plan, dense.reference), flops.count(plan, dense.reference)
+    ratio = 1 - after.total / before.total
+    if ratio <= 0:
+        raise CompError("nothing was pruned.", code=FAILED, hint="Raise --ratio.")
+    return {
+        "comp_version": __version__,
+        "torch_version": str(torch.__version__),
+        "base_model": dense.source.name,
+        "base_revision": dense.source.revision,
+        "architecture": dense.architecture,
+        "task": dense.task.name,
+        "options": asdict(options),
+        "ratio": round(ratio, 5),
+        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
+        "flops": {"dense": before.total, "compact": after.total},
+        "params": {"dense": _params(dense, dense.plan), "compact": _params(dense, plan)},
+        "layers": report.layer_rows(dense, plan),
+    }
+
+
+def _params(dense: Dense, plan: Plan) -> int:
+    from .engine.slicing import slice_state
+
+    shared = {tensor.data_ptr(): tensor.numel() for tensor in slice_state(dense.state, dense.family, plan).values()}
+    return sum(shared.values())
+
+
+def compare(dense: Dense, compact: nn.Module, options: Options, out: Output) -> dict[str, Any]:
+    """Dense against compact on pairs that calibration never saw: accuracy where there are labels, else agreement."""
+    labelled = dense.source.kind == "demo"
+    count = options.eval_samples if labelled else min(options.eval_samples, options.num_samples)
+    batches = batches_for(dense, "test", count, options.batch_size)
+    found = {}
+    with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
+        for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
+            found[name] = tasks.evaluate(model, dense.task, batches, bar.advance)
+    both = found["dense"].logits, found["compact"].logits
+    return {
+        "samples": count,
+        "data": "generated scenes, test split",
+        "accuracy": {name: evaluation.accuracy for name, evaluation in found.items()} if labelled else None,
+        "agreement": tasks.agreement(*both),
+        "divergence": tasks.divergence(*both),
+    }
+
+
+def write_checkpoint(
+    folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtype: torch.dtype | None
+) -> None:
+    """config.json, weights, runtime and processor files."""
+    dtype = dtype or _own_dtype(dense)
+    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "ratio")}
+    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts)
+    auto_map = {"AutoModel": f"{Path(modeling_comp.__file__).stem}.Compact{dense.architecture}"}
+    config = dense.config | {"comp": block, "auto_map": auto_map, "dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in compact.state_dict().items()}
+    save_tensors(tensors, folder / "model.safetensors")
+    shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
+    with quiet_libraries():
+        dense.processor.save_pretrained(folder)
+    (folder / "README.md").write_text(report.model_card(document))
+
+
+def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
+    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir()) if path.is_file()
+    }
+    whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
+    (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
+
+
+def check_reload(folder: Path, dense: Dense, compact: nn.Module, dtype: torch.dtype | None) -> None:
+    """The written folder must load and say what the model in memory says."""
+    batch = batches_for(dense, "train", 2, 2)[0]
+    weight = next(compact.parameters())
+    batch = batch.to(weight.device, weight.dtype)
+    again = load_model(folder, dtype=torch.float32).to(weight.device)
+    with torch.inference_mode():
+        expected, found = (dense.task.logits(model, batch.inputs) for model in (compact, again))
+    exact = (dtype or _own_dtype(dense)) == torch.float32
+    if not torch.allclose(expected, found, atol=1e-5 if exact else 0.1, rtol=1e-3 if exact else 0.1):
+        raise CompError(
+            f"the written model differs from the one in memory by {(expected - found).abs().max():.2e}.",
+            code=FAILED,
+            hint="Nothing was kept. Please report this with the command and the model.",
+        )
+
+
+def _own_dtype(dense: Dense) -> torch.dtype:
+    named = dense.config.get("dtype") or dense.config.get("torch_dtype") or "float32"
+    return getattr(torch, str(named).removeprefix("torch."))
+
+
+def _dense_bytes(dense: Dense, dtype: torch.dtype | None) -> int:
+    return _params(dense, dense.plan) * torch.empty(0, dtype=dtype or _own_dtype(dense)).element_size()

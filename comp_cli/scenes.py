@@ -1,0 +1,240 @@
+"""Generated scenes with captions: the data of the `demo` model, seeded and procedural.
+
+A scene is a few coloured shapes on a textured background, most of which is empty. Examples come in pairs of scenes that
+differ in one thing (an attribute, a binding, a count, a relation), with captions that hold in exactly one of the two.
+Every caption is therefore matched once and mismatched once: neither the text nor the image alone says anything about
+the label, and every negative is a hard one. Splits are disjoint ranges of seeds.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 220), "yellow": (240, 215, 40),
+    "purple": (148, 60, 190), "orange": (255, 127, 14), "cyan": (40, 210, 220), "white": (250, 250, 250),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+SIZES = {"small": 6, "large": 10}  # radius in px
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+FAMILIES = ("attribute", "binding", "count", "relation")
+IMAGE_SIZE = 96
+RELATION_MARGIN = 12  # px between two centres before "left of" or "above" is said of them
+SPLITS = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: str
+    colour: str
+    shape: str
+    x: int
+    y: int
+
+
+Scene = tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A statement about a scene: `holds(scene)` is True, False, or None where a person might hesitate."""
+
+    family: str
+    text: str
+    things: tuple[tuple[str | None, str | None, str | None], ...]  # (size, colour, shape), None for any
+    number: int = 0
+    relation: str = ""
+
+    def holds(self, scene: Scene) -> bool | None:
+        found = [[t for t in scene if _matches(t, wanted)] for wanted in self.things]
+        if self.family == "count":
+            return len(found[0]) == self.number
+        if self.family == "relation":
+            if any(len(f) != 1 for f in found):
+                return None
+            dx, dy = RELATIONS[self.relation]
+            (a,), (b,) = found
+            distance = (a.x - b.x) * dx + (a.y - b.y) * dy
+            return distance > 0 if abs(distance) >= RELATION_MARGIN else None
+        return all(found)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image-text pair. `label` is 1 where the caption holds in the scene."""
+
+    scene: Scene
+    background: int  # seed of the background's texture
+    caption: Caption
+    label: int
+
+
+def _matches(thing: Thing, wanted: tuple[str | None, str | None, str | None]) -> bool:
+    return all(w is None or w == a for w, a in zip(wanted, (thing.size, thing.colour, thing.shape), strict=True))
+
+
+def _random_thing(rng: random.Random, scene: Scene) -> Thing | None:
+    """A thing that touches no other of the scene, even were all large, with a (colour, shape) of its own."""
+    r = max(SIZES.values())
+    for _ in range(100):
+        x, y = rng.randint(r + 1, IMAGE_SIZE - r - 2), rng.randint(r + 1, IMAGE_SIZE - r - 2)
+        if any(max(abs(x - t.x), abs(y - t.y)) < 2 * r + 2 for t in scene):
+            continue
+        size, colour, shape = rng.choice(tuple(SIZES)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+        if all((colour, shape) != (t.colour, t.shape) for t in scene):
+            return Thing(size, colour, shape, x, y)
+    return None
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Three to six things. Colours and shapes repeat more often than by chance, so that counting has something to count."""
+    scene: Scene = ()
+    for _ in range(rng.randint(3, 6)):
+        thing = _random_thing(rng, scene)
+        if thing is None:  # no room left
+            return random_scene(rng)
+        if scene and rng.random() < 0.4:
+            twin = rng.choice(scene)
+            like = replace(thing, **rng.choice(({"colour": twin.colour}, {"shape": twin.shape})))
+            if all((like.colour, like.shape) != (t.colour, t.shape) for t in scene):
+                thing = like
+        scene += (thing,)
+    return scene
+
+
+def edit_scene(rng: random.Random, scene: Scene, family: str) -> Scene:
+    """The same scene with one thing changed, so that captions of `family` can tell the two apart."""
+    i, j = rng.sample(range(len(scene)), 2)
+    a, b = scene[i], scene[j]
+    if family == "attribute":
+        what, values = rng.choice((("size", tuple(SIZES)), ("colour", tuple(COLOURS)), ("shape", SHAPES)))
+        return _with(scene, {i: replace(a, **{what: rng.choice([v for v in values if v != getattr(a, what)])})})
+    if family == "binding":  # the same colours and shapes, bound the other way
+        return _with(scene, {i: replace(a, colour=b.colour), j: replace(b, colour=a.colour)})
+    if family == "relation":  # the same things, each in the other's place
+        return _with(scene, {i: replace(a, x=b.x, y=b.y), j: replace(b, x=a.x, y=a.y)})
+    if len(scene) > 3 and rng.random() < 0.5:
+        return scene[:i] + scene[i + 1 :]
+    new = _random_thing(rng, scene) if len(scene) < 6 and rng.random() < 0.5 else None
+    if new:
+        like = replace(new, **rng.choice(({"colour": a.colour}, {"shape": a.shape})))
+        return (*scene, like)
+    return _with(scene, {i: replace(a, **rng.choice(({"colour": b.colour}, {"shape": b.shape})))})
+
+
+def _with(scene: Scene, changed: dict[int, Thing]) -> Scene:
+    return tuple(changed.get(k, t) for k, t in enumerate(scene))
+
+
+def _noun(thing: Thing) -> str:
+    return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.shape}"
+
+
+def random_caption(rng: random.Random, scene: Scene, family: str) -> Caption:
+    """A caption of `family` about things of the scene (a caption of a count may be about things that are not there)."""
+    a, b = rng.sample(scene, 2)
+    if family == "attribute":
+        if rng.random() < 0.5:
+            return Caption(family, f"a {a.size} {a.colour} {a.shape}", ((a.size, a.colour, a.shape),))
+        return Caption(family, _noun(a), ((None, a.colour, a.shape),))
+    pair = ((None, a.colour, a.shape), (None, b.colour, b.shape))
+    if family == "binding":
+        return Caption(family, f"{_noun(a)} and {_noun(b)}", pair)
+    if family == "relation":
+        name = rng.choice(tuple(RELATIONS))
+        text = f"{_noun(a)} {name} {_noun(b)}"
+        return Caption(family, text, pair, relation=name)
+    wanted = rng.choice(((None, a.colour, None), (None, None, a.shape), (None, None, None)))
+    number = sum(_matches(t, wanted) for t in scene)
+    noun = " ".join(w for w in (wanted[1], wanted[2] or "shape") if w) + ("" if number == 1 else "s")
+    return Caption(family, f"{NUMBERS[number]} {noun}", (wanted,), number=number)
+
+
+def distinguishing(rng: random.Random, scene: Scene, other: Scene, family: str, tries: int = 40) -> Caption | None:
+    """A caption that holds in `scene` and does not in `other`, or None where none was found."""
+    for _ in range(tries):
+        caption = random_caption(rng, scene, family)
+        if caption.holds(scene) is True and caption.holds(other) is False:
+            return caption
+    return None
+
+
+def hard_pair(seed: int) -> list[Example]:
+    """Four examples: two scenes that differ in one thing, and for each a caption that holds in it and not in the other."""
+    rng = random.Random(seed)
+    family = FAMILIES[seed % len(FAMILIES)]
+    while True:
+        left = random_scene(rng)
+        right = edit_scene(rng, left, family)
+        captions = [distinguishing(rng, left, right, family), distinguishing(rng, right, left, family)]
+        if all(captions):
+            break
+    background = rng.getrandbits(32)
+    return [
+        Example(scene, background, caption, int(scene is owner))
+        for caption, owner in zip(captions, (left, right), strict=True)
+        for scene in (left, right)
+    ]
+
+
+def examples(split: str, count: int, seed: int = 0) -> Iterator[Example]:
+    """The first `count` examples of a split ("train", "validation" or "test"), the families in turn."""
+    first = SPLITS[split] + seed * 10_000_000
+    made = 0
+    while made < count:
+        for example in hard_pair(first + made // 4)[: count - made]:
+            yield example
+            made += 1
+
+
+def render(scene: Scene, background: int) -> Image.Image:
+    """The scene as an RGB image of IMAGE_SIZE px on a side."""
+    noise = np.random.default_rng(background)
+    base = noise.uniform(60, 120, 3)
+    ramp = np.linspace(-1, 1, IMAGE_SIZE)
+    tilt = noise.uniform(-18, 18, (2, 3))
+    texture = base + ramp[:, None, None] * tilt[0] + ramp[None, :, None] * tilt[1]
+    texture = texture + noise.normal(0, 8, (IMAGE_SIZE, IMAGE_SIZE, 1))
+    image = Image.fromarray(texture.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for thing in scene:
+        _draw(draw, thing)
+    return image
+
+
+def _draw(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
+    x, y, r, fill = thing.x, thing.y, SIZES[thing.size], COLOURS[thing.colour]
+    box = (x - r, y - r, x + r, y + r)
+    if thing.shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif thing.shape == "ring":
+        draw.ellipse(box, outline=fill, width=max(2, r // 3))
+    elif thing.shape == "square":
+        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
+    elif thing.shape == "cross":
+        w = r / 3
+        draw.rectangle((x - w, y - r, x + w, y + r), fill=fill)
+        draw.rectangle((x - r, y - w, x + r, y + w), fill=fill)
+    elif thing.shape == "heart":
+        draw.ellipse((x - r, y - r, x, y + 0.2 * r), fill=fill)
+        draw.ellipse((x, y - r, x + r, y + 0.2 * r), fill=fill)
+        draw.polygon([(x - r, y - 0.2 * r), (x + r, y - 0.2 * r), (x, y + r)], fill=fill)
+    else:
+        draw.polygon([(x + r * px, y + r * py) for px, py in _POLYGONS[thing.shape]], fill=fill)
+
+
+def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
+    angles = np.arange(2 * points) * np.pi / points - np.pi / 2
+    radii = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)
+    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
+
+
+_POLYGONS = {
+    "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
+    "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
+    "star": _star(),
+}

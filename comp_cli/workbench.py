@@ -1,0 +1,96 @@
+"""What every command needs before it can work: a model with its family, its processor, its data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from . import data, hub, loading, tasks
+from .engine import flops
+from .engine.slicing import slice_state
+from .errors import REFUSED, CompError
+from .families import Family, find_family
+from .output import Output
+from .plan import Plan, dense_plan
+from .store import read_config
+
+
+@dataclass
+class Dense:
+    """A dense model, described. `state` holds its weights; `runtime(plan)` builds a model of any plan around them."""
+
+    source: hub.Source
+    config: dict[str, Any]  # config.json as it is
+    family: Family
+    task: tasks.Task
+    plan: Plan
+    reference: flops.Reference
+    state: dict[str, Tensor]
+    hf_config: transformers.PretrainedConfig
+    processor: Any
+
+    @property
+    def architecture(self) -> str:
+        return self.plan.architecture
+
+    @property
+    def text_tokens(self) -> int:
+        return self.reference.tokens["language"]
+
+    def runtime(self, plan: Plan) -> nn.Module:
+        """The model of a plan, on the fused kernels. Weights of unchanged size are shared with the dense model."""
+        config = self.hf_config.__class__.from_dict(self.config)
+        config.comp = plan.comp_block(self.family)
+        return loading.build_compact(config, self.architecture, slice_state(self.state, self.family, plan))
+
+
+def open_dense(
+    model: str,
+    out: Output,
+    *,
+    text_tokens: int = flops.TEXT_TOKENS,
+    device: torch.device | None = None,
+    **hub_options: Any,
+) -> Dense:
+    """Resolve, check and load a dense model in fp32. Exit 4 for a model that is compact already."""
+    source = hub.resolve(model, out=out, **hub_options)
+    config = read_config(source.folder)
+    family, architecture = find_family(config)
+    if "comp" in config:
+        raise CompError(
+            f"{source.name} is a compact model already.",
+            code=REFUSED,
+            hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
+        )
+    out.say(f"loading {source.name} ({architecture}) ...")
+    processor = loading.load_processor(source.folder)
+    dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
+    state = dense.requires_grad_(False).to(device or "cpu").state_dict()
+    full = dense.config.to_dict()
+    longest = getattr(processor.tokenizer, "model_max_length", text_tokens)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    reference = flops.reference(full, family, shapes, min(text_tokens, longest))
+    return Dense(
+        source=source,
+        config=config,
+        family=family,
+        task=tasks.TASKS[family.architectures[architecture]],
+        plan=dense_plan(full, family, architecture),
+        reference=reference,
+        state=state,
+        hf_config=dense.config,
+        processor=processor,
+    )
+
+
+def batches_for(dense: Dense, split: str, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:
+    """Batches of generated scenes; labelled for the one model that was trained on them."""
+    pairs = data.scene_pairs(split, samples, seed, labelled=dense.source.kind == "demo")
+    return list(data.make_batches(pairs, dense.processor, batch_size, dense.text_tokens))
+
+
+def warn_about_scenes(dense: Dense, out: Output) -> None:
+    if dense.source.kind != "demo":
+        out.warn(f"{dense.source.name} is calibrated on generated scenes: pairs of your own task keep more accuracy.")

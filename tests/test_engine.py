@@ -1,0 +1,217 @@
+"""Importance, FLOPs, slicing and schedule, against numbers worked out by hand and against what torch counts."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from comp_cli.engine import flops, importance, schedule, scoring
+from comp_cli.engine.slicing import fused_channels, head_channels
+from comp_cli.errors import CompError
+from comp_cli.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
+
+
+def counted(model, inputs) -> int:
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def one_pair(inputs):
+    return {name: tensor[:1] for name, tensor in inputs.items()}
+
+
+# Importance ------------------------------------------------------------------------------------------------------------
+
+
+def test_cip_golden_value():
+    """X rows [CLS] (1, 2), (3, 0), (0, 1); token scores (3, 1); mean |W| (1, 1)."""
+    activations = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]])
+    weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    weights = importance.token_weights(torch.tensor([[9.0, 3.0, 1.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.75, 0.25]]))
+    found = importance.channel_importance(weight, importance.energy(activations, weights))
+    torch.testing.assert_close(found, torch.tensor([2.7839, 2.0616]), atol=1e-4, rtol=0)
+    plain = importance.channel_importance(weight, importance.energy(activations, torch.ones(1, 3)))
+    torch.testing.assert_close(plain, torch.tensor([3.1623, 2.2361]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [((1, 1), (0.5357, 0.4643)), ((0.5, 1), (0.4667, 0.5333)), ((0, 1), (0.4, 0.6))])
+def test_cit_golden_values(mask, expected):
+    """Two heads with the maps [[.9, .1], [.5, .5]] and [[.2, .8], [.6, .4]], made by queries that are their logarithms."""
+    maps = torch.tensor([[[0.9, 0.1], [0.5, 0.5]], [[0.2, 0.8], [0.6, 0.4]]])
+    keys = torch.eye(2).expand(1, 2, 2, 2)
+    found = token_scores(maps.log().unsqueeze(0), keys, 1.0, skip_first=False, head_mask=torch.tensor(mask).float())
+    torch.testing.assert_close(importance.normalised(found)[0], torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_fading_a_head_by_its_logits_scrambles_the_ranking_and_by_its_mask_does_not():
+    """The trap that CIT avoids: a redundant head with small q and k attends everywhere, and wins the maximum over heads."""
+    generator = torch.Generator().manual_seed(0)
+    scrambled, steady = 0, 0
+    for _ in range(20):
+        query, key = torch.randn(2, 1, 4, 32, 8, generator=generator)
+        query = query * 2
+        without = importance.normalised(token_scores(query[:, 1:], key[:, 1:], 1.0)).argsort()
+        masked = token_scores(query, key, 1.0, head_mask=torch.tensor([0.0, 1, 1, 1])).argsort()
+        faded = query.clone()
+        faded[:, 0] *= 1e-3
+        by_logits = token_scores(faded, key, 1.0).argsort()
+        steady += int(torch.equal(masked, without))
+        scrambled += int(not torch.equal(by_logits, without))
+    assert steady == 20
+    assert scrambled >= 18
+
+
+def test_token_scores_ignore_padding():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 6, 4, generator=generator)
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., 4:] = torch.finfo(torch.float32).min
+    found = token_scores(query, key, 0.5, attention_mask=mask)
+    torch.testing.assert_close(found[:, :4], token_scores(query[:, :, :4], key[:, :, :4], 0.5))
+    assert (found[:, 4:] < 0).all()
+    torch.testing.assert_close(token_scores(query, key, 0.5, attention_mask=mask == 0), found)
+
+
+def test_a_bounded_number_of_query_rows():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 9, 4, generator=generator)
+    rows = [1, 3, 6, 8]  # evenly spaced from 1 to 8, [CLS] left out
+    attention = (query[:, :, rows] @ key.transpose(-1, -2)).softmax(-1)
+    torch.testing.assert_close(token_scores(query, key, 1.0, rows=4), attention.amax(1).sum(1))
+    torch.testing.assert_close(token_scores(query, key, 1.0, rows=100), token_scores(query, key, 1.0))
+
+
+def test_kept_tokens_stay_in_order_and_protected_ones_stay():
+    scores = torch.tensor([[0.0, 0.9, 0.1, 0.8, 0.2, -1.0], [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]])
+    assert kept_tokens(scores, 3, ()).tolist() == [[1, 3, 4], [3, 4, 5]]
+    assert kept_tokens(scores, 3, ("first",)).tolist() == [[0, 1, 3], [0, 4, 5]]
+    assert kept_tokens(scores, 3, ("first", "last")).tolist() == [[0, 1, 4], [0, 4, 5]]
+    hidden = torch.arange(12.0).view(2, 6, 1)
+    kept = kept_tokens(scores, 2, ())
+    assert select_tokens(hidden, kept).flatten().tolist() == [1, 3, 10, 11]
+    mask = torch.arange(36.0).view(1, 1, 6, 6)
+    assert select_mask(mask, kept)[0, 0].tolist() == [[7, 9], [19, 21]]
+
+
+def test_gini():
+    assert importance.gini(torch.ones(10)) == pytest.approx(0)
+    assert importance.gini(torch.tensor([0.0, 0, 0, 1])) == pytest.approx(0.75)
+    assert importance.gini(torch.tensor([1.0, 3])) == pytest.approx(0.25)
+
+
+# Slicing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_channels_of_heads():
+    assert head_channels((2, 0), 2).tolist() == [4, 5, 0, 1]
+    assert fused_channels((1,), 2, dense_heads=3).tolist() == [2, 3, 8, 9, 14, 15]
+
+
+# FLOPs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_the_dense_model(stock, dense, inputs):
+    assert flops.count(dense.plan, dense.reference).total == counted(stock, one_pair(inputs))
+
+
+def test_flops_of_an_uneven_plan(dense, uneven_plan, inputs):
+    model = dense.runtime(uneven_plan)
+    assert flops.count(uneven_plan, dense.reference).total == counted(model, one_pair(inputs))
+
+
+def test_flops_of_scoring_with_few_rows(dense, uneven_plan, inputs):
+    from dataclasses import replace
+
+    plan = uneven_plan.with_tower(replace(uneven_plan.tower("vision"), score_rows=7))
+    assert flops.count(plan, dense.reference).total == counted(dense.runtime(plan), one_pair(inputs))
+
+
+@pytest.mark.parametrize(("size", "giga_macs"), [(384, 55.484), (480, 92.020)])
+def test_published_macs_of_the_vision_tower(size, giga_macs):
+    from conftest import blip_config
+
+    from comp_cli.families import BLIP
+    from comp_cli.plan import dense_plan
+
+    config = blip_config(
+        vision={"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+        | {"image_size": size, "patch_size": 16}
+    ).to_dict()
+    shapes = {"vision_model.embeddings.patch_embedding.weight": (768, 3, 16, 16), "itm_head.weight": (2, 0)}
+    ref = flops.reference(config, BLIP, shapes, 12)
+    found = flops.count(dense_plan(config, BLIP, "BlipForImageTextRetrieval"), ref)
+    assert (found.tower("vision") + found.fixed) / 2e9 == pytest.approx(giga_macs, abs=0.001)
+
+
+# Scoring and schedule --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scores(dense, inputs):
+    return scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
+
+
+def test_scores_come_from_the_activations(stock, dense, inputs):
+    """One channel score worked out again from the stock model: mean |W| times the norm of the activations."""
+    seen = {}
+    layer = stock.vision_model.encoder.layers[2]
+    hook = layer.mlp.fc2.register_forward_pre_hook(lambda module, args: seen.__setitem__("x", args[0]))
+    with torch.inference_mode():
+        stock(**inputs)
+    hook.remove()
+    found = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs], weighted=False)
+    expected = layer.mlp.fc2.weight.abs().mean(0) * seen["x"].flatten(0, 1).norm(dim=0)
+    torch.testing.assert_close(found.units["vision", 2, "ffn"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_does_not_change_scores(dense, inputs):
+    short = {name: tensor[1:2] for name, tensor in inputs.items()}
+    cut = short | {name: short[name][:, :7] for name in ("input_ids", "attention_mask")}
+    runtime = dense.runtime(dense.plan)
+    padded, plain = (scoring.collect(runtime, dense.family, dense.plan, [batch]) for batch in (short, cut))
+    for key, expected in plain.units.items():
+        torch.testing.assert_close(padded.units[key], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded.tokens["language", 1][:, :7], plain.tokens["language", 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+def test_the_ratio_is_reached(dense, scores, inputs, ratio):
+    plan = schedule.joint_plan(dense.plan, scores, dense.reference, ratio, token_share=0.5, floors=schedule.Floors())
+    before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
+    assert 1 - after / before == pytest.approx(ratio, abs=0.01)
+
+
+def test_everything_shrinks_and_unevenly(dense, scores):
+    plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.6, token_share=0.5, floors=schedule.Floors())
+    vision, language = plan.towers
+    assert len({len(layer.ffn) for layer in vision.layers}) > 1
+    assert any(len(layer.attention.heads) < 6 for layer in vision.layers)
+    assert any(len(layer.cross.heads) < 6 for layer in language.layers)
+    assert any(layer.keep for layer in vision.layers)
+    assert all(len(layer.ffn) % 8 == 0 for tower in plan.towers for layer in tower.layers)
+    keeps = [layer.keep for layer in vision.layers if layer.keep]
+    assert keeps == sorted(keeps, reverse=True)
+
+
+def test_the_best_units_stay(dense, scores):
+    plan = schedule.prune_parameters(dense.plan, scores, dense.reference, "vision_params", 0.4, schedule.Floors())
+    for index, layer in enumerate(plan.tower("vision").layers):
+        found = scores.units["vision", index, "ffn"]
+        gone = [i for i in range(200) if i not in layer.ffn]
+        if gone:
+            assert found[gone].max() <= found[list(layer.ffn)].min()
+
+
+def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, scores):
+    with pytest.raises(CompError, match="cannot be reached.*it is 0.9") as caught:
+        schedule.joint_plan(dense.plan, scores, dense.reference, 0.999, token_share=0.5, floors=schedule.Floors())
+    assert caught.value.hint.startswith("Try --ratio 0.9")
+
+
+def test_floors_hold(dense, scores):
+    smallest = schedule.prune_to(dense.plan, scores, dense.reference, schedule.MODES, 0, schedule.Floors())
+    for tower in smallest.towers:
+        for layer in tower.layers:
+            assert len(layer.attention.heads) >= 1 and len(layer.ffn) >= 20 and (layer.keep or 5) >= 5

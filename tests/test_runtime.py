@@ -1,0 +1,105 @@
+"""The runtime against the stock model, and sliced models against masked ones."""
+
+import copy
+
+import pytest
+import torch
+from reference import masked_logits
+
+
+def run(model, inputs, **more):
+    with torch.inference_mode():
+        return model(**inputs, **more)
+
+
+def test_the_dense_plan_is_the_stock_model(stock, dense, inputs):
+    expected, found = run(stock, inputs), run(dense.runtime(dense.plan), inputs)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found.itm_score, expected.itm_score, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.question_embeds[0], expected.question_embeds[0], atol=2e-5, rtol=0)
+
+
+def test_the_contrastive_head_works_as_in_the_stock_model(stock, dense, inputs):
+    expected = run(stock, inputs, use_itm_head=False).itm_score
+    found = run(dense.runtime(dense.plan), inputs, use_itm_head=False).itm_score
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_reference_with_nothing_pruned_is_the_stock_model(stock, dense, inputs):
+    torch.testing.assert_close(masked_logits(stock, dense.plan, inputs), run(stock, inputs).itm_score, atol=1e-5, rtol=0)
+
+
+def test_sliced_equals_masked(stock, dense, uneven_plan, inputs):
+    found = run(dense.runtime(uneven_plan), inputs).itm_score
+    expected = masked_logits(stock, uneven_plan, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - run(stock, inputs).itm_score).abs().max() > 1e-3  # and pruning did change something
+
+
+def test_tensors_are_really_smaller(dense, uneven_plan):
+    model = dense.runtime(uneven_plan)
+    layer, wanted = model.vision_model.encoder.layers[0], uneven_plan.tower("vision").layers[0]
+    assert layer.self_attn.qkv.weight.shape == (3 * 12 * len(wanted.attention.heads), 72)
+    assert layer.mlp.fc2.weight.shape == (72, len(wanted.ffn))
+    cross = model.text_encoder.encoder.layer[0].crossattention
+    assert cross.output.dense.weight.shape == (72, 12 * len(uneven_plan.tower("language").layers[0].cross.heads))
+    assert sum(p.numel() for p in model.parameters()) < sum(t.numel() for t in dense.state.values())
+
+
+def test_fewer_tokens_come_out(dense, uneven_plan, inputs):
+    found = run(dense.runtime(uneven_plan), inputs, output_hidden_states=True)
+    assert found.last_hidden_state.shape == (3, 11, 72)
+    assert found.question_embeds.shape == (3, 6, 72)
+    assert [state.shape[1] for state in found.hidden_states] == [37, 30, 30, 19, 11, 11]
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates_or_on_padding(dense, uneven_plan, inputs):
+    model = dense.runtime(uneven_plan)
+    together = run(model, inputs).itm_score
+    for index in range(3):
+        length = int(inputs["attention_mask"][index].sum())
+        alone = {
+            "input_ids": inputs["input_ids"][index : index + 1, :length],
+            "pixel_values": inputs["pixel_values"][index : index + 1],
+        }
+        torch.testing.assert_close(run(model, alone).itm_score[0], together[index], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 6, 9, 24])
+def test_any_text_length(stock, dense, uneven_plan, tokens):
+    ids = torch.randint(5, 15, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    mask = torch.ones_like(ids)
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+    given = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+    found = run(dense.runtime(uneven_plan), given).itm_score
+    torch.testing.assert_close(found, masked_logits(stock, uneven_plan, given), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dense, uneven_plan, inputs, dtype):
+    model = dense.runtime(uneven_plan)
+    expected = run(model, inputs).itm_score
+    half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    found = run(copy.deepcopy(model).to(dtype), half).itm_score
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.15, rtol=0.1)
+
+
+def test_training_reaches_every_weight_that_matters(dense, uneven_plan, inputs):
+    model = copy.deepcopy(dense.runtime(uneven_plan)).train().requires_grad_(True)
+    model(**inputs).itm_score.square().sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    expected = {"vision_proj.weight", "vision_proj.bias", "text_proj.weight", "text_proj.bias"}
+    # keys' biases shift all logits of a query alike and get no gradient but rounding; the unused heads get none
+    assert {name for name in idle if not name.endswith("key.bias")} <= expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda(dense, uneven_plan, inputs, dtype):
+    model = dense.runtime(uneven_plan)
+    expected = run(model, inputs).itm_score
+    there = {name: t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for name, t in inputs.items()}
+    found = run(copy.deepcopy(model).cuda().to(dtype), there).itm_score
+    torch.testing.assert_close(found.float().cpu(), expected, atol=1e-3 if dtype == torch.float32 else 0.15, rtol=0.1)
