@@ -50,17 +50,22 @@ class Caption:
     relation: str = ""
 
     def holds(self, scene: Scene) -> bool | None:
-        found = [[t for t in scene if _matches(t, wanted)] for wanted in self.things]
+        found = [self.matching(scene, wanted) for wanted in self.things]
         if self.family == "count":
             return len(found[0]) == self.number
         if self.family == "relation":
-            if any(len(f) != 1 for f in found):
+            if any(len(things) != 1 for things in found):
                 return None
             dx, dy = RELATIONS[self.relation]
             (a,), (b,) = found
             distance = (a.x - b.x) * dx + (a.y - b.y) * dy
             return distance > 0 if abs(distance) >= RELATION_MARGIN else None
         return all(found)
+
+    @staticmethod
+    def matching(scene: Scene, wanted: tuple[str | None, str | None, str | None]) -> list[Thing]:
+        """The things of a scene with the wanted (size, colour, shape)."""
+        return [t for t in scene if all(w in (None, a) for w, a in zip(wanted, (t.size, t.colour, t.shape), strict=True))]
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,6 @@ class Example:
     background: int  # seed of the background's texture
     caption: Caption
     label: int
-
-
-def _matches(thing: Thing, wanted: tuple[str | None, str | None, str | None]) -> bool:
-    return all(w is None or w == a for w, a in zip(wanted, (thing.size, thing.colour, thing.shape), strict=True))
 
 
 def _random_thing(rng: random.Random, scene: Scene) -> Thing | None:
@@ -149,9 +150,14 @@ def random_caption(rng: random.Random, scene: Scene, family: str) -> Caption:
         text = f"{_noun(a)} {name} {_noun(b)}"
         return Caption(family, text, pair, relation=name)
     wanted = rng.choice(((None, a.colour, None), (None, None, a.shape), (None, None, None)))
-    number = sum(_matches(t, wanted) for t in scene)
-    noun = " ".join(w for w in (wanted[1], wanted[2] or "shape") if w) + ("" if number == 1 else "s")
-    return Caption(family, f"{NUMBERS[number]} {noun}", (wanted,), number=number)
+    number = len(Caption.matching(scene, wanted))
+    noun = wanted[2] or "shape"
+    words = [NUMBERS[number], wanted[1], noun if number == 1 else plural(noun)]
+    return Caption(family, " ".join(w for w in words if w), (wanted,), number=number)
+
+
+def plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def distinguishing(rng: random.Random, scene: Scene, other: Scene, family: str, tries: int = 40) -> Caption | None:

@@ -1,0 +1,282 @@
+"""What a user types: results, exit codes, sentences. Never a traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from comp_cli.cli import app
+
+FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
+
+
+def comp(*arguments):
+    """Run a command; no output may hold a traceback."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert "Traceback" not in result.output
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def compact(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "compact"
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", folder, *FEW)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+# The main job --------------------------------------------------------------------------------------------------------
+
+
+def test_prune_ends_with_a_table_and_the_next_command(tiny_folder, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FEW)
+    assert result.exit_code == 0
+    for word in ("parameters", "FLOPs per pair", "vision tokens", "weights on disk", "same decision", "comp export"):
+        assert word in result.stdout
+    assert "calibrated on generated scenes" in result.stderr
+
+
+def test_prune_as_json_is_one_document(tiny_folder, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "--json", *FEW)
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1 and document["output"] == str(tmp_path / "c")
+    assert document["ratio"] == pytest.approx(0.5, abs=0.01)
+    assert document["params"]["compact"] < document["params"]["dense"]
+    assert document["size_bytes"]["compact"] < document["size_bytes"]["dense"]
+    assert len(document["warnings"]) == 1
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
+    for name in ("a", "b"):
+        assert comp("prune", tiny_folder, "--ratio", 0.4, "-o", tmp_path / name, *FEW).exit_code == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_quiet_prints_the_path(tiny_folder, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "-q", *FEW)
+    assert result.stdout == f"{tmp_path / 'c'}\n"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "--dry-run", *FEW)
+    assert result.exit_code == 0 and "vision 0" in result.stdout and "language 3" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["comp", "wanda"])
+def test_methods(tiny_folder, tmp_path, method):
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "--dry-run", "--json", *FEW)
+    assert json.loads(result.stdout)["options"]["method"] == method
+
+
+def test_analyze(tiny_folder):
+    result = comp("analyze", tiny_folder, "--json", *FEW)
+    document = json.loads(result.stdout)
+    layers = document["layers"]
+    assert len(layers) == 9
+    inside = sum(sum(layer["flops"].values()) for layer in layers)
+    assert inside + document["flops"]["outside_layers"] == document["flops"]["total"]
+    inside = sum(sum(layer["params"].values()) for layer in layers)
+    assert inside + document["params"]["outside_layers"] == document["params"]["total"]
+    assert all(0 <= row["tokens"] < 1 and 0 <= row["ffn"] < 1 for row in document["inequality"])
+    assert "cross" in comp("analyze", tiny_folder, *FEW).stdout
+
+
+def test_parameters_of_the_analysis_are_those_of_the_model(stock, tiny_folder):
+    document = json.loads(comp("analyze", tiny_folder, "--json", *FEW).stdout)
+    assert document["params"]["total"] == sum(p.numel() for p in stock.parameters())
+    first = document["layers"][0]["params"]
+    assert sum(first.values()) == sum(p.numel() for p in stock.vision_model.encoder.layers[0].parameters())
+    text = next(layer for layer in document["layers"] if layer["tower"] == "language")["params"]
+    crossing = stock.text_encoder.encoder.layer[0].crossattention
+    assert text["cross"] == sum(p.numel() for p in crossing.parameters())
+
+
+def test_commands_without_a_folder_take_the_last_compact_model(compact, monkeypatch):
+    monkeypatch.chdir(compact.parent)
+    result = comp("export", "--onnx", "-o", "served")
+    assert result.exit_code == 0, result.output
+    assert f"taking {compact}" in result.stderr
+    assert (compact.parent / "served" / "model.onnx").exists()
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.5", "1.5", "nan", "inf", "abc"])
+def test_bad_ratios(tiny_folder, tmp_path, ratio):
+    result = comp("prune", tiny_folder, "--ratio", ratio, "-o", tmp_path / "c")
+    assert result.exit_code == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_ratio_out_of_reach(tiny_folder, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", "0.995", "-o", tmp_path / "c", *FEW)
+    assert result.exit_code == 1 and "cannot be reached" in result.stderr and "Try --ratio" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def config_of(folder, tmp_path, **changes):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_an_unknown_architecture(tiny_folder, tmp_path):
+    folder = config_of(tiny_folder, tmp_path, architectures=["BlipForImageTextRetrievalX"])
+    result = comp("prune", folder, "--ratio", 0.5, "-o", tmp_path / "c")
+    assert result.exit_code == 4 and "Supported: BlipForImageTextRetrieval" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["prune", "analyze"])
+def test_a_compact_model_is_not_pruned_again(compact, tmp_path, command):
+    more = ["--ratio", 0.5, "-o", tmp_path / "c"] if command == "prune" else []
+    result = comp(command, compact, *more)
+    assert result.exit_code == 4 and "compact model already" in result.stderr
+
+
+def test_a_head_count_that_does_not_divide(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    folder = config_of(tiny_folder, tmp_path, vision_config=config["vision_config"] | {"num_attention_heads": 7})
+    assert comp("analyze", folder, *FEW).exit_code == 4
+
+
+def test_a_corrupt_config(tiny_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "config.json").write_text("{ not json")
+    assert comp("analyze", copy).exit_code == 4
+
+
+def test_a_folder_without_processor(tiny_folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_folder / name, copy)
+    result = comp("prune", copy, "--ratio", 0.5, "-o", tmp_path / "c")
+    assert result.exit_code == 4 and "processor" in result.stderr
+
+
+def test_an_output_that_exists(tiny_folder, compact, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", compact, *FEW)
+    assert result.exit_code == 2 and "--overwrite" in result.stderr
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "notes", "--overwrite", *FEW)
+    assert result.exit_code == 2 and (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_model_is_never_overwritten(tiny_folder):
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tiny_folder, "--overwrite", *FEW)
+    assert result.exit_code == 2 and (tiny_folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "./nowhere", "--ratio", "0.5"],
+        ["prune", "demo"],
+        ["analyze", "demo", "--frobnicate"],
+        ["analyze", "demo", "--num-samples", "0"],
+        ["analyze", "demo", "--device", "toaster"],
+        ["analyze", "demo", "--format", "xml"],
+        ["prune", "demo", "--ratio", "0.5", "--dtype", "fp8"],
+        ["prune", "demo", "--ratio", "0.5", "--method", "magic"],
+        ["export", "./nowhere", "--onnx"],
+        ["bench", "./nowhere"],
+    ],
+)
+def test_wrong_usage(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = comp(*arguments)
+    assert result.exit_code == 2 and result.stderr.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_path):
+    assert comp("export", compact).exit_code == 2
+    assert comp("export", tiny_folder, "--onnx", "-o", tmp_path / "x").exit_code == 4
+    assert comp("export", compact, "--onnx", "--opset", 9, "-o", tmp_path / "x").exit_code == 2
+
+
+def test_nothing_to_take_below_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["export", "--onnx"], ["bench"]):
+        result = comp(*command)
+        assert result.exit_code == 2 and "comp prune demo" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "tensorrt"], ["--batch", "0"], ["--batch", "many"], ["--backend", ""]])
+def test_bench_options(compact, arguments):
+    assert comp("bench", compact, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["bench"], ["analyze"], ["prune", "--ratio", "0.5"]])
+def test_cuda_without_a_gpu(compact, tiny_folder, tmp_path, monkeypatch, command):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    model = compact if command[0] == "bench" else tiny_folder
+    result = comp(command[0], model, *command[1:], "--device", "cuda")
+    assert result.exit_code == 5 and "cuda" in result.stderr.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failures_are_documents_too(tmp_path):
+    result = comp("prune", "demo", "--ratio", "2", "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 2 and document["error"]["code"] == 2
+    assert document["error"]["message"] and document["error"]["hint"]
+
+
+def test_ctrl_c(tiny_folder, tmp_path, monkeypatch):
+    from comp_cli import prune
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "write_checkpoint", interrupted)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FEW)
+    assert result.exit_code == 130 and list(tmp_path.iterdir()) == []
+
+
+# The command itself --------------------------------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from comp_cli.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    done = python(code + "print('HEAVY' if {'torch', 'transformers', 'onnx'} & set(sys.modules) else 'light')")
+    assert done.stdout.strip().endswith("light") and "analyze" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["analyze", "prune", "export", "bench"])
+def test_every_help_has_examples(command):
+    result = comp(command, "--help")
+    assert result.exit_code == 0 and f"comp {command} " in result.stdout
+
+
+def test_stdout_holds_only_the_document(tiny_folder):
+    command = [sys.executable, "-W", "always", "-m", "comp_cli", "analyze", str(tiny_folder), "--json", *FEW]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["architecture"] == "BlipForImageTextRetrieval"
+
+
+def test_version():
+    assert comp("--version").stdout.startswith("comp ")
