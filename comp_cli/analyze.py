@@ -19,10 +19,8 @@ def analyze(
     warn_about_scenes(dense, out)
     batches = batches_for(dense, "train", num_samples, batch_size, seed)
     runtime = dense.runtime(dense.plan)
-    weight = next(runtime.parameters())
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
-        inputs = (batch.to(weight.device, weight.dtype).inputs for batch in batches)
-        scores = scoring.collect(runtime, dense.family, dense.plan, inputs, advance=bar.advance)
+        scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
     document = {
         "comp_version": __version__,
         "model": dense.source.name,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .engine.methods import METHODS
 from .errors import FAILED, INTERRUPTED, USAGE, CompError
 from .output import MODES, Output
 
@@ -126,7 +127,10 @@ def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
     output: OutputDir = None,
-    method: Annotated[str, typer.Option(help="comp or wanda: how parameters are scored.")] = "comp",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
+    recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
+    stages: Annotated[int, typer.Option(min=1, help="Stages of the method comp; each removes as many FLOPs.")] = 40,
+    stage_samples: Annotated[int, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on.")] = 16,
     num_samples: NumSamples = 64,
     eval_samples: Annotated[int, typer.Option(min=1, help="Pairs for the comparison at the end.")] = 1000,
     batch_size: BatchSize = 8,
@@ -165,6 +169,9 @@ def prune(
             model=model,
             ratio=ratio,
             method=method,
+            recover=recover,
+            stages=stages,
+            stage_samples=stage_samples,
             seed=seed,
             num_samples=num_samples,
             eval_samples=eval_samples,
@@ -186,6 +193,9 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the only format so far).")] = False,
     output: OutputDir = None,
     atol: Annotated[float, typer.Option(min=0, help="Largest difference from torch that is accepted.")] = 1e-4,
+    target: Annotated[
+        str, typer.Option(help="onnxruntime (fused attention), or onnx (standard operators only).")
+    ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
     overwrite: Overwrite = False,
     form: Format = "human",
@@ -209,9 +219,10 @@ def export(
         from . import export as command
 
         source = command.resolve_folder(folder, out)
-        target = output or source.with_name(source.name + "-onnx")
-        document = command.export(source, target, out, overwrite=overwrite, atol=atol, opset=opset)
-        return document | {"output": str(target)}, target
+        folder_out = output or source.with_name(source.name + "-onnx")
+        options = {"atol": atol, "opset": opset, "target": target}
+        document = command.export(source, folder_out, out, overwrite=overwrite, **options)
+        return document | {"output": str(folder_out)}, folder_out
 
     _run(out, work)
 

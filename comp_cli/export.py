@@ -15,12 +15,14 @@ from . import __version__, data, tasks
 from .errors import GATE, REFUSED, USAGE, CompError
 from .families import find_family
 from .loading import facts, load_model, load_processor, quiet_libraries
+from .modeling_comp import CompactAttention
 from .output import Output
 from .report import mib
 from .store import atomic_folder, check_output, folder_size, read_config, sha256
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 OPSET = 20
+TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
 
@@ -48,8 +50,11 @@ class Parity:
     same_decision: float
 
 
-def export(folder: Path, output: Path, out: Output, *, overwrite: bool, atol: float, opset: int) -> dict[str, Any]:
+def export(
+    folder: Path, output: Path, out: Output, *, overwrite: bool, atol: float, opset: int = OPSET, target: str = TARGETS[0]
+) -> dict[str, Any]:
     """Export a compact (or dense) checkpoint folder; returns the report. Exit 3 above the tolerance, nothing left behind."""
+    check_target(target, opset)
     check_output(output, overwrite=overwrite, source=folder)
     started = time.perf_counter()
     config = read_config(folder)
@@ -61,7 +66,7 @@ def export(folder: Path, output: Path, out: Output, *, overwrite: bool, atol: fl
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("exporting the graph (this takes a minute for a full-size model) ...")
         path = partial / "model.onnx"
-        write_graph(model, task, path, opset=opset)
+        write_graph(model, task, path, opset=opset, target=target)
         cases = parity_inputs(model, processor, min(35, longest))
         with out.progress("checking parity with torch", len(cases)) as bar:
             session = open_session(path)
@@ -86,6 +91,7 @@ def export(folder: Path, output: Path, out: Output, *, overwrite: bool, atol: fl
             "source": facts(config),
             "architecture": architecture,
             "opset": opset,
+            "target": target,
             "dtype": "float32",
             "inputs": {i.name: list(map(str, i.shape)) for i in session.get_inputs()},
             "outputs": {o.name: list(map(str, o.shape)) for o in session.get_outputs()},
@@ -105,9 +111,11 @@ def export(folder: Path, output: Path, out: Output, *, overwrite: bool, atol: fl
     return document
 
 
-def write_graph(model: nn.Module, task: tasks.Task, path: Path, *, opset: int = OPSET) -> None:
-    """Write one graph with dynamic batch and text length."""
-    check_opset(opset)
+def write_graph(model: nn.Module, task: tasks.Task, path: Path, *, opset: int = OPSET, target: str = TARGETS[0]) -> None:
+    """Write one graph with dynamic batch and text length; attention of compact models as one node for "onnxruntime"."""
+    for module in model.modules():
+        if isinstance(module, CompactAttention):
+            module.fused_node = target == TARGETS[0]
     side = model.config.vision_config.image_size
     # Example sizes of 0 and 1 would be baked into the graph; these are none of a model's own sizes.
     example = (torch.zeros(2, 3, side, side), torch.full((2, 7), 1), torch.ones(2, 7, dtype=torch.long))
@@ -128,7 +136,10 @@ def write_graph(model: nn.Module, task: tasks.Task, path: Path, *, opset: int = 
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 
 
-def check_opset(opset: int) -> None:
+def check_target(target: str, opset: int) -> None:
+    """Exit 2 for a target or an opset that comp does not write."""
+    if target not in TARGETS:
+        raise CompError(f"--target {target}: unknown.", code=USAGE, hint=f"Use one of {', '.join(TARGETS)}.")
     if not 18 <= opset <= 23:
         raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
 

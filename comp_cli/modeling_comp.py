@@ -99,6 +99,26 @@ def resized(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias, device=weight.device, dtype=weight.dtype)
 
 
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """ONNX Runtime's MultiHeadAttention node, for export only. All (batch, tokens, heads * head_dim), mask additive."""
+    bias = () if attention_mask is None else (None, None, attention_mask)
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value, *bias),
+        {"num_heads": num_heads, "scale": scale},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
 class CompactAttention(nn.Module):
     """Self- or cross-attention with any number of heads, on the fused kernel; keeps the stock names of its weights.
 
@@ -113,6 +133,7 @@ class CompactAttention(nn.Module):
         self.skip_first = True
         self.score_rows: int | None = None
         self.head_mask: torch.Tensor | None = None
+        self.fused_node = False  # export as one node of ONNX Runtime
         inner = num_heads * head_dim
         for name in layout["qkv"]:
             linear = getattr(stock, name)
@@ -132,30 +153,33 @@ class CompactAttention(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self._project(hidden_states, encoder_hidden_states)
         if encoder_hidden_states is not None:
             attention_mask = None  # as in the stock model: image tokens have no padding
-        context = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=self.scale)
-        context = context.transpose(1, 2).flatten(2)
+        query, key, value = self._project(hidden_states, encoder_hidden_states)
+        if self.fused_node and torch.onnx.is_in_onnx_export():
+            context = fused_attention(query, key, value, self.num_heads, self.scale, attention_mask)
+        else:
+            split = (self._split(states) for states in (query, key, value))
+            context = F.scaled_dot_product_attention(*split, attention_mask, scale=self.scale)
+            context = context.transpose(1, 2).flatten(2)
         scores = None
         if self.score_rows is not None:
             options = {"rows": self.score_rows, "skip_first": self.skip_first}
             masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
-            scores = token_scores(query, key, self.scale, **options, **masks)
+            scores = token_scores(self._split(query), self._split(key), self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
     def _project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
-        """Queries, keys and values, each (batch, heads, tokens, head_dim)."""
+        """Queries, keys and values, each (batch, tokens, heads * head_dim)."""
         names = self.layout["qkv"]
         if len(names) == 1:
-            fused = getattr(self, names[0])(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-            return list(fused.permute(2, 0, 3, 1, 4))
+            return list(getattr(self, names[0])(hidden_states).chunk(3, dim=-1))
         other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        sources = (hidden_states, other, other)
-        return [
-            getattr(self, name)(source).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for name, source in zip(names, sources, strict=True)
-        ]
+        return [getattr(self, name)(source) for name, source in zip(names, (hidden_states, other, other), strict=True)]
+
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 class TokenPruning:

@@ -30,13 +30,13 @@ class Output:
     def say(self, message: str) -> None:
         """A line about what is being done."""
         if self.mode == "human":
-            self.console.print(printable(message), markup=False)
+            self.console.print(printable(message), markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Something the user should know; part of the JSON document as well."""
         self.warnings.append(message)
         if self.mode != "quiet":
-            self.console.print(f"[yellow]warning:[/] {escape(printable(message))}")
+            self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator["Bar"]:

@@ -3,25 +3,26 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import __version__, modeling_comp, report, tasks
-from .engine import flops, schedule, scoring
+from .data import Batch
+from .engine import flops, schedule, scoring, stages
+from .engine.methods import METHODS
+from .engine.recover import collect_grams
 from .errors import FAILED, USAGE, CompError
 from .loading import load_model, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .plan import Plan
 from .store import atomic_folder, check_output, folder_size, save_tensors, sha256
 from .workbench import Dense, batches_for, open_dense, warn_about_scenes
-
-METHODS = {"comp": True, "wanda": False}  # method -> parameters are scored by the tokens that matter (CIP)
-TOKEN_SHARE = 0.5  # tokens' share of the logarithmic FLOPs reduction
-SCORE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Options:
     model: str
     ratio: float
     method: str = "comp"
+    recover: bool = True
+    stages: int = 40
+    stage_samples: int = 16
     seed: int = 0
     num_samples: int = 64
     eval_samples: int = 1000
@@ -61,12 +65,12 @@ def prune(options: Options, output: Path, out: Output, *, overwrite: bool, dry_r
     started = time.perf_counter()
     dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
     warn_about_scenes(dense, out)
-    plan = find_plan(dense, options, out)
-    document = describe(dense, plan, options)
+    plan, grams, journal = find_plan(dense, options, out)
+    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in journal]}
     if dry_run:
         report.print_plan(document, out)
         return document
-    compact = dense.runtime(plan)
+    compact = dense.runtime(plan, grams)
     document |= {"quality": compare(dense, compact, options, out)}
     document["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_folder(output, overwrite=overwrite) as folder:
@@ -79,30 +83,80 @@ def prune(options: Options, output: Path, out: Output, *, overwrite: bool, dry_r
     return document
 
 
-def find_plan(dense: Dense, options: Options, out: Output) -> Plan:
-    """Score everything on calibration batches, then choose what stays."""
+def find_plan(dense: Dense, options: Options, out: Output) -> tuple[Plan, dict[scoring.Key, Tensor] | None, list[stages.Stage]]:
+    """The plan, the Gram matrices for its recovery, and the stages that led to it (none for one-shot methods)."""
+    method = METHODS[options.method]
     batches = batches_for(dense, "train", options.num_samples, options.batch_size, options.seed)
-    model = dense.runtime(dense.plan)
-    weight = next(model.parameters())
-    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
-        scores = scoring.collect(
-            model,
-            dense.family,
-            dense.plan,
-            (batch.to(weight.device, weight.dtype).inputs for batch in batches),
-            weighted=METHODS[options.method],
-            advance=bar.advance,
-        )
-    start = Plan(dense.plan.architecture, tuple(_with_rows(tower, dense) for tower in dense.plan.towers))
+    grams = gather_grams(dense, batches, out) if options.recover else None
     floors = schedule.Floors()
-    return schedule.joint_plan(start, scores, dense.reference, options.ratio, token_share=TOKEN_SHARE, floors=floors)
+    if method.token_share is None:
+        calibration = Calibration(dense, batches[: -(-options.stage_samples // options.batch_size)], grams, method.params)
+        plan, journal = run_stages(dense, options, calibration, floors, out)
+        return plan, grams, journal
+    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
+        whole = Calibration(dense, batches, None, method.params or "cip", options.seed)
+        scores, _ = whole.look(dense.plan, bar.advance)
+    plan = schedule.joint_plan(
+        dense.plan, scores, dense.reference, options.ratio, token_share=method.token_share, floors=floors
+    )
+    return plan, grams, []
 
 
-def _with_rows(tower, dense: Dense):
-    # Short sequences are scored with all rows: their number varies from batch to batch, and they cost nothing.
-    from dataclasses import replace
+def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> dict[scoring.Key, Tensor]:
+    model = dense.runtime(dense.plan)
+    with out.progress("gathering activations for recovery", len(batches)) as bar:
+        return collect_grams(model, dense.family, dense.plan, dense.on_device(batches), bar.advance)
 
-    return replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0)
+
+class Calibration:
+    """Runs plans over the same pairs: what is important in them, and how much they lose.
+
+    The loss is the task's where the pairs are labelled, else the divergence from the dense model.
+    """
+
+    def __init__(self, dense: Dense, batches: list[Batch], grams, rule: str, seed: int = 0):
+        self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
+        labels = [batch.labels for batch in batches]
+        self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
+        self.expected: Tensor | None = None  # logits of the first plan that is looked at: the dense one
+
+    def look(self, plan: Plan, advance: Callable[[], None] = lambda: None) -> tuple[scoring.Scores, float]:
+        heard: list[Tensor] = []
+        name = self.dense.task.output
+        scores = scoring.collect(
+            self.dense.runtime(plan, self.grams),
+            self.dense.family,
+            plan,
+            self.dense.on_device(self.batches),
+            rule=self.rule,
+            seed=self.seed,
+            hear=lambda outputs: heard.append(getattr(outputs, name).float().cpu()),
+            advance=advance,
+        )
+        logits = torch.cat(heard)
+        if self.expected is None:
+            self.expected = logits
+        if self.labels is not None:
+            return scores, F.cross_entropy(logits, self.labels).item()
+        return scores, tasks.divergence(self.expected, logits)
+
+
+def run_stages(
+    dense: Dense, options: Options, calibration: Calibration, floors: schedule.Floors, out: Output
+) -> tuple[Plan, list[stages.Stage]]:
+    """CoMP's stages, told as they pass."""
+    journal: list[stages.Stage] = []
+    strategy = stages.Strategy(stages=options.stages)
+    with out.progress("pruning", options.stages) as bar:
+
+        def tell(stage: stages.Stage, plan: Plan) -> None:
+            journal.append(stage)
+            bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
+
+        plan = stages.search(
+            dense.plan, dense.reference, options.ratio, calibration.look, strategy, floors, seed=options.seed, tell=tell
+        )
+    return plan, journal
 
 
 def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:

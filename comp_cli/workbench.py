@@ -1,6 +1,7 @@
 """What every command needs before it can work: a model with its family, its processor, its data."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,13 +9,16 @@ import transformers
 from torch import Tensor, nn
 
 from . import data, hub, loading, tasks
-from .engine import flops
+from .engine import flops, scoring
+from .engine.recover import recover
 from .engine.slicing import slice_state
 from .errors import REFUSED, CompError
 from .families import Family, find_family
 from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config
+
+SCORE_ROWS = 64
 
 
 @dataclass
@@ -39,11 +43,20 @@ class Dense:
     def text_tokens(self) -> int:
         return self.reference.tokens["language"]
 
-    def runtime(self, plan: Plan) -> nn.Module:
-        """The model of a plan, on the fused kernels. Weights of unchanged size are shared with the dense model."""
+    def on_device(self, batches: list[data.Batch]) -> Iterator[dict[str, Tensor]]:
+        """The inputs of batches where the weights are, in their precision."""
+        weight = next(iter(self.state.values()))
+        return (batch.to(weight.device, weight.dtype).inputs for batch in batches)
+
+    def runtime(self, plan: Plan, grams: Mapping[scoring.Key, Tensor] | None = None) -> nn.Module:
+        """The model of a plan, on the fused kernels, recovered where Gram matrices are given. Weights that stay as they
+        are are shared with the dense model."""
         config = self.hf_config.__class__.from_dict(self.config)
         config.comp = plan.comp_block(self.family)
-        return loading.build_compact(config, self.architecture, slice_state(self.state, self.family, plan))
+        state = slice_state(self.state, self.family, plan)
+        if grams is not None:
+            state = recover(state, self.state, self.family, plan, grams)
+        return loading.build_compact(config, self.architecture, state)
 
 
 def open_dense(
@@ -77,12 +90,18 @@ def open_dense(
         config=config,
         family=family,
         task=tasks.TASKS[family.architectures[architecture]],
-        plan=dense_plan(full, family, architecture),
+        plan=with_score_rows(dense_plan(full, family, architecture)),
         reference=reference,
         state=state,
         hf_config=dense.config,
         processor=processor,
     )
+
+
+def with_score_rows(plan: Plan) -> Plan:
+    """Images are scored with a bounded number of query rows; texts with all: short, and of varying length."""
+    towers = (replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0) for tower in plan.towers)
+    return replace(plan, towers=tuple(towers))
 
 
 def batches_for(dense: Dense, split: str, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:

@@ -207,6 +207,7 @@ def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_pat
     assert comp("export", compact).exit_code == 2
     assert comp("export", tiny_folder, "--onnx", "-o", tmp_path / "x").exit_code == 4
     assert comp("export", compact, "--onnx", "--opset", 9, "-o", tmp_path / "x").exit_code == 2
+    assert comp("export", compact, "--onnx", "--target", "tflite", "-o", tmp_path / "x").exit_code == 2
 
 
 def test_nothing_to_take_below_the_current_folder(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from comp_cli.engine import flops, importance, schedule, scoring
+from comp_cli.engine import flops, importance, methods, schedule, scoring
 from comp_cli.engine.slicing import fused_channels, head_channels
 from comp_cli.errors import CompError
 from comp_cli.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
@@ -161,7 +161,7 @@ def test_scores_come_from_the_activations(stock, dense, inputs):
     with torch.inference_mode():
         stock(**inputs)
     hook.remove()
-    found = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs], weighted=False)
+    found = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs], rule="wanda")
     expected = layer.mlp.fc2.weight.abs().mean(0) * seen["x"].flatten(0, 1).norm(dim=0)
     torch.testing.assert_close(found.units["vision", 2, "ffn"], expected, rtol=1e-4, atol=1e-4)
 
@@ -211,7 +211,7 @@ def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, scores):
 
 
 def test_floors_hold(dense, scores):
-    smallest = schedule.prune_to(dense.plan, scores, dense.reference, schedule.MODES, 0, schedule.Floors())
+    smallest = schedule.prune_to(dense.plan, scores, dense.reference, methods.MODES, 0, schedule.Floors())
     for tower in smallest.towers:
         for layer in tower.layers:
             assert len(layer.attention.heads) >= 1 and len(layer.ffn) >= 20 and (layer.keep or 5) >= 5

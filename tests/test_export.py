@@ -22,11 +22,20 @@ def compact(tiny_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def exported(compact):
-    folder = compact.with_name("served")
-    export.export(compact, folder, Output("quiet"), overwrite=False, atol=1e-4, opset=20)
+@pytest.fixture(scope="module", params=export.TARGETS)
+def exported(compact, request):
+    folder = compact.with_name(f"served-{request.param}")
+    export.export(compact, folder, Output("quiet"), overwrite=False, atol=1e-4, target=request.param)
     return folder
+
+
+def test_attention_is_one_node_or_standard_operators(exported):
+    nodes = onnx.load(exported / "model.onnx").graph.node
+    fused = sum(node.op_type == "MultiHeadAttention" for node in nodes)
+    if exported.name.endswith("onnxruntime"):
+        assert fused == 5 + 2 * 4
+    else:
+        assert {node.domain for node in nodes} <= {"", "ai.onnx"}
 
 
 def test_the_graph_has_the_names_of_the_ecosystem(exported):
@@ -71,7 +80,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact, tmp_path, m
     honest = tasks.Task.logits
     monkeypatch.setattr(tasks.Task, "logits", lambda self, model, inputs: honest(self, model, inputs) + 0.01)
     with pytest.raises(CompError, match="differs from torch by 1.00e-02") as caught:
-        export.export(compact, tmp_path / "served", Output("quiet"), overwrite=False, atol=1e-4, opset=20)
+        export.export(compact, tmp_path / "served", Output("quiet"), overwrite=False, atol=1e-4)
     assert caught.value.code == 3 and list(tmp_path.iterdir()) == []
 
 

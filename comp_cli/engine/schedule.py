@@ -15,15 +15,8 @@ from ..errors import CompError
 from ..plan import LayerPlan, Plan, TowerPlan
 from . import flops
 from .importance import relative_to_layer
+from .methods import PARAMETER_MODES, TOKEN_MODES
 from .scoring import Scores
-
-PARAMETER_MODES = {
-    "vision_params": ("vision", ("attention", "ffn")),
-    "language_params": ("language", ("attention", "ffn")),
-    "cross_params": ("language", ("cross",)),
-}
-TOKEN_MODES = {"vision_tokens": "vision", "language_tokens": "language"}
-MODES = (*PARAMETER_MODES, *TOKEN_MODES)
 
 
 @dataclass(frozen=True)

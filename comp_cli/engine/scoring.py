@@ -1,5 +1,6 @@
 """Runs a model over calibration batches and gathers the importance of everything that can be removed."""
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +44,11 @@ def layer_parts(tower: Tower) -> dict[str, str]:
 
 
 @contextmanager
-def recording(model: nn.Module, family: Family) -> Iterator[Recorder]:
-    """Record activations and token scores (all query rows) of every layer while the context is open."""
+def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder]:
+    """Record activations and token scores of every layer while the context is open.
+
+    Layers score as they do at inference: with the rows that the plan gives their tower.
+    """
     recorder = Recorder()
     hooks, rows_before = [], []
 
@@ -58,7 +62,7 @@ def recording(model: nn.Module, family: Family) -> Iterator[Recorder]:
         for index, layer in enumerate(tower_layers(model, tower)):
             attention: CompactAttention = layer.get_submodule(tower.attention.module)
             rows_before.append((attention, attention.score_rows))
-            attention.score_rows = 0
+            attention.score_rows = plan.tower(tower.name).score_rows
             hooks.append(attention.register_forward_hook(remember_scores((tower.name, index))))
             for part, path in layer_parts(tower).items():
                 hook = remember_input((tower.name, index, part))
@@ -78,58 +82,74 @@ def collect(
     plan: Plan,
     batches: Iterable[dict[str, Tensor]],
     *,
-    weighted: bool = True,
+    rule: str = "cip",
+    seed: int = 0,
+    hear: Callable[[object], None] = lambda outputs: None,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Importance of heads, channels and tokens on calibration batches of model inputs.
+    """Importance of heads, channels and tokens on calibration batches of model inputs; `hear` gets the model's outputs.
 
-    `weighted` scores parameters by the tokens that matter (CIP); without it every token counts the same (Wanda).
+    `rule` is one of PARAMETER_RULES.
     """
     energies: dict[Key, Tensor] = {}
     tokens: dict[tuple[str, int], list[Tensor]] = {}
     model.eval()
-    with torch.inference_mode(), recording(model, family) as recorder:
+    with torch.inference_mode(), recording(model, family, plan) as recorder:
         for batch in batches:
-            model(**batch)
-            for tower in family.towers:
-                for key, found in _energies(recorder, tower, plan, weighted).items():
-                    energies[key] = energies.get(key, 0) + found
+            hear(model(**batch))
+            for key, activations in recorder.inputs.items():
+                weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted=rule == "cip")
+                energies[key] = energies.get(key, 0) + importance.energy(activations, weights)
             for key, scores in recorder.scores.items():
                 tokens.setdefault(key, []).extend(_relative(scores).cpu())
             advance()
     units = {}
-    for tower in family.towers:
-        layers = tower_layers(model, tower)
-        for index, layer_plan in enumerate(plan.tower(tower.name).layers):
-            for part, path in layer_parts(tower).items():
-                weight = layers[index].get_submodule(path).weight.detach()
-                scores = importance.channel_importance(weight, energies[tower.name, index, part]).cpu()
-                if part != "ffn":
-                    scores = importance.head_importance(scores, getattr(layer_plan, part).head_dim)
-                units[tower.name, index, part] = scores
+    for key, found in energies.items():
+        tower, index, part = family.tower(key[0]), key[1], key[2]
+        weight = tower_layers(model, tower)[index].get_submodule(layer_parts(tower)[part]).weight.detach()
+        scores = PARAMETER_RULES[rule](weight, found, _seed(seed, key)).cpu()
+        if part != "ffn":
+            scores = importance.head_importance(scores, getattr(plan.tower(tower.name).layers[index], part).head_dim)
+        units[key] = scores
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
     return Scores(units, padded)
 
 
-def _energies(recorder: Recorder, tower: Tower, plan: Plan, weighted: bool) -> dict[Key, Tensor]:
-    """Channel energies of one batch. Attention is weighted by its own layer's token scores, the parts behind it by the
-    next layer's (CoMP, Eq. 5); the last layer has only its own."""
-    found = {}
-    layers = plan.tower(tower.name).layers
-    for index, layer in enumerate(layers):
-        own = recorder.scores[tower.name, index]
-        after = recorder.scores.get((tower.name, index + 1))
-        if after is None:
-            after = own
-            if layer.keep is not None and layer.keep < own.shape[1]:
-                after = own.gather(1, kept_tokens(own, layer.keep, tower.protected))
-        for part in layer_parts(tower):
-            scores = own if part == "attention" else after
-            weights = (scores >= 0).float()
-            if weighted:
-                weights = importance.token_weights(scores, "first" in tower.protected) * weights
-            found[tower.name, index, part] = importance.energy(recorder.inputs[tower.name, index, part], weights)
-    return found
+def _chance(weight: Tensor, energy: Tensor, seed: int) -> Tensor:
+    return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+
+
+def _seed(seed: int, key: Key) -> int:
+    return zlib.crc32(f"{seed} {key}".encode())
+
+
+# How channels are scored: output projection (outputs, channels), energy of its inputs (channels,), seed -> (channels,).
+# "cip" and "wanda" differ in the token weights behind the energy.
+PARAMETER_RULES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "cip": lambda weight, energy, seed: importance.channel_importance(weight, energy),
+    "wanda": lambda weight, energy, seed: importance.channel_importance(weight, energy),
+    "magnitude": lambda weight, energy, seed: weight.float().abs().mean(0),
+    "random": _chance,
+}
+
+
+def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted: bool) -> Tensor:
+    """Token weights of a part's activations, (batch, tokens); without `weighted` 1 for every token but padding.
+
+    Attention is weighted by its own layer's token scores, the parts behind it by the next layer's (CoMP, Eq. 5); the last
+    layer has only its own.
+    """
+    _, index, part = key
+    scores = recorder.scores[tower.name, index]
+    if part != "attention":
+        following = recorder.scores.get((tower.name, index + 1))
+        keep = plan.tower(tower.name).layers[index].keep
+        if following is not None:
+            scores = following
+        elif keep is not None and keep < scores.shape[1]:
+            scores = scores.gather(1, kept_tokens(scores, keep, tower.protected))
+    valid = (scores >= 0).float()
+    return importance.token_weights(scores, "first" in tower.protected) * valid if weighted else valid
 
 
 def _relative(scores: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""Write a full-size BLIP image-text-matching checkpoint with random weights: what speed and memory are measured on.
+
+    python benchmarks/full_size.py blip-itm-base-random
+
+The sizes of Salesforce/blip-itm-base-coco (ViT-B/16 at 384 px, 12 text layers with cross-attention, 224 M parameters).
+Its decisions mean nothing; its shapes, and so its cost, are real.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from train_demo import build_processor
+from transformers import BlipConfig, BlipForImageTextRetrieval
+
+
+def write(folder: Path, image_size: int = 384, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    text = {"vocab_size": 30524, "num_attention_heads": 12}
+    vision = {"image_size": image_size, "patch_size": 16, "initializer_range": 0.02}
+    BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    processor = build_processor()
+    processor.tokenizer.model_max_length = 512
+    processor.image_processor.size = {"height": image_size, "width": image_size}
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--image-size", type=int, default=384)
+    arguments = parser.parse_args()
+    write(arguments.folder, arguments.image_size)

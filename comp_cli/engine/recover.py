@@ -1,0 +1,89 @@
+"""Closed-form recovery: after a removal, the output projections are fitted anew to say what the dense ones said.
+
+For each part with inner activations x (constant 1 appended for the bias) and output projection W, minimise over the kept
+channels K  sum_n w_n ||W x_n - W' x_n[K]||^2 + ridge ||W'||^2, which gives  W' = W G[:, K] (G[K, K] + ridge I)^-1  with the
+weighted Gram matrix G = sum_n w_n x_n x_n^T. G is gathered once, on the dense model: every plan is recovered from it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family
+from ..plan import LayerPlan, Plan
+from .scoring import Key, layer_parts, recording, tower_layers, weights_of
+from .slicing import head_channels
+
+RIDGE = 1e-3  # times the mean of the diagonal
+
+
+def collect_grams(
+    model: nn.Module,
+    family: Family,
+    plan: Plan,
+    batches: Iterable[dict[str, Tensor]],
+    advance: Callable[[], None] = lambda: None,
+) -> dict[Key, Tensor]:
+    """Weighted Gram matrices of every part of a dense model, (channels + 1, channels + 1) each."""
+    grams: dict[Key, Tensor] = {}
+    with torch.inference_mode(), recording(model, family, plan) as recorder:
+        for batch in batches:
+            model(**batch)
+            for tower in family.towers:
+                for index in range(len(tower_layers(model, tower))):
+                    for part in layer_parts(tower):
+                        key = (tower.name, index, part)
+                        weights = weights_of(recorder, tower, plan, key, weighted=True)
+                        found = gram(recorder.inputs[key], weights)
+                        grams[key] = grams[key].add_(found) if key in grams else found
+            advance()
+    return grams
+
+
+def gram(activations: Tensor, weights: Tensor) -> Tensor:
+    """sum_n w_n [x_n; 1] [x_n; 1]^T. (batch, tokens, channels), (batch, tokens) -> (channels + 1, channels + 1)."""
+    x = activations.flatten(0, 1).float()
+    used = weights.flatten() > 0
+    x, w = x[used], weights.flatten()[used].float().sqrt().unsqueeze(1)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) * w
+    return x.T @ x
+
+
+def refit(weight: Tensor, bias: Tensor, found: Tensor, kept: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, kept) and bias (outputs,) that best replace a dense (outputs, channels) one on the kept channels."""
+    columns = torch.cat([kept, torch.tensor([weight.shape[1]])]).to(found.device)
+    whole = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
+    inner = found[columns][:, columns].double()
+    shrink = ridge * inner.diagonal().mean()
+    inner = inner + shrink * torch.eye(len(columns), dtype=torch.double, device=found.device)
+    # The ridge pulls towards the plain slice, not towards zero: nothing pruned, nothing changed.
+    target = whole @ found[:, columns].double() + shrink * whole[:, columns]
+    fitted = torch.linalg.solve(inner, target.T).T
+    return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
+
+
+def recover(
+    sliced: dict[str, Tensor], dense: Mapping[str, Tensor], family: Family, plan: Plan, grams: Mapping[Key, Tensor]
+) -> dict[str, Tensor]:
+    """The sliced weights with refitted output projections. Parts that kept everything stay as they are."""
+    recovered = dict(sliced)
+    for tower_plan in plan.towers:
+        tower = family.tower(tower_plan.name)
+        for index, layer in enumerate(tower_plan.layers):
+            for part, path in layer_parts(tower).items():
+                name = f"{tower.encoder}.{tower.layers}.{index}.{path}"
+                weight, bias = dense[f"{name}.weight"], dense[f"{name}.bias"]
+                kept = kept_channels(layer, part)
+                if len(kept) < weight.shape[1]:
+                    fitted = refit(weight, bias, grams[tower.name, index, part], kept)
+                    recovered[f"{name}.weight"], recovered[f"{name}.bias"] = fitted
+    return recovered
+
+
+def kept_channels(layer: LayerPlan, part: str) -> Tensor:
+    """Inner channels of a part that stay, as indices into the dense model."""
+    if part == "ffn":
+        return torch.tensor(layer.ffn)
+    attention = getattr(layer, part)
+    return head_channels(attention.heads, attention.head_dim)

@@ -1,0 +1,154 @@
+"""CoMP's multi-mode strategy: one pruning mode per stage, chosen by what it cost before (arXiv 2604.02956, Eq. 8 to 10).
+
+Every stage removes the same share of FLOPs with one of five modes: parameters of the vision tower, of the language tower,
+of the cross-attention, tokens of the vision tower, tokens of the language tower. The cost of a stage is the loss it added
+per FLOPs removed; the mode with the lowest remembered cost goes next (CAS), now and then another one (RE), and what is
+remembered fades with the time since (HI).
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import CompError
+from ..plan import Plan
+from . import flops
+from .methods import MODES
+from .schedule import Floors, prune_to
+from .scoring import Scores
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The paper's hyper-parameters. `explore` 0 is the ablation without RE, `history` 0 the one without HI."""
+
+    stages: int = 40
+    explore: float = 0.2  # rho
+    temperature: float = 5.0  # tau
+    history: float = 0.4  # lambda_0
+    horizon: int = 5  # I_max
+    modes: tuple[str, ...] = MODES
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A line of the journal."""
+
+    stage: int
+    mode: str
+    why: str  # "first visit", "lowest cost" or "exploration"
+    ratio: float
+    flops: int
+    loss: float
+    cost: float  # of this stage: loss added per share of the dense FLOPs removed
+    remembered: float  # R of the mode after this stage
+
+
+@dataclass
+class Memory:
+    """Remembered cost and last stage of every mode that has run."""
+
+    cost: dict[str, float] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+    exhausted: set[str] = field(default_factory=set)
+
+    def idle(self, mode: str, stage: int) -> int:
+        """Stages since the mode last ran (I_m); the first stage counts from 0."""
+        return stage - self.last.get(mode, 0)
+
+    def remember(self, mode: str, stage: int, cost: float, strategy: Strategy) -> float:
+        """HI, Eq. 10: R <- lambda R + (1 - lambda) r; a first visit remembers r."""
+        weight = history_weight(self.idle(mode, stage), strategy) if mode in self.cost else 0.0
+        self.cost[mode] = weight * self.cost.get(mode, 0.0) + (1 - weight) * cost
+        self.last[mode] = stage
+        return self.cost[mode]
+
+
+def history_weight(idle: int, strategy: Strategy) -> float:
+    """lambda = max(lambda_0 - (lambda_0 / I_max)(I_m - 1), 0), Eq. 10."""
+    return max(strategy.history - strategy.history / strategy.horizon * (idle - 1), 0.0)
+
+
+def exploration(idle: Sequence[int], temperature: float) -> list[float]:
+    """Softmax(I_m / tau), Eq. 9: modes that have waited longer are likelier."""
+    weights = [math.exp(i / temperature) for i in idle]
+    return [weight / sum(weights) for weight in weights]
+
+
+def choose(memory: Memory, stage: int, shares: dict[str, float], strategy: Strategy, rng: random.Random) -> tuple[str, str]:
+    """The mode of a stage and why: unvisited modes by their share of FLOPs, then exploration, then the lowest cost."""
+    open_modes = [mode for mode in strategy.modes if mode not in memory.exhausted]
+    unvisited = [mode for mode in open_modes if mode not in memory.cost]
+    if unvisited:
+        return max(unvisited, key=lambda mode: shares[mode]), "first visit"
+    if rng.random() < strategy.explore:
+        weights = exploration([memory.idle(mode, stage) for mode in open_modes], strategy.temperature)
+        return rng.choices(open_modes, weights)[0], "exploration"
+    return min(open_modes, key=lambda mode: memory.cost[mode]), "lowest cost"
+
+
+Look = Callable[[Plan], tuple[Scores, float]]
+
+
+def search(
+    plan: Plan,
+    ref: flops.Reference,
+    ratio: float,
+    look: Look,
+    strategy: Strategy,
+    floors: Floors,
+    *,
+    seed: int = 0,
+    done: Iterable[dict[str, Any]] = (),
+    tell: Callable[[Stage, Plan], None] = lambda stage, plan: None,
+) -> Plan:
+    """Prune stage by stage until the FLOPs ratio is reached. Deterministic for a seed.
+
+    `look` runs a plan over the calibration pairs: the scores of what is left, and the loss. `tell` hears of every stage.
+    `done` are the lines of a journal to resume from, each a stage with its plan.
+    """
+    dense = flops.count(plan, ref)
+    shares = mode_shares(plan, dense)
+    quantum, target = dense.total * ratio / strategy.stages, dense.total * (1 - ratio)
+    memory, rng, stage = Memory(), random.Random(seed), 0
+    scores, loss = look(plan)
+    while (before := flops.count(plan, ref).total) > target:
+        if len(memory.exhausted) == len(strategy.modes):
+            raise CompError(
+                f"ratio {ratio} cannot be reached: with every mode at its floor it is {1 - before / dense.total:.3f}.",
+                hint=f"Try --ratio {math.floor(100 * (1 - before / dense.total)) / 100:.2f}.",
+            )
+        mode, why = choose(memory, stage + 1, shares, strategy, rng)
+        smaller = prune_to(plan, scores, ref, (mode,), max(target, before - quantum), floors)
+        removed = before - flops.count(smaller, ref).total
+        if removed < min(quantum / 4, before - target):
+            memory.exhausted.add(mode)
+            continue
+        stage += 1
+        plan = smaller
+        scores, after = look(plan)
+        cost = (after - loss) / (removed / dense.total)
+        remembered = memory.remember(mode, stage, cost, strategy)
+        loss = after
+        now = before - removed
+        tell(Stage(stage, mode, why, 1 - now / dense.total, now, loss, cost, remembered), plan)
+    return plan
+
+
+def mode_shares(plan: Plan, counted: flops.Flops) -> dict[str, float]:
+    """Share of the dense FLOPs that each mode could touch; orders the first visits."""
+    vision, language = counted.tower("vision"), counted.tower("language")
+    cross = counted.part("language", "cross")
+    return {
+        "vision_params": vision,
+        "vision_tokens": vision + cross,
+        "cross_params": cross,
+        "language_params": language - cross,
+        "language_tokens": (language - cross) / 2,
+    }
+
+
+def as_line(stage: Stage) -> dict[str, Any]:
+    return asdict(stage)

@@ -1,0 +1,175 @@
+"""The multi-mode strategy and the closed-form recovery."""
+
+import random
+
+import pytest
+import torch
+
+from comp_cli.engine import flops, methods, recover, schedule, scoring, stages
+from comp_cli.errors import CompError
+from comp_cli.prune import Calibration
+
+STRATEGY = stages.Strategy()
+
+
+# Strategy ------------------------------------------------------------------------------------------------------------
+
+
+def test_history_golden_values():
+    found = [stages.history_weight(idle, STRATEGY) for idle in range(1, 7)]
+    assert found == pytest.approx([0.40, 0.32, 0.24, 0.16, 0.08, 0.0])
+
+
+def test_exploration_golden_values():
+    assert stages.exploration((1, 2, 3, 4, 5), 5) == pytest.approx([0.129, 0.157, 0.192, 0.235, 0.287], abs=5e-4)
+
+
+def test_a_first_visit_remembers_its_cost_and_later_ones_fade():
+    memory = stages.Memory()
+    assert memory.remember("vision_params", 1, 2.0, STRATEGY) == 2.0
+    assert memory.remember("vision_params", 2, 1.0, STRATEGY) == pytest.approx(0.4 * 2 + 0.6 * 1)
+    assert memory.remember("vision_params", 9, 5.0, STRATEGY) == 5.0  # seven stages later nothing is left of it
+
+
+def test_modes_run_once_by_their_share_then_by_cost():
+    shares = {mode: float(i) for i, mode in enumerate(methods.MODES)}
+    memory, rng = stages.Memory(), random.Random(0)
+    greedy = stages.Strategy(explore=0)
+    first = []
+    for stage in range(1, 6):
+        mode, why = stages.choose(memory, stage, shares, greedy, rng)
+        memory.remember(mode, stage, cost=float(len(mode)), strategy=greedy)
+        first.append((mode, why))
+    assert first == [(mode, "first visit") for mode in reversed(methods.MODES)]
+    cheapest = min(methods.MODES, key=len)
+    assert stages.choose(memory, 6, shares, greedy, rng) == (cheapest, "lowest cost")
+    memory.exhausted.add(cheapest)
+    assert stages.choose(memory, 6, shares, greedy, rng)[0] != cheapest
+
+
+def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited():
+    memory = stages.Memory({m: float(i) for i, m in enumerate(methods.MODES)}, {m: i for i, m in enumerate(methods.MODES)})
+    rng = random.Random(0)
+    drawn = [stages.choose(memory, 6, {}, STRATEGY, rng) for _ in range(4000)]
+    explored = [mode for mode, why in drawn if why == "exploration"]
+    assert len(explored) / 4000 == pytest.approx(0.2, abs=0.02)
+    assert explored.count(methods.MODES[0]) > explored.count(methods.MODES[-1])
+
+
+# Search --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batches(inputs):
+    from comp_cli.data import Batch
+
+    return [Batch(inputs, None)]
+
+
+@pytest.fixture(scope="module")
+def found(dense, batches):
+    journal = []
+    calibration = Calibration(dense, batches, None, "cip")
+    plan = stages.search(
+        dense.plan,
+        dense.reference,
+        0.5,
+        calibration.look,
+        stages.Strategy(stages=10),
+        schedule.Floors(),
+        tell=lambda stage, plan: journal.append((stage, plan)),
+    )
+    return plan, journal
+
+
+def test_the_ratio_is_reached_in_stages(dense, found):
+    plan, journal = found
+    assert 1 - flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total == pytest.approx(
+        0.5, abs=0.01
+    )
+    ratios = [stage.ratio for stage, _ in journal]
+    assert ratios == sorted(ratios) and 5 <= len(journal) <= 12
+
+
+def test_a_stage_touches_its_own_mode_only(dense, found):
+    _, journal = found
+    before = dense.plan
+    for stage, plan in journal:
+        for tower, old in zip(plan.towers, before.towers, strict=True):
+            for layer, was in zip(tower.layers, old.layers, strict=True):
+                mine = {"vision": "vision_params", "language": "language_params"}[tower.name]
+                assert (layer.ffn, layer.attention) == (was.ffn, was.attention) or stage.mode == mine
+                assert layer.cross == was.cross or stage.mode == "cross_params"
+                assert layer.keep == was.keep or stage.mode == f"{tower.name}_tokens"
+        before = plan
+
+
+def test_costs_are_loss_added_per_flops_removed(dense, found):
+    _, journal = found
+    total = flops.count(dense.plan, dense.reference).total
+    loss, at = 0.0, total  # the divergence of the dense model from itself
+    for stage, plan in journal:
+        now = flops.count(plan, dense.reference).total
+        assert stage.cost == pytest.approx((stage.loss - loss) / ((at - now) / total))
+        loss, at = stage.loss, now
+
+
+def test_search_is_deterministic_by_seed(dense, batches, found):
+    def again(seed):
+        journal = []
+        look = Calibration(dense, batches, None, "cip").look
+        tell = lambda stage, plan: journal.append(stage)  # noqa: E731
+        settings = stages.Strategy(stages=10), schedule.Floors()
+        plan = stages.search(dense.plan, dense.reference, 0.5, look, *settings, seed=seed, tell=tell)
+        return plan, journal
+
+    assert again(0) == (found[0], [stage for stage, _ in found[1]])
+    assert again(3)[1] != again(0)[1]
+
+
+def test_exhausted_modes_give_way_and_the_end_is_said(dense, batches):
+    look = Calibration(dense, batches, None, "cip").look
+    only_text = stages.Strategy(stages=10, modes=("language_tokens", "cross_params"))
+    with pytest.raises(CompError, match="cannot be reached"):
+        stages.search(dense.plan, dense.reference, 0.9, look, only_text, schedule.Floors())
+
+
+# Recovery ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_redundant_channel_is_recovered_exactly():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 50, 4, generator=generator)
+    x[..., 3] = 2 * x[..., 0] - x[..., 1] + 0.5  # says nothing that the others do not say
+    weight, bias = torch.randn(3, 4, generator=generator), torch.randn(3, generator=generator)
+    kept = torch.tensor([0, 1, 2])
+    found, shift = recover.refit(weight, bias, recover.gram(x, torch.ones(1, 50)), kept, ridge=1e-9)
+    torch.testing.assert_close(x[..., kept] @ found.T + shift, x @ weight.T + bias, atol=1e-4, rtol=0)
+
+
+def test_nothing_pruned_nothing_changed():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 8, generator=generator)  # fewer samples than channels: only the ridge decides
+    weight, bias = torch.randn(2, 8, generator=generator), torch.randn(2, generator=generator)
+    found, shift = recover.refit(weight, bias, recover.gram(x, torch.ones(1, 3)), torch.arange(8))
+    torch.testing.assert_close(found, weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shift, bias, atol=1e-5, rtol=0)
+
+
+def test_padding_has_no_weight_in_the_gram_matrix():
+    x = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([[1.0, 1, 1, 0, 0]])
+    torch.testing.assert_close(recover.gram(x, weights), recover.gram(x[:, :3], torch.ones(1, 3)))
+
+
+def test_recovery_brings_the_outputs_nearer(stock, dense, inputs, batches):
+    """On the pairs that it was fitted on, against plain slicing, parameters pruned by half."""
+    scores = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
+    plan = schedule.prune_parameters(dense.plan, scores, dense.reference, "vision_params", 0.5, schedule.Floors())
+    grams = recover.collect_grams(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
+    with torch.inference_mode():
+        expected = stock(**inputs).last_hidden_state
+        sliced, recovered = (
+            (dense.runtime(plan, g)(**inputs).last_hidden_state - expected).square().mean() for g in (None, grams)
+        )
+    assert recovered < 0.5 * sliced
