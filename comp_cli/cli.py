@@ -61,7 +61,7 @@ def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]]) ->
         out.error(error)
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
-        out.error(CompError("interrupted; nothing was written.", code=INTERRUPTED))
+        out.error(CompError("interrupted.", code=INTERRUPTED, hint="The same command goes on where it was, if it was pruning."))
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if os.environ.get("COMP_DEBUG"):
@@ -139,6 +139,7 @@ def prune(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 for the written weights; else as they are.")] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option(help="Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -180,8 +181,9 @@ def prune(
             device=device,
             dtype=dtype,
         )
+        how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
-        document = command.prune(options, folder, out, overwrite=overwrite, dry_run=dry_run, **where)
+        document = command.prune(options, folder, out, **how, **where)
         return document | {"output": None if dry_run else str(folder)}, None if dry_run else folder
 
     _run(out, work)

@@ -49,6 +49,19 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Plan":
+        """What `to_json` wrote, also after a way through a JSON file."""
+
+        def attention(part: dict[str, Any] | None) -> AttentionPlan | None:
+            return part and AttentionPlan(tuple(part["heads"]), part["head_dim"], part["scale"])
+
+        def layer(part: dict[str, Any]) -> LayerPlan:
+            return LayerPlan(attention(part["attention"]), attention(part["cross"]), tuple(part["ffn"]), part["keep"])
+
+        towers = (TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"]) for t in found["towers"])
+        return cls(found["architecture"], tuple(towers))
+
     def comp_block(self, family: Family, **facts: Any) -> dict[str, Any]:
         """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin."""
         towers = [

@@ -18,6 +18,7 @@ from .engine import flops, schedule, scoring, stages
 from .engine.methods import METHODS
 from .engine.recover import collect_grams
 from .errors import FAILED, USAGE, CompError
+from .journal import Journal
 from .loading import load_model, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .plan import Plan
@@ -54,8 +55,20 @@ def check_ratio(ratio: float) -> None:
         )
 
 
-def prune(options: Options, output: Path, out: Output, *, overwrite: bool, dry_run: bool, **hub_options) -> dict[str, Any]:
-    """Prune a model and write the folder; returns the report. With `dry_run` nothing is written."""
+def prune(
+    options: Options,
+    output: Path,
+    out: Output,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    resume: bool = True,
+    **hub_options: Any,
+) -> dict[str, Any]:
+    """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
+
+    A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights.
+    """
     check_ratio(options.ratio)
     if options.method not in METHODS:
         raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
@@ -65,25 +78,31 @@ def prune(options: Options, output: Path, out: Output, *, overwrite: bool, dry_r
     started = time.perf_counter()
     dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
     warn_about_scenes(dense, out)
-    plan, grams, journal = find_plan(dense, options, out)
-    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in journal]}
+    journal = None if dry_run else Journal(output, settings_of(dense, options))
+    if journal and not resume:
+        journal.remove()
+    plan, grams, passed = find_plan(dense, options, journal, out)
+    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in passed]}
     if dry_run:
         report.print_plan(document, out)
         return document
     compact = dense.runtime(plan, grams)
     document |= {"quality": compare(dense, compact, options, out)}
-    document["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
         write_checkpoint(folder, dense, compact, plan, document, save_dtype)
         check_reload(folder, dense, compact, save_dtype)
         document["size_bytes"] = {"dense": _dense_bytes(dense, save_dtype), "compact": folder_size(folder)}
         write_report(folder, document, plan)
+    journal.remove()
+    document["seconds"] = round(time.perf_counter() - started, 1)
     report.print_pruned(document, output, out)
     return document
 
 
-def find_plan(dense: Dense, options: Options, out: Output) -> tuple[Plan, dict[scoring.Key, Tensor] | None, list[stages.Stage]]:
+def find_plan(
+    dense: Dense, options: Options, journal: Journal | None, out: Output
+) -> tuple[Plan, dict[scoring.Key, Tensor] | None, list[stages.Stage]]:
     """The plan, the Gram matrices for its recovery, and the stages that led to it (none for one-shot methods)."""
     method = METHODS[options.method]
     batches = batches_for(dense, "train", options.num_samples, options.batch_size, options.seed)
@@ -91,8 +110,8 @@ def find_plan(dense: Dense, options: Options, out: Output) -> tuple[Plan, dict[s
     floors = schedule.Floors()
     if method.token_share is None:
         calibration = Calibration(dense, batches[: -(-options.stage_samples // options.batch_size)], grams, method.params)
-        plan, journal = run_stages(dense, options, calibration, floors, out)
-        return plan, grams, journal
+        plan, passed = run_stages(dense, options, calibration, floors, journal, out)
+        return plan, grams, passed
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         whole = Calibration(dense, batches, None, method.params or "cip", options.seed)
         scores, _ = whole.look(dense.plan, bar.advance)
@@ -142,21 +161,35 @@ class Calibration:
 
 
 def run_stages(
-    dense: Dense, options: Options, calibration: Calibration, floors: schedule.Floors, out: Output
+    dense: Dense, options: Options, calibration: Calibration, floors: schedule.Floors, journal: Journal | None, out: Output
 ) -> tuple[Plan, list[stages.Stage]]:
-    """CoMP's stages, told as they pass."""
-    journal: list[stages.Stage] = []
-    strategy = stages.Strategy(stages=options.stages)
+    """CoMP's stages, told as they pass and kept in the journal."""
+    saved = journal.load() if journal else None
+    progress = stages.Progress.from_json(saved) if saved else stages.Progress.start(dense.plan, options.seed)
     with out.progress("pruning", options.stages) as bar:
+        if saved:
+            calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
+            done = len(progress.stages)
+            out.say(f"going on after stage {done} of about {options.stages} (--no-resume starts anew)")
+            bar.advance(by=done)
 
-        def tell(stage: stages.Stage, plan: Plan) -> None:
-            journal.append(stage)
+        def tell(stage: stages.Stage) -> None:
+            if journal:
+                journal.save(progress.to_json())
             bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
 
-        plan = stages.search(
-            dense.plan, dense.reference, options.ratio, calibration.look, strategy, floors, seed=options.seed, tell=tell
-        )
-    return plan, journal
+        strategy = stages.Strategy(stages=options.stages)
+        reference = dense.reference
+        plan = stages.search(dense.plan, reference, options.ratio, calibration.look, strategy, floors, progress, tell)
+    return plan, progress.stages
+
+
+def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
+    """What a journal must agree on: the options, the weights, and the versions that numbers depend on."""
+    weights = [sha256(path) for path in sorted(dense.source.folder.glob("*.safetensors"))]
+    config = sha256(dense.source.folder / "config.json")
+    versions = {"comp": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return {**asdict(options), "weights": [config, *weights], **versions}
 
 
 def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:

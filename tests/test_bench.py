@@ -13,7 +13,7 @@ from comp_cli.prune import Options, prune
 def compact(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "compact"
     options = Options(str(tiny_folder), 0.7, num_samples=8, eval_samples=8, text_tokens=12, device="cpu")
-    prune(options, folder, Output("quiet"), overwrite=False, dry_run=False)
+    prune(options, folder, Output("quiet"))
     return folder
 
 

@@ -39,7 +39,7 @@ assert not any(name.split(".")[0] == "comp_cli" for name in sys.modules)
 def compact_folder(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compact") / "compact"
     options = Options(str(tiny_folder), 0.5, num_samples=8, eval_samples=8, text_tokens=12, device="cpu")
-    prune(options, folder, Output("quiet"), overwrite=False, dry_run=False)
+    prune(options, folder, Output("quiet"))
     return folder
 
 

@@ -1,5 +1,6 @@
 """The multi-mode strategy and the closed-form recovery."""
 
+import json
 import random
 
 import pytest
@@ -66,20 +67,26 @@ def batches(inputs):
     return [Batch(inputs, None)]
 
 
-@pytest.fixture(scope="module")
-def found(dense, batches):
+def searched(dense, batches, seed, stages_=10, **strategy):
+    """The plan, and every stage with the plan after it."""
     journal = []
-    calibration = Calibration(dense, batches, None, "cip")
+    progress = stages.Progress.start(dense.plan, seed)
     plan = stages.search(
         dense.plan,
         dense.reference,
         0.5,
-        calibration.look,
-        stages.Strategy(stages=10),
+        Calibration(dense, batches, None, "cip").look,
+        stages.Strategy(stages=stages_, **strategy),
         schedule.Floors(),
-        tell=lambda stage, plan: journal.append((stage, plan)),
+        progress,
+        tell=lambda stage: journal.append((stage, progress.plan)),
     )
     return plan, journal
+
+
+@pytest.fixture(scope="module")
+def found(dense, batches):
+    return searched(dense, batches, seed=0)
 
 
 def test_the_ratio_is_reached_in_stages(dense, found):
@@ -115,23 +122,34 @@ def test_costs_are_loss_added_per_flops_removed(dense, found):
 
 
 def test_search_is_deterministic_by_seed(dense, batches, found):
-    def again(seed):
-        journal = []
-        look = Calibration(dense, batches, None, "cip").look
-        tell = lambda stage, plan: journal.append(stage)  # noqa: E731
-        settings = stages.Strategy(stages=10), schedule.Floors()
-        plan = stages.search(dense.plan, dense.reference, 0.5, look, *settings, seed=seed, tell=tell)
-        return plan, journal
+    assert searched(dense, batches, seed=0) == found
+    assert searched(dense, batches, seed=3)[1] != found[1]
 
-    assert again(0) == (found[0], [stage for stage, _ in found[1]])
-    assert again(3)[1] != again(0)[1]
+
+def test_progress_survives_json(dense, batches, found):
+    """Stop after every stage in turn; the rest is the same as without the stop."""
+    look = Calibration(dense, batches, None, "cip").look
+    rest = stages.Strategy(stages=10), schedule.Floors()
+    for stop in (1, 4, 7):
+        progress = stages.Progress.start(dense.plan, 0)
+
+        class Stopped(Exception):
+            pass
+
+        def tell(stage, stop=stop):
+            if stage.stage == stop:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            stages.search(dense.plan, dense.reference, 0.5, look, *rest, progress, tell)
+        again = stages.Progress.from_json(json.loads(json.dumps(progress.to_json())))
+        assert stages.search(dense.plan, dense.reference, 0.5, look, *rest, again) == found[0]
+        assert again.stages == [stage for stage, _ in found[1]]
 
 
 def test_exhausted_modes_give_way_and_the_end_is_said(dense, batches):
-    look = Calibration(dense, batches, None, "cip").look
-    only_text = stages.Strategy(stages=10, modes=("language_tokens", "cross_params"))
     with pytest.raises(CompError, match="cannot be reached"):
-        stages.search(dense.plan, dense.reference, 0.9, look, only_text, schedule.Floors())
+        searched(dense, batches, seed=0, modes=("language_tokens", "cross_params"))
 
 
 # Recovery ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ remembered fades with the time since (HI).
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,52 +89,79 @@ def choose(memory: Memory, stage: int, shares: dict[str, float], strategy: Strat
     return min(open_modes, key=lambda mode: memory.cost[mode]), "lowest cost"
 
 
+@dataclass
+class Progress:
+    """How far a search has come: everything that the next stage depends on, as JSON."""
+
+    plan: Plan
+    stages: list[Stage]
+    memory: Memory
+    rng: random.Random
+
+    @classmethod
+    def start(cls, plan: Plan, seed: int) -> "Progress":
+        return cls(plan, [], Memory(), random.Random(seed))
+
+    def to_json(self) -> dict[str, Any]:
+        memory = {"cost": self.memory.cost, "last": self.memory.last, "exhausted": sorted(self.memory.exhausted)}
+        stages = [asdict(stage) for stage in self.stages]
+        return {"stages": stages, "memory": memory, "rng": self.rng.getstate(), "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Progress":
+        version, internal, gauss = found["rng"]
+        rng = random.Random()
+        rng.setstate((version, tuple(internal), gauss))
+        memory = found["memory"]
+        remembered = Memory(memory["cost"], memory["last"], set(memory["exhausted"]))
+        return cls(Plan.from_json(found["plan"]), [Stage(**line) for line in found["stages"]], remembered, rng)
+
+
 Look = Callable[[Plan], tuple[Scores, float]]
 
 
 def search(
-    plan: Plan,
+    dense: Plan,
     ref: flops.Reference,
     ratio: float,
     look: Look,
     strategy: Strategy,
     floors: Floors,
-    *,
-    seed: int = 0,
-    done: Iterable[dict[str, Any]] = (),
-    tell: Callable[[Stage, Plan], None] = lambda stage, plan: None,
+    progress: Progress,
+    tell: Callable[[Stage], None] = lambda stage: None,
 ) -> Plan:
-    """Prune stage by stage until the FLOPs ratio is reached. Deterministic for a seed.
+    """Prune stage by stage until the FLOPs ratio is reached, from wherever `progress` is; it is kept up to date.
 
-    `look` runs a plan over the calibration pairs: the scores of what is left, and the loss. `tell` hears of every stage.
-    `done` are the lines of a journal to resume from, each a stage with its plan.
+    `look` runs a plan over the calibration pairs: the scores of what is left, and the loss. `tell` hears of every stage
+    when `progress` holds it. Deterministic for a seed of `progress`.
     """
-    dense = flops.count(plan, ref)
-    shares = mode_shares(plan, dense)
-    quantum, target = dense.total * ratio / strategy.stages, dense.total * (1 - ratio)
-    memory, rng, stage = Memory(), random.Random(seed), 0
-    scores, loss = look(plan)
-    while (before := flops.count(plan, ref).total) > target:
+    counted = flops.count(dense, ref)
+    shares, total = mode_shares(dense, counted), counted.total
+    quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
+    memory = progress.memory
+    scores, loss = look(progress.plan)
+    while (before := flops.count(progress.plan, ref).total) > target:
         if len(memory.exhausted) == len(strategy.modes):
+            reached = 1 - before / total
             raise CompError(
-                f"ratio {ratio} cannot be reached: with every mode at its floor it is {1 - before / dense.total:.3f}.",
-                hint=f"Try --ratio {math.floor(100 * (1 - before / dense.total)) / 100:.2f}.",
+                f"ratio {ratio} cannot be reached: with every mode at its floor it is {reached:.3f}.",
+                hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
             )
-        mode, why = choose(memory, stage + 1, shares, strategy, rng)
-        smaller = prune_to(plan, scores, ref, (mode,), max(target, before - quantum), floors)
+        stage = len(progress.stages) + 1
+        mode, why = choose(memory, stage, shares, strategy, progress.rng)
+        smaller = prune_to(progress.plan, scores, ref, (mode,), max(target, before - quantum), floors)
         removed = before - flops.count(smaller, ref).total
         if removed < min(quantum / 4, before - target):
             memory.exhausted.add(mode)
             continue
-        stage += 1
-        plan = smaller
-        scores, after = look(plan)
-        cost = (after - loss) / (removed / dense.total)
+        scores, after = look(smaller)
+        cost = (after - loss) / (removed / total)
         remembered = memory.remember(mode, stage, cost, strategy)
-        loss = after
-        now = before - removed
-        tell(Stage(stage, mode, why, 1 - now / dense.total, now, loss, cost, remembered), plan)
-    return plan
+        loss, now = after, before - removed
+        progress.plan = smaller
+        progress.stages.append(Stage(stage, mode, why, 1 - now / total, now, loss, cost, remembered))
+        tell(progress.stages[-1])
+    return progress.plan
 
 
 def mode_shares(plan: Plan, counted: flops.Flops) -> dict[str, float]:
@@ -148,7 +175,3 @@ def mode_shares(plan: Plan, counted: flops.Flops) -> dict[str, float]:
         "language_params": language - cross,
         "language_tokens": (language - cross) / 2,
     }
-
-
-def as_line(stage: Stage) -> dict[str, Any]:
-    return asdict(stage)

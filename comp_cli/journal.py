@@ -1,0 +1,52 @@
+"""What a long run has reached, on disk beside its output, so that the same command goes on after a kill."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import USAGE, CompError
+
+
+class Journal:
+    """One JSON file, `.NAME.journal` beside the output folder, replaced whole after every step."""
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        self.path = output.parent / f".{output.name}.journal"
+        self.settings = settings
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last, None where there is none. Exit 2 where it was made with other settings."""
+        try:
+            found = json.loads(self.path.read_text())
+            settings, state = found["settings"], found["state"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, OSError) as error:
+            raise self._refusal(f"cannot be read ({type(error).__name__})") from None
+        names = settings.keys() | self.settings.keys()
+        changed = sorted(name for name in names if settings.get(name) != self.settings.get(name))
+        if changed:
+            said = ", ".join(f"{name} was {settings.get(name)} and is {self.settings.get(name)}" for name in changed)
+            raise self._refusal(f"was made with other settings: {said}")
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file; a kill leaves the old one or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        with new.open("w") as file:
+            json.dump({"settings": self.settings, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        for torn in self.path.parent.glob(f"{self.path.name}.*"):
+            torn.unlink(missing_ok=True)
+
+    def _refusal(self, why: str) -> CompError:
+        return CompError(
+            f"the journal {self.path} {why}.", code=USAGE, hint="Start anew with --no-resume, or change the output."
+        )

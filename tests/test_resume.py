@@ -1,0 +1,117 @@
+"""kill -9 at any point, then the same command: the same bytes as without."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from comp_cli.cli import app
+
+FEW = [
+    "--num-samples",
+    "8",
+    "--batch-size",
+    "4",
+    "--text-tokens",
+    "12",
+    "--device",
+    "cpu",
+    "--stages",
+    "8",
+    "--eval-samples",
+    "8",
+]
+
+# Kills itself when the journal is saved for the n-th time, or when the checkpoint is being written.
+KILLED = """
+import os, signal, sys
+from comp_cli import journal, prune
+from comp_cli.cli import app
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where = sys.argv[1]
+if where == "writing":
+    prune.write_report = die
+else:
+    left = int(where)
+    save = journal.Journal.save
+    def saving(self, state):
+        global left
+        left -= 1
+        save(self, state)
+        if left == 0:
+            die()
+    journal.Journal.save = saving
+app(sys.argv[2:])
+"""
+
+
+def arguments(model, output, *more):
+    return ["prune", str(model), "--ratio", "0.5", "-o", str(output), *FEW, *map(str, more)]
+
+
+def run(*given):
+    return CliRunner().invoke(app, list(given))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "compact"
+    assert run(*arguments(tiny_folder, folder)).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("where", ["1", "5", "writing"])
+def test_killed_and_resumed(tiny_folder, uninterrupted, tmp_path, where):
+    output = tmp_path / "compact"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, script, where, *arguments(tiny_folder, output)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL and not output.exists()
+    assert (tmp_path / ".compact.journal").exists()
+    result = run(*arguments(tiny_folder, output))
+    assert result.exit_code == 0 and "going on after stage" in result.stderr
+    for name in ("model.safetensors", "config.json", "comp_report.json"):
+        assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "killed.py"]
+
+
+def test_other_settings_are_refused(tiny_folder, tmp_path):
+    output, script = tmp_path / "compact", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    subprocess.run([sys.executable, script, "2", *arguments(tiny_folder, output)], capture_output=True)
+    result = run(*arguments(tiny_folder, output, "--seed", 5))
+    assert result.exit_code == 2 and "seed was 0 and is 5" in result.stderr and "--no-resume" in result.stderr
+    assert run(*arguments(tiny_folder, output, "--seed", 5, "--no-resume")).exit_code == 0
+
+
+def test_a_torn_journal_is_refused_and_can_be_thrown_away(tiny_folder, tmp_path):
+    output = tmp_path / "compact"
+    (tmp_path / ".compact.journal").write_text("{")
+    result = run(*arguments(tiny_folder, output))
+    assert result.exit_code == 2 and "--no-resume" in result.stderr
+    assert run(*arguments(tiny_folder, output, "--no-resume")).exit_code == 0
+    assert not (tmp_path / ".compact.journal").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
+    """A real SIGINT in the middle of the stages."""
+    output = tmp_path / "compact"
+    command = [sys.executable, "-m", "comp_cli", *arguments(tiny_folder, output, "--stages", 200)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    journal = tmp_path / ".compact.journal"
+    for _ in range(600):
+        if journal.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "same command goes on" in said
+    assert json.loads(journal.read_text())["state"]["stages"] and not output.exists()
