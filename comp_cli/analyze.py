@@ -8,16 +8,25 @@ from .engine import flops, importance, scoring
 from .loading import pick_device
 from .output import Output
 from .report import gflops, millions, percent
-from .workbench import Dense, batches_for, open_dense, warn_about_scenes
+from .workbench import DataOptions, Dense, batches_of, choose_pairs, open_dense
 
 
 def analyze(
-    model: str, out: Output, *, num_samples: int, batch_size: int, text_tokens: int, device: str, seed: int, **hub_options
+    model: str,
+    out: Output,
+    *,
+    num_samples: int,
+    batch_size: int,
+    text_tokens: int,
+    device: str,
+    seed: int,
+    data: DataOptions,
+    **hub_options: Any,
 ) -> dict[str, Any]:
     """The report of `comp analyze`; prints its tables."""
     dense = open_dense(model, out, text_tokens=text_tokens, device=pick_device(device), **hub_options)
-    warn_about_scenes(dense, out)
-    batches = batches_for(dense, "train", num_samples, batch_size, seed)
+    pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
+    batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     runtime = dense.runtime(dense.plan)
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
@@ -29,7 +38,8 @@ def analyze(
         "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
         **costs(dense),
         "inequality": inequality(dense, scores),
-        "samples": num_samples,
+        "samples": sum(len(batch.inputs["input_ids"]) for batch in batches),
+        "data": pairs.describe("calibration"),
     }
     print_analysis(document, out)
     return document
@@ -48,8 +58,7 @@ def costs(dense: Dense) -> dict[str, Any]:
         }
         for row in counted.layers
     ]
-    shared = {tensor.data_ptr(): tensor.numel() for tensor in dense.state.values()}
-    total = sum(shared.values())
+    total = dense.params(dense.plan)
     return {
         "params": {"total": total, "outside_layers": total - sum(params.values())},
         "flops": {"total": counted.total, "outside_layers": counted.fixed},

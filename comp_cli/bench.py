@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, export, hub, tasks
+from .data import random_inputs
 from .engine import flops
 from .errors import REFUSED, USAGE, CompError
 from .families import find_family
@@ -107,7 +108,7 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
         runners, providers = build_runners(models, graphs, task, device, options)
         timings = []
         for batch in options.batches:
-            inputs = example_inputs(models["dense"], batch, text_tokens)
+            inputs = random_inputs(models["dense"].config, batch, text_tokens)
             timings += time_interleaved(runners, inputs, batch, options, out)
         memory = peak_memory(folders, graphs, models["dense"], text_tokens, device, options, out)
     document = {
@@ -143,20 +144,10 @@ def count_flops(model: torch.nn.Module, text_tokens: int) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = example_inputs(model, 1, text_tokens)
+    inputs = random_inputs(model.config, 1, text_tokens)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.cpu()(**inputs)
     return counter.get_total_flops()
-
-
-def example_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    side, words = model.config.vision_config.image_size, model.config.text_config.vocab_size
-    return {
-        "pixel_values": torch.randn(batch, 3, side, side, generator=generator),
-        "input_ids": torch.randint(min(5, words - 1), words, (batch, text_tokens), generator=generator),
-        "attention_mask": torch.ones(batch, text_tokens, dtype=torch.long),
-    }
 
 
 Runner = Callable[[dict[str, Tensor]], None]
@@ -247,7 +238,7 @@ def peak_memory(
     rows = []
     with tempfile.TemporaryDirectory() as scratch, out.progress("measuring peak memory", len(jobs)) as bar:
         example = Path(scratch) / "inputs.npz"
-        np.savez(example, **export.feeds(example_inputs(model, batch, text_tokens)))
+        np.savez(example, **export.feeds(random_inputs(model.config, batch, text_tokens)))
         for backend, side, path in jobs:
             command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device)]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})

@@ -35,6 +35,14 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 NumSamples = Annotated[int, typer.Option(min=1, help="Image-text pairs for calibration.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")]
 TextTokens = Annotated[int, typer.Option(min=4, help="Text length of the reference input.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Your image-text pairs: jsonl, csv, parquet, imagefolder, or a hub data set. Else generated scenes."),
+]
+Split = Annotated[str | None, typer.Option(help="Split of --data to calibrate on; never a test split.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of --data with images or their paths.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of --data with texts.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of --data that says whether they match.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that comp wrote before.")]
 Format = Annotated[str, typer.Option("--format", help="human, json or quiet.")]
@@ -89,6 +97,11 @@ def main(
 @app.command()
 def analyze(
     model: Model,
+    data: Data = None,
+    split: Split = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     num_samples: NumSamples = 32,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
@@ -108,7 +121,7 @@ def analyze(
 
     `comp analyze demo`
 
-    `comp analyze Salesforce/blip-itm-base-coco --json`
+    `comp analyze Salesforce/blip-itm-base-coco --data pairs.jsonl --json`
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -117,7 +130,8 @@ def analyze(
 
         options = {"num_samples": num_samples, "batch_size": batch_size, "text_tokens": text_tokens, "seed": seed}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
-        return command.analyze(model, out, device=device, **options, **where), None
+        pairs = command.DataOptions(data, split, image_column, text_column, label_column)
+        return command.analyze(model, out, device=device, data=pairs, **options, **where), None
 
     _run(out, work)
 
@@ -127,12 +141,23 @@ def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
     output: OutputDir = None,
+    data: Data = None,
+    split: Split = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
     stages: Annotated[int, typer.Option(min=1, help="Stages of the method comp; each removes as many FLOPs.")] = 40,
-    stage_samples: Annotated[int, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on.")] = 16,
-    num_samples: NumSamples = 64,
-    eval_samples: Annotated[int, typer.Option(min=1, help="Pairs for the comparison at the end.")] = 1000,
+    stage_samples: Annotated[
+        int | None, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on: 256; large models 8.")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Image-text pairs for calibration: 256; large models 64.")
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(min=1, help="Pairs for the comparison at the end: 1000; large models 64.")
+    ] = None,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
     seed: Seed = 0,
@@ -157,7 +182,7 @@ def prune(
 
     `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
 
-    `comp prune ./my-blip --ratio 0.7 --dry-run`
+    `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -180,6 +205,7 @@ def prune(
             text_tokens=text_tokens,
             device=device,
             dtype=dtype,
+            data=command.DataOptions(data, split, image_column, text_column, label_column),
         )
         how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}

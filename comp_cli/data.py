@@ -1,14 +1,34 @@
-"""Image-text pairs, and batches of model inputs made of them."""
+"""Image-text pairs, from the rows of a table or from generated scenes, and batches of model inputs made of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from . import scenes
+from .errors import REFUSED, USAGE, CompError
+
+COLUMN_NAMES = {
+    "image": "image img picture photo image_path img_path image_file file_name filename file_path filepath path".split(),
+    "text": "text texts caption captions sentence sentences question description".split(),
+    "label": "label labels match matches matched is_match is_matched".split(),
+}
+LABELS = dict.fromkeys("1 true yes match matched matching positive".split(), 1)
+LABELS |= dict.fromkeys("0 false no mismatch mismatched unmatched negative".split(), 0)
+# Words in a path that name a split: those of `datasets`, the one to be careful with first.
+SPLIT_WORDS = {
+    "test": {"test", "testing", "eval", "evaluation"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "train": {"train", "training"},
+}
+Purpose = Literal["calibration", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +38,39 @@ class Pair:
     image: Image.Image
     text: str
     label: int | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; None to find one by its common names, "" for no labels."""
+
+    image: str | None = None
+    text: str | None = None
+    label: str | None = None
+
+
+class BadRow(ValueError):
+    """A row that makes no pair: what is wrong with it, to be counted, and what it holds, to find it by."""
+
+    def __init__(self, problem: str, found: str):
+        super().__init__(f"{problem}: {found}")
+        self.problem, self.found = problem, found
+
+
+@dataclass
+class Tally:
+    """How many rows were looked at, and which of them are bad: problem -> what they hold."""
+
+    looked: int = 0
+    bad: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        return sum(map(len, self.bad.values()))
+
+    def __str__(self) -> str:
+        problems = "; ".join(f"{problem} ({len(found)}): {few(found)}" for problem, found in self.bad.items())
+        return f"{self.skipped} of {self.looked} rows are bad: {problems}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +85,133 @@ class Batch:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in self.inputs.items()
         }
         return Batch(inputs, None if self.labels is None else self.labels.to(device))
+
+
+def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Columns:
+    """The columns to read of those a table has (name -> type, or None). Exit 2 where one is missing or not clear."""
+    from datasets import Image as ImageType
+
+    listed = f"Columns: {', '.join(found)}."
+    taken = {}
+    for role, common in COLUMN_NAMES.items():
+        name, flag = getattr(named, role), f"--{role}-column"
+        if name is None:
+            candidates = [column for column in found if column.lower() in common]
+            if role == "image":  # stored images before file names
+                candidates = [column for column, kind in found.items() if isinstance(kind, ImageType)] or candidates
+            if len(candidates) > 1:
+                several = " or ".join(candidates)
+                raise CompError(f"{owner}: is the {role} in {several}?", code=USAGE, hint=f"{listed} Name one with {flag}.")
+            name = candidates[0] if candidates else ""
+        elif name and name not in found:
+            raise CompError(f"{owner} has no column {name!r}.", code=USAGE, hint=f"{listed} Name one with {flag}.")
+        if not name and role != "label":
+            hint = f"{listed} Name the one with the {role} with {flag}."
+            raise CompError(f"{owner}: no {role} column found.", code=USAGE, hint=hint)
+        taken[role] = name or None
+    return Columns(**taken)
+
+
+def read_rows(
+    rows: Iterable[Mapping[str, Any]], columns: Columns, folder: Path | None, limit: int, tally: Tally
+) -> Iterator[Pair]:
+    """Up to `limit` pairs. Bad rows are skipped and tallied; more than `limit` of them end the reading."""
+    given = 0
+    for row in rows:
+        tally.looked += 1
+        try:
+            pairs = read_row(row, columns, folder)[: limit - given]
+        except BadRow as bad:
+            tally.bad.setdefault(bad.problem, []).append(bad.found)
+            pairs = []
+        yield from pairs
+        given += len(pairs)
+        if given >= limit or tally.skipped > limit:
+            return
+
+
+def read_row(row: Mapping[str, Any], columns: Columns, folder: Path | None) -> list[Pair]:
+    """The pairs of a row: one for each of its texts. Relative image paths start in `folder`; raises BadRow."""
+    _, path = stored_image(row[columns.image])
+    texts = row[columns.text] if isinstance(row[columns.text], list) else [row[columns.text]]
+    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise BadRow("no text", path or "an embedded image")
+    label = None
+    if columns.label and (label := read_label(row[columns.label])) is None:
+        raise BadRow("no match or mismatch as label", repr(row[columns.label]))
+    image = read_image(row[columns.image], folder)
+    return [Pair(image, text, label) for text in texts]
+
+
+def read_image(value: Any, folder: Path | None) -> Image.Image:
+    """The image of a row; raises BadRow where it is missing or broken. Addresses are not fetched, but for the hub's own."""
+    from datasets import Image as ImageType
+
+    content, path = stored_image(value)
+    place = os.path.join(folder or "", path or "")
+    if content is None and "hf://" not in place and not (os.path.isabs(place) and os.path.isfile(place)):
+        raise BadRow("missing image", path or "no path")
+    try:
+        return ImageType().decode_example({"bytes": content, "path": place})
+    except Exception as error:  # Pillow raises nearly anything for a broken file
+        raise BadRow("image that cannot be read", path or "embedded") from error
+
+
+def stored_image(value: Any) -> tuple[bytes | None, str | None]:
+    """Content and path of an image that a row holds as bytes, path, or both in a dict."""
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    return (value, None) if isinstance(value, bytes) else (None, value if isinstance(value, str) else None)
+
+
+def read_label(value: Any) -> int | None:
+    """1 or 0 for a number, truth value or word that says so; else None."""
+    return LABELS.get(str(value).strip().lower().removesuffix(".0"))
+
+
+def choose_split(owner: str, splits: Sequence[str], purpose: Purpose, wanted: str | None) -> str:
+    """Calibration: the wanted split, else train, else validation, else the only one; never a test split.
+
+    Evaluation: validation, else test, else the split of the calibration, which then share it.
+    Exit 2 for a wanted split that is unknown or a test split, or none where one is needed; 4 for nothing but test data.
+    """
+    tests = [split for split in splits if is_test(split)]
+    usable = [split for split in splits if not is_test(split)]
+    if purpose == "evaluation":
+        calibration = choose_split(owner, splits, "calibration", wanted) if usable or wanted else None
+        validation = [split for split in usable if split.lower() in SPLIT_WORDS["validation"] and split != calibration]
+        return [*validation, *tests, calibration][0]
+    listed = f"Splits: {', '.join(splits)}."
+    if wanted and wanted not in splits:
+        raise CompError(f"{owner} has no split {wanted!r}.", code=USAGE, hint=listed)
+    if wanted in tests:
+        raise CompError(f"{wanted} is a test split: comp never calibrates on one.", code=USAGE, hint=listed)
+    if not usable:
+        hint = "Give training or validation pairs; if these are, rename the file, folder or split."
+        raise CompError(f"{owner} is test data: comp never calibrates on it.", code=REFUSED, hint=hint)
+    known = [split for kind in ("train", "validation") for split in usable if split.lower() in SPLIT_WORDS[kind]]
+    if not wanted and not known and len(usable) > 1:
+        raise CompError(f"{owner} has no split called train.", code=USAGE, hint=f"{listed} Name one with --split.")
+    return wanted or [*known, *usable][0]
+
+
+def is_test(split: str) -> bool:
+    return "test" in split.lower() or split.lower() in SPLIT_WORDS["test"]
+
+
+def purpose_of(value: Any) -> Purpose | None:
+    """Of images that share a split, a fifth is for evaluation: content or path decide. None where there is no image."""
+    content, path = stored_image(value)
+    if not content and not path:
+        return None
+    digest = hashlib.sha256(content or os.path.normpath(path).encode()).digest()
+    return "evaluation" if digest[0] % 5 == 0 else "calibration"
+
+
+def few(found: Sequence[str]) -> str:
+    """The first five, and how many more."""
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
@@ -57,3 +237,14 @@ def make_batch(pairs: Sequence[Pair], processor, max_text: int) -> Batch:
         labels = torch.tensor([pair.label for pair in pairs])
     names = ("pixel_values", "input_ids", "attention_mask")
     return Batch({name: inputs[name] for name in names}, labels)
+
+
+def random_inputs(config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    side, words = config.vision_config.image_size, config.text_config.vocab_size
+    mask = torch.ones(batch, text_tokens, dtype=torch.long)
+    mask[-1, text_tokens - padded :] = 0
+    ids = torch.randint(min(5, words - 1), words, (batch, text_tokens), generator=generator)
+    pixels = torch.randn(batch, 3, side, side, generator=generator)
+    return {"pixel_values": pixels, "input_ids": ids * mask, "attention_mask": mask}

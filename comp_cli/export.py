@@ -176,22 +176,10 @@ def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def parity_inputs(model: nn.Module, processor, longest: int) -> list[tuple[str, dict[str, Tensor]]]:
     """Real and random inputs: batches 1 to 8, short and long texts, with and without padding."""
-    side, words = model.config.vision_config.image_size, model.config.text_config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(batch: int, tokens: int, padded: int) -> dict[str, Tensor]:
-        mask = torch.ones(batch, tokens, dtype=torch.long)
-        mask[-1, tokens - padded :] = 0
-        pixels = torch.randn(batch, 3, side, side, generator=generator)
-        return {
-            "pixel_values": pixels,
-            "input_ids": torch.randint(min(5, words - 1), words, (batch, tokens), generator=generator) * mask,
-            "attention_mask": mask,
-        }
-
     pairs = list(data.scene_pairs("train", 8, labelled=False))
     real = [data.make_batch(part, processor, longest).inputs for part in (pairs[:1], pairs[1:3], pairs)]
-    random = [noise(1, longest, 0), noise(3, longest, longest // 2), noise(2, min(4, longest), 1)]
+    sizes = (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1)
+    random = [data.random_inputs(model.config, batch, tokens, padded=padded) for batch, tokens, padded in sizes]
     return [("real", inputs) for inputs in real] + [("random", inputs) for inputs in random]
 
 

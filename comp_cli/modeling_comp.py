@@ -317,7 +317,8 @@ def compact_class(architecture: str) -> type:
         stock.__init__(self, config, *args, **kwargs)
         make_compact(self, config.comp)
 
-    return type(f"Compact{architecture}", (stock,), {"__init__": __init__, "__module__": __name__})
+    # _auto_class: a compact model that was trained further takes this file along when it is saved.
+    return type(f"Compact{architecture}", (stock,), {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModel"})
 
 
 def __getattr__(name: str) -> type:

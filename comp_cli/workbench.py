@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from . import data, hub, loading, tasks
+from . import data, datafiles, hub, loading, tasks
 from .engine import flops, scoring
 from .engine.recover import recover
 from .engine.slicing import slice_state
@@ -42,6 +43,11 @@ class Dense:
     @property
     def text_tokens(self) -> int:
         return self.reference.tokens["language"]
+
+    def params(self, plan: Plan) -> int:
+        """Parameters of the model of a plan; shared ones count once."""
+        sliced = slice_state(self.state, self.family, plan).values()
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
 
     def on_device(self, batches: list[data.Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""
@@ -98,18 +104,58 @@ def open_dense(
     )
 
 
+def affordable(dense: Dense, many: int, few: int) -> int:
+    """A number of samples: many for a model of less than 10 GFLOPs a pair, few for a larger one."""
+    return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
+
+
 def with_score_rows(plan: Plan) -> Plan:
     """Images are scored with a bounded number of query rows; texts with all: short, and of varying length."""
     towers = (replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0) for tower in plan.towers)
     return replace(plan, towers=tuple(towers))
 
 
-def batches_for(dense: Dense, split: str, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:
-    """Batches of generated scenes; labelled for the one model that was trained on them."""
-    pairs = data.scene_pairs(split, samples, seed, labelled=dense.source.kind == "demo")
-    return list(data.make_batches(pairs, dense.processor, batch_size, dense.text_tokens))
+@dataclass(frozen=True)
+class ScenePairs:
+    """Generated scenes as a set of pairs; labelled for the one model that was trained on them."""
+
+    labelled: bool
+
+    SPLITS: ClassVar = {"calibration": "train", "evaluation": "test"}
+
+    def describe(self, purpose: data.Purpose) -> str:
+        return f"generated scenes, split {self.SPLITS[purpose]}"
+
+    def read(self, purpose: data.Purpose, limit: int, seed: int = 0) -> Iterator[data.Pair]:
+        return data.scene_pairs(self.SPLITS[purpose], limit, seed, self.labelled)
 
 
-def warn_about_scenes(dense: Dense, out: Output) -> None:
+Pairs = ScenePairs | datafiles.PairSet
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where image-text pairs come from; generated scenes where `data` is None."""
+
+    data: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+
+
+def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Path | None = None) -> Pairs:
+    """The user's pairs, or generated scenes with a warning for models that do not know them."""
+    if options.data is not None:
+        columns = data.Columns(options.image_column, options.text_column, options.label_column)
+        return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
-        out.warn(f"{dense.source.name} is calibrated on generated scenes: pairs of your own task keep more accuracy.")
+        out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
+    return ScenePairs(labelled=dense.source.kind == "demo")
+
+
+def batches_of(
+    dense: Dense, pairs: Pairs, purpose: data.Purpose, samples: int, batch_size: int, seed: int = 0
+) -> list[data.Batch]:
+    """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
+    return list(data.make_batches(pairs.read(purpose, samples, seed), dense.processor, batch_size, dense.text_tokens))

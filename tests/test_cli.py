@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from comp_cli.cli import app
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
+FAST = [*FEW, "--eval-samples", "8", "--stages", "6"]  # for prune
 
 
 def comp(*arguments):
@@ -26,7 +27,7 @@ def comp(*arguments):
 @pytest.fixture(scope="module")
 def compact(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "compact"
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", folder, *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", folder, *FAST)
     assert result.exit_code == 0, result.output
     return folder
 
@@ -35,7 +36,7 @@ def compact(tiny_folder, tmp_path_factory):
 
 
 def test_prune_ends_with_a_table_and_the_next_command(tiny_folder, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FAST)
     assert result.exit_code == 0
     for word in ("parameters", "FLOPs per pair", "vision tokens", "weights on disk", "same decision", "comp export"):
         assert word in result.stdout
@@ -43,7 +44,7 @@ def test_prune_ends_with_a_table_and_the_next_command(tiny_folder, tmp_path):
 
 
 def test_prune_as_json_is_one_document(tiny_folder, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "--json", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "--json", *FAST)
     document = json.loads(result.stdout)
     assert document["schema_version"] == 1 and document["output"] == str(tmp_path / "c")
     assert document["ratio"] == pytest.approx(0.5, abs=0.01)
@@ -54,26 +55,26 @@ def test_prune_as_json_is_one_document(tiny_folder, tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     for name in ("a", "b"):
-        assert comp("prune", tiny_folder, "--ratio", 0.4, "-o", tmp_path / name, *FEW).exit_code == 0
+        assert comp("prune", tiny_folder, "--ratio", 0.4, "-o", tmp_path / name, *FAST).exit_code == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_quiet_prints_the_path(tiny_folder, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "-q", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", "-q", *FAST)
     assert result.stdout == f"{tmp_path / 'c'}\n"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "--dry-run", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "--dry-run", *FAST)
     assert result.exit_code == 0 and "vision 0" in result.stdout and "language 3" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["comp", "wanda"])
 def test_methods(tiny_folder, tmp_path, method):
-    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "--dry-run", "--json", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "--dry-run", "--json", *FAST)
     assert json.loads(result.stdout)["options"]["method"] == method
 
 
@@ -119,7 +120,7 @@ def test_bad_ratios(tiny_folder, tmp_path, ratio):
 
 
 def test_a_ratio_out_of_reach(tiny_folder, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", "0.995", "-o", tmp_path / "c", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", "0.995", "-o", tmp_path / "c", *FAST)
     assert result.exit_code == 1 and "cannot be reached" in result.stderr and "Try --ratio" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -168,16 +169,16 @@ def test_a_folder_without_processor(tiny_folder, tmp_path):
 
 
 def test_an_output_that_exists(tiny_folder, compact, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", compact, *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", compact, *FAST)
     assert result.exit_code == 2 and "--overwrite" in result.stderr
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("mine")
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "notes", "--overwrite", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "notes", "--overwrite", *FAST)
     assert result.exit_code == 2 and (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_model_is_never_overwritten(tiny_folder):
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tiny_folder, "--overwrite", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tiny_folder, "--overwrite", *FAST)
     assert result.exit_code == 2 and (tiny_folder / "model.safetensors").exists()
 
 
@@ -249,7 +250,7 @@ def test_ctrl_c(tiny_folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prune, "write_checkpoint", interrupted)
-    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FEW)
+    result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FAST)
     assert result.exit_code == 130 and list(tmp_path.iterdir()) == []
 
 

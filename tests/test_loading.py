@@ -48,16 +48,31 @@ def scores(model, inputs):
         return model(**inputs).itm_score
 
 
-def test_comp_and_transformers_without_comp_say_the_same(compact_folder, inputs, tmp_path):
-    expected = scores(comp_cli.load(compact_folder), inputs)
+def without_comp(folder, inputs, tmp_path):
+    """The model's scores in a process that cannot import comp."""
     torch.save(inputs, tmp_path / "inputs.pt")
     script = tmp_path / "load.py"
     script.write_text(WITHOUT_COMP)
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(script), str(compact_folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    return torch.load(tmp_path / "out.pt")
+
+
+def test_comp_and_transformers_without_comp_say_the_same(compact_folder, inputs, tmp_path):
+    expected = scores(comp_cli.load(compact_folder), inputs)
+    assert torch.equal(without_comp(compact_folder, inputs, tmp_path), expected)
+
+
+def test_a_compact_model_that_was_trained_further_saves_and_loads(compact_folder, inputs, tmp_path):
+    model = comp_cli.load(compact_folder)
+    with torch.no_grad():
+        model.itm_head.bias += 1
+    model.save_pretrained(tmp_path / "tuned")
+    expected = scores(model, inputs)
+    assert torch.equal(scores(comp_cli.load(tmp_path / "tuned"), inputs), expected)
+    assert torch.equal(without_comp(tmp_path / "tuned", inputs, tmp_path), expected)
 
 
 def test_what_lies_in_the_folder(compact_folder):

@@ -19,7 +19,7 @@ class Reference:
 
     tokens: dict[str, int]  # tower -> tokens that enter it
     width: dict[str, int]  # tower -> hidden size
-    patches: int
+    class_token: dict[str, bool]  # tower -> whether token 0 is [CLS], which casts no vote on the others
     fixed: int  # FLOPs outside the towers: patch embedding, heads
 
 
@@ -63,14 +63,13 @@ class Flops:
 def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[int, ...]], text_tokens: int) -> Reference:
     """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
     vision, language = config["vision_config"], config["text_config"]
-    side, patch = vision["image_size"], vision["patch_size"]
-    patches = (side // patch) ** 2
-    first = int("first" in family.tower("vision").protected)
-    tokens = {"vision": patches + first, "language": min(text_tokens, language["max_position_embeddings"])}
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    class_token = {tower.name: "first" in tower.protected for tower in family.towers}
+    tokens = {"vision": patches + class_token["vision"], "language": min(text_tokens, language["max_position_embeddings"])}
     times = {"patches": patches, "once": 1}
     fixed = sum(2 * _numel(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
     width = {tower.name: config[tower.config]["hidden_size"] for tower in family.towers}
-    return Reference(tokens, width, patches, fixed)
+    return Reference(tokens, width, class_token, fixed)
 
 
 def count(plan: Plan, ref: Reference) -> Flops:
@@ -94,8 +93,7 @@ def _layer(
     out = tokens
     if layer.keep is not None and layer.keep < tokens:
         out = layer.keep
-        first = 1  # the row of [CLS] is left out
-        rows = min(score_rows or tokens, tokens - first)
+        rows = min(score_rows or tokens, tokens - ref.class_token[name])
         attention += 2 * rows * tokens * inner
     cross = 0
     if layer.cross is not None:

@@ -4,6 +4,10 @@ Every stage removes the same share of FLOPs with one of five modes: parameters o
 of the cross-attention, tokens of the vision tower, tokens of the language tower. The cost of a stage is the loss it added
 per FLOPs removed; the mode with the lowest remembered cost goes next (CAS), now and then another one (RE), and what is
 remembered fades with the time since (HI).
+
+The paper trains between stages, so that a bad stage heals. Without training it does not, so here a mode is looked at before
+it is taken: its cost is measured anew, and it is taken if no other mode is remembered as cheaper; else that one is looked
+at. Exploration only looks. (`look_first` off is the paper's rule: what is chosen is taken.)
 """
 
 import math
@@ -29,6 +33,8 @@ class Strategy:
     temperature: float = 5.0  # tau
     history: float = 0.4  # lambda_0
     horizon: int = 5  # I_max
+    look_first: bool = True
+    mode_share: float = 0.1  # a stage takes no more than this share of what its mode had: small modes take small steps
     modes: tuple[str, ...] = MODES
 
 
@@ -38,7 +44,7 @@ class Stage:
 
     stage: int
     mode: str
-    why: str  # "first visit", "lowest cost" or "exploration"
+    why: str  # "first visit", "lowest cost" or "exploration"; with `look_first` followed by what was looked at before
     ratio: float
     flops: int
     loss: float
@@ -77,9 +83,10 @@ def exploration(idle: Sequence[int], temperature: float) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def choose(memory: Memory, stage: int, shares: dict[str, float], strategy: Strategy, rng: random.Random) -> tuple[str, str]:
+def choose(
+    memory: Memory, stage: int, open_modes: Sequence[str], shares: dict[str, float], strategy: Strategy, rng: random.Random
+) -> tuple[str, str]:
     """The mode of a stage and why: unvisited modes by their share of FLOPs, then exploration, then the lowest cost."""
-    open_modes = [mode for mode in strategy.modes if mode not in memory.exhausted]
     unvisited = [mode for mode in open_modes if mode not in memory.cost]
     if unvisited:
         return max(unvisited, key=lambda mode: shares[mode]), "first visit"
@@ -136,36 +143,67 @@ def search(
     when `progress` holds it. Deterministic for a seed of `progress`.
     """
     counted = flops.count(dense, ref)
-    shares, total = mode_shares(dense, counted), counted.total
+    shares, total = mode_shares(counted), counted.total
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
     memory = progress.memory
     scores, loss = look(progress.plan)
     while (before := flops.count(progress.plan, ref).total) > target:
-        if len(memory.exhausted) == len(strategy.modes):
-            reached = 1 - before / total
-            raise CompError(
-                f"ratio {ratio} cannot be reached: with every mode at its floor it is {reached:.3f}.",
-                hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
-            )
         stage = len(progress.stages) + 1
-        mode, why = choose(memory, stage, shares, strategy, progress.rng)
-        smaller = prune_to(progress.plan, scores, ref, (mode,), max(target, before - quantum), floors)
-        removed = before - flops.count(smaller, ref).total
-        if removed < min(quantum / 4, before - target):
-            memory.exhausted.add(mode)
-            continue
-        scores, after = look(smaller)
-        cost = (after - loss) / (removed / total)
-        remembered = memory.remember(mode, stage, cost, strategy)
-        loss, now = after, before - removed
-        progress.plan = smaller
-        progress.stages.append(Stage(stage, mode, why, 1 - now / total, now, loss, cost, remembered))
+        seen: dict[str, Candidate] = {}  # modes looked at since the last stage
+        while True:
+            open_modes = [mode for mode in strategy.modes if mode not in memory.exhausted]
+            if not open_modes:
+                raise out_of_reach(ratio, 1 - before / total)
+            unseen = [mode for mode in open_modes if mode not in seen]
+            cheapest = min(seen.values(), key=lambda candidate: candidate.cost, default=None)
+            if cheapest and (not unseen or cheapest.cost <= min(memory.cost.get(mode, -math.inf) for mode in unseen)):
+                break
+            mode, why = choose(memory, stage, unseen, shares, strategy, progress.rng)
+            step = min(quantum, strategy.mode_share * shares[mode])
+            plan = prune_to(progress.plan, scores, ref, (mode,), max(target, before - step), floors)
+            removed = before - flops.count(plan, ref).total
+            if removed < min(step / 4, before - target):
+                memory.exhausted.add(mode)
+                continue
+            found, after = look(plan)
+            cost = (after - loss) / (removed / total)
+            remembered = memory.remember(mode, stage, cost, strategy)
+            seen[mode] = Candidate(mode, why, plan, found, after, before - removed, cost, remembered)
+            if not strategy.look_first:
+                cheapest = seen[mode]
+                break
+        progress.plan, scores, loss = cheapest.plan, cheapest.scores, cheapest.loss
+        others = [mode for mode in seen if mode != cheapest.mode]
+        why = cheapest.why + (f", after a look at {', '.join(others)}" if others else "")
+        now = cheapest.flops
+        progress.stages.append(Stage(stage, cheapest.mode, why, 1 - now / total, now, loss, cheapest.cost, cheapest.remembered))
         tell(progress.stages[-1])
     return progress.plan
 
 
-def mode_shares(plan: Plan, counted: flops.Flops) -> dict[str, float]:
-    """Share of the dense FLOPs that each mode could touch; orders the first visits."""
+@dataclass(frozen=True)
+class Candidate:
+    """A stage that was looked at."""
+
+    mode: str
+    why: str
+    plan: Plan
+    scores: Scores
+    loss: float
+    flops: int
+    cost: float
+    remembered: float
+
+
+def out_of_reach(ratio: float, reached: float) -> CompError:
+    return CompError(
+        f"ratio {ratio} cannot be reached: with every mode at its floor it is {reached:.3f}.",
+        hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
+    )
+
+
+def mode_shares(counted: flops.Flops) -> dict[str, float]:
+    """FLOPs of the dense model that each mode could touch; orders the first visits and bounds the steps."""
     vision, language = counted.tower("vision"), counted.tower("language")
     cross = counted.part("language", "cross")
     return {
@@ -173,5 +211,5 @@ def mode_shares(plan: Plan, counted: flops.Flops) -> dict[str, float]:
         "vision_tokens": vision + cross,
         "cross_params": cross,
         "language_params": language - cross,
-        "language_tokens": (language - cross) / 2,
+        "language_tokens": language - cross,
     }

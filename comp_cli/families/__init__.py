@@ -23,8 +23,9 @@ def find_family(config: dict[str, Any]) -> tuple[Family, str]:
     named = named if isinstance(named, list) and named else ["(none named)"]
     for family in FAMILIES.values():
         for architecture in map(str, named):
-            if architecture in family.architectures:
-                return family, architecture
+            stock = architecture.removeprefix("Compact")  # what save_pretrained of a compact model writes
+            if stock in family.architectures:
+                return family, stock
     nearest = get_close_matches(str(named[0]), supported(), n=1, cutoff=0.4)
     raise CompError(
         f"comp does not know the architecture {named[0]} (model_type {config.get('model_type')!r}).",

@@ -1,0 +1,56 @@
+"""Plans run over calibration pairs: what matters in them, how much they lose, and what recovery needs."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import tasks
+from .data import Batch
+from .engine import scoring
+from .engine.recover import collect_grams
+from .output import Output
+from .plan import Plan
+from .workbench import Dense
+
+Grams = dict[scoring.Key, Tensor]
+
+
+def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> dict[scoring.Key, Tensor]:
+    model = dense.runtime(dense.plan)
+    with out.progress("gathering activations for recovery", len(batches)) as bar:
+        return collect_grams(model, dense.family, dense.plan, dense.on_device(batches), bar.advance)
+
+
+class Calibration:
+    """Runs plans over the same pairs: what is important in them, and how much they lose.
+
+    The loss is the task's where the pairs are labelled, else the divergence from the dense model.
+    """
+
+    def __init__(self, dense: Dense, batches: list[Batch], grams, rule: str, seed: int = 0):
+        self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
+        labels = [batch.labels for batch in batches]
+        self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
+        self.expected: Tensor | None = None  # logits of the first plan that is looked at: the dense one
+
+    def look(self, plan: Plan, advance: Callable[[], None] = lambda: None) -> tuple[scoring.Scores, float]:
+        heard: list[Tensor] = []
+        name = self.dense.task.output
+        scores = scoring.collect(
+            self.dense.runtime(plan, self.grams),
+            self.dense.family,
+            plan,
+            self.dense.on_device(self.batches),
+            rule=self.rule,
+            seed=self.seed,
+            hear=lambda outputs: heard.append(getattr(outputs, name).float().cpu()),
+            advance=advance,
+        )
+        logits = torch.cat(heard)
+        if self.expected is None:
+            self.expected = logits
+        if self.labels is not None:
+            return scores, F.cross_entropy(logits, self.labels).item()
+        return scores, tasks.divergence(self.expected, logits)
