@@ -30,7 +30,7 @@ RATIOS = (0.5, 0.7, 0.8, 0.85)
 def measure(dense: Dense, method: str, recover: bool, ratio: float, seed: int, pairs: list) -> dict:
     """One run: prune, then decide every test pair."""
     begin = time.perf_counter()
-    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32}
+    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 40}
     options = Options("demo", ratio, method=method, recover=recover, seed=seed, **samples)
     key = {"method": method, "recover": recover, "ratio": ratio, "seed": seed}
     try:

@@ -30,7 +30,7 @@ from comp_cli import scenes
 
 PATCH = 8
 GRID = scenes.IMAGE_SIZE // PATCH
-MAX_TEXT = 16
+LONGEST, POSITIONS = 10, 16  # tokens of the longest caption; positions that the model has
 NOUNS = [word for noun in (*scenes.SHAPES, "shape") for word in (noun, scenes.plural(noun))]
 KINDS = {"colour": tuple(scenes.COLOURS), "shape": scenes.SHAPES, "size": tuple(scenes.SIZES)}
 
@@ -39,7 +39,7 @@ def build_processor() -> BlipProcessor:
     words = [*scenes.COLOURS, *scenes.SIZES, *scenes.NUMBERS, "a", "an", "and", *NOUNS]
     words += sorted({word for relation in scenes.RELATIONS for word in relation.split()})
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]
-    tokenizer = BertTokenizerFast(vocab={t: i for i, t in enumerate(tokens)}, model_max_length=MAX_TEXT)
+    tokenizer = BertTokenizerFast(vocab={t: i for i, t in enumerate(tokens)}, model_max_length=LONGEST)
     size = {"height": scenes.IMAGE_SIZE, "width": scenes.IMAGE_SIZE}
     return BlipProcessor(BlipImageProcessorPil(size=size), tokenizer)
 
@@ -47,11 +47,8 @@ def build_processor() -> BlipProcessor:
 def build_model(tokenizer) -> BlipForImageTextRetrieval:
     common = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8, "initializer_range": 0.02}
     ids = {"bos_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": None}
-    text = (
-        common
-        | ids
-        | {"initializer_range": 0.05, "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TEXT}
-    )
+    text = common | ids | {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS}
+    text["initializer_range"] = 0.05
     vision = common | {"num_hidden_layers": 6, "image_size": scenes.IMAGE_SIZE, "patch_size": PATCH}
     config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=64)
     return BlipForImageTextRetrieval(config)

@@ -1,5 +1,6 @@
 """`comp analyze`: where parameters and FLOPs are, and how unequal the importance of heads, channels and tokens is."""
 
+import shlex
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -41,7 +42,7 @@ def analyze(
         "samples": sum(len(batch.inputs["input_ids"]) for batch in batches),
         "data": pairs.describe("calibration"),
     }
-    print_analysis(document, out)
+    print_analysis(document, model, out)
     return document
 
 
@@ -93,7 +94,7 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
     for tower in dense.family.towers:
         for index in range(len(dense.plan.tower(tower.name).layers)):
             tokens = scores.tokens[tower.name, index]
-            per_sample = [importance.gini(row[~row.isnan()]) for row in tokens]
+            per_sample = [importance.gini(row[row.isfinite()]) for row in tokens]
             row = {"tower": tower.name, "layer": index, "tokens": sum(per_sample) / len(per_sample)}
             for part in ("attention", "cross", "ffn"):
                 found = scores.units.get((tower.name, index, part))
@@ -102,7 +103,7 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
     return rows
 
 
-def print_analysis(document: dict[str, Any], out: Output) -> None:
+def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
     """Three tables: towers, layers, inequality."""
     total_flops, total_params = document["flops"]["total"], document["params"]["total"]
     sums: dict[tuple[str, str], list[int]] = {}
@@ -138,4 +139,4 @@ def print_analysis(document: dict[str, Any], out: Output) -> None:
         )
     columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
-    out.line(f"Next: comp prune {document['model']} --ratio 0.5 -o compact")
+    out.line(f"Next: comp prune {shlex.quote(model)} --ratio 0.5 -o compact")

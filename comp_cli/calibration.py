@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from . import tasks
 from .data import Batch
 from .engine import scoring
-from .engine.recover import collect_grams
+from .engine.recover import Fitted, collect_grams
 from .output import Output
 from .plan import Plan
 from .workbench import Dense
@@ -31,6 +31,7 @@ class Calibration:
 
     def __init__(self, dense: Dense, batches: list[Batch], grams, rule: str, seed: int = 0):
         self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
+        self.fitted: Fitted = {}
         labels = [batch.labels for batch in batches]
         self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
         self.expected: Tensor | None = None  # logits of the first plan that is looked at: the dense one
@@ -39,7 +40,7 @@ class Calibration:
         heard: list[Tensor] = []
         name = self.dense.task.output
         scores = scoring.collect(
-            self.dense.runtime(plan, self.grams),
+            self.dense.runtime(plan, self.grams, self.fitted),
             self.dense.family,
             plan,
             self.dense.on_device(self.batches),

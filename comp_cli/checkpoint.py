@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .data import Batch
 from .errors import FAILED, CompError
 from .loading import load_model, quiet_libraries
 from .plan import Plan
-from .store import save_tensors, sha256
+from .store import read_tensors_header, save_tensors, sha256
 from .workbench import Dense
 
 
@@ -21,7 +22,7 @@ def write_checkpoint(
     folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """config.json, weights, runtime, processor files and model card."""
-    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "ratio")}
+    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "ratio")}
     block = plan.comp_block(dense.family, method=document["options"]["method"], **facts)
     auto_map = {"AutoModel": f"{Path(modeling_comp.__file__).stem}.Compact{dense.architecture}"}
     config = dense.config | {"comp": block, "auto_map": auto_map, "dtype": str(dtype).removeprefix("torch.")}
@@ -45,7 +46,7 @@ def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
 
 
 def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """The written folder must load, hold the weights in memory (rounded to its precision), and say what they say."""
+    """The written folder must load, hold the weights in memory (which its precision can hold), and say what they say."""
     written = load_model(folder)
     for name, tensor in written.state_dict().items():
         expected = compact.state_dict()[name].to(tensor.dtype).cpu()
@@ -53,11 +54,10 @@ def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[st
             raise _differs(f"weight {name} differs")
     weight = next(compact.parameters())
     again = written.to(weight.device, weight.dtype)
-    rounded = written.dtype != weight.dtype
     inputs = Batch(inputs, None).to(weight.device, weight.dtype).inputs
     with torch.inference_mode():
         expected, found = (dense.task.logits(model, inputs) for model in (compact, again))
-    if not (torch.isfinite(found).all() if rounded else torch.allclose(expected, found, atol=1e-5)):
+    if not torch.allclose(expected, found, atol=1e-5):
         raise _differs(f"the decisions differ by {(expected - found).abs().max():.2e}")
 
 
@@ -67,6 +67,8 @@ def _differs(how: str) -> CompError:
 
 
 def own_dtype(dense: Dense) -> torch.dtype:
-    """The precision of the checkpoint that a dense model came from."""
-    named = dense.config.get("dtype") or dense.config.get("torch_dtype") or "float32"
-    return getattr(torch, str(named).removeprefix("torch."))
+    """The precision of the checkpoint that a dense model came from: that of most of its tensors."""
+    headers = [read_tensors_header(path) for path in dense.source.folder.glob("*.safetensors")]
+    names = Counter(header.dtype for file in headers for header in file.values())
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((known[name] for name, _ in names.most_common() if name in known), torch.float32)

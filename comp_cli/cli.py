@@ -148,7 +148,7 @@ def prune(
     label_column: LabelColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
-    stages: Annotated[int, typer.Option(min=1, help="Stages of the method comp; each removes as many FLOPs.")] = 40,
+    stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 25.")] = None,
     stage_samples: Annotated[
         int | None, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on: 256; large models 8.")
     ] = None,
@@ -190,7 +190,8 @@ def prune(
         from . import prune as command
 
         command.check_ratio(ratio)
-        folder = output or Path(f"{Path(model.split('@')[0]).name}-comp-{ratio:g}")
+        named = model.split("@")[0] if model.startswith("hf://") else model
+        folder = output or Path(f"{Path(named).name or 'model'}-comp-{ratio:g}".lstrip("-@"))
         options = command.Options(
             model=model,
             ratio=ratio,
@@ -302,5 +303,11 @@ def bench(
     _run(out, work)
 
 
-if __name__ == "__main__":
-    sys.exit(app())
+def run() -> None:
+    """The console script. What the parser itself refuses is a document too, where one was asked for."""
+    try:
+        app(prog_name="comp")
+    except SystemExit as end:
+        if end.code == USAGE and "--json" in sys.argv and not Output.spoke:
+            Output("json").error(CompError("wrong usage: see stderr.", code=USAGE, hint="comp --help"), say=False)
+        raise

@@ -118,7 +118,8 @@ def write_graph(model: nn.Module, task: tasks.Task, path: Path, *, opset: int = 
             module.fused_node = target == TARGETS[0]
     side = model.config.vision_config.image_size
     # Example sizes of 0 and 1 would be baked into the graph; these are none of a model's own sizes.
-    example = (torch.zeros(2, 3, side, side), torch.full((2, 7), 1), torch.ones(2, 7, dtype=torch.long))
+    tokens = min(7, model.config.text_config.max_position_embeddings)
+    example = (torch.zeros(2, 3, side, side), torch.full((2, tokens), 1), torch.ones(2, tokens, dtype=torch.long))
     batch, text = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     shapes = {"pixel_values": {0: batch}, "input_ids": {0: batch, 1: text}, "attention_mask": {0: batch, 1: text}}
     with quiet_libraries(), torch.no_grad():
@@ -157,7 +158,8 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0):
     options.log_severity_level = 4
     if wanted.startswith("CUDA") and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
-    providers = [wanted] if wanted.startswith("CPU") else [wanted, "CPUExecutionProvider"]
+    number = int(device.partition(":")[2] or 0)
+    providers = [wanted] if wanted.startswith("CPU") else [(wanted, {"device_id": number}), "CPUExecutionProvider"]
     with quiet_libraries():
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     first = session.get_providers()[0]
@@ -212,7 +214,7 @@ def resolve_folder(folder: Path | None, out: Output) -> Path:
         raise CompError(
             f"{folder} is not a compact model.", code=REFUSED, hint=f"Make one with: comp prune {folder} --ratio 0.5"
         )
-    return folder
+    return folder.resolve()
 
 
 def print_export(document: dict[str, Any], output: Path, out: Output) -> None:

@@ -49,6 +49,11 @@ class Source:
     revision: str | None
     kind: Literal["demo", "folder", "hub"]
 
+    @property
+    def address(self) -> str:
+        """What to type to get the same model again, from any folder."""
+        return {"demo": "demo", "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
+
 
 def resolve(
     model: str,

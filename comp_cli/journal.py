@@ -1,5 +1,6 @@
 """What a long run has reached, on disk beside its output, so that the same command goes on after a kill."""
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ class Journal:
             settings, state = found["settings"], found["state"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise self._refusal(f"cannot be read ({type(error).__name__})") from None
         names = settings.keys() | self.settings.keys()
         changed = sorted(name for name in names if settings.get(name) != self.settings.get(name))
@@ -43,7 +44,7 @@ class Journal:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-        for torn in self.path.parent.glob(f"{self.path.name}.*"):
+        for torn in self.path.parent.glob(f"{glob.escape(self.path.name)}.*"):
             torn.unlink(missing_ok=True)
 
     def _refusal(self, why: str) -> CompError:

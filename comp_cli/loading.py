@@ -103,11 +103,14 @@ def build_compact(config: transformers.PretrainedConfig, architecture: str, stat
     with no_init_weights():
         model = compact_class(architecture)(config)
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 
 def load_processor(folder: Path) -> transformers.ProcessorMixin:
     """Image processor and tokenizer of a checkpoint folder. Exit 4 where they are missing or broken."""
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+    if not any(any(folder.glob(name)) for name in files):  # transformers would make up a tokenizer without words
+        raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
     try:
         with quiet_libraries():
             return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -43,12 +43,12 @@ def token_scores(
     else:
         chosen = slice(first, None)
         query = query[:, :, first:]
-    logits = query @ key.transpose(-1, -2) * scale
+    logits = (query * scale) @ key.transpose(-1, -2)
     seen = None
     if attention_mask is not None:
         seen = unmasked(attention_mask)
         logits = logits.masked_fill(~seen[:, :, chosen], torch.finfo(logits.dtype).min)
-    attention = logits.softmax(-1)
+    attention = logits.softmax(-1, dtype=torch.float32)  # half precision would make ties of hundreds of scores
     if head_mask is not None:
         attention = attention * head_mask.view(1, -1, 1, 1)
     received = attention.amax(1)

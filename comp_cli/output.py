@@ -20,6 +20,8 @@ MODES = ("human", "json", "quiet")
 class Output:
     """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path."""
 
+    spoke = False  # whether a document was printed in this process
+
     def __init__(self, mode: str = "human", progress: bool = True):
         self.mode = mode
         self.console = Console(stderr=True, highlight=False)
@@ -68,15 +70,20 @@ class Output:
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, or in quiet mode the path that was written."""
         if self.mode == "json":
-            print(json.dumps({"schema_version": SCHEMA_VERSION} | document | {"warnings": self.warnings}))
+            self._document(document)
         elif self.mode == "quiet" and path:
             print(path)
 
-    def error(self, error: CompError) -> None:
+    def _document(self, content: dict[str, Any]) -> None:
+        Output.spoke = True
+        print(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}))
+
+    def error(self, error: CompError, say: bool = True) -> None:
         """One sentence, and what to do next. In JSON mode the document says the same."""
         if self.mode == "json":
-            problem = {"code": error.code, "message": error.message, "hint": error.hint}
-            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": problem, "warnings": self.warnings}))
+            self._document({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+        if not say:
+            return
         self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)
         if error.hint:
             self.console.print(f"[dim]{escape(printable(error.hint))}[/]", soft_wrap=True)

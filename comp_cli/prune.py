@@ -31,9 +31,9 @@ class Options:
     ratio: float
     method: str = "comp"
     recover: bool = True
-    stages: int = 40
     seed: int = 0
-    # None: 256, 256 and 1000 pairs, or 64, 8 and 64 for models of more than 10 GFLOPs.
+    # None: 40 stages on 256, 256 and 1000 pairs, or 25 on 64, 8 and 64 for models of more than 10 GFLOPs.
+    stages: int | None = None
     num_samples: int | None = None
     stage_samples: int | None = None
     eval_samples: int | None = None
@@ -71,17 +71,19 @@ def prune(
     check_ratio(options.ratio)
     if options.method not in METHODS:
         raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
-    device, save_dtype = pick_device(options.device), pick_dtype(options.dtype)
+    device, wanted_dtype = pick_device(options.device), pick_dtype(options.dtype)
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
     dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
     options = replace(
         options,
+        stages=options.stages or affordable(dense, 40, 25),
         num_samples=options.num_samples or affordable(dense, 256, 64),
         stage_samples=options.stage_samples or affordable(dense, 256, 8),
         eval_samples=options.eval_samples or affordable(dense, 1000, 64),
     )
+    save_dtype = wanted_dtype or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
@@ -91,11 +93,11 @@ def prune(
     if dry_run:
         report.print_plan(document, out)
         return document
-    compact = dense.runtime(plan, grams)
+    compact = dense.runtime(plan, grams).to(save_dtype).to(torch.float32)  # judged with the weights that are written
     document |= {"quality": compare(dense, compact, pairs, options, out)}
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
-        write_checkpoint(folder, dense, compact, plan, document, save_dtype or own_dtype(dense))
+        write_checkpoint(folder, dense, compact, plan, document, save_dtype)
         check_reload(folder, dense, compact, random_inputs(dense.hf_config, 2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
         write_report(folder, document, plan)
@@ -114,15 +116,14 @@ def find_plan(
     grams = gather_grams(dense, batches, out) if options.recover else None
     floors = schedule.Floors()
     if method.token_share is None:
-        calibration = Calibration(dense, batches[: -(-options.stage_samples // options.batch_size)], grams, method.params)
+        judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
+        calibration = Calibration(dense, judges, grams, method.params)
         plan, passed = run_stages(dense, options, calibration, floors, journal, out)
         return plan, grams, passed
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         whole = Calibration(dense, batches, None, method.params or "cip", options.seed)
         scores, _ = whole.look(dense.plan, bar.advance)
-    plan = schedule.joint_plan(
-        dense.plan, scores, dense.reference, options.ratio, token_share=method.token_share, floors=floors
-    )
+    plan = schedule.joint_plan(dense.plan, scores, dense.reference, options.ratio, method, floors)
     return plan, grams, []
 
 
@@ -146,7 +147,12 @@ def run_stages(
 
         strategy = stages.Strategy(stages=options.stages)
         reference = dense.reference
-        plan = stages.search(dense.plan, reference, options.ratio, calibration.look, strategy, floors, progress, tell)
+        try:
+            plan = stages.search(dense.plan, reference, options.ratio, calibration.look, strategy, floors, progress, tell)
+        except CompError:  # out of reach: there is nothing to go on with
+            if journal:
+                journal.remove()
+            raise
     return plan, progress.stages
 
 
@@ -169,6 +175,7 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
         "torch_version": str(torch.__version__),
         "base_model": dense.source.name,
         "base_revision": dense.source.revision,
+        "base_address": dense.source.address,
         "architecture": dense.architecture,
         "task": dense.task.name,
         "options": asdict(options),

@@ -1,5 +1,6 @@
 """Reports: what people read at the end of a command, and the model card."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
         f"Reference input: {tokens['vision']} image tokens, {tokens['language']} text tokens; FLOPs are 2 x multiply-"
         f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s."
     )
-    out.line(f"Wrote {output}. Next: comp export {output} --onnx")
+    out.line(f"Wrote {output}. Next: comp export {shlex.quote(str(output))} --onnx")
 
 
 def model_card(document: dict[str, Any]) -> str:

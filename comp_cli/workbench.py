@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from . import data, datafiles, hub, loading, tasks
 from .engine import flops, scoring
-from .engine.recover import recover
+from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
 from .errors import REFUSED, CompError
 from .families import Family, find_family
@@ -54,14 +55,14 @@ class Dense:
         weight = next(iter(self.state.values()))
         return (batch.to(weight.device, weight.dtype).inputs for batch in batches)
 
-    def runtime(self, plan: Plan, grams: Mapping[scoring.Key, Tensor] | None = None) -> nn.Module:
+    def runtime(self, plan: Plan, grams: Mapping[scoring.Key, Tensor] | None = None, fitted: Fitted | None = None) -> nn.Module:
         """The model of a plan, on the fused kernels, recovered where Gram matrices are given. Weights that stay as they
         are are shared with the dense model."""
         config = self.hf_config.__class__.from_dict(self.config)
         config.comp = plan.comp_block(self.family)
         state = slice_state(self.state, self.family, plan)
         if grams is not None:
-            state = recover(state, self.state, self.family, plan, grams)
+            state = recover(state, self.state, self.family, plan, grams, {} if fitted is None else fitted)
         return loading.build_compact(config, self.architecture, state)
 
 
@@ -86,6 +87,7 @@ def open_dense(
     out.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder)
     dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
+    check_fits(dense, family, processor, source.name)
     state = dense.requires_grad_(False).to(device or "cpu").state_dict()
     full = dense.config.to_dict()
     longest = getattr(processor.tokenizer, "model_max_length", text_tokens)
@@ -102,6 +104,27 @@ def open_dense(
         hf_config=dense.config,
         processor=processor,
     )
+
+
+def check_fits(model: nn.Module, family: Family, processor: Any, name: str) -> None:
+    """Exit 4 where the parts that the family describes are missing, or the processor makes what the model cannot take."""
+    problem = None
+    for tower in family.towers:
+        layer = getattr(model.get_submodule(tower.encoder), tower.layers)[0]
+        for part in (tower.attention, tower.cross):
+            if part and not any(path == part.module for path, _ in layer.named_modules()):
+                problem = f"its {tower.name} tower has no {part.module}"
+    words = model.get_input_embeddings().num_embeddings
+    if len(processor.tokenizer) > words:
+        problem = f"the tokenizer has {len(processor.tokenizer)} tokens, the model {words}"
+    try:
+        batch = data.make_batch([data.Pair(Image.new("RGB", (32, 32)), "a")], processor, 4)
+        with torch.inference_mode():
+            model(**batch.inputs)
+    except Exception as error:
+        problem = problem or f"what its processor makes does not go through it ({str(error).splitlines()[0]})"
+    if problem:
+        raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 
 
 def affordable(dense: Dense, many: int, few: int) -> int:

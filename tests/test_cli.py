@@ -165,7 +165,7 @@ def test_a_folder_without_processor(tiny_folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_folder / name, copy)
     result = comp("prune", copy, "--ratio", 0.5, "-o", tmp_path / "c")
-    assert result.exit_code == 4 and "processor" in result.stderr
+    assert result.exit_code == 4 and "no tokenizer files" in result.stderr
 
 
 def test_an_output_that_exists(tiny_folder, compact, tmp_path):
@@ -236,6 +236,28 @@ def test_cuda_without_a_gpu(compact, tiny_folder, tmp_path, monkeypatch, command
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_parser_refuses_is_a_document_too():
+    command = [sys.executable, "-m", "comp_cli", "prune", "demo", "--ratio", "abc", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and json.loads(done.stdout)["error"]["code"] == 2
+
+
+def test_a_processor_that_does_not_fit(tiny_folder, tmp_path):
+    from conftest import blip_processor
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    blip_processor(64).save_pretrained(copy)
+    result = comp("analyze", copy, *FEW)
+    assert result.exit_code == 4 and "processor" in result.stderr
+
+
+def test_a_base_model_is_found_from_anywhere(compact, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = comp("bench", compact, "--backend", "torch", "--batch", 1, "--iterations", 1, "--duration", 0, "--json")
+    assert json.loads(result.stdout)["baseline"] == "tiny-blip"
+
+
 def test_failures_are_documents_too(tmp_path):
     result = comp("prune", "demo", "--ratio", "2", "--json")
     document = json.loads(result.stdout)
@@ -251,7 +273,8 @@ def test_ctrl_c(tiny_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prune, "write_checkpoint", interrupted)
     result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FAST)
-    assert result.exit_code == 130 and list(tmp_path.iterdir()) == []
+    assert result.exit_code == 130 and "same command goes on" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".c.journal"]
 
 
 # The command itself --------------------------------------------------------------------------------------------------

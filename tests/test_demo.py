@@ -51,6 +51,8 @@ def test_splits_are_disjoint_and_repeatable():
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
     assert splits["test"] == list(scenes.examples("test", 200))
     assert splits["train"] != list(scenes.examples("train", 200, seed=1))
+    for seed in (100, 200, 10**9):
+        assert not (set(scenes.examples("train", 200, seed=seed)) & (seen[1] | seen[2]))
 
 
 def test_a_caption_that_a_person_would_hesitate_over_is_not_used():

@@ -178,15 +178,15 @@ def test_padding_does_not_change_scores(dense, inputs):
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 def test_the_ratio_is_reached(dense, scores, inputs, ratio):
-    plan = schedule.joint_plan(dense.plan, scores, dense.reference, ratio, token_share=0.5, floors=schedule.Floors())
+    plan = schedule.joint_plan(dense.plan, scores, dense.reference, ratio, methods.METHODS["joint"], schedule.Floors())
     before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(ratio, abs=0.01)
 
 
 def test_everything_shrinks_and_unevenly(dense, scores):
-    plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.6, token_share=0.5, floors=schedule.Floors())
+    plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.6, methods.METHODS["joint"], schedule.Floors())
     vision, language = plan.towers
-    assert len({len(layer.ffn) for layer in vision.layers}) > 1
+    assert len({(len(layer.ffn), len(layer.attention.heads)) for layer in (*vision.layers, *language.layers)}) > 2
     assert any(len(layer.attention.heads) < 6 for layer in vision.layers)
     assert any(len(layer.cross.heads) < 6 for layer in language.layers)
     assert any(layer.keep for layer in vision.layers)
@@ -204,9 +204,30 @@ def test_the_best_units_stay(dense, scores):
             assert found[gone].max() <= found[list(layer.ffn)].min()
 
 
+def test_methods_touch_only_their_modes(dense, scores):
+    for name, parts in (("token", ("keep",)), ("wanda", ("attention", "cross", "ffn"))):
+        plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.3, methods.METHODS[name], schedule.Floors())
+        touched = set()
+        for tower, full in zip(plan.towers, dense.plan.towers, strict=True):
+            for layer, was in zip(tower.layers, full.layers, strict=True):
+                touched |= {
+                    part for part in ("attention", "cross", "ffn", "keep") if getattr(layer, part) != getattr(was, part)
+                }
+        assert touched and touched <= set(parts)
+
+
+def test_texts_shorter_than_the_reference_say_nothing_about_language_tokens(dense, scores):
+    from dataclasses import replace
+
+    longer = replace(dense.reference, tokens=dense.reference.tokens | {"language": 20})
+    assert schedule.prune_tokens(dense.plan, scores, longer, "language_tokens", 9.0, schedule.Floors()) == dense.plan
+    same = schedule.prune_tokens(dense.plan, scores, dense.reference, "language_tokens", 9.0, schedule.Floors())
+    assert same != dense.plan
+
+
 def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, scores):
     with pytest.raises(CompError, match="cannot be reached.*it is 0.9") as caught:
-        schedule.joint_plan(dense.plan, scores, dense.reference, 0.999, token_share=0.5, floors=schedule.Floors())
+        schedule.joint_plan(dense.plan, scores, dense.reference, 0.999, methods.METHODS["joint"], schedule.Floors())
     assert caught.value.hint.startswith("Try --ratio 0.9")
 
 

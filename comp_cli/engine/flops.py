@@ -19,6 +19,7 @@ class Reference:
 
     tokens: dict[str, int]  # tower -> tokens that enter it
     width: dict[str, int]  # tower -> hidden size
+    ffn: dict[str, int]  # tower -> feed-forward channels of the dense model
     class_token: dict[str, bool]  # tower -> whether token 0 is [CLS], which casts no vote on the others
     fixed: int  # FLOPs outside the towers: patch embedding, heads
 
@@ -69,7 +70,8 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
     times = {"patches": patches, "once": 1}
     fixed = sum(2 * _numel(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
     width = {tower.name: config[tower.config]["hidden_size"] for tower in family.towers}
-    return Reference(tokens, width, class_token, fixed)
+    ffn = {tower.name: config[tower.config]["intermediate_size"] for tower in family.towers}
+    return Reference(tokens, width, ffn, class_token, fixed)
 
 
 def count(plan: Plan, ref: Reference) -> Flops:

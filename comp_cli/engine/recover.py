@@ -63,10 +63,21 @@ def refit(weight: Tensor, bias: Tensor, found: Tensor, kept: Tensor, ridge: floa
     return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
 
 
+Fitted = dict[Key, tuple[Tensor, tuple[Tensor, Tensor]]]  # what was kept last, and the fit
+
+
 def recover(
-    sliced: dict[str, Tensor], dense: Mapping[str, Tensor], family: Family, plan: Plan, grams: Mapping[Key, Tensor]
+    sliced: dict[str, Tensor],
+    dense: Mapping[str, Tensor],
+    family: Family,
+    plan: Plan,
+    grams: Mapping[Key, Tensor],
+    fitted: Fitted,
 ) -> dict[str, Tensor]:
-    """The sliced weights with refitted output projections. Parts that kept everything stay as they are."""
+    """The sliced weights with refitted output projections. Parts that kept everything stay as they are.
+
+    `fitted` remembers the last fit of each part, which is taken again where the plan kept the same.
+    """
     recovered = dict(sliced)
     for tower_plan in plan.towers:
         tower = family.tower(tower_plan.name)
@@ -75,9 +86,12 @@ def recover(
                 name = f"{tower.encoder}.{tower.layers}.{index}.{path}"
                 weight, bias = dense[f"{name}.weight"], dense[f"{name}.bias"]
                 kept = kept_channels(layer, part)
-                if len(kept) < weight.shape[1]:
-                    fitted = refit(weight, bias, grams[tower.name, index, part], kept)
-                    recovered[f"{name}.weight"], recovered[f"{name}.bias"] = fitted
+                if len(kept) == weight.shape[1]:
+                    continue
+                key = (tower.name, index, part)
+                if key not in fitted or not torch.equal(fitted[key][0], kept):
+                    fitted[key] = kept, refit(weight, bias, grams[key], kept)
+                recovered[f"{name}.weight"], recovered[f"{name}.bias"] = fitted[key][1]
     return recovered
 
 

@@ -15,7 +15,7 @@ from ..errors import CompError
 from ..plan import LayerPlan, Plan, TowerPlan
 from . import flops
 from .importance import relative_to_layer
-from .methods import PARAMETER_MODES, TOKEN_MODES
+from .methods import PARAMETER_MODES, TOKEN_MODES, Method
 from .scoring import Scores
 
 
@@ -38,22 +38,23 @@ class Unit:
     index: int  # into the kept heads or channels of the current plan
 
 
-def joint_plan(plan: Plan, scores: Scores, ref: flops.Reference, ratio: float, *, token_share: float, floors: Floors) -> Plan:
+def joint_plan(plan: Plan, scores: Scores, ref: flops.Reference, ratio: float, method: Method, floors: Floors) -> Plan:
     """One-shot joint pruning: tokens take their share of the (logarithmic) reduction, parameters the rest."""
     dense = flops.count(plan, ref).total
     target = dense * (1 - ratio)
-    fewer_tokens = prune_to(plan, scores, ref, tuple(TOKEN_MODES), dense * (1 - ratio) ** token_share, floors)
-    fewer_params = prune_to(fewer_tokens, scores, ref, tuple(PARAMETER_MODES), target, floors)
-    reached = 1 - flops.count(fewer_params, ref).total / dense
+    smaller = plan
+    for modes, goal in ((TOKEN_MODES, dense * (1 - ratio) ** method.token_share), (PARAMETER_MODES, target)):
+        if wanted := [mode for mode in modes if mode in method.modes]:
+            smaller = prune_to(smaller, scores, ref, wanted, goal, floors)
+    reached = 1 - flops.count(smaller, ref).total / dense
     if abs(reached - ratio) > 0.01:
         raise CompError(
-            f"ratio {ratio} cannot be reached: with one head, {floors.ffn_share:.0%} of the channels and "
-            f"{floors.tokens} tokens left in every layer it is {reached:.3f}."
+            f"ratio {ratio} cannot be reached by {', '.join(method.modes)}: with all at their floors it is {reached:.3f}."
             if reached < ratio
             else f"ratio {ratio} cannot be hit within 0.01: the nearest plan has {reached:.3f}.",
             hint=f"Try --ratio {math.floor(reached * 100) / 100:.2f}.",
         )
-    return fewer_params
+    return smaller
 
 
 def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[str], target: float, floors: Floors) -> Plan:
@@ -89,8 +90,8 @@ def _highest(scores: Scores, mode: str) -> float:
     """A threshold at which everything but the floors goes."""
     if mode in PARAMETER_MODES:
         return 1.0
-    found = [t.nan_to_num(0).max().item() for (tower, _), t in scores.tokens.items() if tower == TOKEN_MODES[mode]]
-    return max(found) + 1e-3
+    found = [t.nan_to_num(0, posinf=0).max().item() for (tower, _), t in scores.tokens.items() if tower == TOKEN_MODES[mode]]
+    return max(found) * max(len(found), 1) + 1e-3
 
 
 def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, quantile: float, floors: Floors) -> Plan:
@@ -101,7 +102,7 @@ def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str
     budget = quantile * sum(unit.cost for unit in units)
     doomed: set[tuple[int, str, int]] = set()
     left = {(layer, part): len(_kept(tower.layers[layer], part)) for layer, part in {(u.layer, u.part) for u in units}}
-    least = {(layer, part): _least(tower.layers[layer], part, floors) for layer, part in left}
+    least = {(layer, part): _least(ref.ffn[tower_name], part, floors) for layer, part in left}
     spent = 0
     for unit in sorted(units, key=lambda unit: (unit.score, unit.layer, unit.part, unit.index)):
         if spent + unit.cost > budget:
@@ -143,11 +144,9 @@ def _keeping(layer: LayerPlan, part: str, survivors: Sequence[int]) -> LayerPlan
     return replace(layer, **{part: replace(getattr(layer, part), heads=kept)})
 
 
-def _least(layer: LayerPlan, part: str, floors: Floors) -> int:
-    if part != "ffn":
-        return 1
-    width = len(layer.ffn)
-    return min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width)))
+def _least(width: int, part: str, floors: Floors) -> int:
+    """Units of a part that stay in every layer. `width`: feed-forward channels of the dense model."""
+    return 1 if part != "ffn" else min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width)))
 
 
 def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: int) -> list[int]:
@@ -160,19 +159,25 @@ def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: i
 
 
 def prune_tokens(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, threshold: float, floors: Floors) -> Plan:
-    """Keep in each layer as many tokens as score above the threshold on average over the calibration samples.
+    """Keep in each layer as many tokens as score above its threshold on average over the calibration samples.
+
+    The threshold of a layer is the mode's times the share of layers that a token dropped there saves: a token goes where
+    the attention lost buys the most FLOPs.
 
     The counts are constants of the plan. Tokens are dropped between attention and feed-forward layer, so a layer never
     sees more tokens than the one before it handed on.
     """
     tower = plan.tower(TOKEN_MODES[mode])
     scored = [row.tokens_in for row in flops.count(plan, ref).layers if row.tower == tower.name]
+    if scores.tokens[tower.name, 0].shape[1] < ref.tokens[tower.name]:
+        return plan  # the calibration pairs are shorter than the reference: what goes would seem to cost nothing
     entering = ref.tokens[tower.name]
     layers = []
     for index, layer in enumerate(tower.layers):
         relative = scores.tokens[tower.name, index]
         valid = (~relative.isnan()).sum(1)
-        share = float(((relative > threshold).sum(1) / valid).mean())
+        saved = (len(tower.layers) - index) / len(tower.layers)
+        share = float(((relative > threshold * saved).sum(1) / valid).mean())
         before = layer.keep if layer.keep is not None else entering
         keep = max(min(floors.tokens, before), min(math.ceil(share * scored[index]), before, entering))
         if keep > entering * (1 - floors.least_drop):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..families import Family, Tower
 from ..modeling_comp import CompactAttention, kept_tokens
@@ -19,7 +20,7 @@ Key = tuple[str, int, str]  # tower, layer, "attention" | "cross" | "ffn"
 @dataclass
 class Scores:
     """units: one score per head or channel of a layer's part. tokens: per (tower, layer), one row per sample and token,
-    relative to uniform (1 is the mean), padding as nan."""
+    relative to uniform (1 is the mean of the ordinary tokens), [CLS] as inf, padding as nan."""
 
     units: dict[Key, Tensor]
     tokens: dict[tuple[str, int], Tensor]
@@ -101,7 +102,7 @@ def collect(
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted=rule == "cip")
                 energies[key] = energies.get(key, 0) + importance.energy(activations, weights)
             for key, scores in recorder.scores.items():
-                tokens.setdefault(key, []).extend(_relative(scores).cpu())
+                tokens.setdefault(key, []).extend(_relative(scores, "first" in family.tower(key[0]).protected).cpu())
             advance()
     units = {}
     for key, found in energies.items():
@@ -152,8 +153,9 @@ def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted:
     return importance.token_weights(scores, "first" in tower.protected) * valid if weighted else valid
 
 
-def _relative(scores: Tensor) -> Tensor:
-    """Token scores relative to uniform, padding as nan. (batch, tokens) -> (batch, tokens)."""
+def _relative(scores: Tensor, has_class_token: bool) -> Tensor:
+    """Scores of the ordinary tokens relative to uniform, padding as nan, [CLS] as inf. (batch, tokens) -> the same."""
     valid = scores >= 0
-    relative = importance.normalised(scores) * valid.sum(-1, keepdim=True)
-    return relative.masked_fill(~valid, torch.nan)
+    first = int(has_class_token)
+    relative = importance.normalised(scores[:, first:]) * valid[:, first:].sum(-1, keepdim=True)
+    return F.pad(relative, (first, 0), value=torch.inf).masked_fill(~valid, torch.nan)

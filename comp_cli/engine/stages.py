@@ -23,6 +23,8 @@ from .methods import MODES
 from .schedule import Floors, prune_to
 from .scoring import Scores
 
+TOLERANCE = 0.01  # of the FLOPs ratio
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -152,6 +154,8 @@ def search(
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
         while True:
             open_modes = [mode for mode in strategy.modes if mode not in memory.exhausted]
+            if not open_modes and before <= target + TOLERANCE * total:
+                return progress.plan
             if not open_modes:
                 raise out_of_reach(ratio, 1 - before / total)
             unseen = [mode for mode in open_modes if mode not in seen]
@@ -162,7 +166,8 @@ def search(
             step = min(quantum, strategy.mode_share * shares[mode])
             plan = prune_to(progress.plan, scores, ref, (mode,), max(target, before - step), floors)
             removed = before - flops.count(plan, ref).total
-            if removed < min(step / 4, before - target):
+            too_far = before - removed < target - TOLERANCE * total
+            if too_far or removed < min(step / 4, before - target):
                 memory.exhausted.add(mode)
                 continue
             found, after = look(plan)
