@@ -25,6 +25,7 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: setup
+	test -d out/demo-compact || $(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact
 	$(BIN)/comp bench out/demo-compact --baseline demo --iterations 50 --duration 20
 
 clean:

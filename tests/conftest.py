@@ -61,6 +61,18 @@ def tiny_folder(stock, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def compact_folder(tiny_folder, tmp_path_factory) -> Path:
+    """The tiny model, compact at ratio 0.7: heads, channels and tokens are gone."""
+    from comp_cli.output import Output
+    from comp_cli.prune import Options, prune
+
+    folder = tmp_path_factory.mktemp("compact") / "compact"
+    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
+    prune(Options(str(tiny_folder), 0.7, method="joint", device="cpu", **sizes), folder, Output("quiet"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dense(tiny_folder):
     from comp_cli.output import Output
     from comp_cli.workbench import open_dense

@@ -6,21 +6,12 @@ import torch
 from comp_cli import bench
 from comp_cli.errors import CompError
 from comp_cli.output import Output
-from comp_cli.prune import Options, prune
 
 
 @pytest.fixture(scope="module")
-def compact(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "compact"
-    options = Options(str(tiny_folder), 0.7, num_samples=8, eval_samples=8, text_tokens=12, device="cpu")
-    prune(options, folder, Output("quiet"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def report(compact, tiny_folder):
+def report(compact_folder, tiny_folder):
     options = bench.Options(device="cpu", batches=(1, 3), iterations=4, duration=0, text_tokens=12)
-    return bench.bench(compact, str(tiny_folder), options, Output("quiet"))
+    return bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
 
 
 def test_every_variant_is_timed_equally_often(report):
@@ -65,6 +56,6 @@ def test_percentiles():
     assert timing.pairs_per_second == pytest.approx(4000 / 51)
 
 
-def test_a_baseline_that_does_not_fit(compact, tmp_path, tiny_folder):
+def test_a_baseline_that_does_not_fit(compact_folder, tmp_path, tiny_folder):
     with pytest.raises(CompError, match="is a compact model"):
-        bench.bench(compact, str(compact), bench.Options(device="cpu"), Output("quiet"))
+        bench.bench(compact_folder, str(compact_folder), bench.Options(device="cpu"), Output("quiet"))

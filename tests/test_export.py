@@ -11,21 +11,12 @@ from comp_cli import export, tasks
 from comp_cli.errors import CompError
 from comp_cli.loading import load_model
 from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-
-
-@pytest.fixture(scope="module")
-def compact(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "compact"
-    options = Options(str(tiny_folder), 0.7, num_samples=8, eval_samples=8, text_tokens=12, device="cpu")
-    prune(options, folder, Output("quiet"))
-    return folder
 
 
 @pytest.fixture(scope="module", params=export.TARGETS)
-def exported(compact, request):
-    folder = compact.with_name(f"served-{request.param}")
-    export.export(compact, folder, Output("quiet"), overwrite=False, atol=1e-4, target=request.param)
+def exported(compact_folder, request):
+    folder = compact_folder.with_name(f"served-{request.param}")
+    export.export(compact_folder, folder, Output("quiet"), overwrite=False, atol=1e-4, target=request.param)
     return folder
 
 
@@ -53,8 +44,8 @@ def test_token_pruning_is_inside_with_sorted_topk(exported):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (1, 24), (2, 9), (5, 12), (8, 17)])
-def test_any_batch_and_text_length(compact, exported, batch, tokens):
-    model, session = load_model(compact, dtype=torch.float32), export.open_session(exported / "model.onnx")
+def test_any_batch_and_text_length(compact_folder, exported, batch, tokens):
+    model, session = load_model(compact_folder, dtype=torch.float32), export.open_session(exported / "model.onnx")
     generator = torch.Generator().manual_seed(batch)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, tokens // 2 + 1 :] = 0
@@ -76,11 +67,11 @@ def test_the_report(exported):
     assert report["versions"]["onnxruntime"] and report["files"]["model.onnx"]
 
 
-def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact, tmp_path, monkeypatch):
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact_folder, tmp_path, monkeypatch):
     honest = tasks.Task.logits
     monkeypatch.setattr(tasks.Task, "logits", lambda self, model, inputs: honest(self, model, inputs) + 0.01)
     with pytest.raises(CompError, match="differs from torch by 1.00e-02") as caught:
-        export.export(compact, tmp_path / "served", Output("quiet"), overwrite=False, atol=1e-4)
+        export.export(compact_folder, tmp_path / "served", Output("quiet"), overwrite=False, atol=1e-4)
     assert caught.value.code == 3 and list(tmp_path.iterdir()) == []
 
 
