@@ -59,7 +59,7 @@ def refit(weight: Tensor, bias: Tensor, found: Tensor, kept: Tensor, ridge: floa
     inner = inner + shrink * torch.eye(len(columns), dtype=torch.double, device=found.device)
     # The ridge pulls towards the plain slice, not towards zero: nothing pruned, nothing changed.
     target = whole @ found[:, columns].double() + shrink * whole[:, columns]
-    fitted = torch.linalg.solve(inner, target.T).T
+    fitted = torch.cholesky_solve(target.T, torch.linalg.cholesky(inner)).T  # the ridge makes it positive definite
     return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
 
 
