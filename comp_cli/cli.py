@@ -148,7 +148,7 @@ def prune(
     label_column: LabelColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
-    stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 15.")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[
         int | None, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on: 256; large models 8.")
     ] = None,

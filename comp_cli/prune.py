@@ -32,7 +32,7 @@ class Options:
     method: str = "comp"
     recover: bool = True
     seed: int = 0
-    # None: 40 stages on 256, 256 and 1000 pairs, or 15 on 64, 8 and 64 for models of more than 10 GFLOPs.
+    # None: 40 stages on 256, 256 and 1000 pairs, or 10 on 64, 8 and 64 for models of more than 10 GFLOPs.
     stages: int | None = None
     num_samples: int | None = None
     stage_samples: int | None = None
@@ -78,7 +78,7 @@ def prune(
     dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
     options = replace(
         options,
-        stages=options.stages or affordable(dense, 40, 15),
+        stages=options.stages or affordable(dense, 40, 10),
         num_samples=options.num_samples or affordable(dense, 256, 64),
         stage_samples=options.stage_samples or affordable(dense, 256, 8),
         eval_samples=options.eval_samples or affordable(dense, 1000, 64),
