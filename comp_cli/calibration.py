@@ -17,7 +17,7 @@ from .workbench import Dense
 Grams = dict[scoring.Key, Tensor]
 
 
-def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> dict[scoring.Key, Tensor]:
+def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> Grams:
     model = dense.runtime(dense.plan)
     with out.progress("gathering activations for recovery", len(batches)) as bar:
         return collect_grams(model, dense.family, dense.plan, dense.on_device(batches), bar.advance)
@@ -29,7 +29,7 @@ class Calibration:
     The loss is the task's where the pairs are labelled, else the divergence from the dense model.
     """
 
-    def __init__(self, dense: Dense, batches: list[Batch], grams, rule: str, seed: int = 0):
+    def __init__(self, dense: Dense, batches: list[Batch], grams: Grams | None, rule: str, seed: int = 0):
         self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
         self.fitted: Fitted = {}
         labels = [batch.labels for batch in batches]

@@ -116,7 +116,9 @@ def find_plan(
     grams = gather_grams(dense, batches, out) if options.recover else None
     floors = schedule.Floors()
     if method.token_share is None:
-        judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
+        judges = batches
+        if options.stage_samples != options.num_samples:
+            judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
         calibration = Calibration(dense, judges, grams, method.params)
         plan, passed = run_stages(dense, options, calibration, floors, journal, out)
         return plan, grams, passed

@@ -55,11 +55,6 @@ class Flops:
         """FLOPs of one part ("attention", "cross" or "ffn") of a tower."""
         return sum(getattr(layer, part) for layer in self.layers if layer.tower == name)
 
-    def mean_tokens(self, name: str) -> float:
-        """Mean number of tokens in the feed-forward layers of a tower."""
-        outs = [layer.tokens_out for layer in self.layers if layer.tower == name]
-        return sum(outs) / len(outs)
-
 
 def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[int, ...]], text_tokens: int) -> Reference:
     """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
