@@ -1,9 +1,11 @@
-"""Accuracy of the methods on the demo task, on equal terms: same model, same calibration pairs, same test pairs, no training.
+"""Accuracy of the methods on the demo task, on equal terms: same model, same calibration pairs, same test pairs, same steps.
 
-    python benchmarks/accuracy.py --output benchmarks/results/accuracy.jsonl
+    python benchmarks/accuracy.py                # training-free
+    python benchmarks/accuracy.py --steps 200    # inside fine-tuning, each method with as many steps
 
 One JSON line a run; runs that are in the file already are skipped, so it can be stopped and started at will. A seed chooses
-the calibration pairs and everything random. Ends with a table (mean and standard deviation over seeds) and a picture.
+the calibration pairs, the order of the training pairs and everything random. Nothing is chosen by what it scores: every run
+is evaluated once, at its end, on the test split. Ends with a table (mean and standard deviation over seeds) and a picture.
 """
 
 import argparse
@@ -19,32 +21,40 @@ from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
 from comp_cli.output import Output
-from comp_cli.prune import Options, find_plan
+from comp_cli.prune import Options, find
+from comp_cli.training import Training
 from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense
 
 SCENES = ScenePairs(labelled=True)
 SAMPLES = 256  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
+ABLATIONS = ("cip", "cit", "explore", "history", "recover")
+FREE = [*METHODS, "comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "wanda --no-recover"]
+LR = 4e-4
+TRAINED = ["comp", "sjp", "wanda", "token", "random"]
 
 
-def measure(dense: Dense, method: str, recover: bool, ratio: float, seed: int, pairs: list) -> dict:
+def options_of(name: str, ratio: float, seed: int, steps: int) -> Options:
+    """The options of a run. name: a method, and what is switched off, as on the command line."""
+    method, *off = name.split(" --no-")
+    switches = dict.fromkeys(off, False)
+    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 20 if steps else 40}
+    training = Training(steps=steps, lr=LR, mixed_precision="bf16")
+    return Options("demo", ratio, method=method, seed=seed, training=training, **samples, **switches)
+
+
+def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs: list) -> dict:
     """One run: prune, then decide every test pair."""
     begin = time.perf_counter()
-    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 40}
-    options = Options("demo", ratio, method=method, recover=recover, seed=seed, **samples)
-    key = {"method": method, "recover": recover, "ratio": ratio, "seed": seed}
+    key = {"name": name, "steps": steps, "ratio": ratio, "seed": seed}
     try:
-        plan, grams, stages = find_plan(dense, SCENES, options, None, Output("quiet"))
+        found = find(dense, SCENES, options_of(name, ratio, seed, steps), None, Output("quiet"))
     except CompError as error:
         return key | {"accuracy": None, "why": error.message}
-    found = tasks.evaluate(dense.runtime(plan, grams), dense.task, pairs)
-    reached = 1 - flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
-    facts = {"accuracy": found.accuracy, "loss": found.loss, "reached": reached, "samples": found.samples}
-    return key | facts | {"seconds": round(time.perf_counter() - begin, 1), "stages": [asdict(s) for s in stages]}
-
-
-def name_of(run: dict) -> str:
-    return run["method"] + ("" if run["recover"] else " --no-recover")
+    scored = tasks.evaluate(found.model, dense.task, pairs)
+    reached = 1 - flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
+    facts = {"accuracy": scored.accuracy, "loss": scored.loss, "reached": reached, "samples": scored.samples}
+    return key | facts | {"seconds": round(time.perf_counter() - begin, 1), "stages": [asdict(s) for s in found.stages]}
 
 
 def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]]:
@@ -52,7 +62,7 @@ def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]
     found = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["accuracy"] is not None:
-            found[name_of(run)][run["ratio"]].append(run["accuracy"])
+            found[run["name"]][run["ratio"]].append(run["accuracy"])
     return {
         method: {r: (statistics.mean(a), statistics.stdev(a) if len(a) > 1 else 0.0, len(a)) for r, a in by_ratio.items()}
         for method, by_ratio in found.items()
@@ -103,32 +113,40 @@ def main(arguments: argparse.Namespace) -> None:
     dense = open_dense("demo", Output("quiet"))
     pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32)
     dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).accuracy
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
-    done = {(r["method"], r["recover"], r["ratio"], r["seed"]) for r in runs}
-    wanted = [(m, True) for m in arguments.methods] + [(m, False) for m in arguments.methods if m == "wanda"]
-    with arguments.output.open("a") as file:
-        for seed in range(arguments.seeds):
-            for method, recover in wanted:
-                for ratio in arguments.ratios:
-                    if (method, recover, ratio, seed) in done:
+    name = f"accuracy_{arguments.steps}_steps" if arguments.steps else "accuracy"
+    output = arguments.output or Path(__file__).parent / "results" / f"{name}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runs = read_runs(output)
+    with output.open("a") as file:
+        for seed in arguments.seeds:
+            for ratio in arguments.ratios:
+                for name in arguments.methods or (TRAINED if arguments.steps else FREE):
+                    key = (name, arguments.steps, ratio, seed)
+                    if key in {(r["name"], r["steps"], r["ratio"], r["seed"]) for r in read_runs(output)}:
                         continue
-                    run = measure(dense, method, recover, ratio, seed, pairs)
-                    runs.append(run)
+                    run = measure(dense, *key[:1], ratio, seed, arguments.steps, pairs)
                     print(json.dumps(run), file=file, flush=True)
-                    print(name_of(run), ratio, seed, run["accuracy"], run.get("seconds"), flush=True)
+                    print(name, ratio, seed, run["accuracy"], run.get("seconds"), flush=True)
+    runs = read_runs(output)
     found = summary(runs)
     text = table(found, dense_accuracy)
-    arguments.output.with_suffix(".md").write_text(text)
-    plot(found, dense_accuracy, arguments.output.with_suffix(".png"))
+    output.with_suffix(".md").write_text(text)
+    plot(found, dense_accuracy, output.with_suffix(".png"))
     print(text)
+
+
+def read_runs(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/accuracy.jsonl"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--output", type=Path, help="JSON lines; else in benchmarks/results")
+    parser.add_argument("--steps", type=int, default=0, help="training steps of every run")
+    parser.add_argument("--methods", nargs="+", help='names, with switches in one word: "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--pairs", type=int, default=2000, help="test pairs behind every figure")
-    main(parser.parse_args())
+    given = parser.parse_args()
+    given.seeds = given.seeds or range(3 if given.steps else 5)
+    main(given)

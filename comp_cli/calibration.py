@@ -1,9 +1,7 @@
 """Plans run over calibration pairs: what matters in them, how much they lose, and what recovery needs."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import tasks
@@ -36,22 +34,34 @@ class Calibration:
         self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
         self.expected: Tensor | None = None  # logits of the first plan that is looked at: the dense one
 
-    def look(self, plan: Plan, advance: Callable[[], None] = lambda: None) -> tuple[scoring.Scores, float]:
+    def look(self, plan: Plan) -> tuple[scoring.Scores, float]:
+        """Scores and loss of the training-free model of a plan."""
+        return self.judge(self.dense.runtime(plan, self.grams, self.fitted), plan)
+
+    def judge(self, model: nn.Module, plan: Plan) -> tuple[scoring.Scores, float]:
+        """Scores and loss of any model of a plan. The first one is taken for the dense model."""
         heard: list[Tensor] = []
-        name = self.dense.task.output
-        scores = scoring.collect(
-            self.dense.runtime(plan, self.grams, self.fitted),
-            self.dense.family,
-            plan,
-            self.dense.on_device(self.batches),
-            rule=self.rule,
-            seed=self.seed,
-            hear=lambda outputs: heard.append(getattr(outputs, name).float().cpu()),
-            advance=advance,
-        )
+
+        def hear(outputs: object) -> Tensor:
+            logits = getattr(outputs, self.dense.task.output).float()
+            loss = F.cross_entropy(logits, self._right(logits, sum(map(len, heard))))
+            heard.append(logits.detach().cpu())
+            return loss
+
+        batches = self.dense.on_device(self.batches)
+        scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, hear=hear)
         logits = torch.cat(heard)
         if self.expected is None:
             self.expected = logits
         if self.labels is not None:
             return scores, F.cross_entropy(logits, self.labels).item()
         return scores, tasks.divergence(self.expected, logits)
+
+    def _right(self, logits: Tensor, start: int) -> Tensor:
+        """The right answers to a batch that begins at pair `start`; without labels what the dense model decides, because
+        the divergence from it has no slope where pruning begins."""
+        known = self.labels
+        if known is None:
+            known = logits.argmax(-1) if self.expected is None else self.expected.argmax(-1)
+            start = 0 if self.expected is None else start
+        return known[start : start + len(logits)].to(logits.device)

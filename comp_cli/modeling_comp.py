@@ -7,6 +7,7 @@ is derived: head counts, head widths, softmax scales, feed-forward widths and ke
     AutoModel.from_pretrained(folder, trust_remote_code=True)
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -59,9 +60,52 @@ def token_scores(
     return received.sum(1)
 
 
+def class_attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, *, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """How much attention [CLS] pays to each token, mean over heads (the score of EViT). Shapes as in `token_scores`."""
+    logits = (query[:, :, :1] * scale) @ key.transpose(-1, -2)
+    if attention_mask is None:
+        return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0]
+    valid = unmasked(attention_mask)[:, 0, -1]
+    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+    return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0].masked_fill(~valid, -1.0)
+
+
+def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Scores that know nothing of the image: an order of the positions, (tokens,) -> (tokens,), the same for each sample."""
+
+    def scores(query: torch.Tensor, key: torch.Tensor, scale: float, *, attention_mask=None, **kwargs: Any) -> torch.Tensor:
+        found = order(torch.arange(key.shape[2], device=key.device)).float().expand(key.shape[0], -1)
+        return found if attention_mask is None else found.masked_fill(~unmasked(attention_mask)[:, 0, -1], -1.0)
+
+    return scores
+
+
+def bit_reversed(position: torch.Tensor) -> torch.Tensor:
+    """Positions with their lowest ten bits reversed: the k largest are evenly spread, whatever k."""
+    return sum(((position >> bit) & 1) << (9 - bit) for bit in range(10))
+
+
+def hashed(position: torch.Tensor) -> torch.Tensor:
+    """Pseudo-random numbers in integer arithmetic: the same on every device and in every runtime."""
+    mixed = (position + 1) * 2654435761 % 2**32
+    mixed = (mixed ^ (mixed >> 16)) * 73244475 % 2**32
+    return (mixed ^ (mixed >> 16)) % 2**20
+
+
 def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     """The mask as booleans, True where a query may look. Additive masks hold 0 or a very negative number."""
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
+
+
+# How tokens are ranked. All but the first are baselines.
+TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "attention": token_scores,
+    "cls": class_attention,
+    "stride": by_position(bit_reversed),
+    "random": by_position(hashed),
+}
 
 
 def kept_tokens(scores: torch.Tensor, keep: int, protected: tuple[str, ...]) -> torch.Tensor:
@@ -132,6 +176,7 @@ class CompactAttention(nn.Module):
         self.layout = layout
         self.skip_first = True
         self.score_rows: int | None = None
+        self.score_rule = "attention"
         self.head_mask: torch.Tensor | None = None
         self.fused_node = False  # export as one node of ONNX Runtime
         inner = num_heads * head_dim
@@ -166,7 +211,9 @@ class CompactAttention(nn.Module):
         if self.score_rows is not None:
             options = {"rows": self.score_rows, "skip_first": self.skip_first}
             masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
-            scores = token_scores(self._split(query), self._split(key), self.scale, **options, **masks)
+            # The scores only choose: no gradient goes through them.
+            states = (self._split(states.detach()) for states in (query, key))
+            scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
     def _project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
@@ -269,7 +316,7 @@ def _layer_class(order: str, stock_class: type) -> type:
     return type(f"Compact{stock_class.__name__}", (LAYERS[order], stock_class), {})
 
 
-def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any], score_rows: int) -> nn.Module:
+def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any], tower: dict[str, Any]) -> nn.Module:
     """The layer with the sizes of its plan. Weights that change size are left uninitialised."""
     layer_class = _layer_class(layout["order"], type(stock))
     layer = layer_class.__new__(layer_class)
@@ -290,7 +337,8 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
     layer.set_submodule(layout["ffn"][1], resized(fc2, sizes["ffn"], fc2.out_features))
     if sizes["keep"] is not None:
         layer.keep, layer.protected = sizes["keep"], tuple(layout["protected"])
-        layer.get_submodule(layout["attention"]["module"]).score_rows = score_rows
+        attention = layer.get_submodule(layout["attention"]["module"])
+        attention.score_rows, attention.score_rule = tower["score_rows"], tower.get("score_rule", "attention")
     return layer
 
 
@@ -303,7 +351,7 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
         if len(layers) != len(tower["layers"]):
             raise ValueError(f"{layout['encoder']}: the plan has {len(tower['layers'])} layers, the model {len(layers)}")
         for index, sizes in enumerate(tower["layers"]):
-            layers[index] = compact_layer(layers[index], layout, sizes, tower["score_rows"])
+            layers[index] = compact_layer(layers[index], layout, sizes, tower)
         if any(sizes["keep"] is not None for sizes in tower["layers"]):
             model.set_submodule(layout["encoder"], CompactEncoder(encoder, layout["layers"]))
 

@@ -31,6 +31,7 @@ class TowerPlan:
     name: str
     layers: tuple[LayerPlan, ...]
     score_rows: int = 0  # query rows behind the token scores; 0 for all
+    score_rule: str = "attention"  # see modeling_comp.TOKEN_RULES
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ class Plan:
     def with_tower(self, tower: TowerPlan) -> "Plan":
         return replace(self, towers=tuple(tower if t.name == tower.name else t for t in self.towers))
 
+    def within(self, outer: "Plan") -> "Plan":
+        """The same plan for a model that is sliced to `outer` already: kept units as indices into those that `outer` keeps."""
+
+        def attention(part: AttentionPlan | None, before: AttentionPlan | None) -> AttentionPlan | None:
+            return part and replace(part, heads=tuple(map(before.heads.index, part.heads)))
+
+        def layer(part: LayerPlan, before: LayerPlan) -> LayerPlan:
+            place = {channel: index for index, channel in enumerate(before.ffn)}
+            heads = {name: attention(getattr(part, name), getattr(before, name)) for name in ("attention", "cross")}
+            return replace(part, ffn=tuple(place[channel] for channel in part.ffn), **heads)
+
+        pairs = zip(self.towers, outer.towers, strict=True)
+        return replace(self, towers=tuple(replace(t, layers=tuple(map(layer, t.layers, o.layers))) for t, o in pairs))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -59,7 +74,9 @@ class Plan:
         def layer(part: dict[str, Any]) -> LayerPlan:
             return LayerPlan(attention(part["attention"]), attention(part["cross"]), tuple(part["ffn"]), part["keep"])
 
-        towers = (TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"]) for t in found["towers"])
+        towers = (
+            TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"], t["score_rule"]) for t in found["towers"]
+        )
         return cls(found["architecture"], tuple(towers))
 
     def comp_block(self, family: Family, **facts: Any) -> dict[str, Any]:
@@ -68,6 +85,7 @@ class Plan:
             {
                 "layout": family.tower(tower.name).layout(),
                 "score_rows": tower.score_rows,
+                "score_rule": tower.score_rule,
                 "layers": [_layer_sizes(layer) for layer in tower.layers],
             }
             for tower in self.towers

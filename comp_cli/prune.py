@@ -1,7 +1,10 @@
 """`comp prune`: from a dense model to a folder with a compact one."""
 
+import random
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,9 @@ import torch
 from torch import nn
 
 from . import __version__, report, tasks
-from .calibration import Calibration, Grams, gather_grams
+from .calibration import Calibration, gather_grams
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
-from .data import random_inputs
+from .data import Batch, random_inputs
 from .engine import flops, schedule, stages
 from .engine.methods import METHODS
 from .errors import FAILED, USAGE, CompError
@@ -20,7 +23,8 @@ from .loading import pick_device, pick_dtype
 from .output import Output
 from .plan import Plan
 from .store import atomic_folder, check_output, folder_size, sha256
-from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
+from .training import Trainer, Training, training_batches
+from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense, with_score_rule
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     data: DataOptions = DataOptions()
+    training: Training = Training()
+    # Ablations of the method comp.
+    cip: bool = True
+    cit: bool = True
+    explore: bool = True
+    history: bool = True
 
 
 def check_ratio(ratio: float) -> None:
@@ -88,12 +98,13 @@ def prune(
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
         journal.remove()
-    plan, grams, passed = find_plan(dense, pairs, options, journal, out)
-    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in passed]}
+    found = find(dense, pairs, options, journal, out)
+    plan = found.plan
+    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
     if dry_run:
         report.print_plan(document, out)
         return document
-    compact = dense.runtime(plan, grams).to(save_dtype).to(torch.float32)  # judged with the weights that are written
+    compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
     document |= {"quality": compare(dense, compact, pairs, options, out)}
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
@@ -107,55 +118,99 @@ def prune(
     return document
 
 
-def find_plan(
-    dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output
-) -> tuple[Plan, Grams | None, list[stages.Stage]]:
-    """The plan, the Gram matrices for its recovery, and the stages that led to it (none for one-shot methods)."""
-    method = METHODS[options.method]
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: the plan, the stages that led to it, and its model."""
+
+    plan: Plan
+    stages: list[stages.Stage]
+    model: nn.Module
+
+
+def find(
+    dense: Dense,
+    pairs: Pairs,
+    options: Options,
+    journal: Journal | None,
+    out: Output,
+    read: Callable[[int, slice], Iterator[Batch]] | None = None,
+) -> Found:
+    """Search the plan of a method, training-free or inside fine-tuning, on from the journal where there is one.
+
+    `read`: training batches, see `Trainer`; else made of the pairs.
+    """
+    method, training = METHODS[options.method], options.training
+    dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens))
+    samples = options.stage_samples if method.phases is None else options.num_samples
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
-    grams = gather_grams(dense, batches, out) if options.recover else None
-    floors = schedule.Floors()
-    if method.token_share is None:
-        judges = batches
-        if options.stage_samples != options.num_samples:
-            judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
-        calibration = Calibration(dense, judges, grams, method.params)
-        plan, passed = run_stages(dense, options, calibration, floors, journal, out)
-        return plan, grams, passed
-    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
-        whole = Calibration(dense, batches, None, method.params or "cip", options.seed)
-        scores, _ = whole.look(dense.plan, bar.advance)
-    plan = schedule.joint_plan(dense.plan, scores, dense.reference, options.ratio, method, floors)
-    return plan, grams, []
+    judges = batches
+    if samples != options.num_samples:
+        judges = batches_of(dense, pairs, "calibration", samples, options.batch_size, options.seed)
+    grams = gather_grams(dense, batches, out) if options.recover and not training.steps else None
+    calibration = Calibration(dense, judges, grams, method.params if options.cip else "wanda", options.seed)
+    if not training.steps:
+        plan, passed = run_stages(dense, options, calibration, None, journal, out)
+        return Found(plan, passed, dense.runtime(plan, grams))
+    read = read or partial(training_batches, dense, pairs, training, options.seed)
+    trainer = Trainer(dense, calibration, training, options.ratio, read, cit=options.cit, seed=options.seed)
+    plan, passed = run_stages(dense, options, calibration, trainer, journal, out)
+    progress = stages.Progress(plan, passed, stages.Memory(), random.Random())
+    model = trainer.tune(out, lambda: save_progress(journal, progress, trainer))
+    return Found(plan, passed, model)
 
 
 def run_stages(
-    dense: Dense, options: Options, calibration: Calibration, floors: schedule.Floors, journal: Journal | None, out: Output
+    dense: Dense, options: Options, calibration: Calibration, trainer: Trainer | None, journal: Journal | None, out: Output
 ) -> tuple[Plan, list[stages.Stage]]:
-    """CoMP's stages, told as they pass and kept in the journal."""
+    """The stages of a method, told as they pass and kept in the journal."""
+    method, floors, ratio = METHODS[options.method], schedule.Floors(), options.ratio
+    look = trainer.look if trainer else calibration.look
     saved = journal.load() if journal else None
     progress = stages.Progress.from_json(saved) if saved else stages.Progress.start(dense.plan, options.seed)
-    with out.progress("pruning", options.stages) as bar:
+    each = max(1, options.stages // len(method.phases)) if trainer and method.phases else 1
+    expected = each * len(method.phases) if method.phases else options.stages
+    with out.progress("pruning", expected) as bar:
         if saved:
             calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
+            if trainer:
+                trainer.restore(progress.plan, saved["steps"], journal.tensors(saved))
             done = len(progress.stages)
-            out.say(f"going on after stage {done} of about {options.stages} (--no-resume starts anew)")
+            out.say(f"going on after stage {done} of about {expected} (--no-resume starts anew)")
             bar.advance(by=done)
 
         def tell(stage: stages.Stage) -> None:
-            if journal:
-                journal.save(progress.to_json())
+            save_progress(journal, progress, trainer)
             bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
 
-        strategy = stages.Strategy(stages=options.stages)
-        reference = dense.reference
         try:
-            plan = stages.search(dense.plan, reference, options.ratio, calibration.look, strategy, floors, progress, tell)
+            if method.phases:
+                marched = (method.phases, each, floors, progress, tell)
+                plan = stages.march(dense.plan, dense.reference, ratio, look, *marched)
+            else:
+                strategy = strategy_of(options)
+                plan = stages.search(dense.plan, dense.reference, ratio, look, strategy, floors, progress, tell)
         except CompError:  # out of reach: there is nothing to go on with
             if journal:
                 journal.remove()
             raise
     return plan, progress.stages
+
+
+def strategy_of(options: Options) -> stages.Strategy:
+    """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
+    chosen = stages.Strategy(stages=options.stages, look_first=not options.training.steps)
+    return replace(
+        chosen,
+        explore=chosen.explore if options.explore else 0.0,
+        history=chosen.history if options.history else 0.0,
+    )
+
+
+def save_progress(journal: Journal | None, progress: stages.Progress, trainer: Trainer | None) -> None:
+    if journal and trainer is None:
+        journal.save(progress.to_json())
+    elif journal and trainer.accelerator.is_main_process:
+        journal.save(progress.to_json() | {"steps": trainer.done}, trainer.to_tensors())
 
 
 def settings_of(dense: Dense, options: Options) -> dict[str, Any]:

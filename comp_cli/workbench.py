@@ -58,11 +58,15 @@ class Dense:
     def runtime(self, plan: Plan, grams: Mapping[scoring.Key, Tensor] | None = None, fitted: Fitted | None = None) -> nn.Module:
         """The model of a plan, on the fused kernels, recovered where Gram matrices are given. Weights that stay as they
         are are shared with the dense model."""
-        config = self.hf_config.__class__.from_dict(self.config)
-        config.comp = plan.comp_block(self.family)
         state = slice_state(self.state, self.family, plan)
         if grams is not None:
             state = recover(state, self.state, self.family, plan, grams, {} if fitted is None else fitted)
+        return self.build(plan, state)
+
+    def build(self, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
+        """The model of a plan around weights that have its sizes."""
+        config = self.hf_config.__class__.from_dict(self.config)
+        config.comp = plan.comp_block(self.family)
         return loading.build_compact(config, self.architecture, state)
 
 
@@ -132,6 +136,11 @@ def affordable(dense: Dense, many: int, few: int) -> int:
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
 
+def with_score_rule(plan: Plan, rule: str) -> Plan:
+    """Images are ranked by another rule; texts, which have no patches, by attention as ever."""
+    return plan.with_tower(replace(plan.tower("vision"), score_rule=rule))
+
+
 def with_score_rows(plan: Plan) -> Plan:
     """Images are scored with a bounded number of query rows; texts with all: short, and of varying length."""
     towers = (replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0) for tower in plan.towers)
@@ -149,8 +158,9 @@ class ScenePairs:
     def describe(self, purpose: data.Purpose) -> str:
         return f"generated scenes, split {self.SPLITS[purpose]}"
 
-    def read(self, purpose: data.Purpose, limit: int, seed: int = 0) -> Iterator[data.Pair]:
-        return data.scene_pairs(self.SPLITS[purpose], limit, seed, self.labelled)
+    def read(self, purpose: data.Purpose, limit: int | None = None, seed: int = 0) -> Iterator[data.Pair]:
+        """Up to `limit` pairs, of which there are more than anybody asks for."""
+        return data.scene_pairs(self.SPLITS[purpose], 10**8 if limit is None else limit, seed, self.labelled)
 
 
 Pairs = ScenePairs | datafiles.PairSet

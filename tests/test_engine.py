@@ -5,10 +5,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from comp_cli.engine import flops, importance, methods, schedule, scoring
+from comp_cli.calibration import Calibration
+from comp_cli.data import Batch, random_inputs
+from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import fused_channels, head_channels
 from comp_cli.errors import CompError
 from comp_cli.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
+from comp_cli.output import Output
+from comp_cli.workbench import ScenePairs, batches_of, open_dense, with_score_rule
 
 
 def counted(model, inputs) -> int:
@@ -163,7 +167,7 @@ def test_scores_come_from_the_activations(stock, dense, inputs):
     hook.remove()
     found = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs], rule="wanda")
     expected = layer.mlp.fc2.weight.abs().mean(0) * seen["x"].flatten(0, 1).norm(dim=0)
-    torch.testing.assert_close(found.units["vision", 2, "ffn"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.units["vision", 2, "ffn"], expected / expected.mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_change_scores(dense, inputs):
@@ -176,15 +180,89 @@ def test_padding_does_not_change_scores(dense, inputs):
     torch.testing.assert_close(padded.tokens["language", 1][:, :7], plain.tokens["language", 1], rtol=1e-4, atol=1e-5)
 
 
+def march(dense, inputs, name, ratio, each=1):
+    """The training-free plan of a method with phases."""
+    method = methods.METHODS[name]
+    progress = stages.Progress.start(with_score_rule(dense.plan, method.tokens), 0)
+    look = Calibration(dense, [Batch(inputs, None)], None, method.params).look
+    return stages.march(dense.plan, dense.reference, ratio, look, method.phases, each, schedule.Floors(), progress)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model and four pairs: 145 image tokens, fine enough for any ratio by tokens alone."""
+    dense = open_dense("demo", Output("quiet"))
+    return dense, batches_of(dense, ScenePairs(labelled=True), "calibration", 4, 4)[0].inputs
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
-def test_the_ratio_is_reached(dense, scores, inputs, ratio):
-    plan = schedule.joint_plan(dense.plan, scores, dense.reference, ratio, methods.METHODS["joint"], schedule.Floors())
+def test_the_ratio_is_reached(dense, inputs, ratio):
+    plan = march(dense, inputs, "joint", ratio)
     before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(ratio, abs=0.01)
 
 
-def test_everything_shrinks_and_unevenly(dense, scores):
-    plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.6, methods.METHODS["joint"], schedule.Floors())
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.phases])
+def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
+    """What the compact model really computes, counted."""
+    dense, inputs = demo
+    plan = march(dense, inputs, name, 0.4)
+    reference = random_inputs(dense.hf_config, 1, dense.text_tokens)
+    before, after = (counted(dense.runtime(p), reference) for p in (dense.plan, plan))
+    assert 1 - after / before == pytest.approx(0.4, abs=0.01)
+    allowed = {"parameters": {"attention", "cross", "ffn"}, "tokens": {"keep"}}
+    touched = {
+        part
+        for tower, full in zip(plan.towers, dense.plan.towers, strict=True)
+        for layer, was in zip(tower.layers, full.layers, strict=True)
+        for part in ("attention", "cross", "ffn", "keep")
+        if getattr(layer, part) != getattr(was, part)
+    }
+    assert touched and touched <= set().union(*(allowed[kind] for kind in methods.METHODS[name].phases))
+
+
+def test_the_order_of_phases_matters(demo):
+    assert march(*demo, "sjp", 0.5) != march(*demo, "sjp-reversed", 0.5)
+
+
+def test_many_small_steps_end_where_one_does(dense, inputs):
+    plan = march(dense, inputs, "joint", 0.5, each=4)
+    left = flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
+    assert left == pytest.approx(0.5, abs=0.01) and plan != march(dense, inputs, "joint", 0.5)
+
+
+def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
+    """The slope behind taylor and upop, against the difference quotient of the loss as one channel is scaled."""
+    from torch.nn import functional as F
+
+    labels = torch.tensor([1, 0, 1])
+    model = dense.runtime(dense.plan)
+
+    def loss(outputs):
+        return F.cross_entropy(outputs.itm_score.float(), labels)
+
+    found = scoring.collect(model, dense.family, dense.plan, [inputs], rule="taylor", hear=loss).units["vision", 2, "ffn"]
+    linear = model.vision_model.encoder.layers[2].mlp.fc2
+    slopes = []
+    for channel in range(3):
+        losses = []
+        for step in (1e-2, -1e-2):
+            hook = linear.register_forward_pre_hook(
+                lambda m, args, s=step, c=channel: (args[0] * (1 + s * (torch.arange(args[0].shape[-1]) == c)),)
+            )
+            with torch.inference_mode():
+                losses.append(loss(model(**inputs)).item())
+            hook.remove()
+        slopes.append(abs(losses[0] - losses[1]) / 2e-2)
+    expected = torch.tensor(slopes) / slopes[0]
+    torch.testing.assert_close(found[:3] / found[0], expected, rtol=0.05, atol=0.02)
+    signed = scoring.collect(model, dense.family, dense.plan, [inputs], rule="upop", hear=loss).units
+    whole = torch.cat([scores for key, scores in signed.items() if key[2] == "ffn"])
+    assert whole.mean().abs() < 1e-5 and whole.std() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_everything_shrinks_and_unevenly(dense, inputs):
+    plan = march(dense, inputs, "joint", 0.6)
     vision, language = plan.towers
     assert len({(len(layer.ffn), len(layer.attention.heads)) for layer in (*vision.layers, *language.layers)}) > 2
     assert any(len(layer.attention.heads) < 6 for layer in vision.layers)
@@ -204,18 +282,6 @@ def test_the_best_units_stay(dense, scores):
             assert found[gone].max() <= found[list(layer.ffn)].min()
 
 
-def test_methods_touch_only_their_modes(dense, scores):
-    for name, parts in (("token", ("keep",)), ("wanda", ("attention", "cross", "ffn"))):
-        plan = schedule.joint_plan(dense.plan, scores, dense.reference, 0.3, methods.METHODS[name], schedule.Floors())
-        touched = set()
-        for tower, full in zip(plan.towers, dense.plan.towers, strict=True):
-            for layer, was in zip(tower.layers, full.layers, strict=True):
-                touched |= {
-                    part for part in ("attention", "cross", "ffn", "keep") if getattr(layer, part) != getattr(was, part)
-                }
-        assert touched and touched <= set(parts)
-
-
 def test_texts_shorter_than_the_reference_say_nothing_about_language_tokens(dense, scores):
     from dataclasses import replace
 
@@ -225,9 +291,9 @@ def test_texts_shorter_than_the_reference_say_nothing_about_language_tokens(dens
     assert same != dense.plan
 
 
-def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, scores):
-    with pytest.raises(CompError, match="cannot be reached.*it is 0.9") as caught:
-        schedule.joint_plan(dense.plan, scores, dense.reference, 0.999, methods.METHODS["joint"], schedule.Floors())
+def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, inputs):
+    with pytest.raises(CompError, match="cannot be reached.*has 0.9") as caught:
+        march(dense, inputs, "joint", 0.999)
     assert caught.value.hint.startswith("Try --ratio 0.9")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..families import Family
-from ..plan import LayerPlan, Plan
+from ..plan import LayerPlan, Plan, TowerPlan
 
 TEXT_TOKENS = 35
 
@@ -76,27 +76,32 @@ def count(plan: Plan, ref: Reference) -> Flops:
     for tower in plan.towers:
         tokens, width = ref.tokens[tower.name], ref.width[tower.name]
         for index, layer in enumerate(tower.layers):
-            rows.append(_layer(tower.name, index, layer, tokens, width, tower.score_rows, handed_on.get("vision"), ref))
+            rows.append(_layer(tower, index, layer, tokens, width, handed_on.get("vision"), ref))
             tokens = rows[-1].tokens_out
         handed_on[tower.name] = tokens
     return Flops(tuple(rows), ref.fixed)
 
 
 def _layer(
-    name: str, index: int, layer: LayerPlan, tokens: int, width: int, score_rows: int, image: int | None, ref: Reference
+    tower: TowerPlan, index: int, layer: LayerPlan, tokens: int, width: int, image: int | None, ref: Reference
 ) -> LayerFlops:
     inner = len(layer.attention.heads) * layer.attention.head_dim
     attention = 2 * tokens * width * inner * 4 + 4 * tokens * tokens * inner
     out = tokens
     if layer.keep is not None and layer.keep < tokens:
         out = layer.keep
-        rows = min(score_rows or tokens, tokens - ref.class_token[name])
-        attention += 2 * rows * tokens * inner
+        attention += 2 * _score_rows(tower, tokens - ref.class_token[tower.name]) * tokens * inner
     cross = 0
     if layer.cross is not None:
         cross_inner = len(layer.cross.heads) * layer.cross.head_dim
         cross = 4 * out * width * cross_inner + 4 * image * ref.width["vision"] * cross_inner + 4 * out * image * cross_inner
-    return LayerFlops(name, index, attention, cross, 4 * out * width * len(layer.ffn), tokens, out)
+    return LayerFlops(tower.name, index, attention, cross, 4 * out * width * len(layer.ffn), tokens, out)
+
+
+def _score_rows(tower: TowerPlan, most: int) -> int:
+    """Query rows behind the token scores."""
+    rows = {"attention": tower.score_rows or most, "cls": 1}
+    return min(rows.get(tower.score_rule, 0), most)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -10,30 +10,36 @@ PARAMETER_MODES = {
 }
 TOKEN_MODES = {"vision_tokens": "vision", "language_tokens": "language"}
 MODES = (*PARAMETER_MODES, *TOKEN_MODES)
+KINDS = {"parameters": tuple(PARAMETER_MODES), "tokens": tuple(TOKEN_MODES)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """params: the rule behind parameter scores (see scoring.PARAMETER_RULES), None where none are removed. token_share: the
-    tokens' share of the logarithmic FLOPs reduction in one shot, None for the stages of CoMP."""
+    """How scores become a plan.
 
-    params: str | None
-    token_share: float | None
+    params: the rule behind parameter scores (see scoring.PARAMETER_RULES), tokens: the one behind token scores (see
+    modeling_comp.TOKEN_RULES). phases: kinds of modes in their order, which share the logarithm of the FLOPs left equally
+    and raise the thresholds of their modes together; None for CoMP, which chooses a mode in every stage.
+    """
+
     about: str
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        if self.params is None:
-            return tuple(TOKEN_MODES)
-        return tuple(PARAMETER_MODES) if self.token_share == 0 else (*PARAMETER_MODES, *TOKEN_MODES)
+    params: str = "cip"
+    tokens: str = "attention"
+    phases: tuple[str, ...] | None = None
 
 
 METHODS = {
-    "comp": Method("cip", None, "collaborative multi-mode pruning: one mode per stage, chosen by measured cost"),
-    "joint": Method("cip", 0.5, "collaborative scores, tokens then parameters in one shot, half of the reduction each"),
-    "sjp": Method("wanda", 0.5, "simple joint pruning: the same with scores that know nothing of each other"),
-    "wanda": Method("wanda", 0.0, "parameters only: weights times activation norms"),
-    "magnitude": Method("magnitude", 0.0, "parameters only: weights"),
-    "random": Method("random", 0.0, "parameters only: chance"),
-    "token": Method(None, 1.0, "tokens only: attention received"),
+    "comp": Method("CoMP: collaborative scores, one mode per stage, chosen by measured cost"),
+    "joint": Method("collaborative scores, tokens then parameters", phases=("tokens", "parameters")),
+    "sjp": Method("simple joint pruning: tokens, then parameters by wanda", "wanda", phases=("tokens", "parameters")),
+    "sjp-reversed": Method("the same, parameters first", "wanda", phases=("parameters", "tokens")),
+    "wanda": Method("parameters: weights times activation norms", "wanda", phases=("parameters",)),
+    "magnitude": Method("parameters: weights", "magnitude", phases=("parameters",)),
+    "taylor": Method("parameters: loss that a unit's removal adds, to first order", "taylor", phases=("parameters",)),
+    "upop": Method("parameters: signed gradients of the masks, standardised over all layers", "upop", phases=("parameters",)),
+    "random": Method("parameters: chance", "random", phases=("parameters",)),
+    "token": Method("tokens: attention received", phases=("tokens",)),
+    "cls": Method("tokens: attention from [CLS]", tokens="cls", phases=("tokens",)),
+    "stride": Method("tokens: evenly spread, blind to the image", tokens="stride", phases=("tokens",)),
+    "random-token": Method("tokens: chance", tokens="random", phases=("tokens",)),
 }

@@ -1,8 +1,8 @@
 """Which units and tokens go: from scores to a plan of the wanted FLOPs.
 
-Every mode has one threshold (CoMP, Eq. 2). For parameters it is a quantile, weighted by FLOPs, of the scores relative to
-their layer; for tokens it is a score relative to uniform. `prune_to` raises the thresholds of the chosen modes together
-until the FLOPs fall to a target.
+Every mode has one threshold (CoMP, Eq. 2). For parameters it is a quantile, weighted by FLOPs, of the scores; for tokens
+it is a score relative to uniform. `prune_to` raises the thresholds of the chosen modes together until the FLOPs fall to a
+target.
 """
 
 import math
@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import CompError
 from ..plan import LayerPlan, Plan, TowerPlan
 from . import flops
-from .importance import relative_to_layer
-from .methods import PARAMETER_MODES, TOKEN_MODES, Method
+from .methods import PARAMETER_MODES, TOKEN_MODES
 from .scoring import Scores
 
 
@@ -36,25 +34,6 @@ class Unit:
     layer: int
     part: str
     index: int  # into the kept heads or channels of the current plan
-
-
-def joint_plan(plan: Plan, scores: Scores, ref: flops.Reference, ratio: float, method: Method, floors: Floors) -> Plan:
-    """One-shot joint pruning: tokens take their share of the (logarithmic) reduction, parameters the rest."""
-    dense = flops.count(plan, ref).total
-    target = dense * (1 - ratio)
-    smaller = plan
-    for modes, goal in ((TOKEN_MODES, dense * (1 - ratio) ** method.token_share), (PARAMETER_MODES, target)):
-        if wanted := [mode for mode in modes if mode in method.modes]:
-            smaller = prune_to(smaller, scores, ref, wanted, goal, floors)
-    reached = 1 - flops.count(smaller, ref).total / dense
-    if abs(reached - ratio) > 0.01:
-        raise CompError(
-            f"ratio {ratio} cannot be reached by {', '.join(method.modes)}: with all at their floors it is {reached:.3f}."
-            if reached < ratio
-            else f"ratio {ratio} cannot be hit within 0.01: the nearest plan has {reached:.3f}.",
-            hint=f"Try --ratio {math.floor(reached * 100) / 100:.2f}.",
-        )
-    return smaller
 
 
 def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[str], target: float, floors: Floors) -> Plan:
@@ -127,8 +106,8 @@ def _units(plan: Plan, tower: TowerPlan, scores: Scores, ref: flops.Reference, p
         for part in parts:
             kept = _kept(layer_plan, part)
             cost = getattr(rows[layer], part) // len(kept)
-            relative = relative_to_layer(scores.units[tower.name, layer, part]).tolist()
-            units += [Unit(score, cost, layer, part, i) for i, score in enumerate(relative)]
+            found = scores.units[tower.name, layer, part].tolist()
+            units += [Unit(score, cost, layer, part, i) for i, score in enumerate(found)]
     return units
 
 

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,8 @@ Key = tuple[str, int, str]  # tower, layer, "attention" | "cross" | "ffn"
 
 @dataclass
 class Scores:
-    """units: one score per head or channel of a layer's part. tokens: per (tower, layer), one row per sample and token,
-    relative to uniform (1 is the mean of the ordinary tokens), [CLS] as inf, padding as nan."""
+    """units: one score per head or channel of a layer's part, comparable across layers. tokens: per (tower, layer), one row
+    per sample and token, relative to uniform (1 is the mean of the ordinary tokens), [CLS] as inf, padding as nan."""
 
     units: dict[Key, Tensor]
     tokens: dict[tuple[str, int], Tensor]
@@ -48,10 +48,10 @@ def layer_parts(tower: Tower) -> dict[str, str]:
 def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder]:
     """Record activations and token scores of every layer while the context is open.
 
-    Layers score as they do at inference: with the rows that the plan gives their tower.
+    Layers score as they do at inference: with the rows and the rule that the plan gives their tower.
     """
     recorder = Recorder()
-    hooks, rows_before = [], []
+    hooks, before = [], []
 
     def remember_input(key: Key) -> Callable:
         return lambda module, args: recorder.inputs.__setitem__(key, args[0].detach())
@@ -60,10 +60,11 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
         return lambda module, args, output: recorder.scores.__setitem__(key, output[1].detach())
 
     for tower in family.towers:
+        rows, rule = plan.tower(tower.name).score_rows, plan.tower(tower.name).score_rule
         for index, layer in enumerate(tower_layers(model, tower)):
             attention: CompactAttention = layer.get_submodule(tower.attention.module)
-            rows_before.append((attention, attention.score_rows))
-            attention.score_rows = plan.tower(tower.name).score_rows
+            before.append((attention, attention.score_rows, attention.score_rule))
+            attention.score_rows, attention.score_rule = rows, rule
             hooks.append(attention.register_forward_hook(remember_scores((tower.name, index))))
             for part, path in layer_parts(tower).items():
                 hook = remember_input((tower.name, index, part))
@@ -73,8 +74,30 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     finally:
         for hook in hooks:
             hook.remove()
-        for attention, rows in rows_before:
-            attention.score_rows = rows
+        for attention, rows, rule in before:
+            attention.score_rows, attention.score_rule = rows, rule
+
+
+@contextmanager
+def gated(model: nn.Module, family: Family) -> Iterator[dict[Key, Tensor]]:
+    """Multiply every inner channel with a gate of one, (channels,) for each part, to be differentiated by."""
+    gates: dict[Key, Tensor] = {}
+    hooks = []
+
+    def multiply(key: Key) -> Callable:
+        return lambda module, args: (args[0] * gates[key],)
+
+    for tower in family.towers:
+        for index, layer in enumerate(tower_layers(model, tower)):
+            for part, path in layer_parts(tower).items():
+                linear, key = layer.get_submodule(path), (tower.name, index, part)
+                gates[key] = torch.ones(linear.in_features, device=linear.weight.device, requires_grad=True)
+                hooks.append(linear.register_forward_pre_hook(multiply(key)))
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def collect(
@@ -85,52 +108,87 @@ def collect(
     *,
     rule: str = "cip",
     seed: int = 0,
-    hear: Callable[[object], None] = lambda outputs: None,
+    hear: Callable[[object], Tensor | None] = lambda outputs: None,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Importance of heads, channels and tokens on calibration batches of model inputs; `hear` gets the model's outputs.
+    """Importance of heads, channels and tokens on calibration batches of model inputs.
 
-    `rule` is one of PARAMETER_RULES.
+    `rule` is one of PARAMETER_RULES. `hear` gets the model's outputs for each batch; for rules that read gradients it
+    returns the loss.
     """
-    energies: dict[Key, Tensor] = {}
+    how = PARAMETER_RULES[rule]
+    found: dict[Key, Tensor] = {}
     tokens: dict[tuple[str, int], list[Tensor]] = {}
     model.eval()
-    with torch.inference_mode(), recording(model, family, plan) as recorder:
+    differentiated = gated(model, family) if how.reads in ("gradient", "squared gradient") else nullcontext()
+    # The recorder's hooks come first: what they see is not gated.
+    with recording(model, family, plan) as recorder, differentiated as gates, torch.inference_mode(gates is None):
         for batch in batches:
-            hear(model(**batch))
-            for key, activations in recorder.inputs.items():
-                weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted=rule == "cip")
-                energies[key] = energies.get(key, 0) + importance.energy(activations, weights)
+            loss = hear(model(**batch))
+            if gates is not None:
+                for key, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                    found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())
+            else:
+                for key, activations in recorder.inputs.items():
+                    weights = weights_of(recorder, family.tower(key[0]), plan, key, how.reads == "weighted energy")
+                    found[key] = found.get(key, 0) + importance.energy(activations, weights)
             for key, scores in recorder.scores.items():
                 tokens.setdefault(key, []).extend(_relative(scores, "first" in family.tower(key[0]).protected).cpu())
             advance()
     units = {}
-    for key, found in energies.items():
+    for key, statistic in found.items():
         tower, index, part = family.tower(key[0]), key[1], key[2]
         weight = tower_layers(model, tower)[index].get_submodule(layer_parts(tower)[part]).weight.detach()
-        scores = PARAMETER_RULES[rule](weight, found, _seed(seed, key)).cpu()
+        scores = how.score(weight, statistic, _seed(seed, key)).cpu()
         if part != "ffn":
             scores = importance.head_importance(scores, getattr(plan.tower(tower.name).layers[index], part).head_dim)
         units[key] = scores
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
-    return Scores(units, padded)
+    return Scores(how.compare(units), padded)
 
 
-def _chance(weight: Tensor, energy: Tensor, seed: int) -> Tensor:
-    return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+def _within_layers(units: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    return {key: importance.relative_to_layer(scores) for key, scores in units.items()}
+
+
+def _over_layers(units: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """UPop's: standardised over all heads, and over all feed-forward channels, of the model."""
+    found = {}
+    for wanted in (True, False):
+        group = {key: scores for key, scores in units.items() if (key[2] == "ffn") == wanted}
+        whole = torch.cat(list(group.values()))
+        found |= {key: (scores - whole.mean()) / whole.std().clamp(min=1e-12) for key, scores in group.items()}
+    return found
 
 
 def _seed(seed: int, key: Key) -> int:
     return zlib.crc32(f"{seed} {key}".encode())
 
 
-# How channels are scored: output projection (outputs, channels), energy of its inputs (channels,), seed -> (channels,).
-# "cip" and "wanda" differ in the token weights behind the energy.
-PARAMETER_RULES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "cip": lambda weight, energy, seed: importance.channel_importance(weight, energy),
-    "wanda": lambda weight, energy, seed: importance.channel_importance(weight, energy),
-    "magnitude": lambda weight, energy, seed: weight.float().abs().mean(0),
-    "random": _chance,
+@dataclass(frozen=True)
+class Rule:
+    """How channels are scored. `reads` is the statistic that is summed over the calibration pairs; `score` makes channel
+    scores of it: output projection (outputs, channels), statistic (channels,), seed -> (channels,); `compare` makes the
+    scores of all parts comparable."""
+
+    reads: str  # "weighted energy" (by tokens, CIP), "energy", "gradient", "squared gradient"
+    score: Callable[[Tensor, Tensor, int], Tensor]
+    compare: Callable[[dict[Key, Tensor]], dict[Key, Tensor]] = _within_layers
+
+
+def _chance(weight: Tensor, statistic: Tensor, seed: int) -> Tensor:
+    return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+
+
+PARAMETER_RULES = {
+    "cip": Rule("weighted energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
+    "wanda": Rule("energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
+    "magnitude": Rule("energy", lambda weight, energy, seed: weight.float().abs().mean(0)),
+    "random": Rule("energy", _chance),
+    # |dL/dgate|: the loss that removing a channel adds, to first order (Molchanov et al. 2017), root mean square over batches.
+    "taylor": Rule("squared gradient", lambda weight, squares, seed: squares.sqrt()),
+    # UPop sums signed gradients of the masks: where the loss falls as a mask opens, the slope is negative.
+    "upop": Rule("gradient", lambda weight, slopes, seed: -slopes, _over_layers),
 }
 
 

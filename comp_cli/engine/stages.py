@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import CompError
 from ..plan import Plan
 from . import flops
-from .methods import MODES
+from .methods import KINDS, MODES
 from .schedule import Floors, prune_to
 from .scoring import Scores
 
@@ -186,6 +186,45 @@ def search(
     return progress.plan
 
 
+def march(
+    dense: Plan,
+    ref: flops.Reference,
+    ratio: float,
+    look: Look,
+    phases: Sequence[str],
+    each: int,
+    floors: Floors,
+    progress: Progress,
+    tell: Callable[[Stage], None] = lambda stage: None,
+) -> Plan:
+    """Prune without choice: in every phase the modes of its kind together, in `each` stages of equal FLOPs.
+
+    The phases share the logarithm of what is left equally: two of them leave sqrt(1 - ratio) each. Arguments as in `search`.
+    """
+    total = flops.count(dense, ref).total
+    ends = [total * (1 - ratio) ** (number / len(phases)) for number in range(len(phases) + 1)]
+    steps = [
+        (kind, start + (end - start) * part / each)
+        for kind, start, end in zip(phases, ends, ends[1:], strict=False)
+        for part in range(1, each + 1)
+    ]
+    scores, loss = look(progress.plan)
+    for kind, target in steps[len(progress.stages) :]:
+        before = flops.count(progress.plan, ref).total
+        progress.plan = prune_to(progress.plan, scores, ref, KINDS[kind], target, floors)
+        scores, after = look(progress.plan)
+        now = flops.count(progress.plan, ref).total
+        cost = (after - loss) / (max(before - now, 1) / total)
+        loss = after
+        stage = Stage(len(progress.stages) + 1, kind, f"phase of {kind}", 1 - now / total, now, loss, cost, cost)
+        progress.stages.append(stage)
+        tell(stage)
+    reached = 1 - flops.count(progress.plan, ref).total / total
+    if abs(reached - ratio) > TOLERANCE:
+        raise out_of_reach(ratio, reached)
+    return progress.plan
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A stage that was looked at."""
@@ -202,7 +241,7 @@ class Candidate:
 
 def out_of_reach(ratio: float, reached: float) -> CompError:
     return CompError(
-        f"ratio {ratio} cannot be reached: with every mode at its floor it is {reached:.3f}.",
+        f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.",
         hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
     )
 

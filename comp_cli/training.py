@@ -1,0 +1,300 @@
+"""Pruning inside fine-tuning: what goes fades while the rest learns to do without it (CoMP's trained path).
+
+A stage begins with a plan that is a little smaller. Tokens go at once; the units that go are multiplied with
+alpha(t) = 1 - sin(pi t / 2I), from 1 to exactly 0 over the I steps of the stage, and then sliced away. A stage trains as long
+as it prunes: half of all steps are shared out by the FLOPs that are removed, the other half tunes the final plan. The loss
+is the task's plus the divergence from the dense model, or the latter alone where nobody said what is right.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import data
+from .calibration import Calibration
+from .engine import flops, scoring
+from .engine.scoring import layer_parts, tower_layers
+from .engine.slicing import slice_state
+from .errors import FAILED, USAGE, CompError
+from .families import Family
+from .output import Output
+from .plan import Plan
+from .workbench import Dense, Pairs, ScenePairs
+
+SEARCH_SHARE = 0.5  # of the steps that go with the stages; the others tune the final plan
+WARM_UP = 0.05  # of the steps
+CHECKPOINTS = 10  # of the tuning, in the journal
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `comp prune` was asked for about training. steps 0: none."""
+
+    steps: int = 0
+    epochs: float | None = None
+    lr: float | None = None
+    batch_size: int = 32  # pairs of one step, over all processes
+    distill: float = 0.5  # weight of the dense model's decisions in the loss; 1 where there are no labels
+    weight_decay: float = 0.01
+    mixed_precision: str | None = None
+
+
+def processes() -> int:
+    """How many processes `accelerate launch` (or torchrun) started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def count_steps(training: Training, pairs: Pairs, out: Output) -> Training:
+    """Epochs as steps. Exit 2 for epochs of generated scenes, which do not end."""
+    if training.epochs is None:
+        return training
+    if isinstance(pairs, ScenePairs):
+        raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
+    out.say("counting the pairs ...")
+    count = sum(1 for _ in pairs.read("calibration"))
+    return replace(training, steps=max(1, math.ceil(training.epochs * count / training.batch_size)))
+
+
+def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, skip: int, part: slice) -> Iterator[data.Batch]:
+    """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
+    epoch, passed = 0, 0
+    while True:
+        epoch += 1
+        found = pairs.read("calibration", None, seed + epoch)
+        while chunk := list(islice(found, training.batch_size)):
+            if len(chunk) < training.batch_size and passed:
+                break  # the rest of an epoch makes no whole batch
+            passed += 1
+            if passed > skip:
+                yield data.make_batch(chunk[part] or chunk, dense.processor, dense.text_tokens)
+
+
+@contextmanager
+def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Iterator[Callable[[float], None]]:
+    """While open, the units of `before` that `after` does not keep are multiplied with what the yielded function was last
+    called with. The maps of fading heads count as little in the token scores (CIT, Eq. 7)."""
+    hooks, faders, attentions = [], [], []
+    relative = after.within(before)
+    for tower in family.towers:
+        kept_layers = relative.tower(tower.name).layers
+        for index, (layer, kept) in enumerate(zip(tower_layers(model, tower), kept_layers, strict=True)):
+            was = before.tower(tower.name).layers[index]
+            for part, path in layer_parts(tower).items():
+                linear = layer.get_submodule(path)
+                units = was.ffn if part == "ffn" else getattr(was, part).heads
+                left = kept.ffn if part == "ffn" else getattr(kept, part).heads
+                if len(units) == len(left):
+                    continue
+                stays = torch.zeros(len(units), device=linear.weight.device)
+                stays[list(left)] = 1
+                mask = torch.ones_like(stays)
+                width = linear.in_features // len(units)
+                hooks.append(linear.register_forward_pre_hook(_multiply(mask, width)))
+                faders.append((mask, stays))
+                if part == "attention":
+                    attention = layer.get_submodule(tower.attention.module)
+                    attention.head_mask = mask
+                    attentions.append(attention)
+
+    def fade(alpha: float) -> None:
+        for mask, stays in faders:
+            mask.copy_(stays + alpha * (1 - stays))
+
+    try:
+        yield fade
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for attention in attentions:
+            attention.head_mask = None
+
+
+def _multiply(mask: Tensor, width: int) -> Callable:
+    return lambda module, args: (args[0] * mask.repeat_interleave(width).to(args[0].dtype),)
+
+
+def fade_at(step: int, steps: int) -> float:
+    """alpha(t) = 1 - sin(pi t / 2I), UPop's clock for each group of units: 1 before step 1, 0 at step I."""
+    return 1 - math.sin(math.pi * step / (2 * steps))
+
+
+class Trainer:
+    """Fine-tunes while it prunes. `look` takes the place of `Calibration.look`: to look at a plan it trains into it, so a
+    plan that was looked at is taken."""
+
+    def __init__(
+        self,
+        dense: Dense,
+        calibration: Calibration,
+        training: Training,
+        ratio: float,
+        batches: Callable[[int, slice], Iterator[data.Batch]],
+        *,
+        cit: bool = True,
+        seed: int = 0,
+    ):
+        """batches: (steps to skip, rows of this process) -> batches without end."""
+        self.dense, self.calibration, self.training, self.cit, self.seed = dense, calibration, training, cit, seed
+        self.plan, self.done = dense.plan, 0
+        self.state = {name: tensor.clone() for name, tensor in dense.state.items()}
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.total = flops.count(dense.plan, dense.reference).total
+        self.ratio, self.batches = ratio, batches
+        device = next(iter(dense.state.values())).device
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads of other tasks get no gradient
+        self.accelerator = Accelerator(
+            mixed_precision=training.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=[unused]
+        )
+        self.teacher = dense.runtime(dense.plan)
+        self._stream: Iterator[data.Batch] | None = None
+
+    # The search ------------------------------------------------------------------------------------------------------
+
+    def look(self, plan: Plan) -> tuple[scoring.Scores, float]:
+        """Train into the plan, unless it is the present one; scores and loss on the calibration pairs.
+
+        All processes go on with what the first one found.
+        """
+        if plan != self.plan:
+            self._fade_into(plan)
+        found = [None]
+        if self.accelerator.is_main_process:
+            found = [self.calibration.judge(self.dense.build(self.plan, self.state), self.plan)]
+        return broadcast_object_list(found)[0]
+
+    def _fade_into(self, plan: Plan) -> None:
+        removed = 1 - flops.count(plan, self.dense.reference).total / self.total
+        due = round(SEARCH_SHARE * self.training.steps * min(removed / self.ratio, 1.0))
+        steps = max(due - self.done, 0)
+        towers = (
+            replace(was, layers=tuple(replace(old, keep=new.keep) for old, new in zip(was.layers, now.layers, strict=True)))
+            for was, now in zip(self.plan.towers, plan.towers, strict=True)
+        )
+        model = self.dense.build(replace(self.plan, towers=tuple(towers)), self.state)
+        with fading(model, self.dense.family, self.plan, plan) as fade:
+            if not self.cit:
+                forget_head_masks(model)
+            first = self.done
+            self._train(model, steps, lambda step: self.training.lr, lambda step: fade(fade_at(step - first, steps)))
+        smaller = plan.within(self.plan)
+        self.state = slice_state(self.state, self.dense.family, smaller)
+        self.moments = {kind: slice_state(found, self.dense.family, smaller) for kind, found in self.moments.items()}
+        self.plan = plan
+
+    # The tuning ------------------------------------------------------------------------------------------------------
+
+    def tune(self, out: Output, save: Callable[[], None]) -> nn.Module:
+        """Train the plan that was found for the steps that are left, the rate falling to zero as a cosine."""
+        begin, end = round(SEARCH_SHARE * self.training.steps), self.training.steps
+
+        def rate(step: int) -> float:
+            return self.training.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / max(end - begin, 1)))
+
+        with out.progress("fine-tuning", end) as bar:
+            bar.advance(by=self.done)
+            while self.done < end:
+                model = self.dense.build(self.plan, self.state)
+                steps = min(math.ceil((end - begin) / CHECKPOINTS), end - self.done)
+                loss = self._train(model, steps, rate, lambda step: bar.advance())
+                bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
+                save()
+        return self.dense.build(self.plan, self.state).requires_grad_(False)
+
+    # Both ------------------------------------------------------------------------------------------------------------
+
+    def _train(self, model: nn.Module, steps: int, rate: Callable[[int], float], before: Callable[[int], None]) -> float:
+        """`steps` steps of AdamW on the model, whose weights are those of `self.state`; returns the last loss."""
+        if not steps:
+            return math.nan
+        if self._stream is None:
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+            self._stream = self.batches(self.done, slice(index, None, count))
+        model.train().requires_grad_(True)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        matrices = [p for p in names if p.ndim > 1]
+        others = [p for p in names if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": self.training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.training.lr)
+        if self.moments:
+            for parameter, name in names.items():
+                if name in self.moments[MOMENTS[0]]:
+                    known = {kind: self.moments[kind][name] for kind in MOMENTS}
+                    optimizer.state[parameter] = known | {"step": torch.tensor(float(self.done))}
+        prepared, driver = self.accelerator.prepare(model, optimizer, device_placement=[False, False])
+        loss = torch.tensor(math.nan)
+        for _ in range(steps):
+            self.done += 1
+            warm = min(1.0, self.done / max(1, round(WARM_UP * self.training.steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = warm * rate(self.done)
+            before(self.done)
+            torch.manual_seed(self.seed * 1_000_003 + self.done)  # dropout does the same after a resume
+            loss = self._loss(prepared, next(self._stream))
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(list(names), 1.0)
+            driver.step()
+            driver.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise CompError(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
+        self.state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.moments = {
+            kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
+        }
+        self.accelerator.free_memory()
+        return loss.item()
+
+    def _loss(self, model: nn.Module, batch: data.Batch) -> Tensor:
+        weight = next(iter(self.state.values()))
+        batch = batch.to(weight.device, weight.dtype)
+        # On the CPU in half precision the fused kernel's backward pass is the slower one.
+        slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
+        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+            logits = self.dense.task.logits(model, batch.inputs)
+            with torch.no_grad(), self.accelerator.autocast():
+                expected = self.dense.task.logits(self.teacher, batch.inputs)
+        distance = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+        if batch.labels is None:
+            return distance
+        share = self.training.distill
+        return (1 - share) * F.cross_entropy(logits, batch.labels) + share * distance
+
+    # The journal -----------------------------------------------------------------------------------------------------
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Weights and moments, by name; with the plan and the number of steps all that the next step depends on."""
+        kinds = {"weight": self.state, **self.moments}
+        return {f"{kind}/{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
+
+    def restore(self, plan: Plan, done: int, tensors: dict[str, Tensor]) -> None:
+        """Go on from a journal."""
+        device = next(iter(self.dense.state.values())).device
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            kinds.setdefault(kind, {})[rest] = tensor.to(device)
+        self.state, self.plan, self.done = kinds.pop("weight"), plan, done
+        self.moments = kinds
+
+
+def forget_head_masks(model: nn.Module) -> None:
+    """The ablation without CIT: fading heads vote on tokens as loudly as ever."""
+    for module in model.modules():
+        if hasattr(module, "head_mask"):
+            module.head_mask = None
+
+
+def facts(training: Training) -> dict[str, Any]:
+    """What goes into reports."""
+    return {"steps": training.steps, "lr": training.lr, "batch_size": training.batch_size, "distill": training.distill}
