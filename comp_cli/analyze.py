@@ -19,13 +19,14 @@ def analyze(
     num_samples: int,
     batch_size: int,
     text_tokens: int,
+    score_rows: int,
     device: str,
     seed: int,
     data: DataOptions,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """The report of `comp analyze`; prints its tables."""
-    dense = open_dense(model, out, text_tokens=text_tokens, device=pick_device(device), **hub_options)
+    dense = open_dense(model, out, text_tokens=text_tokens, score_rows=score_rows, device=pick_device(device), **hub_options)
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     runtime = dense.runtime(dense.plan)
@@ -39,6 +40,7 @@ def analyze(
         "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
         **costs(dense),
         "inequality": inequality(dense, scores),
+        "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
         "samples": sum(len(batch.inputs["input_ids"]) for batch in batches),
         "data": pairs.describe("calibration"),
     }

@@ -20,7 +20,7 @@ from .loading import pick_device, pick_dtype
 from .output import Output
 from .plan import Plan
 from .store import atomic_folder, check_output, folder_size, sha256
-from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
+from .workbench import SCORE_ROWS, DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options:
     eval_samples: int | None = None
     batch_size: int = 8
     text_tokens: int = flops.TEXT_TOKENS
+    score_rows: int = SCORE_ROWS
     device: str = "auto"
     dtype: str | None = None
     data: DataOptions = DataOptions()
@@ -75,7 +76,8 @@ def prune(
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
-    dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
+    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
+    dense = open_dense(options.model, out, device=device, **sizes, **hub_options)
     options = replace(
         options,
         stages=options.stages or affordable(dense, 40, 10),

@@ -20,7 +20,7 @@ from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config
 
-SCORE_ROWS = 64
+SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
 
 
 @dataclass
@@ -71,6 +71,7 @@ def open_dense(
     out: Output,
     *,
     text_tokens: int = flops.TEXT_TOKENS,
+    score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     **hub_options: Any,
 ) -> Dense:
@@ -98,7 +99,7 @@ def open_dense(
         config=config,
         family=family,
         task=tasks.TASKS[family.architectures[architecture]],
-        plan=with_score_rows(dense_plan(full, family, architecture)),
+        plan=with_score_rows(dense_plan(full, family, architecture), score_rows),
         reference=reference,
         state=state,
         hf_config=dense.config,
@@ -132,9 +133,9 @@ def affordable(dense: Dense, many: int, few: int) -> int:
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
 
-def with_score_rows(plan: Plan) -> Plan:
-    """Images are scored with a bounded number of query rows; texts with all: short, and of varying length."""
-    towers = (replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0) for tower in plan.towers)
+def with_score_rows(plan: Plan, rows: int) -> Plan:
+    """Images are scored with a bounded number of query rows (0 for all); texts with all: short, and of varying length."""
+    towers = (replace(tower, score_rows=rows if tower.name == "vision" else 0) for tower in plan.towers)
     return replace(plan, towers=tuple(towers))
 
 

@@ -91,6 +91,15 @@ def test_analyze(tiny_folder):
     assert "cross" in comp("analyze", tiny_folder, *FEW).stdout
 
 
+def test_score_rows_reach_the_plan(tiny_folder, tmp_path):
+    document = json.loads(comp("analyze", tiny_folder, "--json", "--score-rows", "7", *FEW).stdout)
+    assert document["score_rows"] == {"vision": 7, "language": 0}
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", "token", "--score-rows", "7", "-o", tmp_path / "c", *FAST)
+    assert result.exit_code == 0
+    vision, language = json.loads((tmp_path / "c" / "config.json").read_text())["comp"]["towers"]
+    assert (vision["score_rows"], language["score_rows"]) == (7, 0)
+
+
 def test_parameters_of_the_analysis_are_those_of_the_model(stock, tiny_folder):
     document = json.loads(comp("analyze", tiny_folder, "--json", *FEW).stdout)
     assert document["params"]["total"] == sum(p.numel() for p in stock.parameters())
