@@ -117,7 +117,7 @@ def analyze(
     quiet: Quiet = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """Show where FLOPs and parameters are, and how unequal heads, channels and tokens are.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores mislead.
 
     Examples:
 

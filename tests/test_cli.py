@@ -88,7 +88,13 @@ def test_analyze(tiny_folder):
     inside = sum(sum(layer["params"].values()) for layer in layers)
     assert inside + document["params"]["outside_layers"] == document["params"]["total"]
     assert all(0 <= row["tokens"] < 1 and 0 <= row["ffn"] < 1 for row in document["inequality"])
-    assert "cross" in comp("analyze", tiny_folder, *FEW).stdout
+    found = document["diagnostics"]
+    assert [(row["tower"], row["layer"]) for row in found["layers"]] == [(row["tower"], row["layer"]) for row in layers]
+    assert (
+        set(found["layers"][-1]["overlap"]) == {"attention", "cross", "ffn"} and found["layers"][0]["influence"]["least_heads"]
+    )
+    said = comp("analyze", tiny_folder, *FEW, "--score-rows", "0").stdout
+    assert "cross" in said and "pollute" in said and "30 % least important heads" in said.replace("\n", " ")
 
 
 def test_score_rows_reach_the_plan(tiny_folder, tmp_path):
