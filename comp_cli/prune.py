@@ -11,7 +11,7 @@ from torch import nn
 from . import __version__, report, tasks
 from .calibration import Calibration, Grams, gather_grams
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
-from .data import random_inputs
+from .data import fingerprint, random_inputs
 from .engine import flops, schedule, stages
 from .engine.methods import METHODS
 from .errors import FAILED, USAGE, CompError
@@ -115,6 +115,8 @@ def find_plan(
     """The plan, the Gram matrices for its recovery, and the stages that led to it (none for one-shot methods)."""
     method = METHODS[options.method]
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    if journal:
+        journal.settings["content of the calibration pairs"] = fingerprint(batches)
     grams = gather_grams(dense, batches, out) if options.recover else None
     floors = schedule.Floors()
     if method.token_share is None:
