@@ -139,7 +139,7 @@ def analyze(
     _run(out, work)
 
 
-@app.command()
+@app.command(epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.about}" for name, method in METHODS.items()))
 def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
@@ -149,7 +149,7 @@ def prune(
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[

@@ -311,6 +311,14 @@ def test_every_help_has_examples(command):
     assert result.exit_code == 0 and f"comp {command} " in result.stdout
 
 
+def test_help_says_what_each_method_is(monkeypatch):
+    from comp_cli.engine.methods import METHODS
+
+    monkeypatch.setenv("COLUMNS", "200")
+    said = comp("prune", "--help").stdout
+    assert all(f"{name}: {method.about}" in said for name, method in METHODS.items())
+
+
 def test_stdout_holds_only_the_document(tiny_folder):
     command = [sys.executable, "-W", "always", "-m", "comp_cli", "analyze", str(tiny_folder), "--json", *FEW]
     done = subprocess.run(command, capture_output=True, text=True)
