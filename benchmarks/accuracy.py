@@ -21,14 +21,14 @@ from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
 from comp_cli.output import Output
-from comp_cli.prune import Options, find
+from comp_cli.search import Options, find
 from comp_cli.training import Training
 from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense
 
 SCENES = ScenePairs(labelled=True)
-SAMPLES = 256  # calibration pairs, of which all judge every stage
+SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
-ABLATIONS = ("cip", "cit", "explore", "history", "recover")
+ABLATED_AT = 0.8  # where parts of a method are switched off
 FREE = [*METHODS, "comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "wanda --no-recover"]
 LR = 4e-4
 TRAINED = ["comp", "sjp", "wanda", "token", "random"]
@@ -122,7 +122,11 @@ def main(arguments: argparse.Namespace) -> None:
             for ratio in arguments.ratios:
                 for name in arguments.methods or (TRAINED if arguments.steps else FREE):
                     key = (name, arguments.steps, ratio, seed)
-                    if key in {(r["name"], r["steps"], r["ratio"], r["seed"]) for r in read_runs(output)}:
+                    if (
+                        "--no-" in name
+                        and ratio != ABLATED_AT
+                        or key in {(r["name"], r["steps"], r["ratio"], r["seed"]) for r in read_runs(output)}
+                    ):
                         continue
                     run = measure(dense, *key[:1], ratio, seed, arguments.steps, pairs)
                     print(json.dumps(run), file=file, flush=True)
@@ -146,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", help='names, with switches in one word: "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
-    parser.add_argument("--pairs", type=int, default=2000, help="test pairs behind every figure")
+    parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
     given = parser.parse_args()
     given.seeds = given.seeds or range(3 if given.steps else 5)
     main(given)

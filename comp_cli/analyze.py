@@ -1,11 +1,12 @@
-"""`comp analyze`: where parameters and FLOPs are, and how unequal the importance of heads, channels and tokens is."""
+"""`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how they pollute each other."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
 
 from . import __version__
-from .engine import flops, importance, scoring
+from .engine import diagnostics, flops, importance, scoring
 from .loading import pick_device
 from .output import Output
 from .report import gflops, millions, percent
@@ -19,18 +20,21 @@ def analyze(
     num_samples: int,
     batch_size: int,
     text_tokens: int,
+    score_rows: int,
     device: str,
     seed: int,
     data: DataOptions,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """The report of `comp analyze`; prints its tables."""
-    dense = open_dense(model, out, text_tokens=text_tokens, device=pick_device(device), **hub_options)
+    dense = open_dense(model, out, text_tokens=text_tokens, score_rows=score_rows, device=pick_device(device), **hub_options)
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     runtime = dense.runtime(dense.plan)
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
+    with out.progress("comparing parameter and token scores", len(batches)) as bar:
+        found = diagnostics.diagnose(runtime, dense.family, dense.plan, dense.on_device(batches), bar.advance)
     document = {
         "comp_version": __version__,
         "model": dense.source.name,
@@ -39,6 +43,8 @@ def analyze(
         "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
         **costs(dense),
         "inequality": inequality(dense, scores),
+        "diagnostics": diagnosis(dense, found),
+        "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
         "samples": sum(len(batch.inputs["input_ids"]) for batch in batches),
         "data": pairs.describe("calibration"),
     }
@@ -103,8 +109,33 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
     return rows
 
 
+def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> dict[str, Any]:
+    """CoMP's two findings per layer, with the shares that define them."""
+    layers = []
+    for tower in dense.plan.towers:
+        for index in range(len(tower.layers)):
+            parts = [part for part in ("attention", "cross", "ffn") if (tower.name, index, part) in found.overlap]
+            influence = found.influence.get((tower.name, index))
+            layers.append(
+                {
+                    "tower": tower.name,
+                    "layer": index,
+                    "overlap": {part: found.overlap[tower.name, index, part] for part in parts},
+                    "chance": found.chance[tower.name, index, "ffn"],
+                    "influence": influence and asdict(influence),
+                }
+            )
+    return {
+        "top_tokens": diagnostics.TOP,
+        "least_heads": diagnostics.LEAST,
+        "kept_tokens": diagnostics.KEPT,
+        "strong": diagnostics.STRONG,
+        "layers": layers,
+    }
+
+
 def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
-    """Three tables: towers, layers, inequality."""
+    """Three tables: towers, layers with their inequality, diagnostics."""
     total_flops, total_params = document["flops"]["total"], document["params"]["total"]
     sums: dict[tuple[str, str], list[int]] = {}
     for layer in document["layers"]:
@@ -139,4 +170,23 @@ def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
         )
     columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
+    print_diagnosis(document["diagnostics"], out)
     out.line(f"Next: comp prune {shlex.quote(model)} --ratio 0.5 -o compact")
+
+
+def print_diagnosis(found: dict[str, Any], out: Output) -> None:
+    """One row per layer, and what the columns mean."""
+    rows = []
+    for layer in found["layers"]:
+        shares = [layer["overlap"].get(part) for part in ("attention", "cross", "ffn")] + [layer["chance"]]
+        influence = layer["influence"] or {}
+        shares += [influence.get(name) for name in ("changed_by_least", "changed_by_all", "strong")]
+        rows.append([f"{layer['tower']} {layer['layer']}", *("-" if share is None else percent(share) for share in shares)])
+    columns = ["layer", "overlap: heads", "cross heads", "channels", "by chance", "changed: least heads", "all heads", "strong"]
+    out.table("How parameter and token scores pollute each other", columns, rows)
+    top, least, kept, strong = (f"{100 * found[name]:g} %" for name in ("top_tokens", "least_heads", "kept_tokens", "strong"))
+    out.line(
+        f"overlap: the {top} of the tokens that drive a part's plain importance, with the {top} that score best. "
+        f"changed: share of the best {kept} of the tokens that is another without one of the {least} least important heads "
+        f"of the layer, and without any one; strong: how many of the least important change {strong} or more."
+    )

@@ -35,6 +35,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 NumSamples = Annotated[int, typer.Option(min=1, help="Image-text pairs for calibration.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")]
 TextTokens = Annotated[int, typer.Option(min=4, help="Text length of the reference input.")]
+ScoreRows = Annotated[int, typer.Option(min=0, help="Query rows that score image tokens; 0 for all, CoMP's full form.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Your image-text pairs: jsonl, csv, parquet, imagefolder, or a hub data set. Else generated scenes."),
@@ -105,6 +106,7 @@ def analyze(
     num_samples: NumSamples = 32,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
+    score_rows: ScoreRows = 64,
     seed: Seed = 0,
     device: Device = "auto",
     revision: Revision = None,
@@ -115,7 +117,7 @@ def analyze(
     quiet: Quiet = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """Show where FLOPs and parameters are, and how unequal heads, channels and tokens are.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores mislead.
 
     Examples:
 
@@ -129,6 +131,7 @@ def analyze(
         from . import analyze as command
 
         options = {"num_samples": num_samples, "batch_size": batch_size, "text_tokens": text_tokens, "seed": seed}
+        options |= {"score_rows": score_rows}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
         pairs = command.DataOptions(data, split, image_column, text_column, label_column)
         return command.analyze(model, out, device=device, data=pairs, **options, **where), None
@@ -136,7 +139,7 @@ def analyze(
     _run(out, work)
 
 
-@app.command()
+@app.command(epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.about}" for name, method in METHODS.items()))
 def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
@@ -146,7 +149,7 @@ def prune(
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "comp",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[
@@ -160,6 +163,7 @@ def prune(
     ] = None,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
+    score_rows: ScoreRows = 64,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 for the written weights; else as they are.")] = None,
@@ -204,6 +208,7 @@ def prune(
             eval_samples=eval_samples,
             batch_size=batch_size,
             text_tokens=text_tokens,
+            score_rows=score_rows,
             device=device,
             dtype=dtype,
             data=command.DataOptions(data, split, image_column, text_column, label_column),

@@ -239,6 +239,17 @@ def make_batch(pairs: Sequence[Pair], processor, max_text: int) -> Batch:
     return Batch({name: inputs[name] for name in names}, labels)
 
 
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """What the batches hold, wherever it came from: 16 hexadecimal digits of a SHA-256 over inputs and labels."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.inputs.items()) + [("labels", batch.labels)]:
+            if tensor is not None:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def random_inputs(config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
     """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding."""
     generator = torch.Generator().manual_seed(seed)

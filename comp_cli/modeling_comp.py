@@ -200,11 +200,11 @@ class CompactAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if encoder_hidden_states is not None:
             attention_mask = None  # as in the stock model: image tokens have no padding
-        query, key, value = self._project(hidden_states, encoder_hidden_states)
+        query, key, value = self.project(hidden_states, encoder_hidden_states)
         if self.fused_node and torch.onnx.is_in_onnx_export():
             context = fused_attention(query, key, value, self.num_heads, self.scale, attention_mask)
         else:
-            split = (self._split(states) for states in (query, key, value))
+            split = (self.split(states) for states in (query, key, value))
             context = F.scaled_dot_product_attention(*split, attention_mask, scale=self.scale)
             context = context.transpose(1, 2).flatten(2)
         scores = None
@@ -212,11 +212,11 @@ class CompactAttention(nn.Module):
             options = {"rows": self.score_rows, "skip_first": self.skip_first}
             masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
             # The scores only choose: no gradient goes through them.
-            states = (self._split(states.detach()) for states in (query, key))
+            states = (self.split(states.detach()) for states in (query, key))
             scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
-    def _project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
         """Queries, keys and values, each (batch, tokens, heads * head_dim)."""
         names = self.layout["qkv"]
         if len(names) == 1:
@@ -224,7 +224,7 @@ class CompactAttention(nn.Module):
         other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         return [getattr(self, name)(source) for name, source in zip(names, (hidden_states, other, other), strict=True)]
 
-    def _split(self, states: torch.Tensor) -> torch.Tensor:
+    def split(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""
         return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from .errors import CompError
 
 SCHEMA_VERSION = 1
 MODES = ("human", "json", "quiet")
+LINE_SECONDS = 15  # at least between two lines of progress where stderr is no terminal
 
 
 class Output:
@@ -26,7 +28,7 @@ class Output:
         self.mode = mode
         self.console = Console(stderr=True, highlight=False)
         self.stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-        self.show_progress = progress and mode == "human" and self.console.is_terminal
+        self.show_progress = progress and mode == "human"
         self.warnings: list[str] = []
 
     def say(self, message: str) -> None:
@@ -42,14 +44,14 @@ class Output:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator["Bar"]:
-        """A bar with the time left; a plain line where stderr is no terminal."""
-        if not self.show_progress:
+        """A bar with the time left; now and then a plain line where stderr is no terminal."""
+        if not (self.show_progress and self.console.is_terminal):
             self.say(f"{title} ...")
-            yield Bar(None, None)
+            yield Lines(self.say, title, total) if self.show_progress else Bar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Bar(progress, progress.add_task(printable(title), total=total))
+            yield TerminalBar(progress, progress.add_task(printable(title), total=total))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table for people, on stdout; the first column is text, the others are numbers."""
@@ -90,14 +92,51 @@ class Output:
 
 
 class Bar:
-    """A progress bar that may be absent."""
+    """How far a piece of work has come; this one is not shown."""
 
-    def __init__(self, progress: Progress | None, task):
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        """So many steps are done; `title` says what the last one reached."""
+
+
+class TerminalBar(Bar):
+    """A moving bar."""
+
+    def __init__(self, progress: Progress, task):
         self._progress, self._task = progress, task
 
     def advance(self, title: str | None = None, by: int = 1) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, advance=by, description=printable(title) if title else None)
+        self._progress.update(self._task, advance=by, description=printable(title) if title else None)
+
+
+class Lines(Bar):
+    """For logs: a plain line after a step, if the last one is LINE_SECONDS ago. The time left is what the steps after the
+    first call took, so that neither the start nor the steps of a run that is resumed count."""
+
+    def __init__(self, say: Callable[[str], None], title: str, total: int, clock: Callable[[], float] = time.monotonic):
+        self._say, self._title, self._total, self._clock = say, title, total, clock
+        self._done, self._said = 0, clock()
+        self._first: tuple[float, int] | None = None  # when the first call came, and what was done then
+
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        now, self._done = self._clock(), self._done + by
+        self._first = self._first or (now, self._done)
+        if now - self._said < LINE_SECONDS or self._done >= self._total:
+            return
+        self._said = now
+        said = [f"{self._title}: {self._done}/{self._total}"] + ([title] if title else [])
+        begun, before = self._first
+        if self._done > before:
+            left = (now - begun) / (self._done - before) * (self._total - self._done)
+            said.append(f"about {duration(left)} left")
+        self._say(", ".join(said))
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `1 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def printable(text: str) -> str:

@@ -1,10 +1,7 @@
 """`comp prune`: from a dense model to a folder with a compact one."""
 
-import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +9,21 @@ import torch
 from torch import nn
 
 from . import __version__, report, tasks
-from .calibration import Calibration, gather_grams
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
-from .data import Batch, random_inputs
-from .engine import flops, schedule, stages
+from .data import random_inputs
+from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, USAGE, CompError
 from .journal import Journal
 from .loading import pick_device, pick_dtype
 from .output import Output
 from .plan import Plan
+from .search import Options, find
 from .store import atomic_folder, check_output, folder_size, sha256
-from .training import Trainer, Training, training_batches
-from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense, with_score_rule
+from .training import Training, check_training, count_steps, leads
+from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
 
-
-@dataclass(frozen=True)
-class Options:
-    """What `comp prune` was asked for; goes into the report as it is."""
-
-    model: str
-    ratio: float
-    method: str = "comp"
-    recover: bool = True
-    seed: int = 0
-    # None: 40 stages on 256, 256 and 1000 pairs, or 10 on 64, 8 and 64 for models of more than 10 GFLOPs.
-    stages: int | None = None
-    num_samples: int | None = None
-    stage_samples: int | None = None
-    eval_samples: int | None = None
-    batch_size: int = 8
-    text_tokens: int = flops.TEXT_TOKENS
-    device: str = "auto"
-    dtype: str | None = None
-    data: DataOptions = DataOptions()
-    training: Training = Training()
-    # Ablations of the method comp.
-    cip: bool = True
-    cit: bool = True
-    explore: bool = True
-    history: bool = True
+__all__ = ["DataOptions", "Options", "Training", "prune"]
 
 
 def check_ratio(ratio: float) -> None:
@@ -81,11 +53,18 @@ def prune(
     check_ratio(options.ratio)
     if options.method not in METHODS:
         raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
+    check_training(options.training)
+    if options.method != "comp" and not (options.cip and options.explore and options.history):
+        raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
+    if not options.cit and not options.training.stage_share:
+        hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
+        raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
     device, wanted_dtype = pick_device(options.device), pick_dtype(options.dtype)
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
-    dense = open_dense(options.model, out, text_tokens=options.text_tokens, device=device, **hub_options)
+    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
+    dense = open_dense(options.model, out, device=device, **sizes, **hub_options)
     options = replace(
         options,
         stages=options.stages or affordable(dense, 40, 10),
@@ -95,6 +74,11 @@ def prune(
     )
     save_dtype = wanted_dtype or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
+    training = count_steps(options.training, pairs, out)
+    options = replace(options, training=replace(training, lr=training.lr or affordable(dense, 1e-4, 1e-5)))
+    if dry_run and training.steps:
+        out.say("--dry-run: without the training.")
+        options = replace(options, training=Training())
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
         journal.remove()
@@ -105,6 +89,8 @@ def prune(
         report.print_plan(document, out)
         return document
     compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
+    if not leads():
+        return document
     document |= {"quality": compare(dense, compact, pairs, options, out)}
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
@@ -116,101 +102,6 @@ def prune(
     document["seconds"] = round(time.perf_counter() - started, 1)
     report.print_pruned(document, output, out)
     return document
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search ends with: the plan, the stages that led to it, and its model."""
-
-    plan: Plan
-    stages: list[stages.Stage]
-    model: nn.Module
-
-
-def find(
-    dense: Dense,
-    pairs: Pairs,
-    options: Options,
-    journal: Journal | None,
-    out: Output,
-    read: Callable[[int, slice], Iterator[Batch]] | None = None,
-) -> Found:
-    """Search the plan of a method, training-free or inside fine-tuning, on from the journal where there is one.
-
-    `read`: training batches, see `Trainer`; else made of the pairs.
-    """
-    method, training = METHODS[options.method], options.training
-    dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens))
-    samples = options.stage_samples if method.phases is None else options.num_samples
-    batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
-    judges = batches
-    if samples != options.num_samples:
-        judges = batches_of(dense, pairs, "calibration", samples, options.batch_size, options.seed)
-    grams = gather_grams(dense, batches, out) if options.recover and not training.steps else None
-    calibration = Calibration(dense, judges, grams, method.params if options.cip else "wanda", options.seed)
-    if not training.steps:
-        plan, passed = run_stages(dense, options, calibration, None, journal, out)
-        return Found(plan, passed, dense.runtime(plan, grams))
-    read = read or partial(training_batches, dense, pairs, training, options.seed)
-    trainer = Trainer(dense, calibration, training, options.ratio, read, cit=options.cit, seed=options.seed)
-    plan, passed = run_stages(dense, options, calibration, trainer, journal, out)
-    progress = stages.Progress(plan, passed, stages.Memory(), random.Random())
-    model = trainer.tune(out, lambda: save_progress(journal, progress, trainer))
-    return Found(plan, passed, model)
-
-
-def run_stages(
-    dense: Dense, options: Options, calibration: Calibration, trainer: Trainer | None, journal: Journal | None, out: Output
-) -> tuple[Plan, list[stages.Stage]]:
-    """The stages of a method, told as they pass and kept in the journal."""
-    method, floors, ratio = METHODS[options.method], schedule.Floors(), options.ratio
-    look = trainer.look if trainer else calibration.look
-    saved = journal.load() if journal else None
-    progress = stages.Progress.from_json(saved) if saved else stages.Progress.start(dense.plan, options.seed)
-    each = max(1, options.stages // len(method.phases)) if trainer and method.phases else 1
-    expected = each * len(method.phases) if method.phases else options.stages
-    with out.progress("pruning", expected) as bar:
-        if saved:
-            calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
-            if trainer:
-                trainer.restore(progress.plan, saved["steps"], journal.tensors(saved))
-            done = len(progress.stages)
-            out.say(f"going on after stage {done} of about {expected} (--no-resume starts anew)")
-            bar.advance(by=done)
-
-        def tell(stage: stages.Stage) -> None:
-            save_progress(journal, progress, trainer)
-            bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
-
-        try:
-            if method.phases:
-                marched = (method.phases, each, floors, progress, tell)
-                plan = stages.march(dense.plan, dense.reference, ratio, look, *marched)
-            else:
-                strategy = strategy_of(options)
-                plan = stages.search(dense.plan, dense.reference, ratio, look, strategy, floors, progress, tell)
-        except CompError:  # out of reach: there is nothing to go on with
-            if journal:
-                journal.remove()
-            raise
-    return plan, progress.stages
-
-
-def strategy_of(options: Options) -> stages.Strategy:
-    """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
-    chosen = stages.Strategy(stages=options.stages, look_first=not options.training.steps)
-    return replace(
-        chosen,
-        explore=chosen.explore if options.explore else 0.0,
-        history=chosen.history if options.history else 0.0,
-    )
-
-
-def save_progress(journal: Journal | None, progress: stages.Progress, trainer: Trainer | None) -> None:
-    if journal and trainer is None:
-        journal.save(progress.to_json())
-    elif journal and trainer.accelerator.is_main_process:
-        journal.save(progress.to_json() | {"steps": trainer.done}, trainer.to_tensors())
 
 
 def settings_of(dense: Dense, options: Options) -> dict[str, Any]:

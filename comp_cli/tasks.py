@@ -16,12 +16,18 @@ class Task:
 
     name: str
     output: str  # name of the model output that holds the decision; also the name in ONNX graphs
+    feature: str  # name of the model output whose first token the decision is read from, (batch, tokens, dim)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return getattr(model(**inputs), self.output).float()
 
+    def learned(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a smaller model is to learn: decisions (batch, classes) and the feature behind them (batch, dim)."""
+        outputs = model(**inputs)
+        return getattr(outputs, self.output).float(), getattr(outputs, self.feature)[:, 0].float()
 
-TASKS = {"itm": Task("itm", output="itm_score")}
+
+TASKS = {"itm": Task("itm", output="itm_score", feature="question_embeds")}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Pruning inside fine-tuning: what goes fades while the rest learns to do without it (CoMP's trained path).
+"""Fine-tuning of what is pruned, after the search or inside it (CoMP's trained path).
 
-A stage begins with a plan that is a little smaller. Tokens go at once; the units that go are multiplied with
-alpha(t) = 1 - sin(pi t / 2I), from 1 to exactly 0 over the I steps of the stage, and then sliced away. A stage trains as long
-as it prunes: half of all steps are shared out by the FLOPs that are removed, the other half tunes the final plan. The loss
-is the task's plus the divergence from the dense model, or the latter alone where nobody said what is right.
+Inside: a stage begins with a plan that is a little smaller. Tokens go at once; the units that go are multiplied with
+alpha(t) = 1 - sin(pi t / 2I), from 1 to exactly 0 over the I steps of the stage, and are then sliced away. A stage trains as
+long as it prunes: `stage_share` of all steps are shared out by the FLOPs that are removed; the others tune the final plan.
+
+The loss is the task's, plus the divergence of the decisions from the dense model's, plus the distance of the features behind
+them. Where nobody said what is right, the latter two alone.
 """
 
 import math
@@ -12,18 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import data
 from .calibration import Calibration
-from .engine import flops, scoring
+from .engine import flops, scoring, stages
 from .engine.scoring import layer_parts, tower_layers
 from .engine.slicing import slice_state
 from .errors import FAILED, USAGE, CompError
@@ -32,9 +33,9 @@ from .output import Output
 from .plan import Plan
 from .workbench import Dense, Pairs, ScenePairs
 
-SEARCH_SHARE = 0.5  # of the steps that go with the stages; the others tune the final plan
 WARM_UP = 0.05  # of the steps
 CHECKPOINTS = 10  # of the tuning, in the journal
+WEIGHT_DECAY = 0.01
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
 
 
@@ -46,14 +47,37 @@ class Training:
     epochs: float | None = None
     lr: float | None = None
     batch_size: int = 32  # pairs of one step, over all processes
-    distill: float = 0.5  # weight of the dense model's decisions in the loss; 1 where there are no labels
-    weight_decay: float = 0.01
+    stage_share: float = 0.0  # of the steps that train inside the stages
+    distill: float = 0.5  # weight of the dense model's decisions against the labels
     mixed_precision: str | None = None
+
+    @property
+    def stage_steps(self) -> int:
+        return round(self.stage_share * self.steps)
 
 
 def processes() -> int:
     """How many processes `accelerate launch` (or torchrun) started."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def check_training(training: Training) -> None:
+    """Exit 2 for settings that make no sense together."""
+    if training.epochs is not None and training.steps:
+        raise CompError("--steps and --epochs: give one of them.", code=USAGE)
+    if not 0 <= training.stage_share <= 1 or not 0 <= training.distill <= 1:
+        raise CompError("--stage-share and --distill are shares, from 0 to 1.", code=USAGE)
+    if training.lr is not None and not 0 < training.lr < 1:
+        raise CompError(f"--lr {training.lr}: expected a number between 0 and 1.", code=USAGE)
+    if training.mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise CompError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.", code=USAGE)
+    if processes() > 1 and not training.steps and training.epochs is None:
+        raise CompError("pruning without --steps or --epochs runs in one process.", code=USAGE, hint="Start comp directly.")
 
 
 def count_steps(training: Training, pairs: Pairs, out: Output) -> Training:
@@ -137,7 +161,6 @@ class Trainer:
     def __init__(
         self,
         dense: Dense,
-        calibration: Calibration,
         training: Training,
         ratio: float,
         batches: Callable[[int, slice], Iterator[data.Batch]],
@@ -146,7 +169,7 @@ class Trainer:
         seed: int = 0,
     ):
         """batches: (steps to skip, rows of this process) -> batches without end."""
-        self.dense, self.calibration, self.training, self.cit, self.seed = dense, calibration, training, cit, seed
+        self.dense, self.training, self.cit, self.seed = dense, training, cit, seed
         self.plan, self.done = dense.plan, 0
         self.state = {name: tensor.clone() for name, tensor in dense.state.items()}
         self.moments: dict[str, dict[str, Tensor]] = {}
@@ -162,21 +185,24 @@ class Trainer:
 
     # The search ------------------------------------------------------------------------------------------------------
 
-    def look(self, plan: Plan) -> tuple[scoring.Scores, float]:
-        """Train into the plan, unless it is the present one; scores and loss on the calibration pairs.
+    def together(self, look: stages.Look) -> stages.Look:
+        """All processes go on with what the first one found."""
+        return lambda plan: broadcast_object_list([look(plan) if leads() else None])[0]
 
-        All processes go on with what the first one found.
-        """
+    def look(self, calibration: Calibration, plan: Plan) -> tuple[scoring.Scores, float]:
+        """Train into the plan, unless it is the present one; then its scores and loss on the calibration pairs."""
         if plan != self.plan:
             self._fade_into(plan)
-        found = [None]
-        if self.accelerator.is_main_process:
-            found = [self.calibration.judge(self.dense.build(self.plan, self.state), self.plan)]
-        return broadcast_object_list(found)[0]
+        return self.together(lambda plan: calibration.judge(self.dense.build(plan, self.state), plan))(plan)
+
+    def take(self, plan: Plan, model: nn.Module) -> None:
+        """Go on with a plan and a model that were found without training."""
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.plan, self.state = plan, broadcast(state)
 
     def _fade_into(self, plan: Plan) -> None:
         removed = 1 - flops.count(plan, self.dense.reference).total / self.total
-        due = round(SEARCH_SHARE * self.training.steps * min(removed / self.ratio, 1.0))
+        due = round(self.training.stage_steps * min(removed / self.ratio, 1.0))
         steps = max(due - self.done, 0)
         towers = (
             replace(was, layers=tuple(replace(old, keep=new.keep) for old, new in zip(was.layers, now.layers, strict=True)))
@@ -197,7 +223,7 @@ class Trainer:
 
     def tune(self, out: Output, save: Callable[[], None]) -> nn.Module:
         """Train the plan that was found for the steps that are left, the rate falling to zero as a cosine."""
-        begin, end = round(SEARCH_SHARE * self.training.steps), self.training.steps
+        begin, end = self.training.stage_steps, self.training.steps
 
         def rate(step: int) -> float:
             return self.training.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / max(end - begin, 1)))
@@ -225,7 +251,7 @@ class Trainer:
         names = {parameter: name for name, parameter in model.named_parameters()}
         matrices = [p for p in names if p.ndim > 1]
         others = [p for p in names if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": self.training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.training.lr)
         if self.moments:
             for parameter, name in names.items():
@@ -261,14 +287,15 @@ class Trainer:
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            logits = self.dense.task.logits(model, batch.inputs)
+            logits, feature = self.dense.task.learned(model, batch.inputs)
             with torch.no_grad(), self.accelerator.autocast():
-                expected = self.dense.task.logits(self.teacher, batch.inputs)
-        distance = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+                expected, target = self.dense.task.learned(self.teacher, batch.inputs)
+        decisions = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+        features = F.mse_loss(feature, target) / target.var().clamp(min=1e-6)
         if batch.labels is None:
-            return distance
+            return decisions + features
         share = self.training.distill
-        return (1 - share) * F.cross_entropy(logits, batch.labels) + share * distance
+        return (1 - share) * F.cross_entropy(logits, batch.labels) + share * decisions + features
 
     # The journal -----------------------------------------------------------------------------------------------------
 
@@ -293,8 +320,3 @@ def forget_head_masks(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "head_mask"):
             module.head_mask = None
-
-
-def facts(training: Training) -> dict[str, Any]:
-    """What goes into reports."""
-    return {"steps": training.steps, "lr": training.lr, "batch_size": training.batch_size, "distill": training.distill}

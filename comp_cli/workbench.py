@@ -20,7 +20,7 @@ from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config
 
-SCORE_ROWS = 64
+SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
 
 
 @dataclass
@@ -75,6 +75,7 @@ def open_dense(
     out: Output,
     *,
     text_tokens: int = flops.TEXT_TOKENS,
+    score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     **hub_options: Any,
 ) -> Dense:
@@ -102,7 +103,7 @@ def open_dense(
         config=config,
         family=family,
         task=tasks.TASKS[family.architectures[architecture]],
-        plan=with_score_rows(dense_plan(full, family, architecture)),
+        plan=with_score_rows(dense_plan(full, family, architecture), score_rows),
         reference=reference,
         state=state,
         hf_config=dense.config,
@@ -131,8 +132,8 @@ def check_fits(model: nn.Module, family: Family, processor: Any, name: str) -> N
         raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 
 
-def affordable(dense: Dense, many: int, few: int) -> int:
-    """A number of samples: many for a model of less than 10 GFLOPs a pair, few for a larger one."""
+def affordable(dense: Dense, many: float, few: float) -> float:
+    """A number of samples and the like: many for a model of less than 10 GFLOPs a pair, few for a larger one."""
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
 
@@ -141,9 +142,9 @@ def with_score_rule(plan: Plan, rule: str) -> Plan:
     return plan.with_tower(replace(plan.tower("vision"), score_rule=rule))
 
 
-def with_score_rows(plan: Plan) -> Plan:
-    """Images are scored with a bounded number of query rows; texts with all: short, and of varying length."""
-    towers = (replace(tower, score_rows=SCORE_ROWS if tower.name == "vision" else 0) for tower in plan.towers)
+def with_score_rows(plan: Plan, rows: int) -> Plan:
+    """Images are scored with a bounded number of query rows (0 for all); texts with all: short, and of varying length."""
+    towers = (replace(tower, score_rows=rows if tower.name == "vision" else 0) for tower in plan.towers)
     return replace(plan, towers=tuple(towers))
 
 

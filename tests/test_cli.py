@@ -88,7 +88,22 @@ def test_analyze(tiny_folder):
     inside = sum(sum(layer["params"].values()) for layer in layers)
     assert inside + document["params"]["outside_layers"] == document["params"]["total"]
     assert all(0 <= row["tokens"] < 1 and 0 <= row["ffn"] < 1 for row in document["inequality"])
-    assert "cross" in comp("analyze", tiny_folder, *FEW).stdout
+    found = document["diagnostics"]
+    assert [(row["tower"], row["layer"]) for row in found["layers"]] == [(row["tower"], row["layer"]) for row in layers]
+    assert (
+        set(found["layers"][-1]["overlap"]) == {"attention", "cross", "ffn"} and found["layers"][0]["influence"]["least_heads"]
+    )
+    said = comp("analyze", tiny_folder, *FEW, "--score-rows", "0").stdout
+    assert "cross" in said and "pollute" in said and "30 % least important heads" in said.replace("\n", " ")
+
+
+def test_score_rows_reach_the_plan(tiny_folder, tmp_path):
+    document = json.loads(comp("analyze", tiny_folder, "--json", "--score-rows", "7", *FEW).stdout)
+    assert document["score_rows"] == {"vision": 7, "language": 0}
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", "token", "--score-rows", "7", "-o", tmp_path / "c", *FAST)
+    assert result.exit_code == 0
+    vision, language = json.loads((tmp_path / "c" / "config.json").read_text())["comp"]["towers"]
+    assert (vision["score_rows"], language["score_rows"]) == (7, 0)
 
 
 def test_parameters_of_the_analysis_are_those_of_the_model(stock, tiny_folder):
@@ -294,6 +309,14 @@ def test_help_imports_nothing_heavy():
 def test_every_help_has_examples(command):
     result = comp(command, "--help")
     assert result.exit_code == 0 and f"comp {command} " in result.stdout
+
+
+def test_help_says_what_each_method_is(monkeypatch):
+    from comp_cli.engine.methods import METHODS
+
+    monkeypatch.setenv("COLUMNS", "200")
+    said = comp("prune", "--help").stdout
+    assert all(f"{name}: {method.about}" in said for name, method in METHODS.items())
 
 
 def test_stdout_holds_only_the_document(tiny_folder):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ import hub_server
 import pytest
 from PIL import Image
 
-from comp_cli.data import Columns, choose_split, make_batches, read_label
+from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, make_batches, read_label, read_rows
 from comp_cli.datafiles import open_pairs
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
 from comp_cli.output import Output
@@ -540,3 +541,22 @@ def test_data_sets_on_the_hub(photos, tmp_path):
 
 def test_the_hub_is_off_limits():
     assert "HF_HUB_OFFLINE" in refused(FAILED, "somebody/pairs").hint
+
+
+# The fingerprint of what a set holds ----------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_the_content(folder, dense):
+    """Images from files or from memory: the same. Another text, label, image or order, or no labels: another."""
+
+    def of(pairs):
+        return fingerprint(make_batches(pairs, dense.processor, 2, 12))
+
+    path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), label=lambda i: i % 2)])
+    pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "label"), folder, 4, Tally()))
+    made = [Pair(Image.new("RGB", (6, 4), colour(i)), "a red circle", i % 2) for i in range(4)]
+    assert len(of(pairs)) == 16 and of(pairs) == of(made)
+    word, label, image = replace(made[3], text="a red square"), replace(made[3], label=0), replace(made[3], image=made[0].image)
+    others = [[*made[:3], changed] for changed in (word, label, image)]
+    others += [made[::-1], made[:3], [replace(pair, label=None) for pair in made]]
+    assert len({of(pairs), *map(of, others)}) == 7

@@ -67,6 +67,18 @@ def test_fading_a_head_by_its_logits_scrambles_the_ranking_and_by_its_mask_does_
     assert scrambled >= 18
 
 
+@pytest.mark.parametrize("fade", [0.5, 0.1, 0.0])
+def test_a_redundant_head_fades_by_its_mask_and_no_score_moves(fade):
+    """A copy of another head adds nothing to the maximum: CIT leaves every score as it is, smaller q and k do not."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 20, 4, 32, 8, generator=generator)
+    query[:, 3], key[:, 3] = query[:, 2], key[:, 2]
+    full = token_scores(query, key, 1.0)
+    torch.testing.assert_close(token_scores(query, key, 1.0, head_mask=torch.tensor([1, 1, 1, fade])), full)
+    faded = torch.stack([query[:, 0], query[:, 1], query[:, 2], fade * query[:, 3]], 1)
+    assert (token_scores(faded, key, 1.0).argsort() != full.argsort()).any(1).sum() >= 18  # of 20 rankings
+
+
 def test_token_scores_ignore_padding():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 6, 4, generator=generator)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from comp_cli.cli import app
@@ -90,6 +91,21 @@ def test_other_settings_are_refused(tiny_folder, tmp_path):
     result = run(*arguments(tiny_folder, output, "--seed", 5))
     assert result.exit_code == 2 and "seed was 0 and is 5" in result.stderr and "--no-resume" in result.stderr
     assert run(*arguments(tiny_folder, output, "--seed", 5, "--no-resume")).exit_code == 0
+
+
+def test_changed_pairs_are_refused(tiny_folder, tmp_path):
+    """The same file name, the same number of pairs, another text."""
+    rows = [{"image": f"{i}.png", "text": "a red circle"} for i in range(16)]
+    for index, row in enumerate(rows):
+        Image.new("RGB", (48, 48), (16 * index, 0, 0)).save(tmp_path / row["image"])
+    data, script, output = tmp_path / "pairs.jsonl", tmp_path / "killed.py", tmp_path / "compact"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    script.write_text(KILLED)
+    command = arguments(tiny_folder, output, "--data", data)
+    subprocess.run([sys.executable, script, "2", *command], capture_output=True)
+    data.write_text(data.read_text().replace("circle", "square"))
+    result = run(*command)
+    assert result.exit_code == 2 and "content of the calibration pairs was" in result.stderr and "--no-resume" in result.stderr
 
 
 def test_a_torn_journal_is_refused_and_can_be_thrown_away(tiny_folder, tmp_path):

@@ -1,0 +1,141 @@
+"""From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from .calibration import Calibration, gather_grams
+from .data import fingerprint
+from .engine import flops, schedule, stages
+from .engine.methods import METHODS
+from .errors import CompError
+from .journal import Journal
+from .output import Output
+from .plan import Plan
+from .training import Trainer, Training, leads, training_batches
+from .workbench import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, with_score_rule
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `comp prune` was asked for; goes into the report as it is."""
+
+    model: str
+    ratio: float
+    method: str = "comp"
+    recover: bool = True
+    seed: int = 0
+    # None: 40 stages on 256, 256 and 1000 pairs, or 10 on 64, 8 and 64 for models of more than 10 GFLOPs.
+    stages: int | None = None
+    num_samples: int | None = None
+    stage_samples: int | None = None
+    eval_samples: int | None = None
+    batch_size: int = 8
+    text_tokens: int = flops.TEXT_TOKENS
+    score_rows: int = SCORE_ROWS
+    device: str = "auto"
+    dtype: str | None = None
+    data: DataOptions = DataOptions()
+    training: Training = Training()
+    # Ablations of the method comp.
+    cip: bool = True
+    cit: bool = True
+    explore: bool = True
+    history: bool = True
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: the plan, the stages that led to it, and its model."""
+
+    plan: Plan
+    stages: list[stages.Stage]
+    model: nn.Module
+
+
+def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> Found:
+    """The plan and the model of a method; goes on from the journal where there is one."""
+    method, training = METHODS[options.method], options.training
+    dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens))
+    batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    if journal:
+        journal.settings["content of the calibration pairs"] = fingerprint(batches)
+    saved = journal.load() if journal else None
+    tuning = bool(saved and "steps" in saved)
+    trainer = None
+    if training.steps:
+        read = partial(training_batches, dense, pairs, training, options.seed)
+        trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
+    recovers = options.recover and not training.stage_share and not tuning and leads()
+    grams = gather_grams(dense, batches, out) if recovers else None
+    judges = batches
+    if method.phases is None and options.stage_samples != options.num_samples:
+        judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
+    calibration = Calibration(dense, judges, grams, method.params if options.cip else "wanda", options.seed)
+
+    progress = stages.Progress.from_json(saved) if saved else stages.Progress.start(dense.plan, options.seed)
+    if trainer and tuning:
+        trainer.restore(progress.plan, saved["steps"], journal.tensors(saved))
+
+    def save() -> None:
+        if journal and trainer is None:
+            journal.save(progress.to_json())
+        elif journal and leads():
+            trained = trainer.done or training.stage_share
+            tensors = trainer.to_tensors() if trained else None
+            journal.save(progress.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
+
+    look = calibration.look
+    if trainer:
+        look = partial(trainer.look, calibration) if training.stage_share else trainer.together(calibration.look)
+    if not (tuning and trainer.done > training.stage_steps):
+        if saved and leads():
+            calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
+        try:
+            run_stages(dense, options, look, progress, save, out)
+        except CompError:  # out of reach, or diverged: there is nothing to go on with
+            if journal:
+                journal.remove()
+            raise
+    if trainer is None:
+        return Found(progress.plan, progress.stages, dense.runtime(progress.plan, grams))
+    if not trainer.done:
+        trainer.take(progress.plan, dense.runtime(progress.plan, grams))
+    return Found(progress.plan, progress.stages, trainer.tune(out, save))
+
+
+def run_stages(
+    dense: Dense,
+    options: Options,
+    look: stages.Look,
+    progress: stages.Progress,
+    save: Callable[[], None],
+    out: Output,
+) -> None:
+    """The stages of a method, told as they pass."""
+    method, floors = METHODS[options.method], schedule.Floors()
+    each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_share else 1
+    expected = each * len(method.phases) if method.phases else options.stages
+    with out.progress("pruning", expected) as bar:
+        if done := len(progress.stages):
+            out.say(f"going on after stage {done} of about {expected} (--no-resume starts anew)")
+            bar.advance(by=done)
+
+        def tell(stage: stages.Stage) -> None:
+            save()
+            bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
+
+        if method.phases:
+            rest = (method.phases, each, floors, progress, tell)
+            stages.march(dense.plan, dense.reference, options.ratio, look, *rest)
+        else:
+            stages.search(dense.plan, dense.reference, options.ratio, look, strategy_of(options), floors, progress, tell)
+
+
+def strategy_of(options: Options) -> stages.Strategy:
+    """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
+    off = {"explore": 0.0} if not options.explore else {}
+    off |= {"history": 0.0} if not options.history else {}
+    return replace(stages.Strategy(stages=options.stages, look_first=not options.training.stage_share), **off)
