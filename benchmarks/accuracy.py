@@ -1,11 +1,12 @@
 """Accuracy of the methods on the demo task, on equal terms: same model, same calibration pairs, same test pairs, same steps.
 
-    python benchmarks/accuracy.py                # training-free
-    python benchmarks/accuracy.py --steps 200    # inside fine-tuning, each method with as many steps
+    python benchmarks/accuracy.py
 
-One JSON line a run; runs that are in the file already are skipped, so it can be stopped and started at will. A seed chooses
-the calibration pairs, the order of the training pairs and everything random. Nothing is chosen by what it scores: every run
-is evaluated once, at its end, on the test split. Ends with a table (mean and standard deviation over seeds) and a picture.
+Every method prunes without training; the main ones are then fine-tuned, each for as many steps on the same pairs. One JSON
+line a result; those that are in the file already are skipped, so it can be stopped and started at will, and several can work
+on one file (--seeds). A seed chooses the calibration pairs, the order of the training pairs and everything random. Nothing is
+chosen by what it scores: every model is evaluated once, at its end, on the test split. Ends with tables (mean and standard
+deviation over seeds) and a picture.
 """
 
 import argparse
@@ -22,39 +23,48 @@ from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
 from comp_cli.output import Output
 from comp_cli.search import Options, find
-from comp_cli.training import Training
-from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense
+from comp_cli.training import Trainer, Training, training_batches
+from comp_cli.workbench import Dense, ScenePairs, affordable, batches_of, open_dense
 
 SCENES = ScenePairs(labelled=True)
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
 ABLATED_AT = 0.8  # where parts of a method are switched off
 FREE = [*METHODS, "comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "wanda --no-recover"]
-LR = 4e-4
-TRAINED = ["comp", "sjp", "wanda", "token", "random"]
+TRAINED = ["comp", "joint", "sjp", "wanda", "taylor", "token", "random"]
+STEPS, TRAINED_SEEDS = 150, 3  # of 32 pairs, at the default rate
 
 
-def options_of(name: str, ratio: float, seed: int, steps: int) -> Options:
+def options_of(name: str, ratio: float, seed: int) -> Options:
     """The options of a run. name: a method, and what is switched off, as on the command line."""
     method, *off = name.split(" --no-")
-    switches = dict.fromkeys(off, False)
-    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 20 if steps else 40}
-    training = Training(steps=steps, lr=LR, mixed_precision="bf16")
-    return Options("demo", ratio, method=method, seed=seed, training=training, **samples, **switches)
+    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 40}
+    return Options("demo", ratio, method=method, seed=seed, **samples, **dict.fromkeys(off, False))
 
 
-def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs: list) -> dict:
-    """One run: prune, then decide every test pair."""
+def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs: list) -> Iterator[dict]:
+    """Prune, then decide every test pair; the same again after fine-tuning for `steps`, if any."""
     begin = time.perf_counter()
-    key = {"name": name, "steps": steps, "ratio": ratio, "seed": seed}
+    options = options_of(name, ratio, seed)
+    key = {"name": name, "ratio": ratio, "seed": seed}
     try:
-        found = find(dense, SCENES, options_of(name, ratio, seed, steps), None, Output("quiet"))
+        found = find(dense, SCENES, options, None, Output("quiet"))
     except CompError as error:
-        return key | {"accuracy": None, "why": error.message}
-    scored = tasks.evaluate(found.model, dense.task, pairs)
-    reached = 1 - flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
-    facts = {"accuracy": scored.accuracy, "loss": scored.loss, "reached": reached, "samples": scored.samples}
-    return key | facts | {"seconds": round(time.perf_counter() - begin, 1), "stages": [asdict(s) for s in found.stages]}
+        yield from ({**key, "steps": s, "accuracy": None, "why": error.message} for s in {0, steps})
+        return
+
+    def result(model: nn.Module, steps: int) -> dict:
+        scored = tasks.evaluate(model, dense.task, pairs)
+        reached = 1 - flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
+        facts = {"accuracy": scored.accuracy, "loss": scored.loss, "reached": reached, "samples": scored.samples}
+        return key | {"steps": steps} | facts | {"seconds": round(time.perf_counter() - begin, 1)}
+
+    yield result(found.model, 0) | {"stages": [asdict(stage) for stage in found.stages]}
+    if steps:
+        training = Training(steps=steps, lr=affordable(dense, 1e-4, 1e-5), mixed_precision="bf16")
+        trainer = Trainer(dense, training, ratio, partial(training_batches, dense, SCENES, training, seed), seed=seed)
+        trainer.take(found.plan, found.model)
+        yield result(trainer.tune(Output("quiet"), lambda: None), steps)
 
 
 def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]]:
@@ -69,42 +79,40 @@ def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]
     }
 
 
-def table(found: dict, dense_accuracy: float) -> str:
-    """Markdown, best at the highest ratio first."""
-    lines = [
-        f"Dense: {100 * dense_accuracy:.1f} %. Mean ± standard deviation over seeds.",
-        "",
-        "| method | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |",
-        "|---" * (1 + len(RATIOS)) + "|",
-    ]
-    for method, cells in sorted(
-        found.items(), key=lambda item: -max((c[0] for r, c in item[1].items() if r == 0.8), default=0)
-    ):
+def table(found: dict) -> str:
+    """Markdown, best at 0.8 first."""
+    lines = ["| method | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |", "|---" * (1 + len(RATIOS)) + "|"]
+    for method, cells in sorted(found.items(), key=lambda item: -item[1].get(0.8, (0,))[0]):
         shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f}" if r in cells else "-" for r in RATIOS]
         lines.append(f"| `{method}` | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict, dense_accuracy: float, path: Path) -> None:
+def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
+    """Accuracy over the FLOPs that are left, training-free and fine-tuned side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for method, cells in found.items():
-        ratios = sorted(cells)
-        means, spread = [100 * cells[r][0] for r in ratios], [100 * cells[r][1] for r in ratios]
-        style = {"linewidth": 2.5} if method == "comp" else {"linewidth": 1, "alpha": 0.8}
-        axes.errorbar(
-            [100 * (1 - r) for r in ratios], means, spread, marker="o", markersize=3, capsize=2, label=method, **style
-        )
-    axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")
-    axes.axhline(50, color="grey", linestyle="--", linewidth=0.8, label="chance")
-    axes.invert_xaxis()
-    axes.set_xlabel("FLOPs left, %")
-    axes.set_ylabel("accuracy on test pairs, %")
-    axes.legend(fontsize=7, ncols=2)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    colours = {name: f"C{index % 10}" for index, name in enumerate(METHODS)}
+    for axes, steps in zip(panels, (0, STEPS), strict=True):
+        found = summary([run for run in runs if run["steps"] == steps and "--no-" not in run["name"]])
+        for method, cells in found.items():
+            ratios = sorted(cells)
+            means, spread = [100 * cells[r][0] for r in ratios], [100 * cells[r][1] for r in ratios]
+            style = {"linewidth": 2.5, "zorder": 3} if method == "comp" else {"linewidth": 1, "alpha": 0.8}
+            style |= {"color": colours[method], "linestyle": "-" if list(METHODS).index(method) < 10 else "--"}
+            left = [100 * (1 - r) for r in ratios]
+            axes.errorbar(left, means, spread, marker="o", markersize=3, capsize=2, label=method, **style)
+        axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")
+        axes.axhline(50, color="grey", linestyle="--", linewidth=0.8, label="chance")
+        axes.invert_xaxis()
+        axes.set_xlabel("FLOPs left, %")
+        axes.set_title(f"fine-tuned, {steps} steps" if steps else "training-free")
+    panels[0].set_ylabel("accuracy on test pairs, %")
+    panels[0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -113,29 +121,34 @@ def main(arguments: argparse.Namespace) -> None:
     dense = open_dense("demo", Output("quiet"))
     pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32)
     dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).accuracy
-    name = f"accuracy_{arguments.steps}_steps" if arguments.steps else "accuracy"
-    output = arguments.output or Path(__file__).parent / "results" / f"{name}.jsonl"
+    output = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
-    runs = read_runs(output)
-    with output.open("a") as file:
-        for seed in arguments.seeds:
-            for ratio in arguments.ratios:
-                for name in arguments.methods or (TRAINED if arguments.steps else FREE):
-                    key = (name, arguments.steps, ratio, seed)
-                    if (
-                        "--no-" in name
-                        and ratio != ABLATED_AT
-                        or key in {(r["name"], r["steps"], r["ratio"], r["seed"]) for r in read_runs(output)}
-                    ):
-                        continue
-                    run = measure(dense, *key[:1], ratio, seed, arguments.steps, pairs)
-                    print(json.dumps(run), file=file, flush=True)
-                    print(name, ratio, seed, run["accuracy"], run.get("seconds"), flush=True)
-    runs = read_runs(output)
-    found = summary(runs)
-    text = table(found, dense_accuracy)
+    wanted = [
+        (name, ratio, seed)
+        for seed in arguments.seeds
+        for ratio in arguments.ratios
+        for name in arguments.methods
+        if "--no-" not in name or ratio == ABLATED_AT
+    ]
+    for name, ratio, seed in wanted:
+        steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS else 0
+        done = {(run["name"], run["ratio"], run["seed"], run["steps"]) for run in read_runs(output)}
+        if all((name, ratio, seed, s) in done for s in {0, steps}):
+            continue
+        for run in measure(dense, name, ratio, seed, steps, pairs):
+            if (name, ratio, seed, run["steps"]) not in done:
+                with output.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+            print(name, ratio, seed, run["steps"], run["accuracy"], run.get("seconds"), flush=True)
+    tables = []
+    for steps in (0, STEPS):
+        found = summary([run for run in read_runs(output) if run["steps"] == steps])
+        if found:
+            what = f"After fine-tuning for {steps} steps" if steps else "Training-free"
+            tables.append(f"{what}:\n\n{table(found)}")
+    text = f"Dense: {100 * dense_accuracy:.1f} %. Mean ± standard deviation over seeds.\n\n" + "\n".join(tables)
     output.with_suffix(".md").write_text(text)
-    plot(found, dense_accuracy, output.with_suffix(".png"))
+    plot(read_runs(output), dense_accuracy, output.with_suffix(".png"))
     print(text)
 
 
@@ -145,12 +158,9 @@ def read_runs(path: Path) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON lines; else in benchmarks/results")
-    parser.add_argument("--steps", type=int, default=0, help="training steps of every run")
-    parser.add_argument("--methods", nargs="+", help='names, with switches in one word: "comp --no-cip"')
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
+    parser.add_argument("--methods", nargs="+", default=FREE, help='names, with switches in one word: "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
-    given = parser.parse_args()
-    given.seeds = given.seeds or range(3 if given.steps else 5)
-    main(given)
+    main(parser.parse_args())

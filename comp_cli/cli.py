@@ -57,7 +57,8 @@ def _output(form: str, as_json: bool, quiet: bool, no_progress: bool) -> Output:
     if mode not in MODES:
         Output().error(CompError(f"--format {form}: unknown.", hint=f"Use one of {', '.join(MODES)}."))
         raise typer.Exit(USAGE)
-    return Output(mode, progress=not no_progress)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` started
+    return Output(mode if first else "mute", progress=not no_progress)
 
 
 def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]]) -> None:
@@ -151,6 +152,21 @@ def prune(
     label_column: LabelColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
+    steps: Annotated[int, typer.Option(min=0, help="Fine-tune what was pruned for so many steps.")] = 0,
+    epochs: Annotated[float | None, typer.Option(min=0, help="The same in passes over --data.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate: 1e-4; large models 1e-5.", show_default=False)] = None,
+    train_batch_size: Annotated[int, typer.Option(min=1, help="Pairs of one step, over all processes.")] = 32,
+    stage_share: Annotated[
+        float, typer.Option(help="Share of the steps that train inside the stages, while units fade (the paper: 0.5).")
+    ] = 0.0,
+    distill: Annotated[float, typer.Option(help="Weight of the dense model's decisions against the labels.")] = 0.5,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no, fp16 or bf16; else what accelerate is configured for.")
+    ] = None,
+    cip: Annotated[bool, typer.Option(help="Weigh parameters by the tokens that stay (Eq. 4).")] = True,
+    cit: Annotated[bool, typer.Option(help="Weigh tokens by the heads that stay (Eq. 7); while units fade.")] = True,
+    explore: Annotated[bool, typer.Option(help="Look at other modes now and then (Eq. 9).")] = True,
+    history: Annotated[bool, typer.Option(help="Remember what a mode cost before (Eq. 10).")] = True,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[
         int | None, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on: 256; large models 8.")
@@ -187,6 +203,10 @@ def prune(
     `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
 
     `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
+
+    `comp prune demo --ratio 0.8 --steps 200 --mixed-precision bf16`
+
+    `accelerate launch -m comp_cli prune ./my-blip --ratio 0.8 --data pairs/ --epochs 2`
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -212,6 +232,19 @@ def prune(
             device=device,
             dtype=dtype,
             data=command.DataOptions(data, split, image_column, text_column, label_column),
+            training=command.Training(
+                steps=steps,
+                epochs=epochs,
+                lr=lr,
+                batch_size=train_batch_size,
+                stage_share=stage_share,
+                distill=distill,
+                mixed_precision=mixed_precision,
+            ),
+            cip=cip,
+            cit=cit,
+            explore=explore,
+            history=history,
         )
         how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}

@@ -20,7 +20,8 @@ LINE_SECONDS = 15  # at least between two lines of progress where stderr is no t
 
 
 class Output:
-    """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path."""
+    """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path; with
+    "mute" nothing goes anywhere (all processes but the first)."""
 
     spoke = False  # whether a document was printed in this process
 
@@ -39,7 +40,7 @@ class Output:
     def warn(self, message: str) -> None:
         """Something the user should know; part of the JSON document as well."""
         self.warnings.append(message)
-        if self.mode != "quiet":
+        if self.mode in ("human", "json"):
             self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
@@ -84,7 +85,7 @@ class Output:
         """One sentence, and what to do next. In JSON mode the document says the same."""
         if self.mode == "json":
             self._document({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
-        if not say:
+        if not say or self.mode == "mute":
             return
         self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)
         if error.hint:

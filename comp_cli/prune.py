@@ -15,12 +15,12 @@ from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, USAGE, CompError
 from .journal import Journal
-from .loading import pick_device, pick_dtype
+from .loading import pick_dtype
 from .output import Output
 from .plan import Plan
 from .search import Options, find
 from .store import atomic_folder, check_output, folder_size, sha256
-from .training import Training, check_training, count_steps, leads
+from .training import Training, check_training, count_steps, leads, own_device
 from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
@@ -59,7 +59,7 @@ def prune(
     if not options.cit and not options.training.stage_share:
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
         raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
-    device, wanted_dtype = pick_device(options.device), pick_dtype(options.dtype)
+    device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()

@@ -68,7 +68,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     if training.steps:
         read = partial(training_batches, dense, pairs, training, options.seed)
         trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-    recovers = options.recover and not training.stage_share and not tuning and leads()
+    recovers = options.recover and not training.stage_steps and not tuning and leads()
     grams = gather_grams(dense, batches, out) if recovers else None
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
@@ -83,13 +83,13 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
         if journal and trainer is None:
             journal.save(progress.to_json())
         elif journal and leads():
-            trained = trainer.done or training.stage_share
+            trained = trainer.done or training.stage_steps
             tensors = trainer.to_tensors() if trained else None
             journal.save(progress.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
 
     look = calibration.look
     if trainer:
-        look = partial(trainer.look, calibration) if training.stage_share else trainer.together(calibration.look)
+        look = partial(trainer.look, calibration) if training.stage_steps else trainer.together(calibration.look)
     if not (tuning and trainer.done > training.stage_steps):
         if saved and leads():
             calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
@@ -116,7 +116,7 @@ def run_stages(
 ) -> None:
     """The stages of a method, told as they pass."""
     method, floors = METHODS[options.method], schedule.Floors()
-    each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_share else 1
+    each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_steps else 1
     expected = each * len(method.phases) if method.phases else options.stages
     with out.progress("pruning", expected) as bar:
         if done := len(progress.stages):
@@ -138,4 +138,4 @@ def strategy_of(options: Options) -> stages.Strategy:
     """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
     off = {"explore": 0.0} if not options.explore else {}
     off |= {"history": 0.0} if not options.history else {}
-    return replace(stages.Strategy(stages=options.stages, look_first=not options.training.stage_share), **off)
+    return replace(stages.Strategy(stages=options.stages, look_first=not options.training.stage_steps), **off)

@@ -29,6 +29,7 @@ from .engine.scoring import layer_parts, tower_layers
 from .engine.slicing import slice_state
 from .errors import FAILED, USAGE, CompError
 from .families import Family
+from .loading import pick_device
 from .output import Output
 from .plan import Plan
 from .workbench import Dense, Pairs, ScenePairs
@@ -64,6 +65,14 @@ def processes() -> int:
 def leads() -> bool:
     """Whether this process is the one that writes and speaks."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: each of several has a GPU of its own."""
+    device = pick_device(name)
+    if device.type == "cuda" and processes() > 1:
+        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return device
 
 
 def check_training(training: Training) -> None:
@@ -236,6 +245,7 @@ class Trainer:
                 loss = self._train(model, steps, rate, lambda step: bar.advance())
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
+        self.accelerator.end_training()
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
     # Both ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,204 @@
+"""Fine-tuning after and inside the search."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from comp_cli import tasks
+from comp_cli.calibration import Calibration
+from comp_cli.cli import app
+from comp_cli.data import Batch
+from comp_cli.engine import flops, scoring
+from comp_cli.engine.slicing import slice_state
+from comp_cli.output import Output
+from comp_cli.prune import Options, Training
+from comp_cli.search import find
+from comp_cli.training import Trainer, fade_at, fading, training_batches
+from comp_cli.workbench import ScenePairs, batches_of, open_dense
+
+QUIET = Output("quiet")
+SCENES = ScenePairs(labelled=False)
+SIZES = ["--num-samples", "8", "--stage-samples", "8", "--eval-samples", "8", "--batch-size", "4", "--text-tokens", "12"]
+TRAIN = ["--steps", "12", "--train-batch-size", "4", "--lr", "1e-3", "--stages", "6", "--device", "cpu"]
+
+
+def run(*given):
+    return CliRunner().invoke(app, list(map(str, given)))
+
+
+def test_the_clock_of_a_fade_has_upops_golden_values():
+    found = [1 - fade_at(step, 20) for step in (2, 5, 10, 15, 18)]
+    assert found == pytest.approx([0.1564, 0.3827, 0.7071, 0.9239, 0.9877], abs=1e-4)
+    assert fade_at(20, 20) == 0
+
+
+def test_a_plan_within_a_plan(dense, uneven_plan):
+    """Slicing twice is slicing once."""
+    vision = uneven_plan.tower("vision")
+    layers = tuple(replace(layer, ffn=layer.ffn[1::2]) for layer in vision.layers)
+    smaller = uneven_plan.with_tower(replace(vision, layers=layers))
+    once = slice_state(dense.state, dense.family, smaller)
+    twice = slice_state(slice_state(dense.state, dense.family, uneven_plan), dense.family, smaller.within(uneven_plan))
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+
+
+def test_what_has_faded_is_gone(dense, uneven_plan, inputs):
+    """At alpha 0 the fading model says what the sliced one says, tokens included (CIT); at 1 what it said before."""
+    keeps = replace(
+        dense.plan,
+        towers=tuple(
+            replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
+            for t, u in zip(dense.plan.towers, uneven_plan.towers, strict=True)
+        ),
+    )
+    model = dense.build(keeps, dense.state)
+    with torch.inference_mode():
+        before = model(**inputs).itm_score
+        with fading(model, dense.family, keeps, uneven_plan) as fade:
+            fade(1.0)
+            torch.testing.assert_close(model(**inputs).itm_score, before)
+            fade(0.0)
+            faded = model(**inputs).itm_score
+            fade(0.5)
+            assert not torch.allclose(model(**inputs).itm_score, faded)
+        torch.testing.assert_close(model(**inputs).itm_score, before)
+        uneven = replace(
+            uneven_plan,
+            towers=tuple(replace(t, score_rows=k.score_rows) for t, k in zip(uneven_plan.towers, keeps.towers, strict=True)),
+        )
+        torch.testing.assert_close(faded, dense.runtime(uneven)(**inputs).itm_score, atol=1e-5, rtol=1e-4)
+
+
+def test_without_cit_faded_heads_vote_on(dense, uneven_plan, inputs):
+    """The ablation is one: the kept tokens differ from those of the sliced model."""
+    from comp_cli.training import forget_head_masks
+
+    model = dense.build(dense.plan, dense.state)
+    with fading(model, dense.family, dense.plan, uneven_plan) as fade:
+        fade(0.0)
+        with torch.inference_mode(), scoring.recording(model, dense.family, dense.plan) as recorder:
+            model(**inputs)
+            masked = dict(recorder.scores)
+            forget_head_masks(model)
+            model(**inputs)
+        changed = [key for key in masked if not torch.allclose(masked[key], recorder.scores[key])]
+    assert ("vision", 0) in changed or ("vision", 1) in changed
+
+
+def test_batches_go_on_after_what_was_skipped_and_processes_share_them(dense):
+    training = Training(steps=4, batch_size=6)
+    whole = list(itertools.islice(training_batches(dense, SCENES, training, 0, 0, slice(None)), 4))
+    rest = list(itertools.islice(training_batches(dense, SCENES, training, 0, 2, slice(None)), 2))
+    for a, b in zip(whole[2:], rest, strict=True):
+        assert torch.equal(a.inputs["pixel_values"], b.inputs["pixel_values"])
+    halves = [next(training_batches(dense, SCENES, training, 0, 0, slice(index, None, 2))) for index in range(2)]
+    together = torch.stack([half.inputs["pixel_values"] for half in halves], dim=1).flatten(0, 1)
+    assert torch.equal(together, whole[0].inputs["pixel_values"])
+
+
+def options(**changes):
+    training = Training(steps=20, batch_size=8, lr=1e-3)
+    training = replace(training, **changes.pop("training", {}))
+    samples = {"num_samples": 8, "stage_samples": 8, "batch_size": 8, "stages": 6}
+    return Options("tiny", 0.5, training=training, **samples, **changes)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_training_brings_accuracy_back(share):
+    """The demo model at 0.7 of its FLOPs gone: a few seconds of training, judged on pairs that nothing was fitted on."""
+    dense = open_dense("demo", QUIET)
+    scenes = ScenePairs(labelled=True)
+    pairs = batches_of(dense, scenes, "evaluation", 128, 32)
+    losses = []
+    for steps in (0, 40):
+        training = Training(steps=steps, batch_size=16, lr=3e-4, stage_share=share, mixed_precision="no")
+        samples = {"num_samples": 32, "stage_samples": 32, "batch_size": 32, "stages": 8}
+        found = find(dense, scenes, Options("demo", 0.7, method="joint", training=training, **samples), None, QUIET)
+        left = flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
+        assert left == pytest.approx(0.3, abs=0.01)
+        losses.append(tasks.evaluate(found.model, dense.task, pairs).loss)
+    assert losses[1] < 0.85 * losses[0]
+
+
+def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
+    before = {name: tensor.clone() for name, tensor in dense.state.items()}
+    chosen = options(training={"stage_share": 0.5})
+    taken = []
+
+    def read(skip, part):
+        for batch in training_batches(dense, SCENES, chosen.training, 0, skip, part):
+            taken.append(batch)
+            yield batch
+
+    trainer = Trainer(dense, chosen.training, 0.5, read)
+    calibration = Calibration(dense, [Batch(taken_inputs(dense), None)], None, "cip")
+    from comp_cli.search import run_stages, stages
+
+    progress = stages.Progress.start(dense.plan, 0)
+    run_stages(dense, chosen, partial(trainer.look, calibration), progress, lambda: None, QUIET)
+    assert trainer.done == 10 and trainer.plan == progress.plan
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert {n: t.shape for n, t in trainer.moments[kind].items()}.items() <= {
+            n: t.shape for n, t in trainer.state.items()
+        }.items()
+    trainer.tune(QUIET, lambda: None)
+    assert trainer.done == len(taken) == 20
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state.items())
+
+
+def taken_inputs(dense):
+    return next(training_batches(dense, SCENES, Training(batch_size=4), 5, 0, slice(None))).inputs
+
+
+def test_a_rate_that_diverges_is_an_error(tiny_folder, tmp_path):
+    result = run("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *SIZES, *TRAIN, "--lr", 0.99, "--steps", 60)
+    assert result.exit_code in (0, 1)
+    if result.exit_code == 1:
+        assert "smaller --lr" in result.stderr and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--epochs", 1], "--epochs needs --data"),
+        (["--epochs", 1, "--steps", 1], "give one of them"),
+        (["--steps", 1, "--stage-share", 2], "from 0 to 1"),
+        (["--steps", 1, "--lr", 3], "--lr 3.0"),
+        (["--steps", 1, "--mixed-precision", "int3"], "int3"),
+        (["--no-cit"], "--no-cit changes nothing"),
+        (["--no-history", "--method", "wanda"], "for --method comp"),
+    ],
+)
+def test_settings_that_make_no_sense(tiny_folder, tmp_path, wrong, said):
+    result = run("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *wrong)
+    assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_two_processes_do_what_one_does(tiny_folder, tmp_path):
+    """Data-parallel on two CPU processes: the same plan, and weights that differ by rounding only."""
+    common = [str(a) for a in ("prune", tiny_folder, "--ratio", 0.5, *SIZES, *TRAIN, "--stage-share", 0.5, "--json")]
+    one = run(*common, "-o", tmp_path / "one")
+    assert one.exit_code == 0, one.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "comp_cli"]
+    done = subprocess.run([*launch, *common, "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "two")  # one document, from one process
+    plans = [json.loads((tmp_path / name / "comp_report.json").read_text())["plan"] for name in ("one", "two")]
+    assert plans[0] == plans[1]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    dense = load_file(tiny_folder / "model.safetensors")
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)
+    name = "vision_model.embeddings.class_embedding"
+    assert not torch.equal(weights[0][name], dense[name]) and math.isfinite(weights[0][name].sum())
