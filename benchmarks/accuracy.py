@@ -14,8 +14,12 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+from torch import nn
 
 from comp_cli import tasks
 from comp_cli.engine import flops
