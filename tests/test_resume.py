@@ -43,15 +43,18 @@ if where == "writing":
 else:
     left = int(where)
     save = journal.Journal.save
-    def saving(self, state):
+    def saving(self, *state):
         global left
         left -= 1
-        save(self, state)
+        save(self, *state)
         if left == 0:
             die()
     journal.Journal.save = saving
 app(sys.argv[2:])
 """
+
+
+TRAINED = ["--steps", "12", "--stages", "4", "--train-batch-size", "4", "--mixed-precision", "no", "--lr", "1e-3"]
 
 
 def arguments(model, output, *more):
@@ -82,6 +85,36 @@ def test_killed_and_resumed(tiny_folder, uninterrupted, tmp_path, where):
     for name in ("model.safetensors", "config.json", "comp_report.json"):
         assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "killed.py"]
+
+
+@pytest.mark.parametrize("share", ["0.5", "0"])
+def test_killed_while_training_and_resumed(tiny_folder, tmp_path, share):
+    """Inside a stage, and in the fine-tuning: weights, moments and the place in the data come back."""
+    more = [*TRAINED, "--stage-share", share]
+    assert run(*arguments(tiny_folder, tmp_path / "whole", *more)).exit_code == 0
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    output = tmp_path / "compact"
+    for where in ("2", "4", "3"):  # one run, killed three times; each goes on from the one before
+        command = [sys.executable, script, where, *arguments(tiny_folder, output, *more)]
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL and not output.exists()
+    assert len(list(tmp_path.glob(".compact.journal.*.safetensors"))) == 1
+    result = run(*arguments(tiny_folder, output, *more))
+    assert result.exit_code == 0, result.stderr
+    for name in ("model.safetensors", "comp_report.json"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "killed.py", "whole"]
+
+
+def test_weights_that_are_gone_are_missed(tiny_folder, tmp_path):
+    script, output = tmp_path / "killed.py", tmp_path / "compact"
+    script.write_text(KILLED)
+    given = arguments(tiny_folder, output, *TRAINED, "--stage-share", "0.5")
+    subprocess.run([sys.executable, script, "2", *given], capture_output=True)
+    for path in tmp_path.glob(".compact.journal.*.safetensors"):
+        path.unlink()
+    result = run(*given)
+    assert result.exit_code == 2 and "lost its weights" in result.stderr and "--no-resume" in result.stderr
 
 
 def test_other_settings_are_refused(tiny_folder, tmp_path):
