@@ -82,8 +82,9 @@ def prune(
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
         journal.remove()
+    begin = time.perf_counter()
     found = find(dense, pairs, options, journal, out)
-    plan = found.plan
+    plan, searched = found.plan, time.perf_counter() - begin
     document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
     if dry_run:
         report.print_plan(document, out)
@@ -91,7 +92,8 @@ def prune(
     compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
     if not leads():
         return document
-    document |= {"quality": compare(dense, compact, pairs, options, out)}
+    quality, per_pair = compare(dense, compact, pairs, options, out)
+    document |= {"quality": quality}
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
         write_checkpoint(folder, dense, compact, plan, document, save_dtype)
@@ -99,7 +101,8 @@ def prune(
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
         write_report(folder, document, plan)
     journal.remove()
-    document["seconds"] = round(time.perf_counter() - started, 1)
+    # Not in the folder: a run that was resumed ends with the same bytes.
+    document |= {"seconds": round(time.perf_counter() - started, 1), "cost": cost(searched, per_pair * options.num_samples)}
     report.print_pruned(document, output, out)
     return document
 
@@ -135,19 +138,29 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
     }
 
 
-def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> dict[str, Any]:
-    """Dense against compact on pairs that calibration never saw: accuracy where there are labels, else agreement."""
+def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> tuple[dict[str, Any], float]:
+    """Dense against compact on pairs that calibration never saw: accuracy where there are labels, else agreement. And the
+    seconds that the dense model took for a pair."""
     batches = batches_of(dense, pairs, "evaluation", options.eval_samples, options.batch_size)
-    found = {}
+    found, seconds = {}, {}
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
+            begin = time.perf_counter()
             found[name] = tasks.evaluate(model, dense.task, batches, bar.advance)
+            seconds[name] = time.perf_counter() - begin
     accuracy = {name: evaluation.accuracy for name, evaluation in found.items()}
     both = found["dense"].logits, found["compact"].logits
-    return {
+    quality = {
         "samples": found["dense"].samples,
         "data": pairs.describe("evaluation"),
         "accuracy": accuracy if accuracy["dense"] is not None else None,
         "agreement": tasks.agreement(*both),
         "divergence": tasks.divergence(*both),
     }
+    return quality, seconds["dense"] / found["dense"].samples
+
+
+def cost(searched: float, dense_pass: float) -> dict[str, float]:
+    """What the search took, in seconds and in passes of the dense model over the calibration pairs."""
+    found = {"search_seconds": searched, "dense_pass_seconds": dense_pass, "dense_passes": searched / dense_pass}
+    return {name: round(value, 2) for name, value in found.items()}

@@ -107,7 +107,8 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     tokens = document["reference"]["tokens"]
     out.line(
         f"Reference input: {tokens['vision']} image tokens, {tokens['language']} text tokens; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s."
+        f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s; "
+        f"the search took as long as {document['cost']['dense_passes']:.1f} dense passes over the calibration pairs."
     )
     out.line(f"Wrote {output}. Next: comp export {shlex.quote(str(output))} --onnx")
 
@@ -115,6 +116,7 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
 def model_card(document: dict[str, Any]) -> str:
     """README.md of a compact checkpoint."""
     base, options = document["base_model"], document["options"]
+    trained = f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
     lines = [
         "---",
         *([f"base_model: {base}"] if "/" in base else []),
@@ -125,8 +127,8 @@ def model_card(document: dict[str, Any]) -> str:
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"Made by comp {document['comp_version']} with `comp prune {options['model']} --ratio {options['ratio']} "
-        f"--method {options['method']} --seed {options['seed']}`: attention heads, feed-forward channels and tokens are "
-        f"removed for real. Parameters {millions(document['params']['dense'])} -> "
+        f"--method {options['method']} --seed {options['seed']}{trained}`: attention heads, feed-forward channels and tokens "
+        f"are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
         f"{gflops(document['flops']['compact'])} per image-text pair.",
         "",

@@ -11,9 +11,9 @@ them. Where nobody said what is right, the latter two alone.
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -25,10 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import data
 from .calibration import Calibration
 from .engine import flops, scoring, stages
-from .engine.scoring import layer_parts, tower_layers
+from .engine.fading import fade_at, fading, forget_head_masks
 from .engine.slicing import slice_state
 from .errors import FAILED, USAGE, CompError
-from .families import Family
 from .loading import pick_device
 from .output import Output
 from .plan import Plan
@@ -96,71 +95,23 @@ def count_steps(training: Training, pairs: Pairs, out: Output) -> Training:
     if isinstance(pairs, ScenePairs):
         raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
     out.say("counting the pairs ...")
-    count = sum(1 for _ in pairs.read("calibration"))
-    return replace(training, steps=max(1, math.ceil(training.epochs * count / training.batch_size)))
+    found = sum(1 for _ in pairs.read("calibration"))
+    return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
 def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, skip: int, part: slice) -> Iterator[data.Batch]:
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
-    epoch, passed = 0, 0
-    while True:
-        epoch += 1
+    passed = 0
+    for epoch in count(1):
         found = pairs.read("calibration", None, seed + epoch)
+        first = True
         while chunk := list(islice(found, training.batch_size)):
-            if len(chunk) < training.batch_size and passed:
+            if len(chunk) < training.batch_size and not first:
                 break  # the rest of an epoch makes no whole batch
+            first = False
             passed += 1
             if passed > skip:
                 yield data.make_batch(chunk[part] or chunk, dense.processor, dense.text_tokens)
-
-
-@contextmanager
-def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Iterator[Callable[[float], None]]:
-    """While open, the units of `before` that `after` does not keep are multiplied with what the yielded function was last
-    called with. The maps of fading heads count as little in the token scores (CIT, Eq. 7)."""
-    hooks, faders, attentions = [], [], []
-    relative = after.within(before)
-    for tower in family.towers:
-        kept_layers = relative.tower(tower.name).layers
-        for index, (layer, kept) in enumerate(zip(tower_layers(model, tower), kept_layers, strict=True)):
-            was = before.tower(tower.name).layers[index]
-            for part, path in layer_parts(tower).items():
-                linear = layer.get_submodule(path)
-                units = was.ffn if part == "ffn" else getattr(was, part).heads
-                left = kept.ffn if part == "ffn" else getattr(kept, part).heads
-                if len(units) == len(left):
-                    continue
-                stays = torch.zeros(len(units), device=linear.weight.device)
-                stays[list(left)] = 1
-                mask = torch.ones_like(stays)
-                width = linear.in_features // len(units)
-                hooks.append(linear.register_forward_pre_hook(_multiply(mask, width)))
-                faders.append((mask, stays))
-                if part == "attention":
-                    attention = layer.get_submodule(tower.attention.module)
-                    attention.head_mask = mask
-                    attentions.append(attention)
-
-    def fade(alpha: float) -> None:
-        for mask, stays in faders:
-            mask.copy_(stays + alpha * (1 - stays))
-
-    try:
-        yield fade
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for attention in attentions:
-            attention.head_mask = None
-
-
-def _multiply(mask: Tensor, width: int) -> Callable:
-    return lambda module, args: (args[0] * mask.repeat_interleave(width).to(args[0].dtype),)
-
-
-def fade_at(step: int, steps: int) -> float:
-    """alpha(t) = 1 - sin(pi t / 2I), UPop's clock for each group of units: 1 before step 1, 0 at step I."""
-    return 1 - math.sin(math.pi * step / (2 * steps))
 
 
 class Trainer:
@@ -255,8 +206,8 @@ class Trainer:
         if not steps:
             return math.nan
         if self._stream is None:
-            index, count = self.accelerator.process_index, self.accelerator.num_processes
-            self._stream = self.batches(self.done, slice(index, None, count))
+            mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+            self._stream = self.batches(self.done, mine)
         model.train().requires_grad_(True)
         names = {parameter: name for name, parameter in model.named_parameters()}
         matrices = [p for p in names if p.ndim > 1]
@@ -323,10 +274,3 @@ class Trainer:
             kinds.setdefault(kind, {})[rest] = tensor.to(device)
         self.state, self.plan, self.done = kinds.pop("weight"), plan, done
         self.moments = kinds
-
-
-def forget_head_masks(model: nn.Module) -> None:
-    """The ablation without CIT: fading heads vote on tokens as loudly as ever."""
-    for module in model.modules():
-        if hasattr(module, "head_mask"):
-            module.head_mask = None

@@ -18,12 +18,13 @@ from comp_cli.calibration import Calibration
 from comp_cli.cli import app
 from comp_cli.data import Batch
 from comp_cli.engine import flops, scoring
+from comp_cli.engine.fading import fade_at, fading, forget_head_masks
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import CompError
 from comp_cli.output import Output
 from comp_cli.prune import Options, Training
 from comp_cli.search import find
-from comp_cli.training import Trainer, fade_at, fading, training_batches
+from comp_cli.training import Trainer, training_batches
 from comp_cli.workbench import ScenePairs, batches_of, open_dense
 
 QUIET = Output("quiet")
@@ -82,8 +83,6 @@ def test_what_has_faded_is_gone(dense, uneven_plan, inputs):
 
 def test_without_cit_faded_heads_vote_on(dense, uneven_plan, inputs):
     """The ablation is one: the kept tokens differ from those of the sliced model."""
-    from comp_cli.training import forget_head_masks
-
     model = dense.build(dense.plan, dense.state)
     with fading(model, dense.family, dense.plan, uneven_plan) as fade:
         fade(0.0)
@@ -105,6 +104,20 @@ def test_batches_go_on_after_what_was_skipped_and_processes_share_them(dense):
     halves = [next(training_batches(dense, SCENES, training, 0, 0, slice(index, None, 2))) for index in range(2)]
     together = torch.stack([half.inputs["pixel_values"] for half in halves], dim=1).flatten(0, 1)
     assert torch.equal(together, whole[0].inputs["pixel_values"])
+
+
+class Few:
+    """A set of five pairs."""
+
+    def read(self, purpose, limit=None, seed=0):
+        return SCENES.read(purpose, 5, seed)
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(2, [2, 2, 2, 2]), (8, [5, 5, 5]), (5, [5, 5])])
+def test_a_small_set_is_read_again_and_again(dense, batch, sizes):
+    """Epoch after epoch; the rest of an epoch that makes no whole batch is left out, but never all of it."""
+    found = itertools.islice(training_batches(dense, Few(), Training(batch_size=batch), 0, 0, slice(None)), len(sizes))
+    assert [len(one.inputs["input_ids"]) for one in found] == sizes
 
 
 def options(**changes):
