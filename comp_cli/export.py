@@ -47,9 +47,9 @@ class Check:
     device: str
     tolerance: parity.Tolerance
 
-    def rows(self, folder: Path, names: list[str], out: Output) -> list[parity.Parity]:
+    def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
         with out.progress("checking parity with torch", len(self.cases)) as bar:
-            return parity.check(OnnxModel(folder, names, self.device), self.cases, self.decision, bar.advance)
+            return parity.check(graphs, self.cases, self.decision, bar.advance)
 
 
 def export(folder: Path, output: Path, out: Output, options: Options, *, overwrite: bool) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
         fused = optimize(partial, names, check, options, out) if options.optimize else {}
         left_out = quantize(partial, names, check, out) if options.quantize else []
-        rows = check.rows(partial, names, out)
+        graphs = OnnxModel(partial, names, options.device)
+        rows = check.rows(graphs, out)
         problem = parity.problem(rows, tolerance)
         with quiet_libraries():
             # What is called last is what tokenizer.json asks for: cut at what the model takes, pad within a batch.
@@ -97,7 +98,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "dtype": options.dtype,
             "quantization": options.quantize and {"weights": options.quantize, "per_channel": True, "left_out": left_out},
             "fused": fused,
-            "graphs": OnnxModel(partial, names, options.device).signature(),
+            "graphs": graphs.signature(),
             "keep": {
                 t["layout"]["encoder"]: [layer["keep"] for layer in t["layers"]]
                 for t in config.get("comp", {}).get("towers", [])
@@ -147,7 +148,7 @@ def optimize(folder: Path, names: list[str], check: Check, options: Options, out
     try:
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
-        problem = parity.problem(check.rows(trial, names, out), parity.TOLERANCES[options.dtype])
+        problem = parity.problem(check.rows(OnnxModel(trial, names, check.device), out), parity.TOLERANCES[options.dtype])
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
     if problem:
@@ -172,7 +173,7 @@ def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
         for name in names:
             rewrite.quantize(floats / name, folder / name, left_out)
-        problem = parity.problem(check.rows(folder, names, out), check.tolerance)
+        problem = parity.problem(check.rows(OnnxModel(folder, names, check.device), out), check.tolerance)
         if not problem:
             break
         out.say(f"int8 with {len(left_out)} matrices left out: {problem}")

@@ -1,7 +1,7 @@
 """The gate of an export: what the graphs say against what torch says, on real and on random inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,11 @@ def make_cases(
 ) -> list[Case]:
     """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well."""
     pairs = list(data.scene_pairs("train", 8 + DECISIONS * rounded, labelled=False))
-    long = [data.Pair(p.image, " ".join([p.text] * LONG) if i % 2 else p.text) for i, p in enumerate(pairs[:8])]
-    parts = [pairs[:1], pairs[1:3], pairs[:8], long, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
+    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
+    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
     given = [("real", data.make_batch(part, processor, longest).inputs) for part in parts]
     if split:
-        inputs = given[3][1]
+        inputs = given[2][1]
         given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
         given.append(("random", data.random_inputs(model.config, batch, tokens, padded=padded)))

@@ -63,12 +63,11 @@ def int8_noise(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, float]
     weights = {weight.name: weight for weight in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type in QUANTIZED and _matrix(node) in weights]
     wanted = {node.input[0] for node in nodes if node.op_type == "MatMul"}
-    made = sorted(wanted - {value.name for value in (*model.graph.input, *model.graph.output)})
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    known = {value.name for value in (*model.graph.input, *model.graph.output)}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted - known)
     session = open_session(_save(model, path, "probe"))
-    seen = dict(inputs) | dict(
-        zip(made, session.run(made, {i.name: inputs[i.name] for i in session.get_inputs()}), strict=True)
-    )
+    outputs = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
+    seen = dict(inputs) | {value.name: output for value, output in zip(session.get_outputs(), outputs, strict=True)}
     noise = {}
     for node in nodes:
         matrix = numpy_helper.to_array(weights[_matrix(node)])
