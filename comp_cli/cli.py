@@ -234,7 +234,7 @@ def export(
     ] = False,
     atol: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest difference from torch: 1e-4; fp16 0.05, bf16 0.5, int8 2.", show_default=False),
+        typer.Option(min=0, help="Largest difference from torch: 1e-4; fp16 0.2, bf16 1, int8 2.", show_default=False),
     ] = None,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave refused graphs in OUTPUT.failed.")] = False,
     device: Annotated[str, typer.Option(help="Where the graphs are checked: cpu, cuda or cuda:N.")] = "cpu",

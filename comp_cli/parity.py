@@ -22,11 +22,12 @@ class Tolerance:
     agreement: float
 
 
-# For scores of size 1 to 10, as a matching head gives. The demo model needs 3e-6, 2e-3 and 1.1 (fp32, fp16, int8).
+# For scores of size 1 to 10, as a matching head gives. On 1,000 pairs the compact demo model needs 6e-6, 0.06 and 1.1 (fp32,
+# fp16, int8): where rounding changes which token is dropped, the difference jumps.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1.0),
-    "fp16": Tolerance(5e-2, 0.98),
-    "bf16": Tolerance(5e-1, 0.95),
+    "fp16": Tolerance(0.2, 0.98),
+    "bf16": Tolerance(1.0, 0.95),
     "int8": Tolerance(2.0, 0.95),
 }
 
