@@ -99,10 +99,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "quantization": options.quantize and {"weights": options.quantize, "per_channel": True, "left_out": left_out},
             "fused": fused,
             "graphs": graphs.signature(),
-            "keep": {
-                t["layout"]["encoder"]: [layer["keep"] for layer in t["layers"]]
-                for t in config.get("comp", {}).get("towers", [])
-            },
+            "keep": _keeps(config),
             "checked_on": options.device,
             "passed": problem is None,
             "allowed": vars(tolerance),
@@ -237,6 +234,12 @@ def print_export(document: dict[str, Any], output: Path, out: Output) -> None:
         out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in document['fused'].items())}.")
     size = f"{', '.join(document['graphs'])}, {mib(document['size_bytes'])}, opset {document['opset']}"
     out.line(f"Wrote {output} ({size}). {document['seconds']:.0f} s.")
+
+
+def _keeps(config: dict[str, Any]) -> dict[str, list[int | None]]:
+    """Tokens that each layer hands on, by the path of its tower."""
+    towers = config.get("comp", {}).get("towers", [])
+    return {tower["layout"]["encoder"]: [layer["keep"] for layer in tower["layers"]] for tower in towers}
 
 
 def _versions() -> dict[str, str]:

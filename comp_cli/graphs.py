@@ -44,33 +44,24 @@ class Graph(nn.Module):
         return getattr(outputs, self.output).float()
 
     def example(self) -> tuple[Tensor, ...]:
-        """Sizes of 0 and 1 would be baked into the graph; these are none of a model's own sizes."""
-        return (*self.images(2), *self.texts(2))
-
-    def images(self, count: int) -> tuple[Tensor]:
-        side = self.model.config.vision_config.image_size
-        return (torch.zeros(count, 3, side, side),)
-
-    def texts(self, count: int) -> tuple[Tensor, Tensor]:
-        tokens = min(7, self.model.config.text_config.max_position_embeddings)
-        return torch.full((count, tokens), 1), torch.ones(count, tokens, dtype=torch.long)
+        config = self.model.config
+        return (example_images(config.vision_config), *example_texts(config.text_config))
 
 
-class VisionGraph(Graph):
+class VisionGraph(nn.Module):
     """What is done once for an image: pixel_values (images, 3, side, side) -> image_embeds (images, kept tokens, dim)."""
 
     dynamic = {"pixel_values": {0: "images"}}
 
     def __init__(self, model: nn.Module, family: Family):
-        nn.Module.__init__(self)
+        super().__init__()
         self.model, self.family, self.output = getattr(model, family.vision), family, IMAGE_EMBEDS
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return getattr(self.model(pixel_values.to(_dtype(self))), self.family.image_embeds).float()
 
     def example(self) -> tuple[Tensor, ...]:
-        side = self.model.config.image_size
-        return (torch.zeros(2, 3, side, side),)
+        return (example_images(self.model.config),)
 
 
 class TextGraph(Graph):
@@ -91,8 +82,8 @@ class TextGraph(Graph):
     def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return super().forward(image_embeds, input_ids, attention_mask)
 
-    def images(self, count: int) -> tuple[Tensor]:
-        return (torch.zeros(count + 1, *self.embeds),)  # another number than texts
+    def example(self) -> tuple[Tensor, ...]:
+        return (torch.zeros(3, *self.embeds), *example_texts(self.model.config.text_config))  # not as many as texts
 
 
 class Encoded(nn.Module):
@@ -104,6 +95,16 @@ class Encoded(nn.Module):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(**{self.field: pixel_values})
+
+
+# Sizes of 0 and 1 would be baked into a graph, and so could a model's own; these are neither.
+def example_images(vision_config: Any) -> Tensor:
+    return torch.zeros(2, 3, vision_config.image_size, vision_config.image_size)
+
+
+def example_texts(text_config: Any) -> tuple[Tensor, Tensor]:
+    tokens = min(7, text_config.max_position_embeddings)
+    return torch.full((2, tokens), 1), torch.ones(2, tokens, dtype=torch.long)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -131,7 +132,7 @@ def write_graph(model: nn.Module, task: Task, path: Path, *, opset: int = OPSET,
     write(Graph(model, task), path, opset=opset, target=target)
 
 
-def write(graph: Graph, path: Path, *, opset: int, target: str) -> None:
+def write(graph: Graph | VisionGraph, path: Path, *, opset: int, target: str) -> None:
     """Write a graph with dynamic batch and text length; attention of compact models as one node for "onnxruntime"."""
     for module in graph.modules():
         if isinstance(module, CompactAttention):
