@@ -44,6 +44,7 @@ def quantize(source: Path, target: Path, left_out: Collection[str] = ()) -> None
     model = onnx.load(source)
     del model.graph.value_info[:]  # the exporter leaves stale shapes there, which quantize_dynamic stops at
     plain = _save(model, source, "plain")
+    _data(target).unlink(missing_ok=True)  # of an earlier attempt; onnx would write behind it
     with _silent():
         quantize_dynamic(
             plain,
@@ -100,13 +101,18 @@ def _fused(model: onnx.ModelProto) -> Counter:
 def _save(model: onnx.ModelProto, path: Path, role: str) -> Path:
     """Beside the file that it was made of, and as large."""
     beside = path.with_suffix(f".{role}.onnx")
-    onnx.save(model, beside, save_as_external_data=_is_large(path), location=f"{beside.name}.data")
+    _data(beside).unlink(missing_ok=True)
+    onnx.save(model, beside, save_as_external_data=_is_large(path), location=_data(beside).name)
     return beside
 
 
 def _is_large(path: Path) -> bool:
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0) > EXTERNAL_DATA_FROM
+    return sum(part.stat().st_size for part in (path, _data(path)) if part.exists()) > EXTERNAL_DATA_FROM
+
+
+def _data(path: Path) -> Path:
+    """Where the weights of a large graph lie."""
+    return path.with_name(f"{path.name}.data")
 
 
 @contextmanager
