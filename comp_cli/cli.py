@@ -259,7 +259,23 @@ def export(
     folder: Folder = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the only format so far).")] = False,
     output: OutputDir = None,
-    atol: Annotated[float, typer.Option(min=0, help="Largest difference from torch that is accepted.")] = 1e-4,
+    split: Annotated[
+        bool,
+        typer.Option("--split", help="vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once."),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 for the weights; inputs and outputs stay fp32.")] = "fp32",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: 8-bit matrices; those stay float that cost decisions.", show_default=False)
+    ] = None,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="ONNX Runtime's fusions, ahead of time; kept if they agree.")
+    ] = False,
+    atol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest difference from torch: 1e-4; fp16 0.2, bf16 1, int8 2.", show_default=False),
+    ] = None,
+    keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave refused graphs in OUTPUT.failed.")] = False,
+    device: Annotated[str, typer.Option(help="Where the graphs are checked: cpu, cuda or cuda:N.")] = "cpu",
     target: Annotated[
         str, typer.Option(help="onnxruntime (fused attention), or onnx (standard operators only).")
     ] = "onnxruntime",
@@ -277,6 +293,8 @@ def export(
     `comp export compact --onnx`
 
     `comp export --onnx -o served` (takes the last compact model below the current folder)
+
+    `comp export compact --onnx --split --quantize int8 -o served`
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -287,8 +305,18 @@ def export(
 
         source = command.resolve_folder(folder, out)
         folder_out = output or source.with_name(source.name + "-onnx")
-        options = {"atol": atol, "opset": opset, "target": target}
-        document = command.export(source, folder_out, out, overwrite=overwrite, **options)
+        options = command.Options(
+            target=target,
+            opset=opset,
+            split=split,
+            dtype=dtype,
+            quantize=quantize,
+            optimize=optimize,
+            atol=atol,
+            keep_failed=keep_failed,
+            device=device,
+        )
+        document = command.export(source, folder_out, out, options, overwrite=overwrite)
         return document | {"output": str(folder_out)}, folder_out
 
     _run(out, work)

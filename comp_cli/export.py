@@ -2,87 +2,90 @@
 
 import json
 import shutil
-import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from . import __version__, data, tasks
-from .errors import GATE, REFUSED, USAGE, CompError
+from . import __version__, parity, rewrite, tasks
+from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import find_family
-from .loading import facts, load_model, load_processor, quiet_libraries
-from .modeling_comp import CompactAttention
+from .graphs import OPSET, TARGETS, VISION, OnnxModel, check_target, feeds, open_session, write_graph, write_graphs
+from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
-from .report import mib
+from .report import mib, percent
 from .store import atomic_folder, check_output, folder_size, read_config, sha256
 
-INPUTS = ("pixel_values", "input_ids", "attention_mask")
-OPSET = 20
-TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
-EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
+__all__ = ["OPSET", "TARGETS", "Options", "export", "feeds", "open_session", "resolve_folder", "write_graph"]
 
-
-class Graph(nn.Module):
-    """The model as a graph: tensors in, the task's decision out."""
-
-    def __init__(self, model: nn.Module, task: tasks.Task):
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        outputs = self.model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
-        return getattr(outputs, self.task.output)
+TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
+LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Largest and mean difference between torch and ONNX Runtime on one kind of input."""
+class Options:
+    target: str = TARGETS[0]
+    opset: int = OPSET
+    split: bool = False
+    dtype: str = "fp32"
+    quantize: str | None = None
+    optimize: bool = False
+    atol: float | None = None  # None for that of the dtype or quantization
+    keep_failed: bool = False
+    device: str = "cpu"  # where the graphs are checked
 
-    batch: int
-    text_tokens: int
-    inputs: str
-    max_error: float
-    mean_error: float
-    same_decision: float
+
+@dataclass(frozen=True)
+class Check:
+    """How graphs are judged."""
+
+    cases: list[parity.Case]
+    decision: str  # name of the output that holds it
+    device: str
+    tolerance: parity.Tolerance
+
+    def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
+        with out.progress("checking parity with torch", len(self.cases)) as bar:
+            return parity.check(graphs, self.cases, self.decision, bar.advance)
 
 
-def export(
-    folder: Path, output: Path, out: Output, *, overwrite: bool, atol: float, opset: int = OPSET, target: str = TARGETS[0]
-) -> dict[str, Any]:
-    """Export a compact (or dense) checkpoint folder; returns the report. Exit 3 above the tolerance, nothing left behind."""
-    check_target(target, opset)
+def export(folder: Path, output: Path, out: Output, options: Options, *, overwrite: bool) -> dict[str, Any]:
+    """Export a compact (or dense) checkpoint folder; returns the report.
+
+    Exit 3 above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
+    """
+    tolerance = check_options(options)
+    failed = output.with_name(f"{output.name}.failed")
     check_output(output, overwrite=overwrite, source=folder)
-    started = time.perf_counter()
+    if options.keep_failed:
+        check_output(failed, overwrite=True, source=folder)
+    started = perf_counter()
     config = read_config(folder)
     family, architecture = find_family(config)
     task = tasks.TASKS[family.architectures[architecture]]
     processor = load_processor(folder)
     model = load_model(folder, dtype=torch.float32)
-    longest = min(model.config.text_config.max_position_embeddings, 512)
+    longest = min(model.config.text_config.max_position_embeddings, processor.tokenizer.model_max_length, 512)
     with atomic_folder(output, overwrite=overwrite) as partial:
-        out.say("exporting the graph (this takes a minute for a full-size model) ...")
-        path = partial / "model.onnx"
-        write_graph(model, task, path, opset=opset, target=target)
-        cases = parity_inputs(model, processor, min(35, longest))
-        with out.progress("checking parity with torch", len(cases)) as bar:
-            session = open_session(path)
-            parity = []
-            for name, inputs in cases:
-                parity.append(compare(model, task, session, name, inputs))
-                bar.advance()
-        worst = max(parity, key=lambda p: p.max_error)
-        if not worst.max_error <= atol:
-            raise CompError(
-                f"the graph differs from torch by {worst.max_error:.2e} (batch {worst.batch}, {worst.text_tokens} text "
-                f"tokens, {worst.inputs} inputs); allowed is {atol:.0e}.",
-                code=GATE,
-                hint="Nothing was written. --atol sets the tolerance.",
-            )
+        out.say("running the model in torch ...")
+        rounded = options.dtype != "fp32" or options.quantize is not None
+        how = {"split": options.split, "rounded": rounded}
+        cases = parity.make_cases(model, task, family, processor, min(TEXT_TOKENS, longest), **how)
+        check = Check(cases, task.output, options.device, tolerance)
+        out.say("exporting (this takes a minute for a full-size model) ...")
+        layout = {"split": options.split, "opset": options.opset, "target": options.target}
+        names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
+        fused = optimize(partial, names, check, options, out) if options.optimize else {}
+        left_out = quantize(partial, names, check, out) if options.quantize else []
+        graphs = OnnxModel(partial, names, options.device)
+        rows = check.rows(graphs, out)
+        problem = parity.problem(rows, tolerance)
         with quiet_libraries():
+            # What is called last is what tokenizer.json asks for: cut at what the model takes, pad within a batch.
+            processor.tokenizer(["a"], padding=True, truncation=True, max_length=longest)
             processor.save_pretrained(partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
         document = {
@@ -90,109 +93,106 @@ def export(
             "versions": _versions(),
             "source": facts(config),
             "architecture": architecture,
-            "opset": opset,
-            "target": target,
-            "dtype": "float32",
-            "inputs": {i.name: list(map(str, i.shape)) for i in session.get_inputs()},
-            "outputs": {o.name: list(map(str, o.shape)) for o in session.get_outputs()},
-            "keep": {
-                t["layout"]["encoder"]: [layer["keep"] for layer in t["layers"]]
-                for t in config.get("comp", {}).get("towers", [])
-            },
-            "atol": atol,
-            "parity": [vars(p) for p in parity],
+            "opset": options.opset,
+            "target": options.target,
+            "dtype": options.dtype,
+            "quantization": options.quantize and {"weights": options.quantize, "per_channel": True, "left_out": left_out},
+            "fused": fused,
+            "graphs": graphs.signature(),
+            "keep": _keeps(config),
+            "checked_on": options.device,
+            "passed": problem is None,
+            "allowed": vars(tolerance),
+            "agreement": parity.agreement(rows),
+            "parity": [vars(row) for row in rows],
             "size_bytes": folder_size(partial),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(perf_counter() - started, 1),
         }
         (partial / "README.md").write_text(_card(document))
         document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
+        if problem:
+            refuse(problem, partial, failed if options.keep_failed else None)
     print_export(document, output, out)
     return document
 
 
-def write_graph(model: nn.Module, task: tasks.Task, path: Path, *, opset: int = OPSET, target: str = TARGETS[0]) -> None:
-    """Write one graph with dynamic batch and text length; attention of compact models as one node for "onnxruntime"."""
-    for module in model.modules():
-        if isinstance(module, CompactAttention):
-            module.fused_node = target == TARGETS[0]
-    side = model.config.vision_config.image_size
-    # Example sizes of 0 and 1 would be baked into the graph; these are none of a model's own sizes.
-    tokens = min(7, model.config.text_config.max_position_embeddings)
-    example = (torch.zeros(2, 3, side, side), torch.full((2, tokens), 1), torch.ones(2, tokens, dtype=torch.long))
-    batch, text = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
-    shapes = {"pixel_values": {0: batch}, "input_ids": {0: batch, 1: text}, "attention_mask": {0: batch, 1: text}}
-    with quiet_libraries(), torch.no_grad():
-        program = torch.onnx.export(
-            Graph(model, task).eval(),
-            example,
-            dynamo=True,
-            input_names=list(INPUTS),
-            output_names=[task.output],
-            dynamic_shapes=shapes,
-            opset_version=opset,
-            verbose=False,
-        )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
-
-
-def check_target(target: str, opset: int) -> None:
-    """Exit 2 for a target or an opset that comp does not write."""
-    if target not in TARGETS:
-        raise CompError(f"--target {target}: unknown.", code=USAGE, hint=f"Use one of {', '.join(TARGETS)}.")
-    if not 18 <= opset <= 23:
-        raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
-
-
-def open_session(path: Path, device: str = "cpu", threads: int = 0):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another."""
-    import onnxruntime
-
-    from .errors import DEVICE
-
-    onnxruntime.set_default_logger_severity(4)
-    wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if wanted.startswith("CUDA") and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
-    number = int(device.partition(":")[2] or 0)
-    providers = [wanted] if wanted.startswith("CPU") else [(wanted, {"device_id": number}), "CPUExecutionProvider"]
-    with quiet_libraries():
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    first = session.get_providers()[0]
-    if first != wanted:
+def check_options(options: Options) -> parity.Tolerance:
+    """What is allowed to differ. Exit 2 for options that make no sense, 5 for graphs that nothing here can run."""
+    check_target(options.target, options.opset)
+    dtype, device = pick_dtype(options.dtype), pick_device(options.device)
+    if options.quantize not in (None, "int8"):
+        raise CompError(f"--quantize {options.quantize}: unknown.", code=USAGE, hint="Use int8.")
+    if options.quantize and dtype != torch.float32:
+        raise CompError("--quantize starts from fp32.", code=USAGE, hint=f"Leave --dtype {options.dtype} out.")
+    if options.optimize and options.target != TARGETS[0]:
+        raise CompError("--optimize writes nodes that only ONNX Runtime knows.", code=USAGE, hint="Leave --target out.")
+    if dtype == torch.bfloat16 and device.type == "cpu":
         raise CompError(
-            f"ONNX Runtime runs on {first}, not on {wanted}.",
+            "ONNX Runtime runs no bf16 graph on the CPU, so it could not be checked, and nothing is written unchecked.",
             code=DEVICE,
-            hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
+            hint="--device cuda checks it on a GPU; --dtype fp16 can be checked here.",
         )
-    return session
+    tolerance = parity.TOLERANCES[options.quantize or options.dtype]
+    return tolerance if options.atol is None else replace(tolerance, atol=options.atol)
 
 
-def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
+def optimize(folder: Path, names: list[str], check: Check, options: Options, out: Output) -> dict[str, int]:
+    """Put the graphs with fused nodes in the place of the plain ones, if they still say what torch says, else say why not."""
+    fused: Counter[str] = Counter()
+    trial = folder / "fused"
+    trial.mkdir()
+    try:
+        for name in names:
+            fused.update(rewrite.optimize(folder / name, trial / name))
+        problem = parity.problem(check.rows(OnnxModel(trial, names, check.device), out), parity.TOLERANCES[options.dtype])
+    except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
+        problem = str(error).strip().splitlines()[0]
+    if problem:
+        out.warn(f"--optimize is skipped: {problem}")
+        fused.clear()
+    else:
+        _move(trial, folder)
+    shutil.rmtree(trial)
+    return dict(fused)
 
 
-def parity_inputs(model: nn.Module, processor, longest: int) -> list[tuple[str, dict[str, Tensor]]]:
-    """Real and random inputs: batches 1 to 8, short and long texts, with and without padding."""
-    pairs = list(data.scene_pairs("train", 8, labelled=False))
-    real = [data.make_batch(part, processor, longest).inputs for part in (pairs[:1], pairs[1:3], pairs)]
-    sizes = (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1)
-    random = [data.random_inputs(model.config, batch, tokens, padded=padded) for batch, tokens, padded in sizes]
-    return [("real", inputs) for inputs in real] + [("random", inputs) for inputs in random]
+def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[str]:
+    """Make the matrices int8; returns the nodes left out, which are those that lose most, as few as the decisions allow."""
+    floats = folder / "float"
+    floats.mkdir()
+    _move(folder, floats)
+    noise: dict[str, float] = {}
+    for share in LEFT_OUT:
+        if share and not noise:
+            values = OnnxModel(floats, names).run(check.cases[0].inputs)
+            noise = {node: error for name in names for node, error in rewrite.int8_noise(floats / name, values).items()}
+        left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
+        for name in names:
+            rewrite.quantize(floats / name, folder / name, left_out)
+        problem = parity.problem(check.rows(OnnxModel(folder, names, check.device), out), check.tolerance)
+        if not problem:
+            break
+        out.say(f"int8 with {len(left_out)} matrices left out: {problem}")
+    shutil.rmtree(floats)
+    return left_out
 
 
-def compare(model: nn.Module, task: tasks.Task, session, name: str, inputs: dict[str, Tensor]) -> Parity:
-    with torch.inference_mode():
-        expected = task.logits(model, inputs)
-    found = torch.from_numpy(session.run([task.output], feeds(inputs))[0]).float()
-    error = (expected - found).abs()
-    batch, tokens = inputs["input_ids"].shape
-    largest = error.max().item() if torch.isfinite(error).all() else float("inf")
-    return Parity(batch, tokens, name, largest, error.mean().item(), tasks.agreement(expected, found))
+def refuse(problem: str, partial: Path, failed: Path | None) -> None:
+    """Exit 3, with the graphs moved to `failed` if it is given."""
+    hint = "Nothing was written. --atol sets the tolerance, --keep-failed leaves the graphs for a look."
+    if failed is not None:
+        with atomic_folder(failed, overwrite=True) as kept:
+            _move(partial, kept)
+        hint = f"{failed} holds the graphs for a look; export.json says where they differ."
+    raise CompError(problem, code=GATE, hint=hint)
+
+
+def _move(source: Path, target: Path) -> None:
+    """The files of a folder to another one on the same disk; what is there is replaced."""
+    for path in source.iterdir():
+        if path.is_file():
+            path.replace(target / path.name)
 
 
 def resolve_folder(folder: Path | None, out: Output) -> Path:
@@ -218,16 +218,28 @@ def resolve_folder(folder: Path | None, out: Output) -> Path:
 
 
 def print_export(document: dict[str, Any], output: Path, out: Output) -> None:
-    rows = [
-        [
-            f"{p['inputs']}, batch {p['batch']}, {p['text_tokens']} text tokens",
-            f"{p['max_error']:.1e}",
-            f"{p['mean_error']:.1e}",
-        ]
-        for p in document["parity"]
-    ]
-    out.table(f"Parity with torch (allowed: {document['atol']:.0e})", ["inputs", "max error", "mean error"], rows)
-    out.line(f"Wrote {output} ({mib(document['size_bytes'])}, opset {document['opset']}). {document['seconds']:.0f} s.")
+    worst: dict[str, dict[str, Any]] = {}
+    for row in document["parity"]:
+        images = f"{row['images']} image{'s' * (row['images'] > 1)}, {row['batch']} text{'s' * (row['batch'] > 1)}"
+        name = f"{row['output']}, {row['inputs']} inputs, {images}"
+        if name not in worst or row["max_error"] > worst[name]["max_error"]:
+            worst[name] = row
+    rows = [[name, row["text_tokens"], f"{row['max_error']:.1e}", f"{row['mean_error']:.1e}"] for name, row in worst.items()]
+    out.table("Largest differences from torch", ["", "text tokens", "max error", "mean error"], rows)
+    allowed = document["allowed"]
+    out.line(f"Allowed: {allowed['atol']:.0e}. Same decision on real pairs: {percent(document['agreement'])}.")
+    if document["quantization"]:
+        out.line(f"int8 weights; {len(document['quantization']['left_out'])} matrices left out.")
+    if document["fused"]:
+        out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in document['fused'].items())}.")
+    size = f"{', '.join(document['graphs'])}, {mib(document['size_bytes'])}, opset {document['opset']}"
+    out.line(f"Wrote {output} ({size}). {document['seconds']:.0f} s.")
+
+
+def _keeps(config: dict[str, Any]) -> dict[str, list[int | None]]:
+    """Tokens that each layer hands on, by the path of its tower."""
+    towers = config.get("comp", {}).get("towers", [])
+    return {tower["layout"]["encoder"]: [layer["keep"] for layer in tower["layers"]] for tower in towers}
 
 
 def _versions() -> dict[str, str]:
@@ -240,10 +252,14 @@ def _versions() -> dict[str, str]:
 
 
 def _card(document: dict[str, Any]) -> str:
-    inputs = ", ".join(f"`{name}` ({', '.join(shape)})" for name, shape in document["inputs"].items())
-    outputs = ", ".join(f"`{name}`" for name in document["outputs"])
+    def listed(values: dict[str, Any]) -> str:
+        return ", ".join(f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items())
+
+    lines = [f"- `{name}`: {listed(g['inputs'])} to {listed(g['outputs'])}" for name, g in document["graphs"].items()]
+    if VISION in document["graphs"]:
+        lines.append("\nEncode an image once, and match it against any number of texts: `images` is 1, or as many as texts.")
     return (
-        f"# {document['source'].get('base_model', 'model')} as ONNX\n\n"
-        f"`model.onnx` (opset {document['opset']}): {inputs} to {outputs}. Token pruning is inside the graph; batch and text "
-        "length are free. `export.json` holds versions, kept tokens and the differences from torch.\n"
+        f"# {document['source'].get('base_model', 'model')} as ONNX\n\n" + "\n".join(lines) + "\n\n"
+        f"Opset {document['opset']}. Token pruning is inside the graph; batch and text length are free. "
+        "`export.json` holds versions, kept tokens and the differences from torch.\n"
     )

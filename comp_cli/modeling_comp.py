@@ -163,6 +163,14 @@ def fused_attention(
     )
 
 
+def share_images(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """One image's states for every text, or each text's own: (1 or batch, ...) -> (batch, ...). For export only."""
+    node = torch.onnx.ops.symbolic
+    batch = node("Shape", (query,), {"start": 0, "end": 1}, dtype=torch.int64, shape=(1,), version=15)
+    shape = torch.cat([batch, batch.new_ones(states.dim() - 1)])
+    return node("Expand", (states, shape), dtype=states.dtype, shape=(query.shape[0], *states.shape[1:]), version=13)
+
+
 class CompactAttention(nn.Module):
     """Self- or cross-attention with any number of heads, on the fused kernel; keeps the stock names of its weights.
 
@@ -179,6 +187,7 @@ class CompactAttention(nn.Module):
         self.score_rule = "attention"
         self.head_mask: torch.Tensor | None = None
         self.fused_node = False  # export as one node of ONNX Runtime
+        self.share_images = False  # export with one image for many texts: its keys and values are made once
         inner = num_heads * head_dim
         for name in layout["qkv"]:
             linear = getattr(stock, name)
@@ -201,6 +210,8 @@ class CompactAttention(nn.Module):
         if encoder_hidden_states is not None:
             attention_mask = None  # as in the stock model: image tokens have no padding
         query, key, value = self.project(hidden_states, encoder_hidden_states)
+        if self.share_images and encoder_hidden_states is not None and torch.onnx.is_in_onnx_export():
+            key, value = share_images(key, query), share_images(value, query)
         if self.fused_node and torch.onnx.is_in_onnx_export():
             context = fused_attention(query, key, value, self.num_heads, self.scale, attention_mask)
         else:

@@ -73,6 +73,18 @@ def compact_folder(tiny_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def served(compact_folder) -> dict[str, Path]:
+    """The compact model as ONNX, "whole" and "split"."""
+    from comp_cli import export
+    from comp_cli.output import Output
+
+    folders = {name: compact_folder.with_name(f"served-{name}") for name in ("whole", "split")}
+    for name, folder in folders.items():
+        export.export(compact_folder, folder, Output("quiet"), export.Options(split=name == "split"), overwrite=False)
+    return folders
+
+
+@pytest.fixture(scope="session")
 def dense(tiny_folder):
     from comp_cli.output import Output
     from comp_cli.workbench import open_dense

@@ -226,6 +226,23 @@ def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_pat
     assert comp("export", compact, "--onnx", "--target", "tflite", "-o", tmp_path / "x").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["--dtype", "fp8"], 2, "--dtype fp8: unknown"),
+        (["--quantize", "int4"], 2, "--quantize int4: unknown"),
+        (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
+        (["--optimize", "--target", "onnx"], 2, "only ONNX Runtime knows"),
+        (["--dtype", "bf16"], 5, "nothing is written unchecked"),
+        (["--device", "tpu"], 2, "--device tpu"),
+    ],
+)
+def test_export_refuses_what_makes_no_sense(compact, tmp_path, options, code, sentence):
+    result = comp("export", compact, "--onnx", *options, "-o", tmp_path / "x")
+    assert (result.exit_code, sentence in " ".join(result.stderr.split())) == (code, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_take_below_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in (["export", "--onnx"], ["bench"]):

@@ -43,6 +43,8 @@ class Family:
     name: str
     architectures: dict[str, str]  # transformers class -> task
     towers: tuple[Tower, ...]
+    vision: str  # name of the module that encodes images
+    image_embeds: str  # what the rest of the model reads of its output
     fixed: dict[str, str] = field(default_factory=dict)  # matmuls outside the towers: path -> "patches" or "once"
 
     def tower(self, name: str) -> Tower:

@@ -27,5 +27,7 @@ BLIP = Family(
     name="blip",
     architectures={"BlipForImageTextRetrieval": "itm"},
     towers=(VISION, LANGUAGE),
+    vision="vision_model",
+    image_embeds="last_hidden_state",
     fixed={"vision_model.embeddings.patch_embedding": "patches", "itm_head": "once"},
 )

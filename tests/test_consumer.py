@@ -1,0 +1,76 @@
+"""README's snippets, as somebody runs them who has neither torch nor comp: in a virtual environment of their own."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import comp_cli
+from comp_cli import scenes
+from comp_cli.loading import load_processor
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ["onnxruntime", "numpy", "pillow", "tokenizers"]
+
+
+def snippets() -> list[str]:
+    section = (ROOT / "README.md").read_text().split("### Run the ONNX graph")[1].split("\n#")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """A fresh environment with what the snippets need and nothing else."""
+    venv = tmp_path_factory.mktemp("consumer") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    found = venv / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    install = [found, "-m", "pip", "install", "-q", "--retries", "1", "-c", ROOT / "constraints.txt", *PACKAGES]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot fetch {', '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(served, tmp_path_factory) -> Path:
+    """Both kinds of export and an image, under the names of README."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(served["whole"], folder / "blip-compact-onnx")
+    shutil.copytree(served["split"], folder / "blip-compact-split")
+    example = next(iter(scenes.examples("test", 1)))
+    scenes.render(example.scene, example.background).save(folder / "scene.png")
+    return folder
+
+
+def torch_scores(compact_folder: Path, image: Path, texts: list[str]) -> np.ndarray:
+    inputs = load_processor(compact_folder)(
+        images=[Image.open(image)] * len(texts), text=texts, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        return comp_cli.load(compact_folder)(**inputs).itm_score.numpy()
+
+
+def test_the_snippets_are_short():
+    first, second = snippets()
+    assert len(first.splitlines()) <= 15 and len(second.splitlines()) <= 15
+
+
+def test_the_snippets_agree_with_torch(python, place, compact_folder):
+    first, second = snippets()
+    script = "\n".join([first, second, "import sys", "print(*score[0], *scores.ravel(), 'torch' in sys.modules)"])
+    done = subprocess.run([python, "-I", "-c", script], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *spoken, numbers = done.stdout.strip().splitlines()
+    *found, has_torch = numbers.split()
+    assert has_torch == "False"
+    texts = re.findall(r'"((?:a|two) [^"]*)"', first + second)
+    assert len(texts) == 3
+    expected = torch_scores(compact_folder, place / "scene.png", texts)
+    np.testing.assert_allclose(np.array(found, float).reshape(3, 2), expected, atol=1e-2)
+    assert spoken[0].startswith("matches" if expected[0, 1] > expected[0, 0] else "does not match")
