@@ -3,7 +3,9 @@
 import json
 import shutil
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +147,11 @@ def check_target(target: str, opset: int) -> None:
         raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
 
 
-def open_session(path: Path, device: str = "cpu", threads: int = 0):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another."""
+def open_session(path: Path, device: str = "cpu", threads: int = 0, profile: Path | None = None):
+    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another.
+
+    With `profile` the session times its nodes into a file that begins so.
+    """
     import onnxruntime
 
     from .errors import DEVICE
@@ -156,8 +161,10 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    if wanted.startswith("CUDA") and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if wanted.startswith("CUDA"):
+        preload_cuda()
     number = int(device.partition(":")[2] or 0)
     providers = [wanted] if wanted.startswith("CPU") else [(wanted, {"device_id": number}), "CPUExecutionProvider"]
     with quiet_libraries():
@@ -170,6 +177,15 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0):
             hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
         )
     return session
+
+
+def preload_cuda() -> None:
+    """Let ONNX Runtime find the CUDA libraries that pip installed. It prints what it misses on stdout: not ours to say."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(StringIO()):
+            onnxruntime.preload_dlls()
 
 
 def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
