@@ -40,11 +40,12 @@ class Ratio:
 
 
 def rounds(
-    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], float] = time.perf_counter
+    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter
 ) -> Iterator[dict[Hashable, float]]:
     """Endless rounds of milliseconds in which every variant runs once, so that a busy moment of the machine hits all alike.
 
     Two runs each to warm up; then every second round goes backwards, so that no variant always follows the same one.
+    `clock` tells seconds (or an array of them, from several clocks).
     """
     for run in runners.values():
         for _ in range(WARM_UP):
