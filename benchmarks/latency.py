@@ -23,7 +23,7 @@ from comp_cli.data import random_inputs
 RATIOS = ("0.5", "0.85")
 TORCH = ("stock", "own", *RATIOS)
 ONNX = ("stock", "own", *RATIOS, *(f"int8 {ratio}" for ratio in RATIOS))
-ROUNDS = {1: 15, 8: 7}
+ROUNDS = {1: 11, 8: 5}
 CLOCKS = ("wall", "cpu")
 ROWS = {
     "torch own": "torch, dense on comp's kernels",
@@ -52,13 +52,12 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def measure(work: Path, path: Path, batch: int, rounds: int, done: int) -> None:
+def measure(runners: dict[str, timing.Runner], config, path: Path, batch: int, rounds: int, done: int) -> None:
     """Append rounds until there are so many."""
-    runners = build(work)
     where = bench.machine(torch.device("cpu"))
-    inputs = random_inputs(prepared.model(work, "stock").config, batch, prepared.TEXT_TOKENS)
+    inputs = random_inputs(config, batch, prepared.TEXT_TOKENS)
     with path.open("a") as file:
-        for number, taken in enumerate(timing.rounds(runners, inputs, clocks), start=done + 1):
+        for number, taken in enumerate(timing.rounds(runners, inputs, clocks, warm_up=1), start=done + 1):
             ms = {name: {c: round(float(t), 2) for c, t in zip(CLOCKS, times, strict=True)} for name, times in taken.items()}
             print(json.dumps({"batch": batch, "round": number, "machine": where, "ms": ms}), file=file, flush=True)
             print(f"batch {batch}, round {number} of {rounds}", flush=True)
@@ -108,11 +107,13 @@ def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    runners = {}
     for batch in arguments.batches:
         done = sum(line["batch"] == batch for line in read(arguments.output))
-        wanted = arguments.rounds or ROUNDS.get(batch, 7)
+        wanted = arguments.rounds or ROUNDS.get(batch, 5)
         if done < wanted:
-            measure(arguments.work, arguments.output, batch, wanted, done)
+            runners = runners or build(arguments.work)
+            measure(runners, prepared.model(arguments.work, "stock").config, arguments.output, batch, wanted, done)
     text = table(arguments.work, read(arguments.output), arguments.clock)
     arguments.output.with_suffix(".md").write_text(text)
     print(text)
@@ -123,7 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("out/speed"), help="models and graphs, made once (7 GB)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency.jsonl"))
     parser.add_argument("--batches", nargs="+", type=int, default=list(ROUNDS))
-    parser.add_argument("--rounds", type=int, help="per batch; else 15 at batch 1, 7 at batch 8")
+    parser.add_argument("--rounds", type=int, help="per batch; else 11 at batch 1, 5 at batch 8")
     parser.add_argument("--core", type=int, help="CPU core to stay on (Linux)")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     main(parser.parse_args())

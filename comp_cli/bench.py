@@ -8,6 +8,7 @@ what pruning brings.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,7 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
 
 def check(options: Options) -> torch.device:
     """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Exit 2 or 5."""
-    if options.backends == ("onnx",) and options.device.startswith("cuda"):
+    if options.backends == ("onnx",) and re.fullmatch(r"cuda(:\d+)?", options.device):
         device = torch.device(options.device)  # torch only exports; it may be a build without CUDA
     else:
         device = pick_device(options.device)

@@ -40,15 +40,15 @@ class Ratio:
 
 
 def rounds(
-    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter
+    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter, warm_up: int = WARM_UP
 ) -> Iterator[dict[Hashable, float]]:
     """Endless rounds of milliseconds in which every variant runs once, so that a busy moment of the machine hits all alike.
 
-    Two runs each to warm up; then every second round goes backwards, so that no variant always follows the same one.
+    After the runs to warm up, every second round goes backwards, so that no variant always follows the same one.
     `clock` tells seconds (or an array of them, from several clocks).
     """
     for run in runners.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             run(inputs)
     names = list(runners)
     while True:

@@ -263,3 +263,12 @@ def test_compiled_models_are_a_backend(compact_folder, tiny_folder):
     found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
     assert {(t["backend"], t["side"]) for t in found["timings"]} == {("compile", side) for side in variants.SIDES}
     assert found["peak_memory_bytes"] == [] and "against_stock_torch" not in found["speedups"][0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_nodes_run_there(compact_folder, tiny_folder):
+    options = bench.Options(device="cuda", batches=(2,), iterations=2, duration=0, text_tokens=12)
+    found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
+    assert {place["first"] for place in found["providers"].values()} == {"CUDAExecutionProvider"}
+    assert all(place["shares"]["CUDAExecutionProvider"]["time_share"] > 0.5 for place in found["providers"].values())
+    assert {row["backend"] for row in found["peak_memory_bytes"]} == {"torch"}
