@@ -145,19 +145,24 @@ def torch_pruning(importance: str) -> Callable[[Path, float], nn.Module]:
     return make
 
 
+def flops_of(model: nn.Module) -> int:
+    """FLOPs of one pair, at 35 text tokens or as many as the model takes."""
+    return bench.count_flops(model, min(prepared.TEXT_TOKENS, model.config.text_config.max_position_embeddings))
+
+
 # The others --------------------------------------------------------------------------------------------------------------
 
 
 def token_merging(work: Path, ratio: float) -> nn.Module:
     """The smallest number of merges per layer that cuts the FLOPs by `ratio`."""
     stock = prepared.model(work, "stock")
-    target = (1 - ratio) * bench.count_flops(stock, prepared.TEXT_TOKENS)
+    target = (1 - ratio) * flops_of(stock)
     vision = stock.config.vision_config
     low, high = 0, (vision.image_size // vision.patch_size) ** 2 // vision.num_hidden_layers
     while high - low > 1:
         r = (low + high) // 2
         merged = tome.apply(copy.deepcopy(stock), r)
-        low, high = (low, r) if bench.count_flops(merged, prepared.TEXT_TOKENS) <= target else (r, high)
+        low, high = (low, r) if flops_of(merged) <= target else (r, high)
     return tome.apply(copy.deepcopy(stock), high)
 
 
@@ -201,9 +206,19 @@ def exported_peer(name: str) -> Callable[[Path, float], Path]:
     return make
 
 
+def unrecovered(work: Path, ratio: float) -> nn.Module:
+    """comp without its closed-form refit, on the demo: what the choice of units alone is worth."""
+    folder = work / f"unrecovered-{ratio:g}"
+    if not folder.exists():
+        options = Options("demo", ratio, method="joint", recover=False, device="cpu", batch_size=32)
+        prune(options, folder, Output("quiet"))
+    return loading.load_model(folder, dtype=torch.float32)
+
+
 PEERS = {
     "stock": Peer("stock transformers, torch", lambda work, ratio: prepared.model(work, "stock")),
     "comp": Peer("comp (joint), torch", lambda work, ratio: prepared.model(work, f"{ratio:g}")),
+    "comp-unrecovered": Peer("comp (joint, --no-recover), torch", unrecovered, timed=False),
     "torch-pruning": Peer("Torch-Pruning (magnitude), torch", torch_pruning("magnitude")),
     "torch-pruning-taylor": Peer("Torch-Pruning (Taylor), torch", torch_pruning("taylor"), timed=False),
     "merging": Peer("token merging as in ToMe, torch", token_merging),
@@ -259,8 +274,7 @@ def measure_accuracy(work: Path, path: Path, ratio: float, pairs: int) -> None:
                 made = PEERS[name].make(folder, ratio)
                 line["accuracy"] = accuracy(made, batches)
                 if isinstance(made, nn.Module):
-                    dense = bench.count_flops(prepared.model(folder, "stock"), prepared.TEXT_TOKENS)
-                    line["flops_left"] = bench.count_flops(made, prepared.TEXT_TOKENS) / dense
+                    line["flops_left"] = flops_of(made) / flops_of(prepared.model(folder, "stock"))
             except Skipped as why:
                 line["skipped"] = str(why)
             except Exception as error:  # a peer that breaks is a row with the reason, not the end of the others

@@ -5,19 +5,14 @@ Dense means what a user would otherwise run: the stock transformers model in tor
 what pruning brings.
 """
 
-import json
-import os
 import platform
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +23,7 @@ from .errors import GATE, REFUSED, USAGE, CompError
 from .families import find_family
 from .gates import Gates
 from .loading import load_model, load_processor, pick_device
+from .memory import peak_memory
 from .output import Output
 from .store import folder_size, read_config
 from .variants import SIDES
@@ -237,31 +233,6 @@ def figures(taken: dict[int, dict[Key, list[float]]], reduction: float, seed: in
                 row["against_stock_torch"] = asdict(timing.speedup(times["torch", "dense"], compact, seed))
             speedups.append(row)
     return {"flops_reduction": reduction, "timings": timings, "speedups": speedups}
-
-
-def peak_memory(
-    places: dict[Key, Path], inputs: timing.Inputs, device: torch.device, allow_pickle: bool, out: Output
-) -> list[dict[str, Any]]:
-    """Peak resident memory (on CUDA: peak allocated) of a fresh process that loads one model and runs these inputs.
-
-    Not known for what is made on the fly (torch.compile, own dense in torch), nor for ONNX Runtime on a GPU.
-    """
-    if device.type == "cuda":
-        places = {key: path for key, path in places.items() if key[0] == "torch"}
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, out.progress("measuring peak memory", len(places)) as bar:
-        example = Path(scratch) / "inputs.npz"
-        np.savez(example, **export.feeds(inputs))
-        for (backend, side), path in places.items():
-            command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device)]
-            command += ["--allow-pickle"] if allow_pickle and side == "dense" else []
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-            if done.returncode:
-                raise CompError(f"measuring the memory of {path} failed: {done.stderr.strip().splitlines()[-1:]}")
-            batch = len(inputs["input_ids"])
-            rows.append({"backend": backend, "side": side, "batch": batch, "bytes": json.loads(done.stdout)["bytes"]})
-            bar.advance()
-    return rows
 
 
 def machine(device: torch.device) -> dict[str, Any]:
