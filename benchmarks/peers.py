@@ -146,7 +146,7 @@ def torch_pruning(importance: str) -> Callable[[Path, float], nn.Module]:
 
 
 def flops_of(model: nn.Module) -> int:
-    """FLOPs of one pair, at 35 text tokens or as many as the model takes."""
+    """FLOPs of one pair, at 35 text tokens or as many as the model has places for."""
     return bench.count_flops(model, min(prepared.TEXT_TOKENS, model.config.text_config.max_position_embeddings))
 
 
@@ -306,8 +306,8 @@ def table(lines: list[dict], ratio: float, clock: str) -> str:
     decided = {line["peer"]: line for line in lines if "accuracy" in line}
     batches = sorted({line["batch"] for line in lines if "batch" in line})
     times = {batch: latency.series([line for line in lines if "batch" in line], batch, clock) for batch in batches}
-    out = ["| | " + " | ".join(f"batch {b}, ms | vs stock" for b in batches) + " | demo accuracy |"]
-    out.append("|---" * (2 + 2 * len(batches)) + "|")
+    out = ["| | " + "".join(f"batch {b}, ms | vs stock | " for b in batches) + "demo: FLOPs left | demo: accuracy |"]
+    out.append("|---" * (3 + 2 * len(batches)) + "|")
     for name, peer in PEERS.items():
         cells = []
         for batch in batches:
@@ -316,7 +316,8 @@ def table(lines: list[dict], ratio: float, clock: str) -> str:
             cells.append(f"{np.median(found):.0f} | {faster.value:.2f}x" if found else "- | -")
         line = decided.get(name, {})
         told = f"{100 * line['accuracy']:.1f} %" if line.get("accuracy") is not None else line.get("skipped", "-")
-        out.append(f"| {peer.label} | " + " | ".join(cells) + f" | {told} |")
+        left = f"{100 * line['flops_left']:.1f} %" if "flops_left" in line else "-"
+        out.append(f"| {peer.label} | " + "".join(f"{cell} | " for cell in cells) + f"{left} | {told} |")
     pairs = next((line["pairs"] for line in decided.values()), 0)
     out += ["", f"Ratio {ratio:g} for all that prune; medians of {clock} time, one thread; accuracy on {pairs} test pairs."]
     return "\n".join(out) + "\n"

@@ -103,6 +103,7 @@ def check_plot(path: Path) -> None:
 def plot(document: dict[str, Any], path: Path) -> None:
     """Left: latency against batch. Right: the speed-up by pruning against its limit, the fall of the FLOPs."""
     from matplotlib.figure import Figure  # no pyplot: nothing is shown, no display is looked for
+    from matplotlib.ticker import LogFormatter, NullLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -122,13 +123,16 @@ def plot(document: dict[str, Any], path: Path) -> None:
         batches = [row["batch"] for row in rows]
         right.errorbar(batches, values, reach, color=color, marker="o", capsize=3, label=BACKEND_NAMES[backend])
     right.axhline(document["flops_reduction"], color="grey", linestyle="--", label="FLOPs limit")
+    highest = max(document["flops_reduction"], *(row["by_pruning"]["high"] for row in document["speedups"]))
     left.set(xlabel="batch", ylabel="latency, ms (median)", xscale="log", yscale="log")
-    right.set(xlabel="batch", ylabel="speed-up by pruning", xscale="log", ylim=(0, None))
+    right.set(xlabel="batch", ylabel="speed-up by pruning", xscale="log", ylim=(0, 1.15 * highest))
+    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers; between the powers of ten where there is room
     every = [row["batch"] for row in document["speedups"] if row["backend"] == backends[0]]
     for axes in (left, right):
         axes.set_xticks(every, [str(batch) for batch in every])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(fontsize=7)
     where = document["machine"]
-    figure.suptitle(f"{Path(document['compact']).name} on {where['name']}, {where['threads']} threads", fontsize=10)
+    figure.suptitle(f"{Path(document['compact']).name} on {where['name']}, threads: {where['threads']}", fontsize=10)
     figure.savefig(path, dpi=150)
