@@ -72,10 +72,11 @@ def series(lines: list[dict], batch: int, clock: str) -> dict[str, list[float]]:
 
 
 def table(work: Path, lines: list[dict], clock: str) -> str:
-    """Markdown. Times against stock torch, and against our own dense model on the same backend over the FLOPs' fall."""
+    """Markdown. Speed-up against stock torch; efficiency: that against our own dense model on the same backend over the
+    fall of the FLOPs."""
     batches = sorted({line["batch"] for line in lines})
-    flops = {name: bench.count_flops(prepared.model(work, name), prepared.TEXT_TOKENS) for name in ("stock", *RATIOS)}
-    fall = {ratio: flops["stock"] / flops[ratio] for ratio in RATIOS}
+    flops = {r: json.loads((work / f"compact-{r}" / "comp_report.json").read_text())["flops"] for r in RATIOS}
+    fall = {ratio: count["dense"] / count["compact"] for ratio, count in flops.items()}
     head = " | ".join(f"batch {b}, ms | vs stock torch (95 % interval) | FLOPs efficiency" for b in batches)
     out = [f"FLOPs fall {', '.join(f'{fall[r]:.3f}x at {r}' for r in RATIOS)}.", "", f"| | {head} |"]
     out.append("|---" * (1 + 3 * len(batches)) + "|")
