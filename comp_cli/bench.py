@@ -1,75 +1,63 @@
 """`comp bench`: the dense and the compact model side by side, in one run, interleaved.
 
-Dense means what a user would otherwise run: the stock transformers model in torch, and its plain ONNX export.
+Dense means what a user would otherwise run: the stock transformers model in torch, and its plain ONNX export. A third side,
+"own_dense", is the dense model on comp's kernels: dense over own dense is what the kernels bring, own dense over compact
+what pruning brings.
 """
 
-import json
-import os
 import platform
-import statistics
-import subprocess
-import sys
+import re
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
-from . import __version__, export, hub, tasks
+from . import __version__, bench_report, gates, hub, providers, tasks, timing, variants
 from .data import random_inputs
 from .engine import flops
-from .errors import REFUSED, USAGE, CompError
+from .errors import GATE, REFUSED, USAGE, CompError
 from .families import find_family
+from .gates import Gates
+from .graphs import write_graph
 from .loading import load_model, load_processor, pick_device
+from .memory import peak_memory
 from .output import Output
-from .report import change, gflops, mib, millions
 from .store import folder_size, read_config
+from .variants import SIDES
 
-BACKENDS = ("torch", "onnx")
-SIDES = ("dense", "compact")
+BACKENDS = ("torch", "onnx", "compile")
+Key = tuple[str, str]  # (backend, side)
 
 
 @dataclass(frozen=True)
 class Options:
     device: str = "auto"
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] = BACKENDS[:2]
     batches: tuple[int, ...] = (1, 8)
     iterations: int = 10
     duration: float = 5.0
     threads: int = 0
     text_tokens: int = flops.TEXT_TOKENS
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per forward pass of a whole batch."""
-
-    backend: str
-    side: str
-    batch: int
-    runs: int
-    median: float
-    p90: float
-    p99: float
-    pairs_per_second: float
+    seed: int = 0  # of the inputs and of the bootstrap
+    gates: Gates = Gates()
+    plot: Path | None = None
 
 
 def parse_backends(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
-        raise CompError(f"--backend {text}: expected {' or '.join(BACKENDS)}, or both with a comma.", code=USAGE)
+        raise CompError(f"--backend {text}: expected some of {', '.join(BACKENDS)}, with commas.", code=USAGE)
     return names
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
@@ -78,10 +66,72 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 
 def bench(folder: Path, baseline: str | None, options: Options, out: Output, **hub_options: Any) -> dict[str, Any]:
-    """Measure and print; returns the report."""
-    device = pick_device(options.device)
+    """Measure and print; returns the report. Exit 3 after that where a gate was not met; the error carries the report."""
+    device = check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
+    source, task, folders, models = open_models(folder, baseline, out, hub_options)
+    longest = getattr(load_processor(folder).tokenizer, "model_max_length", options.text_tokens)
+    text_tokens = min(options.text_tokens, longest, models["dense"].config.text_config.max_position_embeddings)
+    inputs = {batch: random_inputs(models["dense"].config, batch, text_tokens, seed=options.seed) for batch in options.batches}
+    document = {
+        "comp_version": __version__,
+        "compact": str(folder),
+        "baseline": source.name,
+        "architecture": find_family(read_config(folder))[1],
+        "machine": machine(device),
+        "text_tokens": text_tokens,
+        "params": {side: sum(p.numel() for p in models[side].parameters()) for side in folders},
+        "flops": {side: count_flops(models[side], text_tokens) for side in folders},
+        "size_bytes": {side: folder_size(path) for side, path in folders.items()},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        graphs = {}
+        for side in SIDES if "onnx" in options.backends else ():
+            out.say(f"exporting the {side.replace('_', ' ')} model ...")
+            graphs[side] = Path(scratch) / f"{side}.onnx"
+            write_graph(models[side], task, graphs[side])
+        document["providers"] = find_providers(graphs, inputs[min(inputs)], device, out)
+        runners = build_runners(models, graphs, task, device, options.backends)
+        taken = {batch: time_interleaved(runners, inputs[batch], batch, options, out) for batch in inputs}
+        places = {("torch", side): path for side, path in folders.items()} if "torch" in options.backends else {}
+        places |= {("onnx", side): path for side, path in graphs.items()}
+        pickled = hub_options.get("allow_pickle", False)
+        document["peak_memory_bytes"] = peak_memory(places, inputs[max(inputs)], device, pickled, out)
+    document |= figures(taken, document["flops"]["dense"] / document["flops"]["compact"], options.seed)
+    document["gates"] = gates.outcomes(options.gates, document)
+    bench_report.show(document, out)
+    if options.plot:
+        bench_report.plot(document, options.plot)
+        out.line(f"Wrote {options.plot}.")
+    missed = [outcome for outcome in document["gates"] if not outcome["passed"]]
+    if missed:
+        raise CompError(" ".join(gates.sentence(outcome) for outcome in missed), code=GATE, document=document)
+    return document
+
+
+def check(options: Options) -> torch.device:
+    """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Exit 2 or 5."""
+    if options.backends == ("onnx",) and re.fullmatch(r"cuda(:\d+)?", options.device):
+        device = torch.device(options.device)  # torch only exports; it may be a build without CUDA
+    else:
+        device = pick_device(options.device)
+    if device.type == "cuda" and "onnx" in options.backends:
+        providers.check_cuda()
+    if "compile" in options.backends:
+        variants.check_compiler(device)
+    if options.plot:
+        bench_report.check_plot(options.plot)
+    measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
+    if options.gates.max_memory_mb is not None and not measured & set(options.backends):
+        raise CompError("--max-memory-mb: no backend whose memory is measured.", code=USAGE, hint="Add torch to --backend.")
+    return device
+
+
+def open_models(
+    folder: Path, baseline: str | None, out: Output, hub_options: dict[str, Any]
+) -> tuple[hub.Source, tasks.Task, dict[str, Path], dict[str, nn.Module]]:
+    """The baseline's source, the task, the folders of the dense and the compact model, and the models of all sides."""
     config = read_config(folder)
     baseline = baseline or config["comp"].get("base_address")
     if baseline is None:
@@ -95,162 +145,95 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     family, architecture = find_family(config)
     if find_family(dense_config)[1] != architecture:
         raise CompError(f"--baseline {baseline} is not a {architecture}.", code=REFUSED)
-    task = tasks.TASKS[family.architectures[architecture]]
-    folders = {"dense": source.folder, "compact": folder}
     out.say(f"loading {source.name} and {folder} ...")
-    models = {side: load_model(path, dtype=torch.float32) for side, path in folders.items()}
-    same_inputs(models, source.name)
-    longest = getattr(load_processor(folder).tokenizer, "model_max_length", options.text_tokens)
-    text_tokens = min(options.text_tokens, longest, models["dense"].config.text_config.max_position_embeddings)
-    with tempfile.TemporaryDirectory() as scratch:
-        graphs = {}
-        if "onnx" in options.backends:
-            for side in SIDES:
-                out.say(f"exporting the {side} model ...")
-                graphs[side] = Path(scratch) / f"{side}.onnx"
-                export.write_graph(models[side], task, graphs[side])
-        runners, providers = build_runners(models, graphs, task, device, options)
-        timings = []
-        for batch in options.batches:
-            inputs = random_inputs(models["dense"].config, batch, text_tokens)
-            timings += time_interleaved(runners, inputs, batch, options, out)
-        memory = peak_memory(folders, graphs, models["dense"], text_tokens, device, options, out)
-    document = {
-        "comp_version": __version__,
-        "compact": str(folder),
-        "baseline": source.name,
-        "architecture": architecture,
-        "machine": machine(device),
-        "providers": providers,
-        "text_tokens": text_tokens,
-        "params": {side: sum(p.numel() for p in model.parameters()) for side, model in models.items()},
-        "flops": {side: count_flops(model, text_tokens) for side, model in models.items()},
-        "size_bytes": {side: folder_size(path) for side, path in folders.items()},
-        "timings": [asdict(timing) for timing in timings],
-        "speedups": speedups(timings),
-        "peak_memory_bytes": memory,
-    }
-    print_bench(document, out)
-    return document
+    pickled = hub_options.get("allow_pickle", False)
+    dense = load_model(source.folder, dtype=torch.float32, allow_pickle=pickled)
+    compact = load_model(folder, dtype=torch.float32)
+    takes = [(model.config.vision_config.image_size, model.config.text_config.vocab_size) for model in (dense, compact)]
+    if takes[0] != takes[1]:
+        raise CompError(
+            f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.", code=REFUSED
+        )
+    models = {"dense": dense, "own_dense": variants.on_own_kernels(dense), "compact": compact}
+    folders = {"dense": source.folder, "compact": folder}
+    return source, tasks.TASKS[family.architectures[architecture]], folders, models
 
 
-def same_inputs(models: dict[str, torch.nn.Module], name: str) -> None:
-    """Exit 4 unless both models take images of the same size and know the same words."""
-    seen = {
-        side: (model.config.vision_config.image_size, model.config.text_config.vocab_size) for side, model in models.items()
-    }
-    if seen["dense"] != seen["compact"]:
-        raise CompError(f"--baseline {name} takes other inputs (image size, vocabulary) than the compact model.", code=REFUSED)
-
-
-def count_flops(model: torch.nn.Module, text_tokens: int) -> int:
+def count_flops(model: nn.Module, text_tokens: int) -> int:
     """FLOPs of one pair, counted from what runs (the math attention kernel shows its matmuls to the counter)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = random_inputs(model.config, 1, text_tokens)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.cpu()(**inputs)
+        model(**inputs)
     return counter.get_total_flops()
 
 
-Runner = Callable[[dict[str, Tensor]], None]
+def find_providers(
+    graphs: dict[str, Path], inputs: timing.Inputs, device: torch.device, out: Output
+) -> dict[str, dict[str, Any]]:
+    """Per side: the session's first provider, and what share of the nodes that ran, and of their time, each provider has."""
+    found = {}
+    with out.progress("looking where the graphs run", len(graphs)) as bar:
+        for side, path in graphs.items():
+            seen = providers.profile(path, inputs, str(device))
+            found[side] = {"first": seen.first, "tf32": seen.tf32, "shares": seen.shares()}
+            bar.advance()
+    return found
 
 
 def build_runners(
-    models: dict[str, torch.nn.Module], graphs: dict[str, Path], task: tasks.Task, device: torch.device, options: Options
-) -> tuple[dict[tuple[str, str], Runner], dict[str, str]]:
-    """One callable for each (backend, side), and the provider that each ONNX session really runs on."""
-    runners: dict[tuple[str, str], Runner] = {}
-    providers = {}
-    for side, path in graphs.items():
-        session = export.open_session(path, str(device), torch.get_num_threads())
-        providers[side] = session.get_providers()[0]
-        runners["onnx", side] = lambda inputs, session=session: session.run([task.output], export.feeds(inputs))
-    if "torch" in options.backends:
-        for side, model in models.items():
-            runners["torch", side] = _torch_runner(model.to(device), device)
-    return runners, providers
-
-
-def _torch_runner(model: torch.nn.Module, device: torch.device) -> Runner:
-    def run(inputs: dict[str, Tensor]) -> None:
-        with torch.inference_mode():
-            model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
+    models: dict[str, nn.Module], graphs: dict[str, Path], task: tasks.Task, device: torch.device, backends: tuple[str, ...]
+) -> dict[Key, timing.Runner]:
+    """One callable for each backend and side."""
+    runners: dict[Key, timing.Runner] = {}
+    makers = {"torch": variants.torch_runner, "compile": variants.compiled_runner}
+    for backend in backends:
+        for side in SIDES:
+            if backend == "onnx":
+                runners[backend, side] = variants.onnx_runner(graphs[side], task, str(device))
+            else:
+                runners[backend, side] = makers[backend](models[side].to(device), device)
+    return runners
 
 
 def time_interleaved(
-    runners: dict[tuple[str, str], Runner], inputs: dict[str, Tensor], batch: int, options: Options, out: Output
-) -> list[Timing]:
-    """Rounds in which every variant runs once, so that a busy moment of the machine hits all of them alike."""
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
-    for run in runners.values():  # warm-up
-        run(inputs)
-        run(inputs)
+    runners: dict[Key, timing.Runner], inputs: timing.Inputs, batch: int, options: Options, out: Output
+) -> dict[Key, list[float]]:
+    """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
+    taken: dict[Key, list[float]] = {key: [] for key in runners}
     with out.progress(f"timing batch {batch}", options.iterations) as bar:
-        start = time.perf_counter()
-        rounds = 0
-        while rounds < options.iterations or time.perf_counter() - start < options.duration:
-            for key, run in runners.items():
-                begin = time.perf_counter()
-                run(inputs)
-                taken[key].append(1000 * (time.perf_counter() - begin))
-            rounds += 1
-            bar.advance(by=int(rounds <= options.iterations))
-    return [summary(backend, side, batch, times) for (backend, side), times in taken.items()]
+        start = None
+        for done, found in enumerate(timing.rounds(runners, inputs), start=1):
+            start = start or time.perf_counter()
+            for key, ms in found.items():
+                taken[key].append(ms)
+            bar.advance(by=int(done <= options.iterations))
+            if done >= options.iterations and time.perf_counter() - start >= options.duration:
+                return taken
 
 
-def summary(backend: str, side: str, batch: int, times: list[float]) -> Timing:
-    median, p90, p99 = statistics.median(times), *np.percentile(times, [90, 99]).tolist()
-    return Timing(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
-
-
-def speedups(timings: list[Timing]) -> list[dict[str, Any]]:
-    """Median of dense over median of compact, per backend and batch; and over the stock model in torch."""
-    medians = {(t.backend, t.side, t.batch): t.median for t in timings}
-    rows = []
-    for backend, side, batch in medians:
-        if side == "dense":
-            continue
-        row = {"backend": backend, "batch": batch}
-        row["speedup"] = medians[backend, "dense", batch] / medians[backend, "compact", batch]
-        if ("torch", "dense", batch) in medians:
-            row["against_stock_torch"] = medians["torch", "dense", batch] / medians[backend, "compact", batch]
-        rows.append(row)
-    return rows
-
-
-def peak_memory(
-    folders: dict[str, Path],
-    graphs: dict[str, Path],
-    model: torch.nn.Module,
-    text_tokens: int,
-    device: torch.device,
-    options: Options,
-    out: Output,
-) -> list[dict[str, Any]]:
-    """Peak resident memory (on CUDA: peak allocated) of a fresh process that loads one model and runs the largest batch."""
-    batch = max(options.batches)
-    jobs = [("torch", side, folders[side]) for side in SIDES if "torch" in options.backends]
-    jobs += [("onnx", side, graphs[side]) for side in graphs]
-    if device.type == "cuda":
-        jobs = [job for job in jobs if job[0] == "torch"]  # ONNX Runtime does not tell what it holds on the GPU
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, out.progress("measuring peak memory", len(jobs)) as bar:
-        example = Path(scratch) / "inputs.npz"
-        np.savez(example, **export.feeds(random_inputs(model.config, batch, text_tokens)))
-        for backend, side, path in jobs:
-            command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device)]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-            if done.returncode:
-                raise CompError(f"measuring the memory of {path} failed: {done.stderr.strip().splitlines()[-1:]}")
-            rows.append({"backend": backend, "side": side, "batch": batch, "bytes": json.loads(done.stdout)["bytes"]})
-            bar.advance()
-    return rows
+def figures(taken: dict[int, dict[Key, list[float]]], reduction: float, seed: int = 0) -> dict[str, Any]:
+    """The rows of the report from the times: {batch: {(backend, side): ms per round}}; `reduction` is of the FLOPs."""
+    timings, speedups = [], []
+    for batch, times in taken.items():
+        timings += [asdict(timing.summary(*key, batch, ms)) for key, ms in times.items()]
+        for backend in dict.fromkeys(backend for backend, _ in times):
+            dense, own, compact = (times[backend, side] for side in SIDES)
+            pruning = timing.speedup(own, compact, seed)
+            row = {
+                "backend": backend,
+                "batch": batch,
+                "speedup": asdict(timing.speedup(dense, compact, seed)),
+                "by_kernels": asdict(timing.speedup(dense, own, seed)),
+                "by_pruning": asdict(pruning),
+                "flops_efficiency": pruning.value / reduction,
+            }
+            if ("torch", "dense") in times:
+                row["against_stock_torch"] = asdict(timing.speedup(times["torch", "dense"], compact, seed))
+            speedups.append(row)
+    return {"flops_reduction": reduction, "timings": timings, "speedups": speedups}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -259,7 +242,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     import transformers
 
     name = platform.processor() or platform.machine()
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -273,43 +256,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def print_bench(document: dict[str, Any], out: Output) -> None:
-    faster = {(row["backend"], row["batch"]): row for row in document["speedups"]}
-    names = {("torch", "dense"): "torch, stock transformers", ("onnx", "dense"): "ONNX Runtime, plain export"}
-    rows = []
-    for t in document["timings"]:
-        label = names.get((t["backend"], t["side"]), "torch, compact" if t["backend"] == "torch" else "ONNX Runtime, compact")
-        row = faster.get((t["backend"], t["batch"]), {}) if t["side"] == "compact" else {}
-        rows.append(
-            [
-                f"{label}, batch {t['batch']}",
-                *(f"{t[key]:.1f}" for key in ("median", "p90", "p99")),
-                f"{t['pairs_per_second']:.1f}",
-                f"{row['speedup']:.2f}x" if row else "1.00x",
-                f"{row['against_stock_torch']:.2f}x" if "against_stock_torch" in row else "-",
-            ]
-        )
-    columns = ["", "median ms", "p90", "p99", "pairs / s", "vs its dense", "vs stock torch"]
-    where = document["machine"]
-    out.table(f"{document['compact']} against {document['baseline']} on {where['name']} ({where['device']})", columns, rows)
-    rows = [
-        [name, *(shown(document[key][side]) for side in SIDES), change(document[key]["dense"], document[key]["compact"])]
-        for name, key, shown in (
-            ("parameters", "params", millions),
-            ("FLOPs per pair", "flops", gflops),
-            ("weights on disk", "size_bytes", mib),
-        )
-    ]
-    peaks = {(row["backend"], row["side"]): row["bytes"] for row in document["peak_memory_bytes"]}
-    for backend in dict.fromkeys(backend for backend, _ in peaks):
-        dense, compact = (peaks[backend, side] for side in SIDES)
-        batch = document["peak_memory_bytes"][0]["batch"]
-        rows.append([f"peak memory, {backend}, batch {batch}", mib(dense), mib(compact), change(dense, compact)])
-    out.table("Cost", ["", "dense", "compact", "change"], rows)
-    out.line("Dense is what one would run otherwise; part of the gain is that comp's attention is fused, where stock is eager.")
-    out.line(
-        f"{where['threads']} threads, {document['text_tokens']} text tokens, torch {where['torch']}, transformers "
-        f"{where['transformers']}, onnxruntime {where['onnxruntime']}. Interleaved runs, medians."
-    )

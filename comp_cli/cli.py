@@ -327,26 +327,42 @@ def bench(
     folder: Folder = None,
     baseline: Annotated[str | None, typer.Option(help="Dense model to compare with; else the one it was made of.")] = None,
     device: Device = "auto",
-    backend: Annotated[str, typer.Option(help="torch, onnx, or both with a comma.")] = "torch,onnx",
+    backend: Annotated[str, typer.Option(help="Some of torch, onnx and compile (torch.compile), with commas.")] = "torch,onnx",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
     iterations: Annotated[int, typer.Option(min=1, help="At least so many timed runs of each variant.")] = 10,
     duration: Annotated[float, typer.Option(min=0, help="And at least so many seconds of timed runs for each batch size.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")] = 0,
     text_tokens: TextTokens = 35,
+    min_speedup: Annotated[
+        float | None, typer.Option(min=0, help="Exit 3 unless every row is so many times faster than stock on its backend.")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(min=0, help="Exit 3 if the median of a compact row (a whole batch) is longer.")
+    ] = None,
+    max_memory_mb: Annotated[
+        float | None, typer.Option(min=0, help="Exit 3 if the compact model's peak at the largest batch is higher, in MiB.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.")
+    ] = None,
+    seed: Seed = 0,
     revision: Revision = None,
     cache_dir: CacheDir = None,
+    allow_pickle: AllowPickle = False,
     form: Format = "human",
     as_json: Json = False,
     quiet: Quiet = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """Time the dense against the compact model, interleaved, in torch and ONNX Runtime.
+    """Time the dense against the compact model, interleaved; the rows include stock transformers and its plain ONNX export.
 
     Examples:
 
     `comp bench compact --baseline demo`
 
     `comp bench compact --device cuda --batch 1,8,32 --json`
+
+    `comp bench compact --backend onnx --batch 1 --min-speedup 1.8` (a gate for CI: exit code 3)
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -362,8 +378,11 @@ def bench(
             duration=duration,
             threads=threads,
             text_tokens=text_tokens,
+            seed=seed,
+            gates=command.Gates(min_speedup, max_latency_ms, max_memory_mb),
+            plot=plot,
         )
-        where = {"revision": revision, "cache_dir": cache_dir}
+        where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
         return command.bench(resolve_folder(folder, out), baseline, options, out, **where), None
 
     _run(out, work)

@@ -13,13 +13,11 @@ import torch
 from . import __version__, parity, rewrite, tasks
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import find_family
-from .graphs import OPSET, TARGETS, VISION, OnnxModel, check_target, feeds, open_session, write_graph, write_graphs
+from .graphs import OPSET, TARGETS, VISION, OnnxModel, check_target, write_graphs
 from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .report import mib, percent
 from .store import atomic_folder, check_output, folder_size, read_config, sha256
-
-__all__ = ["OPSET", "TARGETS", "Options", "export", "feeds", "open_session", "resolve_folder", "write_graph"]
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree

@@ -1,6 +1,8 @@
 """ONNX graphs: the model as tensors in, decision out, written by torch and run by ONNX Runtime."""
 
 from ast import literal_eval
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +179,11 @@ def check_target(target: str, opset: int) -> None:
         raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
 
 
-def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none."""
+def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
+    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none.
+
+    With `profile` the session times its nodes into a file that begins so.
+    """
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -186,8 +191,10 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    if wanted.startswith("CUDA") and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if wanted.startswith("CUDA"):
+        preload_cuda()
     cuda = {"device_id": int(device.partition(":")[2] or 0), "use_tf32": int(tf32)}
     providers = [wanted] if wanted.startswith("CPU") else [(wanted, cuda), "CPUExecutionProvider"]
     try:
@@ -204,6 +211,15 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
             hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
         )
     return session
+
+
+def preload_cuda() -> None:
+    """Let ONNX Runtime find the CUDA libraries that pip installed. It prints what it misses on stdout: not ours to say."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(StringIO()):
+            onnxruntime.preload_dlls()
 
 
 def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

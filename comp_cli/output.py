@@ -82,9 +82,10 @@ class Output:
         print(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}))
 
     def error(self, error: CompError, say: bool = True) -> None:
-        """One sentence, and what to do next. In JSON mode the document says the same."""
+        """One sentence, and what to do next. In JSON mode the document says the same, beside the report if there is one."""
         if self.mode == "json":
-            self._document({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+            told = {"code": error.code, "message": error.message, "hint": error.hint}
+            self._document(error.document | {"error": told})
         if not say or self.mode == "mute":
             return
         self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)

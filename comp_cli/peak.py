@@ -1,4 +1,7 @@
-"""Peak memory of one model in a process of its own: python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE."""
+"""Peak memory of one model in a process of its own.
+
+python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE [--allow-pickle]
+"""
 
 import json
 import resource
@@ -8,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 
-def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str) -> int:
+def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, allow_pickle: bool) -> int:
     import torch
 
     from .loading import load_model
 
-    model = load_model(path, dtype=torch.float32).to(device)
+    model = load_model(path, dtype=torch.float32, allow_pickle=allow_pickle).to(device)
     with torch.inference_mode():
         model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
@@ -41,5 +44,8 @@ def resident_peak() -> int:
 if __name__ == "__main__":
     backend, path, example, device = sys.argv[1:5]
     inputs = dict(np.load(example))
-    peak = run_torch(Path(path), inputs, device) if backend == "torch" else run_onnx(Path(path), inputs)
+    if backend == "torch":
+        peak = run_torch(Path(path), inputs, device, "--allow-pickle" in sys.argv)
+    else:
+        peak = run_onnx(Path(path), inputs)
     print(json.dumps({"bytes": peak}))

@@ -1,9 +1,15 @@
 """The bench reports what was measured, for the models it was given."""
 
+import json
+import random
+import statistics
+import sys
+
+import numpy as np
 import pytest
 import torch
 
-from comp_cli import bench
+from comp_cli import bench, bench_report, gates, providers, timing, variants
 from comp_cli.errors import CompError
 from comp_cli.output import Output
 
@@ -14,23 +20,33 @@ def report(compact_folder, tiny_folder):
     return bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
 
 
+# What is measured ------------------------------------------------------------------------------------------------------
+
+
 def test_every_variant_is_timed_equally_often(report):
     seen = {(t["backend"], t["side"], t["batch"]): t["runs"] for t in report["timings"]}
-    assert len(seen) == 8 and set(seen.values()) == {4}
-    for timing in report["timings"]:
-        assert 0 < timing["median"] <= timing["p90"] <= timing["p99"]
-        assert timing["pairs_per_second"] == pytest.approx(1000 * timing["batch"] / timing["median"])
+    assert len(seen) == 12 and set(seen.values()) == {4}
+    for row in report["timings"]:
+        assert 0 < row["median"] <= row["p90"] <= row["p99"]
+        assert row["pairs_per_second"] == pytest.approx(1000 * row["batch"] / row["median"])
 
 
 def test_speedups_are_ratios_of_medians(report):
     medians = {(t["backend"], t["side"], t["batch"]): t["median"] for t in report["timings"]}
+    assert len(report["speedups"]) == 4
     for row in report["speedups"]:
-        expected = medians[row["backend"], "dense", row["batch"]] / medians[row["backend"], "compact", row["batch"]]
-        assert row["speedup"] == pytest.approx(expected)
+        dense, own, compact = (medians[row["backend"], side, row["batch"]] for side in ("dense", "own_dense", "compact"))
+        assert row["speedup"]["value"] == pytest.approx(dense / compact)
+        assert row["by_kernels"]["value"] == pytest.approx(dense / own)
+        assert row["by_pruning"]["value"] == pytest.approx(own / compact)
+        assert row["flops_efficiency"] == pytest.approx(own / compact / report["flops_reduction"])
+        assert row["against_stock_torch"]["value"] == pytest.approx(medians["torch", "dense", row["batch"]] / compact)
+        assert row["speedup"]["low"] <= row["speedup"]["value"] <= row["speedup"]["high"]
 
 
 def test_flops_are_counted_and_agree_with_the_ratio(report):
-    assert 1 - report["flops"]["compact"] / report["flops"]["dense"] == pytest.approx(0.7, abs=0.01)
+    assert 1 - 1 / report["flops_reduction"] == pytest.approx(0.7, abs=0.01)
+    assert report["flops_reduction"] == report["flops"]["dense"] / report["flops"]["compact"]
 
 
 def test_the_baseline_is_the_stock_model(report, stock):
@@ -38,24 +54,221 @@ def test_the_baseline_is_the_stock_model(report, stock):
     assert report["params"]["compact"] < report["params"]["dense"]
 
 
+def test_the_third_side_says_what_the_stock_model_says(stock, inputs):
+    own = variants.on_own_kernels(stock)
+    assert type(own.vision_model.encoder.layers[0].self_attn).__name__ == "CompactAttention"
+    with torch.inference_mode():
+        torch.testing.assert_close(own(**inputs).itm_score, stock(**inputs).itm_score, atol=1e-5, rtol=0)
+    assert own.itm_head.weight.data_ptr() == stock.itm_head.weight.data_ptr()  # shared, not copied
+    assert not hasattr(stock.config, "comp")
+
+
 def test_peak_memory_is_of_a_process_of_its_own(report):
     rows = {(row["backend"], row["side"]): row["bytes"] for row in report["peak_memory_bytes"]}
-    assert len(rows) == 4
+    assert len(rows) == 5  # own dense is on disk as a graph only
     # a process with ONNX Runtime alone is far smaller than one with torch: nothing is inherited from this process
     assert rows["onnx", "dense"] < rows["torch", "dense"]
 
 
-def test_the_provider_and_the_machine_are_recorded(report):
-    assert report["providers"] == {"dense": "CPUExecutionProvider", "compact": "CPUExecutionProvider"}
-    assert report["machine"]["torch"] == torch.__version__ and report["machine"]["threads"] >= 1
+def test_the_machine_is_recorded(report):
+    where = report["machine"]
+    assert where["torch"] == torch.__version__ and where["threads"] >= 1 and where["tf32"] is False
+    assert report["gates"] == []
+
+
+def test_a_baseline_that_does_not_fit(compact_folder):
+    with pytest.raises(CompError, match="is a compact model"):
+        bench.bench(compact_folder, str(compact_folder), bench.Options(device="cpu"), Output("quiet"))
+
+
+def test_a_pickled_baseline_is_taken_only_when_asked_for(compact_folder, tiny_folder, stock, tmp_path):
+    for path in tiny_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
+    options = bench.Options(device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12)
+    with pytest.raises(CompError) as refused:
+        bench.bench(compact_folder, str(tmp_path), options, Output("quiet"))
+    assert refused.value.code == 4
+    found = bench.bench(compact_folder, str(tmp_path), options, Output("quiet"), allow_pickle=True)
+    assert [row["side"] for row in found["peak_memory_bytes"]] == ["dense", "compact"]
+
+
+# Statistics ------------------------------------------------------------------------------------------------------------
 
 
 def test_percentiles():
-    timing = bench.summary("torch", "dense", 4, [float(i) for i in range(1, 102)])
-    assert (timing.median, timing.p90, timing.p99) == (51, 91, 100)
-    assert timing.pairs_per_second == pytest.approx(4000 / 51)
+    row = timing.summary("torch", "dense", 4, [float(i) for i in range(1, 102)])
+    assert (row.median, row.p90, row.p99) == (51, 91, 100)
+    assert row.pairs_per_second == pytest.approx(4000 / 51)
 
 
-def test_a_baseline_that_does_not_fit(compact_folder, tmp_path, tiny_folder):
-    with pytest.raises(CompError, match="is a compact model"):
-        bench.bench(compact_folder, str(compact_folder), bench.Options(device="cpu"), Output("quiet"))
+def test_rounds_are_interleaved_and_turn_around():
+    ran = []
+    runners = {name: lambda inputs, name=name: ran.append(name) for name in "abc"}
+    clock = iter(range(100))
+    found = timing.rounds(runners, {}, clock=lambda: next(clock))
+    assert [sorted(next(found)) for _ in range(3)] == [list("abc")] * 3
+    assert "".join(ran) == "aabbcc" + "abc" + "cba" + "abc"  # two runs each to warm up
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap():
+    """Against a bootstrap written another way: one resample at a time, from the standard library."""
+    noise = random.Random(1)
+    before = [100 * noise.uniform(0.8, 1.2) for _ in range(21)]
+    after = [50 * noise.uniform(0.8, 1.2) for _ in range(21)]
+    found = timing.speedup(before, after)
+    ratios = []
+    for _ in range(4000):
+        drawn = noise.choices(range(21), k=21)
+        ratios.append(statistics.median(before[i] for i in drawn) / statistics.median(after[i] for i in drawn))
+    ratios.sort()
+    assert found.value == statistics.median(before) / statistics.median(after)
+    assert (found.low, found.high) == pytest.approx((ratios[100], ratios[-100]), rel=0.03)
+    assert found == timing.speedup(before, after) and found != timing.speedup(before, after, seed=1)
+
+
+def test_noise_that_hits_a_whole_round_does_not_widen_the_interval():
+    slow = np.random.default_rng(0).uniform(1, 10, 15)
+    found = timing.speedup(60 * slow, 20 * slow)
+    assert (found.low, found.value, found.high) == pytest.approx((3, 3, 3))
+
+
+# Providers -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_provider_of_every_node_is_reported(report):
+    for side in ("dense", "own_dense", "compact"):
+        found = report["providers"][side]
+        assert found["first"] == "CPUExecutionProvider" and found["tf32"] is False
+        share = found["shares"]["CPUExecutionProvider"]
+        assert share["nodes"] > 50 and share["node_share"] == share["time_share"] == 1
+
+
+def test_shares_of_two_providers():
+    def node(provider, ms):
+        return providers.Node("n", "MatMul", provider, (), (), ms)
+
+    seen = providers.Profile("CUDA", True, (node("CUDA", 3.0), node("CPU", 1.0), node("CUDA", 4.0), node("CUDA", 2.0)))
+    assert seen.shares() == {
+        "CUDA": {"nodes": 3, "node_share": 0.75, "time_share": 0.9},
+        "CPU": {"nodes": 1, "node_share": 0.25, "time_share": 0.1},
+    }
+
+
+def test_the_missing_library_of_the_cuda_provider_is_named(tmp_path, monkeypatch):
+    (tmp_path / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
+    assert "libonnxruntime_providers_cuda.so" in providers.missing_library(tmp_path)
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(providers, "missing_library", lambda folder: "libcublas.so.13: cannot open shared object file")
+    with pytest.raises(CompError, match="libcublas.so.13") as refused:
+        bench.check(bench.Options(device="cuda", backends=("onnx",)))
+    assert refused.value.code == 5
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(CompError, match="built without it"):
+        bench.check(bench.Options(device="cuda", backends=("onnx",)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers here")
+def test_cuda_without_cuda_is_refused_before_anything_is_loaded():
+    for backends in (("onnx",), ("torch",), ("torch", "onnx")):
+        with pytest.raises(CompError) as refused:
+            bench.check(bench.Options(device="cuda", backends=backends))
+        assert refused.value.code == 5
+
+
+# Gates and the picture -------------------------------------------------------------------------------------------------
+
+
+def test_gates_take_the_worst_row_of_the_compact_model():
+    document = {
+        "speedups": [
+            {"backend": "torch", "batch": 1, "speedup": {"value": 2.5}},
+            {"backend": "onnx", "batch": 8, "speedup": {"value": 1.5}},
+        ],
+        "timings": [
+            {"backend": "torch", "side": "compact", "batch": 8, "median": 40.0},
+            {"backend": "onnx", "side": "compact", "batch": 8, "median": 30.0},
+            {"backend": "torch", "side": "dense", "batch": 8, "median": 400.0},
+        ],
+        "peak_memory_bytes": [{"backend": "torch", "side": "compact", "batch": 8, "bytes": 100 * 2**20}],
+    }
+    found = gates.outcomes(gates.Gates(2.0, 50.0, 90.0), document)
+    assert found == [
+        {"gate": "min_speedup", "limit": 2.0, "passed": False, "found": 1.5, "backend": "onnx", "batch": 8},
+        {"gate": "max_latency_ms", "limit": 50.0, "passed": True, "found": 40.0, "backend": "torch", "batch": 8},
+        {"gate": "max_memory_mb", "limit": 90.0, "passed": False, "found": 100.0, "backend": "torch", "batch": 8},
+    ]
+    said = "--min-speedup 2 not met: the worst speed-up is 1.50x (onnx, batch 8)."
+    assert gates.sentence(found[0]) == said
+    assert gates.outcomes(gates.Gates(min_speedup=1.5), document)[0]["passed"]  # the limit itself passes
+    assert gates.outcomes(gates.Gates(), document) == []
+
+
+def test_a_missed_gate_carries_the_whole_report(compact_folder, tiny_folder, capsys):
+    options = bench.Options(
+        device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12, gates=gates.Gates(1000.0)
+    )
+    with pytest.raises(CompError, match="--min-speedup 1000 not met") as missed:
+        bench.bench(compact_folder, str(tiny_folder), options, Output())
+    assert missed.value.code == 3
+    assert "Speed-up of the compact model" in capsys.readouterr().out  # printed before the exit
+    Output("json").error(missed.value)
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"]["code"] == 3 and len(document["timings"]) == 3
+    assert [row["passed"] for row in document["gates"]] == [False]
+
+
+def test_a_memory_gate_needs_a_backend_whose_memory_is_known():
+    options = bench.Options(device="cpu", backends=("compile",), gates=gates.Gates(max_memory_mb=1))
+    with pytest.raises(CompError, match="no backend whose memory is measured"):
+        bench.check(options)
+
+
+def test_the_picture(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench_report.check_plot(tmp_path / "a.png")
+    bench_report.plot(report, tmp_path / "a.png")
+    from PIL import Image
+
+    assert Image.open(tmp_path / "a.png").size == (1500, 630)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    for path in (tmp_path / "a.txt", tmp_path / "nowhere" / "a.png"):
+        with pytest.raises(CompError, match="--plot") as refused:
+            bench.check(bench.Options(device="cpu", plot=path))
+        assert refused.value.code == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(CompError, match="needs matplotlib"):
+        bench.check(bench.Options(device="cpu", plot=tmp_path / "a.png"))
+
+
+# torch.compile ---------------------------------------------------------------------------------------------------------
+
+
+def test_compile_is_refused_with_a_sentence_where_no_compiler_exists(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(CompError, match="torch.compile does not work here") as refused:
+        bench.check(bench.Options(device="cpu", backends=("compile",)))
+    assert refused.value.code == 5
+
+
+@pytest.mark.slow
+def test_compiled_models_are_a_backend(compact_folder, tiny_folder):
+    options = bench.Options(device="cpu", backends=("compile",), batches=(2,), iterations=2, duration=0, text_tokens=12)
+    found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
+    assert {(t["backend"], t["side"]) for t in found["timings"]} == {("compile", side) for side in variants.SIDES}
+    assert found["peak_memory_bytes"] == [] and "against_stock_torch" not in found["speedups"][0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_nodes_run_there(compact_folder, tiny_folder):
+    options = bench.Options(device="cuda", batches=(2,), iterations=2, duration=0, text_tokens=12)
+    found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
+    assert {place["first"] for place in found["providers"].values()} == {"CUDAExecutionProvider"}
+    assert all(place["shares"]["CUDAExecutionProvider"]["time_share"] > 0.5 for place in found["providers"].values())
+    assert {row["backend"] for row in found["peak_memory_bytes"]} == {"torch"}

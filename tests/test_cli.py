@@ -250,9 +250,21 @@ def test_nothing_to_take_below_the_current_folder(tmp_path, monkeypatch):
         assert result.exit_code == 2 and "comp prune demo" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--backend", "tensorrt"], ["--batch", "0"], ["--batch", "many"], ["--backend", ""]])
+@pytest.mark.parametrize(
+    "arguments", [["--backend", "tensorrt"], ["--batch", "0"], ["--batch", "many"], ["--backend", ""], ["--plot", "a.txt"]]
+)
 def test_bench_options(compact, arguments):
     assert comp("bench", compact, *arguments).exit_code == 2
+
+
+def test_a_missed_gate_of_the_bench_exits_3_with_the_whole_report(compact):
+    fast = ["--backend", "torch", "--batch", 1, "--iterations", 1, "--duration", 0, "--device", "cpu"]
+    result = comp("bench", compact, *fast, "--max-latency-ms", 0.001, "--min-speedup", 0, "--json")
+    assert result.exit_code == 3
+    document = json.loads(result.stdout)
+    assert document["error"]["code"] == 3 and len(document["timings"]) == 3
+    assert {row["gate"]: row["passed"] for row in document["gates"]} == {"min_speedup": True, "max_latency_ms": False}
+    assert "--max-latency-ms 0.001 not met" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["bench"], ["analyze"], ["prune", "--ratio", "0.5"]])
@@ -265,6 +277,9 @@ def test_cuda_without_a_gpu(compact, tiny_folder, tmp_path, monkeypatch, command
     model = compact if command[0] == "bench" else tiny_folder
     result = comp(command[0], model, *command[1:], "--device", "cuda")
     assert result.exit_code == 5 and "cuda" in result.stderr.lower()
+    if command == ["bench"]:
+        result = comp("bench", model, "--backend", "onnx", "--device", "cuda:0", "--json")
+        assert result.exit_code == 5 and "CUDAExecutionProvider" in json.loads(result.stdout)["error"]["message"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,7 +84,7 @@ def test_token_pruning_is_inside_with_sorted_topk(exported):
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (1, 24), (2, 9), (5, 12), (8, 17)])
 def test_any_batch_and_text_length(compact_folder, exported, batch, tokens):
-    model, session = load_model(compact_folder, dtype=torch.float32), export.open_session(exported / "model.onnx")
+    model, session = load_model(compact_folder, dtype=torch.float32), graphs.open_session(exported / "model.onnx")
     generator = torch.Generator().manual_seed(batch)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, tokens // 2 + 1 :] = 0
@@ -143,9 +143,9 @@ def test_an_image_is_encoded_once_for_many_texts(compact_folder, pair, images, t
     with torch.inference_mode():
         model = load_model(compact_folder, dtype=torch.float32)
         expected = model(pixel_values=pixels.expand(texts, -1, -1, -1), **text).itm_score.numpy()
-    (embeds,) = export.open_session(pair / "vision_model.onnx").run(None, {"pixel_values": pixels.numpy()})
-    feeds = {"image_embeds": embeds, **export.feeds(text)}
-    (found,) = export.open_session(pair / "text_model.onnx").run(None, feeds)
+    (embeds,) = graphs.open_session(pair / "vision_model.onnx").run(None, {"pixel_values": pixels.numpy()})
+    feeds = {"image_embeds": embeds, **graphs.feeds(text)}
+    (found,) = graphs.open_session(pair / "text_model.onnx").run(None, feeds)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
     onnx.save(model, tmp_path / "one.onnx")
     rewrite.quantize(tmp_path / "one.onnx", tmp_path / "int8.onnx")
     inputs = {"states": states.astype(np.float32)}
-    (found,) = export.open_session(tmp_path / "int8.onnx").run(None, inputs)
+    (found,) = graphs.open_session(tmp_path / "int8.onnx").run(None, inputs)
     real = np.linalg.norm(found - states @ weight) / np.linalg.norm(states @ weight)
     assert rewrite.int8_noise(tmp_path / "one.onnx", inputs)["product"] == pytest.approx(real, rel=0.3)
 
@@ -248,7 +248,7 @@ def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_pa
     files = {path.name for path in (tmp_path / "large").iterdir()}
     assert {"model.onnx", "model.onnx.data"} <= files and {"model.onnx", "model.onnx.data"} <= set(document["files"])
     assert not [name for name in files if "plain" in name or "probe" in name]
-    export.open_session(tmp_path / "large/model.onnx")
+    graphs.open_session(tmp_path / "large/model.onnx")
 
 
 # The gate ------------------------------------------------------------------------------------------------------------
@@ -315,5 +315,5 @@ def test_a_session_on_another_provider_is_refused(exported):
     if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has a GPU")
     with pytest.raises(CompError) as caught:
-        export.open_session(exported / "model.onnx", "cuda")
+        graphs.open_session(exported / "model.onnx", "cuda")
     assert caught.value.code == 5

@@ -1,0 +1,64 @@
+"""Models and graphs that the speed benchmarks share, made once in a work folder: full-size BLIP ITM, random weights."""
+
+import functools
+from pathlib import Path
+
+import full_size
+import onnx
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
+
+from comp_cli import graphs, loading, tasks, variants
+from comp_cli.output import Output
+from comp_cli.prune import Options, prune
+
+TASK = tasks.TASKS["itm"]
+TEXT_TOKENS = 35
+
+
+def dense_folder(work: Path) -> Path:
+    """The full-size checkpoint."""
+    folder = work / "dense"
+    if not folder.exists():
+        full_size.write(folder)
+    return folder
+
+
+def compact_folder(work: Path, ratio: float, base: Path | None = None) -> Path:
+    """A real, unequal plan: scores of the method joint on four pairs, no recovery (random weights have no accuracy)."""
+    folder = work / f"compact-{ratio:g}"
+    if not folder.exists():
+        few = {"num_samples": 4, "eval_samples": 2, "batch_size": 2}
+        base = base or dense_folder(work)
+        prune(Options(str(base), ratio, method="joint", recover=False, device="cpu", **few), folder, Output())
+    return folder
+
+
+@functools.cache
+def model(work: Path, name: str) -> nn.Module:
+    """ "stock" transformers, "own" (its weights on comp's kernels), or a ratio: "0.5"."""
+    if name == "own":
+        return variants.on_own_kernels(model(work, "stock"))
+    folder = dense_folder(work) if name == "stock" else compact_folder(work, float(name))
+    return loading.load_model(folder, dtype=torch.float32)
+
+
+def graph(work: Path, name: str) -> Path:
+    """The ONNX graph of that model; with "int8 " before the name, dynamically quantized."""
+    path = work / f"{name.replace(' ', '-')}.onnx"
+    if not path.exists():
+        if name.startswith("int8 "):
+            int8(graph(work, name.removeprefix("int8 ")), path)
+        else:
+            graphs.write_graph(model(work, name), TASK, path)
+    return path
+
+
+def int8(source: Path, path: Path) -> None:
+    """ONNX Runtime's dynamic quantization, int8 weights per channel. Shapes that the exporter left behind would stop it."""
+    plain = onnx.load(source)
+    del plain.graph.value_info[:]
+    with loading.quiet_libraries():
+        more = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # it cannot see through the fused attention node
+        quantize_dynamic(plain, path, per_channel=True, weight_type=QuantType.QInt8, extra_options=more)

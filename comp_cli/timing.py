@@ -1,0 +1,81 @@
+"""Timing variants against each other: interleaved rounds, and what can be said from them."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+RESAMPLES = 2000
+WARM_UP = 2
+
+Inputs = dict[str, Tensor]
+Runner = Callable[[Inputs], Any]  # one forward pass, synchronised; what it returns is not looked at
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per forward pass of a whole batch."""
+
+    backend: str
+    side: str
+    batch: int
+    runs: int
+    median: float
+    p90: float
+    p99: float
+    pairs_per_second: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def rounds(
+    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter, warm_up: int = WARM_UP
+) -> Iterator[dict[Hashable, float]]:
+    """Endless rounds of milliseconds in which every variant runs once, so that a busy moment of the machine hits all alike.
+
+    After the runs to warm up, every second round goes backwards, so that no variant always follows the same one.
+    `clock` tells seconds (or an array of them, from several clocks).
+    """
+    for run in runners.values():
+        for _ in range(warm_up):
+            run(inputs)
+    names = list(runners)
+    while True:
+        taken = {}
+        for name in names:
+            begin = clock()
+            runners[name](inputs)
+            taken[name] = 1000 * (clock() - begin)
+        yield taken
+        names.reverse()
+
+
+def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Timing:
+    """The row of one variant from its times in milliseconds."""
+    median, p90, p99 = statistics.median(times), *np.percentile(times, [90, 99]).tolist()
+    return Timing(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
+
+
+def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
+    """Median before over median after; both hold one time per round, in the same order.
+
+    The interval is a bootstrap over rounds: both medians come from the same resampled rounds, because what slowed one
+    variant in a round slowed the other.
+    """
+    times = np.asarray([before, after])  # (2, rounds)
+    drawn = np.random.default_rng(seed).integers(times.shape[1], size=(RESAMPLES, times.shape[1]))
+    resampled = np.median(times[:, drawn], axis=-1)  # (2, RESAMPLES)
+    low, high = np.percentile(resampled[0] / resampled[1], [2.5, 97.5]).tolist()
+    value = np.median(times[0]) / np.median(times[1])
+    return Ratio(float(value), low, high)
