@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import modeling_comp, report
 from .data import Batch
 from .errors import FAILED, CompError
-from .loading import load_model, quiet_libraries
+from .loading import load_model, load_processor, quiet_libraries
 from .plan import Plan
 from .store import read_tensors_header, save_tensors, sha256
 from .workbench import Dense
@@ -32,7 +32,7 @@ def write_checkpoint(
     save_tensors(tensors, folder / "model.safetensors")
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
-        dense.processor.save_pretrained(folder)
+        load_processor(dense.source.folder).save_pretrained(folder)  # afresh: a used tokenizer remembers how it cut texts
     (folder / "README.md").write_text(report.model_card(document))
 
 

@@ -179,3 +179,11 @@ def test_devices(compact_folder):
     with pytest.raises(CompError) as caught:
         comp_cli.load(compact_folder, device="tpu")
     assert caught.value.code == 2
+
+
+def test_the_tokenizer_is_written_as_it_was(tiny_folder, compact_folder):
+    """Calibration cuts texts at its own length; the folder's tokenizer knows nothing of that."""
+    import json
+
+    found, was = (json.loads((folder / "tokenizer.json").read_text()) for folder in (compact_folder, tiny_folder))
+    assert found["truncation"] == was["truncation"] and found["padding"] == was["padding"]
