@@ -15,15 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import prepared
 import torch
 
 from comp_cli import modeling_comp as runtime
 from comp_cli import providers
 from comp_cli.data import random_inputs
+from comp_cli.graphs import TOKEN_PRUNING
 
-PRUNING = "token scoring and dropping"
 MATMULS = ("MatMul", "Gemm", "FusedMatMul")
 GROUPS = {
     "Conv": "patch embedding",
@@ -32,17 +31,6 @@ GROUPS = {
     "LayerNormalization": "norms with residuals",
     "SkipLayerNormalization": "norms with residuals",
 }
-
-
-def origins(path: Path) -> dict[str, tuple[str, bool]]:
-    """Per node as exported: the path of its module, and whether it scores or drops tokens. Fused nodes are not among them."""
-    found = {}
-    for node in onnx.load(path, load_external_data=False).graph.node:
-        told = {entry.key: entry.value for entry in node.metadata_props}
-        line = told.get("pkg.torch.onnx.stack_trace", "").rpartition("\n")[2]
-        prunes = "token_scores(" in line or "self.hand_on(" in line
-        found[node.name] = (told.get("namespace", ""), prunes and node.op_type != "Add")  # the residual is added there
-    return found
 
 
 def gflops(node: providers.Node) -> float:
@@ -57,21 +45,19 @@ def gflops(node: providers.Node) -> float:
     return 0.0
 
 
-def group_of(node: providers.Node, origin: tuple[str, bool]) -> str:
-    scope, prunes = origin
-    if prunes:
-        return PRUNING
+def group_of(node: providers.Node) -> str:
+    if f"/{TOKEN_PRUNING}/" in node.name:
+        return "token scoring and dropping"
     if node.op in MATMULS:
-        return "matmuls of the vision tower" if "vision_model" in scope else "matmuls of the text tower"
+        return "matmuls of the vision tower" if node.name.startswith("vision_model") else "matmuls of the text tower"
     return GROUPS.get(node.op, "biases, GELU, splits, embeddings")
 
 
 def groups(path: Path, batch: int, config, runs: int) -> dict[str, list[float]]:
     """Per group of nodes: ms and GFLOPs."""
-    known = origins(path)
     found = defaultdict(lambda: [0.0, 0.0])
     for node in providers.profile(path, random_inputs(config, batch, prepared.TEXT_TOKENS), runs=runs).nodes:
-        row = found[group_of(node, known.get(node.name, ("", False)))]
+        row = found[group_of(node)]
         row[0] += node.ms
         row[1] += gflops(node)
     return found
@@ -120,7 +106,7 @@ def pruning_share(model: torch.nn.Module, batch: int, config) -> str:
             states, attention = seen["states"], layer.self_attn
             if states.shape[1] <= layer.keep:
                 continue
-            query, key, _ = (attention._split(part) for part in attention._project(layer.layer_norm1(states), None))
+            query, key, _ = (attention.split(part) for part in attention.project(layer.layer_norm1(states), None))
 
             def prune(attention=attention, layer=layer, states=states, query=query, key=key) -> torch.Tensor:
                 how = {"rows": attention.score_rows, "skip_first": attention.skip_first}

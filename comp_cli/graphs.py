@@ -22,6 +22,7 @@ TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, o
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 WHOLE, VISION, TEXT = "model.onnx", "vision_model.onnx", "text_model.onnx"
 IMAGE_EMBEDS = "image_embeds"
+TOKEN_PRUNING = "token_pruning"  # in the names of nodes that score and drop tokens
 
 
 class Graph(nn.Module):
@@ -157,11 +158,14 @@ def write(graph: Graph | VisionGraph, path: Path, *, opset: int, target: str) ->
 
 
 def tidy(model: Any) -> None:
-    """Name the nodes of an onnx_ir model after their modules; drop the stack traces, which hold paths of this machine."""
+    """Name the nodes of an onnx_ir model after their modules, those that score and drop tokens after that as well (which
+    profiles show); drop the stack traces, which hold paths of this machine."""
     for node in model.graph:
         scopes = literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
-        node.name = f"{module}/{node.name}".lstrip("/")
+        line = node.metadata_props.get("pkg.torch.onnx.stack_trace", "").rpartition("\n")[2]
+        prunes = "TOKEN_RULES[" in line or ("self.hand_on(" in line and node.op_type != "Add")  # Add: the residual
+        node.name = "/".join(filter(None, (module, prunes and TOKEN_PRUNING, node.name)))
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()

@@ -317,3 +317,12 @@ def test_a_session_on_another_provider_is_refused(exported):
     with pytest.raises(CompError) as caught:
         graphs.open_session(exported / "model.onnx", "cuda")
     assert caught.value.code == 5
+
+
+def test_nodes_tell_where_tokens_are_pruned(exported):
+    """For profiles: top-k and what scores for it stand in layers that drop tokens, named so; nothing else is."""
+    graph = onnx.load(exported / "model.onnx").graph
+    named = [node for node in graph.node if f"/{graphs.TOKEN_PRUNING}/" in node.name]
+    assert "TopK" in {node.op_type for node in named}
+    assert not {"MultiHeadAttention", "Gelu", "LayerNormalization"} & {node.op_type for node in named}
+    assert all(node.op_type != "TopK" or node in named for node in graph.node)
