@@ -85,9 +85,10 @@ def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]
 
 def table(found: dict) -> str:
     """Markdown, best at 0.8 first."""
-    lines = ["| method | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |", "|---" * (1 + len(RATIOS)) + "|"]
+    ratios = sorted({ratio for cells in found.values() for ratio in cells})
+    lines = ["| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
     for method, cells in sorted(found.items(), key=lambda item: -item[1].get(0.8, (0,))[0]):
-        shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f}" if r in cells else "-" for r in RATIOS]
+        shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f}" if r in cells else "-" for r in ratios]
         lines.append(f"| `{method}` | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
@@ -144,15 +145,19 @@ def main(arguments: argparse.Namespace) -> None:
                 with output.open("a") as file:
                     file.write(json.dumps(run) + "\n")
             print(name, ratio, seed, run["steps"], run["accuracy"], run.get("seconds"), flush=True)
-    tables = []
-    for steps in (0, STEPS):
-        found = summary([run for run in read_runs(output) if run["steps"] == steps])
-        if found:
-            what = f"After fine-tuning for {steps} steps" if steps else "Training-free"
-            tables.append(f"{what}:\n\n{table(found)}")
+    runs = read_runs(output)
+    whole = [run for run in runs if "--no-" not in run["name"]]
+    parts = {
+        "Training-free": [run for run in whole if run["steps"] == 0],
+        f"Fine-tuned for {STEPS} steps of 32 pairs": [run for run in whole if run["steps"] == STEPS],
+        f"With one part switched off, training-free, at {ABLATED_AT:g}": [
+            run for run in runs if run["ratio"] == ABLATED_AT and run["steps"] == 0 and run["name"].startswith("comp")
+        ],
+    }
+    tables = [f"{what}:\n\n{table(summary(part))}" for what, part in parts.items() if part]
     text = f"Dense: {100 * dense_accuracy:.1f} %. Mean ± standard deviation over seeds.\n\n" + "\n".join(tables)
     output.with_suffix(".md").write_text(text)
-    plot(read_runs(output), dense_accuracy, output.with_suffix(".png"))
+    plot(runs, dense_accuracy, output.with_suffix(".png"))
     print(text)
 
 

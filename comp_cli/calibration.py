@@ -24,7 +24,9 @@ def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> Grams:
 class Calibration:
     """Runs plans over the same pairs: what is important in them, and how much they lose.
 
-    The loss is the task's where the pairs are labelled, else the divergence from the dense model.
+    The loss is the task's where the pairs are labelled, else the divergence from the dense model; plus the distance of the
+    features behind the decisions from the dense model's. Few of the pairs move the former, all of them the latter, so that
+    a choice by it holds on other pairs too.
     """
 
     def __init__(self, dense: Dense, batches: list[Batch], grams: Grams | None, rule: str, seed: int = 0):
@@ -32,7 +34,7 @@ class Calibration:
         self.fitted: Fitted = {}
         labels = [batch.labels for batch in batches]
         self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
-        self.expected: Tensor | None = None  # logits of the first plan that is looked at: the dense one
+        self.expected: tuple[Tensor, Tensor] | None = None  # decisions and features of the first plan: the dense one
 
     def look(self, plan: Plan) -> tuple[scoring.Scores, float]:
         """Scores and loss of the training-free model of a plan."""
@@ -40,28 +42,31 @@ class Calibration:
 
     def judge(self, model: nn.Module, plan: Plan) -> tuple[scoring.Scores, float]:
         """Scores and loss of any model of a plan. The first one is taken for the dense model."""
-        heard: list[Tensor] = []
+        heard: list[tuple[Tensor, Tensor]] = []
 
         def hear(outputs: object) -> Tensor:
-            logits = getattr(outputs, self.dense.task.output).float()
-            loss = F.cross_entropy(logits, self._right(logits, sum(map(len, heard))))
-            heard.append(logits.detach().cpu())
-            return loss
+            logits, features = self.dense.task.read(outputs)
+            start = sum(len(one) for one, _ in heard)
+            heard.append((logits.detach().cpu(), features.detach().cpu()))
+            return F.cross_entropy(logits, self._right(logits, start))
 
         batches = self.dense.on_device(self.batches)
         scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, hear=hear)
-        logits = torch.cat(heard)
+        logits, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
         if self.expected is None:
-            self.expected = logits
+            self.expected = logits, features
         if self.labels is not None:
-            return scores, F.cross_entropy(logits, self.labels).item()
-        return scores, tasks.divergence(self.expected, logits)
+            loss = F.cross_entropy(logits, self.labels).item()
+        else:
+            loss = tasks.divergence(self.expected[0], logits)
+        return scores, loss + tasks.distance(self.expected[1], features).item()
 
     def _right(self, logits: Tensor, start: int) -> Tensor:
         """The right answers to a batch that begins at pair `start`; without labels what the dense model decides, because
         the divergence from it has no slope where pruning begins."""
         known = self.labels
         if known is None:
-            known = logits.argmax(-1) if self.expected is None else self.expected.argmax(-1)
-            start = 0 if self.expected is None else start
+            if self.expected is None:
+                return logits.detach().argmax(-1)
+            known = self.expected[0].argmax(-1)
         return known[start : start + len(logits)].to(logits.device)

@@ -21,9 +21,8 @@ class Task:
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return getattr(model(**inputs), self.output).float()
 
-    def learned(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What a smaller model is to learn: decisions (batch, classes) and the feature behind them (batch, dim)."""
-        outputs = model(**inputs)
+    def read(self, outputs: object) -> tuple[Tensor, Tensor]:
+        """Of a model's outputs the decisions (batch, classes) and the features behind them (batch, dim)."""
         return getattr(outputs, self.output).float(), getattr(outputs, self.feature)[:, 0].float()
 
 
@@ -62,6 +61,11 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Ca
 def divergence(dense: Tensor, compact: Tensor) -> float:
     """Mean KL(dense || compact) of the decisions, in nats. (batch, classes) each."""
     return F.kl_div(compact.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True).item()
+
+
+def distance(dense: Tensor, compact: Tensor) -> Tensor:
+    """Mean squared difference of features in units of the dense ones' variance. (batch, dim) each."""
+    return F.mse_loss(compact, dense) / dense.var().clamp(min=1e-6)
 
 
 def agreement(dense: Tensor, compact: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import data
+from . import data, tasks
 from .calibration import Calibration
 from .engine import flops, scoring, stages
 from .engine.fading import fade_at, fading, forget_head_masks
@@ -248,11 +248,11 @@ class Trainer:
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            logits, feature = self.dense.task.learned(model, batch.inputs)
+            logits, found = self.dense.task.read(model(**batch.inputs))
             with torch.no_grad(), self.accelerator.autocast():
-                expected, target = self.dense.task.learned(self.teacher, batch.inputs)
+                expected, wanted = self.dense.task.read(self.teacher(**batch.inputs))
         decisions = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
-        features = F.mse_loss(feature, target) / target.var().clamp(min=1e-6)
+        features = tasks.distance(wanted, found)
         if batch.labels is None:
             return decisions + features
         share = self.training.distill

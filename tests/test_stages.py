@@ -32,6 +32,18 @@ def test_a_first_visit_remembers_its_cost_and_later_ones_fade():
     assert memory.remember("vision_params", 9, 5.0, STRATEGY) == 5.0  # seven stages later nothing is left of it
 
 
+def test_what_was_not_looked_at_for_long_is_forgotten_where_looking_is_free():
+    """Weight 0 after I_max stages without a look: then the remembered cost decides nothing any more."""
+    memory, paper = stages.Memory(), stages.Strategy(look_first=False)
+    memory.remember("vision_params", 3, 2.0, STRATEGY)
+    assert [memory.known("vision_params", stage, STRATEGY) for stage in (4, 8, 9)] == [2.0, 2.0, None]
+    assert memory.known("vision_params", 9, paper) == 2.0 and memory.known("cross_params", 4, paper) is None
+    shares = {mode: 1.0 for mode in methods.MODES}
+    for mode in methods.MODES:
+        memory.remember(mode, 9 if mode != "vision_params" else 3, 1.0, STRATEGY)
+    assert stages.choose(memory, 10, methods.MODES, shares, STRATEGY, random.Random(0)) == ("vision_params", "forgotten")
+
+
 def test_modes_run_once_by_their_share_then_by_cost():
     shares = {mode: float(i) for i, mode in enumerate(methods.MODES)}
     memory, rng = stages.Memory(), random.Random(0)
@@ -49,7 +61,7 @@ def test_modes_run_once_by_their_share_then_by_cost():
 def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited():
     memory = stages.Memory({m: float(i) for i, m in enumerate(methods.MODES)}, {m: i for i, m in enumerate(methods.MODES)})
     rng = random.Random(0)
-    drawn = [stages.choose(memory, 6, methods.MODES, {}, STRATEGY, rng) for _ in range(4000)]
+    drawn = [stages.choose(memory, 5, methods.MODES, {}, STRATEGY, rng) for _ in range(4000)]
     explored = [mode for mode, why in drawn if why == "exploration"]
     assert len(explored) / 4000 == pytest.approx(0.2, abs=0.02)
     assert explored.count(methods.MODES[0]) > explored.count(methods.MODES[-1])

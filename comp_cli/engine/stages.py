@@ -7,7 +7,8 @@ remembered fades with the time since (HI).
 
 The paper trains between stages, so that a bad stage heals. Without training it does not, so here a mode is looked at before
 it is taken: its cost is measured anew, and it is taken if no other mode is remembered as cheaper; else that one is looked
-at. Exploration only looks. (`look_first` off is the paper's rule: what is chosen is taken.)
+at. Exploration only looks, and a mode that was not looked at for so long that its memory has no weight left is looked at
+again. (`look_first` off is the paper's rule: what is chosen is taken.)
 """
 
 import math
@@ -46,7 +47,7 @@ class Stage:
 
     stage: int
     mode: str
-    why: str  # "first visit", "lowest cost" or "exploration"; with `look_first` followed by what was looked at before
+    why: str  # "first visit", "forgotten", "lowest cost", "exploration"; with `look_first` also what was looked at before
     ratio: float
     flops: int
     loss: float
@@ -65,6 +66,12 @@ class Memory:
     def idle(self, mode: str, stage: int) -> int:
         """Stages since the mode last ran (I_m); the first stage counts from 0."""
         return stage - self.last.get(mode, 0)
+
+    def known(self, mode: str, stage: int, strategy: Strategy) -> float | None:
+        """The remembered cost; None where there is none. Where looking is free of consequences a memory whose weight has
+        faded to nothing counts as none: the model has changed under it."""
+        faded = strategy.look_first and self.idle(mode, stage) > strategy.horizon
+        return None if faded else self.cost.get(mode)
 
     def remember(self, mode: str, stage: int, cost: float, strategy: Strategy) -> float:
         """HI, Eq. 10: R <- lambda R + (1 - lambda) r; a first visit remembers r."""
@@ -89,9 +96,10 @@ def choose(
     memory: Memory, stage: int, open_modes: Sequence[str], shares: dict[str, float], strategy: Strategy, rng: random.Random
 ) -> tuple[str, str]:
     """The mode of a stage and why: unvisited modes by their share of FLOPs, then exploration, then the lowest cost."""
-    unvisited = [mode for mode in open_modes if mode not in memory.cost]
+    unvisited = [mode for mode in open_modes if memory.known(mode, stage, strategy) is None]
     if unvisited:
-        return max(unvisited, key=lambda mode: shares[mode]), "first visit"
+        mode = max(unvisited, key=lambda mode: shares[mode])
+        return mode, "forgotten" if mode in memory.cost else "first visit"
     if rng.random() < strategy.explore:
         weights = exploration([memory.idle(mode, stage) for mode in open_modes], strategy.temperature)
         return rng.choices(open_modes, weights)[0], "exploration"
@@ -160,7 +168,8 @@ def search(
                 raise out_of_reach(ratio, 1 - before / total)
             unseen = [mode for mode in open_modes if mode not in seen]
             cheapest = min(seen.values(), key=lambda candidate: candidate.cost, default=None)
-            if cheapest and (not unseen or cheapest.cost <= min(memory.cost.get(mode, -math.inf) for mode in unseen)):
+            remembered = [memory.known(mode, stage, strategy) for mode in unseen]
+            if cheapest and all(cost is not None and cheapest.cost <= cost for cost in remembered):
                 break
             mode, why = choose(memory, stage, unseen, shares, strategy, progress.rng)
             step = min(quantum, strategy.mode_share * shares[mode])
@@ -172,8 +181,8 @@ def search(
                 continue
             found, after = look(plan)
             cost = (after - loss) / (removed / total)
-            remembered = memory.remember(mode, stage, cost, strategy)
-            seen[mode] = Candidate(mode, why, plan, found, after, before - removed, cost, remembered)
+            average = memory.remember(mode, stage, cost, strategy)
+            seen[mode] = Candidate(mode, why, plan, found, after, before - removed, cost, average)
             if not strategy.look_first:
                 cheapest = seen[mode]
                 break
