@@ -19,3 +19,7 @@ class CompError(Exception):
         self.code = code
         self.hint = hint
         self.document = document or {}
+
+
+class DeadEnd(CompError):
+    """The work cannot go on from where it came: its journal is worth nothing."""

@@ -56,20 +56,23 @@ def prune(
     check_training(options.training)
     if options.method != "comp" and not (options.cip and options.explore and options.history):
         raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
-    if not options.cit and not options.training.stage_share:
+    if not options.cit and not (options.training.stage_share and "tokens" in (METHODS[options.method].phases or ("tokens",))):
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
         raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
+    if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
+        raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
     device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     dense = open_dense(options.model, out, device=device, **sizes, **hub_options)
+    num_samples = options.num_samples or max(affordable(dense, 256, 64), options.stage_samples or 0)
     options = replace(
         options,
         stages=options.stages or affordable(dense, 40, 10),
-        num_samples=options.num_samples or affordable(dense, 256, 64),
-        stage_samples=options.stage_samples or affordable(dense, 256, 8),
+        num_samples=num_samples,
+        stage_samples=min(options.stage_samples or affordable(dense, 256, 8), num_samples),
         eval_samples=options.eval_samples or affordable(dense, 1000, 64),
     )
     save_dtype = wanted_dtype or own_dtype(dense)

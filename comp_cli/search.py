@@ -10,7 +10,7 @@ from .calibration import Calibration, gather_grams
 from .data import fingerprint
 from .engine import flops, schedule, stages
 from .engine.methods import METHODS
-from .errors import CompError
+from .errors import DeadEnd
 from .journal import Journal
 from .output import Output
 from .plan import Plan
@@ -95,7 +95,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
             calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
         try:
             run_stages(dense, options, look, progress, save, out)
-        except CompError:  # out of reach, or diverged: there is nothing to go on with
+        except DeadEnd:
             if journal:
                 journal.remove()
             raise

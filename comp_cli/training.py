@@ -27,7 +27,7 @@ from .calibration import Calibration
 from .engine import flops, scoring, stages
 from .engine.fading import fade_at, fading, forget_head_masks
 from .engine.slicing import slice_state
-from .errors import FAILED, USAGE, CompError
+from .errors import FAILED, USAGE, CompError, DeadEnd
 from .loading import pick_device
 from .output import Output
 from .plan import Plan
@@ -78,6 +78,11 @@ def check_training(training: Training) -> None:
     """Exit 2 for settings that make no sense together."""
     if training.epochs is not None and training.steps:
         raise CompError("--steps and --epochs: give one of them.", code=USAGE)
+    if training.epochs is not None and not 0 < training.epochs < math.inf:
+        raise CompError(f"--epochs {training.epochs}: expected a number above 0.", code=USAGE)
+    if not training.steps and training.epochs is None and training != Training(batch_size=training.batch_size):
+        hint = "Give --steps N, or --epochs E with --data."
+        raise CompError("--stage-share, --lr, --distill and --mixed-precision are for training.", code=USAGE, hint=hint)
     if not 0 <= training.stage_share <= 1 or not 0 <= training.distill <= 1:
         raise CompError("--stage-share and --distill are shares, from 0 to 1.", code=USAGE)
     if training.lr is not None and not 0 < training.lr < 1:
@@ -186,13 +191,14 @@ class Trainer:
         begin, end = self.training.stage_steps, self.training.steps
 
         def rate(step: int) -> float:
-            return self.training.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / max(end - begin, 1)))
+            passed = (step - 1 - begin) / max(end - begin, 1)
+            return self.training.lr * 0.5 * (1 + math.cos(math.pi * max(passed, 0.0)))
 
         with out.progress("fine-tuning", end) as bar:
             bar.advance(by=self.done)
             while self.done < end:
                 model = self.dense.build(self.plan, self.state)
-                steps = min(math.ceil((end - begin) / CHECKPOINTS), end - self.done)
+                steps = min(max(math.ceil((end - begin) / CHECKPOINTS), 1), end - self.done)
                 loss = self._train(model, steps, rate, lambda step: bar.advance())
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
@@ -234,7 +240,7 @@ class Trainer:
             driver.step()
             driver.zero_grad()
         if not math.isfinite(loss.item()):
-            raise CompError(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
+            raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
         self.state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.moments = {
             kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS

@@ -174,6 +174,17 @@ def taken_inputs(dense):
     return next(training_batches(dense, SCENES, Training(batch_size=4), 5, 0, slice(None))).inputs
 
 
+@pytest.mark.parametrize(("steps", "share", "done"), [(1, 0.0, 0), (3, 1.0, 2), (25, 0.5, 12)])
+def test_tuning_takes_the_steps_that_are_left(dense, steps, share, done):
+    """Also one step, and also where the stages ended a step early; none of them at rate zero."""
+    training = Training(steps=steps, batch_size=2, lr=1e-3, stage_share=share)
+    trainer = Trainer(dense, training, 0.5, partial(training_batches, dense, SCENES, training, 0))
+    trainer.done = done
+    tuned = trainer.tune(QUIET, lambda: None)
+    assert trainer.done == steps
+    assert not torch.equal(tuned.state_dict()["itm_head.weight"], dense.state["itm_head.weight"])
+
+
 def test_a_loss_that_is_no_number_is_an_error(dense):
     training = Training(steps=10, batch_size=4, lr=1e30)
     trainer = Trainer(dense, training, 0.5, partial(training_batches, dense, SCENES, training, 0))
@@ -191,6 +202,10 @@ def test_a_loss_that_is_no_number_is_an_error(dense):
         (["--steps", 1, "--lr", 3], "--lr 3.0"),
         (["--steps", 1, "--mixed-precision", "int3"], "int3"),
         (["--no-cit"], "--no-cit changes nothing"),
+        (["--stage-share", 0.5], "are for training"),
+        (["--lr", 0.1], "are for training"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--num-samples", 4, "--stage-samples", 8], "not more"),
         (["--no-history", "--method", "wanda"], "for --method comp"),
     ],
 )

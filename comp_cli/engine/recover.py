@@ -1,8 +1,9 @@
 """Closed-form recovery: after a removal, the output projections are fitted anew to say what the dense ones said.
 
 For each part with inner activations x (constant 1 appended for the bias) and output projection W, minimise over the kept
-channels K  sum_n w_n ||W x_n - W' x_n[K]||^2 + ridge ||W'||^2, which gives  W' = W G[:, K] (G[K, K] + ridge I)^-1  with the
-weighted Gram matrix G = sum_n w_n x_n x_n^T. G is gathered once, on the dense model: every plan is recovered from it.
+channels K  sum_n w_n ||W x_n - W' x_n[K]||^2 + ridge ||W' - W[:, K]||^2,  which gives with the weighted Gram matrix
+G = sum_n w_n x_n x_n^T:  W' = (W G[:, K] + ridge W[:, K]) (G[K, K] + ridge I)^-1.  G is gathered once, on the dense model:
+every plan is recovered from it.
 """
 
 from collections.abc import Callable, Iterable, Mapping

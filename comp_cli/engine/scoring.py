@@ -141,7 +141,7 @@ def collect(
         weight = tower_layers(model, tower)[index].get_submodule(layer_parts(tower)[part]).weight.detach()
         scores = how.score(weight, statistic, _seed(seed, key)).cpu()
         if part != "ffn":
-            scores = importance.head_importance(scores, getattr(plan.tower(tower.name).layers[index], part).head_dim)
+            scores = how.pool(scores, getattr(plan.tower(tower.name).layers[index], part).head_dim)
         units[key] = scores
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
     return Scores(how.compare(units), padded)
@@ -174,6 +174,7 @@ class Rule:
     reads: str  # "weighted energy" (by tokens, CIP), "energy", "gradient", "squared gradient"
     score: Callable[[Tensor, Tensor, int], Tensor]
     compare: Callable[[dict[Key, Tensor]], dict[Key, Tensor]] = _within_layers
+    pool: Callable[[Tensor, int], Tensor] = importance.head_importance  # of a head's channels, to its score
 
 
 def _chance(weight: Tensor, statistic: Tensor, seed: int) -> Tensor:
@@ -184,7 +185,8 @@ PARAMETER_RULES = {
     "cip": Rule("weighted energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
     "wanda": Rule("energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
     "magnitude": Rule("energy", lambda weight, energy, seed: weight.float().abs().mean(0)),
-    "random": Rule("energy", _chance),
+    # One draw a head: the mean of many would put all heads between the best and the worst channels.
+    "random": Rule("energy", _chance, pool=lambda scores, head_dim: scores[::head_dim]),
     # |dL/dgate|: the loss that removing a channel adds, to first order (Molchanov et al. 2017), root mean square over batches.
     "taylor": Rule("squared gradient", lambda weight, squares, seed: squares.sqrt()),
     # UPop sums signed gradients of the masks: where the loss falls as a mask opens, the slope is negative.

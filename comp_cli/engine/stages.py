@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import CompError
+from ..errors import DeadEnd
 from ..plan import Plan
 from . import flops
 from .methods import KINDS, MODES
@@ -248,8 +248,8 @@ class Candidate:
     remembered: float
 
 
-def out_of_reach(ratio: float, reached: float) -> CompError:
-    return CompError(
+def out_of_reach(ratio: float, reached: float) -> DeadEnd:
+    return DeadEnd(
         f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.",
         hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
     )
