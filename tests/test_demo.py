@@ -104,11 +104,11 @@ def test_it_knows_every_word_of_its_captions(demo):
 
 
 def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
-    from comp_cli.prune import Options, find_plan
+    from comp_cli.search import Options, find
 
-    plan, grams, _ = find_plan(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
+    found = find(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
     pairs = batches_of(demo, SCENES, "evaluation", 600, 50)
-    dense, compact = (tasks.evaluate(demo.runtime(*p), demo.task, pairs).accuracy for p in ((demo.plan,), (plan, grams)))
+    dense, compact = (tasks.evaluate(m, demo.task, pairs).accuracy for m in (demo.runtime(demo.plan), found.model))
     assert compact > dense - 0.1
 
 
