@@ -95,8 +95,9 @@ def test_killed_while_training_and_resumed(tiny_folder, tmp_path, share):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     output = tmp_path / "compact"
-    for where in ("2", "4", "3"):  # one run, killed three times; each goes on from the one before
-        command = [sys.executable, script, where, *arguments(tiny_folder, output, *more)]
+    stages = len(json.loads((tmp_path / "whole" / "comp_report.json").read_text())["stages"])
+    for where in (2, stages, 2):  # one run, killed after two stages, and after two and four saves of the fine-tuning
+        command = [sys.executable, script, str(where), *arguments(tiny_folder, output, *more)]
         assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL and not output.exists()
     assert len(list(tmp_path.glob(".compact.journal.*.safetensors"))) == 1
     result = run(*arguments(tiny_folder, output, *more))
