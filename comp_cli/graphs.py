@@ -195,6 +195,8 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    # Idle threads that spin take the cores from what runs next: in `comp bench` that is torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if wanted.startswith("CUDA"):
