@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,19 +103,29 @@ def table(work: Path, lines: list[dict], clock: str) -> str:
     return "\n".join(out) + "\n"
 
 
-def main(arguments: argparse.Namespace) -> None:
+def complete(arguments: argparse.Namespace, build: Callable[[], dict[str, timing.Runner]], rounds: dict[int, int]) -> None:
+    """Measure the rounds that the output lacks, on one thread. `rounds`: of each batch size, unless --rounds says."""
+    runners: dict[str, timing.Runner] = {}
+    for batch in arguments.batches:
+        done = sum(line.get("batch") == batch for line in read(arguments.output))
+        wanted = arguments.rounds or rounds.get(batch, min(rounds.values()))
+        if done < wanted:
+            runners = runners or build()
+            measure(runners, prepared.model(arguments.work, "stock").config, arguments.output, batch, wanted, done)
+
+
+def settle(arguments: argparse.Namespace) -> None:
+    """One thread, on the core that was asked for; the folders that are written to."""
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    runners = {}
-    for batch in arguments.batches:
-        done = sum(line["batch"] == batch for line in read(arguments.output))
-        wanted = arguments.rounds or ROUNDS.get(batch, 5)
-        if done < wanted:
-            runners = runners or build(arguments.work)
-            measure(runners, prepared.model(arguments.work, "stock").config, arguments.output, batch, wanted, done)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    settle(arguments)
+    complete(arguments, lambda: build(arguments.work), ROUNDS)
     text = table(arguments.work, read(arguments.output), arguments.clock)
     arguments.output.with_suffix(".md").write_text(text)
     print(text)

@@ -10,7 +10,6 @@ latency.py; accuracy: one line a peer. Lines that are there are not measured aga
 import argparse
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -324,20 +323,9 @@ def table(lines: list[dict], ratio: float, clock: str) -> str:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.core is not None:
-        os.sched_setaffinity(0, {arguments.core})
-    torch.set_num_threads(1)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    latency.settle(arguments)
     measure_accuracy(arguments.work, arguments.output, arguments.ratio, arguments.pairs)
-    runners = {}
-    for batch in arguments.batches:
-        done = sum(line.get("batch") == batch for line in latency.read(arguments.output))
-        wanted = arguments.rounds or ROUNDS.get(batch, 3)
-        if done < wanted:
-            runners = runners or build(arguments.work, arguments.ratio)
-            config = prepared.model(arguments.work, "stock").config
-            latency.measure(runners, config, arguments.output, batch, wanted, done)
+    latency.complete(arguments, lambda: build(arguments.work, arguments.ratio), ROUNDS)
     text = table(latency.read(arguments.output), arguments.ratio, arguments.clock)
     arguments.output.with_suffix(".md").write_text(text)
     print(text)

@@ -17,7 +17,7 @@ from .graphs import OPSET, TARGETS, VISION, OnnxModel, check_target, write_graph
 from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .report import mib, percent
-from .store import atomic_folder, check_output, folder_size, read_config, sha256
+from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
@@ -195,8 +195,6 @@ def _move(source: Path, target: Path) -> None:
 
 def resolve_folder(folder: Path | None, out: Output) -> Path:
     """The folder that was named, or the last compact model below the current folder."""
-    from .store import find_last
-
     if folder is None:
         folder = find_last("comp_report.json", Path.cwd())
         if folder is None:

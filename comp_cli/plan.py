@@ -25,6 +25,10 @@ class LayerPlan:
     ffn: tuple[int, ...]  # kept feed-forward channels, indices into the dense model
     keep: int | None = None  # tokens handed on from attention to feed-forward layer; None for all
 
+    def kept(self, part: str) -> tuple[int, ...]:
+        """Kept units of "attention", "cross" (heads) or "ffn" (channels)."""
+        return self.ffn if part == "ffn" else getattr(self, part).heads
+
 
 @dataclass(frozen=True)
 class TowerPlan:

@@ -56,7 +56,7 @@ def prune(
     check_training(options.training)
     if options.method != "comp" and not (options.cip and options.explore and options.history):
         raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
-    if not options.cit and not (options.training.stage_share and "tokens" in (METHODS[options.method].phases or ("tokens",))):
+    if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
         raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:

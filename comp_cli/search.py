@@ -68,7 +68,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     if training.steps:
         read = partial(training_batches, dense, pairs, training, options.seed)
         trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-    recovers = options.recover and not training.stage_steps and not tuning and leads()
+    recovers = options.recover and method.removes("parameters") and not training.stage_steps and not tuning and leads()
     grams = gather_grams(dense, batches, out) if recovers else None
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:

@@ -128,7 +128,7 @@ def diagnose(
                 valid, weights = (scoring.weights_of(recorder, tower, plan, key, weighted) for weighted in (False, True))
                 ordinary = valid > 0
                 ordinary[:, : int("first" in tower.protected)] = False
-                found = contributions(activations, output_weight(model, family, key), valid)
+                found = contributions(activations, scoring.output_weight(model, family, key), valid)
                 overlaps.setdefault(key, []).append(overlap(found, weights, ordinary, TOP))
                 chances.setdefault(key, []).append(top_count(ordinary, TOP) / ordinary.sum(1))
                 if key[2] == "attention":
@@ -137,7 +137,7 @@ def diagnose(
     summaries = {}
     for (tower, index), (changed, correlation) in heard.items():
         key = (tower, index, "attention")
-        channels = importance.channel_importance(output_weight(model, family, key), energies[key])
+        channels = importance.channel_importance(scoring.output_weight(model, family, key), energies[key])
         heads = importance.head_importance(channels, plan.tower(tower).layers[index].attention.head_dim)
         summaries[tower, index] = summarise(heads.cpu(), torch.cat(changed).cpu(), torch.cat(correlation).cpu())
     means = ({key: torch.cat(rows).mean().item() for key, rows in table.items()} for table in (overlaps, chances))
@@ -155,12 +155,6 @@ def summarise(heads: Tensor, changed: Tensor, correlation: Tensor) -> Influence:
         correlation_without_least=correlation[:, least].mean().item(),
         strong=(by_head[least] >= STRONG).double().mean().item(),
     )
-
-
-def output_weight(model: nn.Module, family: Family, key: scoring.Key) -> Tensor:
-    """The matrix that reads a part's inner channels, (outputs, channels)."""
-    tower = family.tower(key[0])
-    return scoring.tower_layers(model, tower)[key[1]].get_submodule(scoring.layer_parts(tower)[key[2]]).weight.detach()
 
 
 @contextmanager

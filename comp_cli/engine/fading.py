@@ -24,8 +24,7 @@ def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Itera
             was = before.tower(tower.name).layers[index]
             for part, path in layer_parts(tower).items():
                 linear = layer.get_submodule(path)
-                units = was.ffn if part == "ffn" else getattr(was, part).heads
-                left = kept.ffn if part == "ffn" else getattr(kept, part).heads
+                units, left = was.kept(part), kept.kept(part)
                 if len(units) == len(left):
                     continue
                 stays = torch.zeros(len(units), device=linear.weight.device)

@@ -27,6 +27,10 @@ class Method:
     tokens: str = "attention"
     phases: tuple[str, ...] | None = None
 
+    def removes(self, kind: str) -> bool:
+        """Whether "parameters" or "tokens" go."""
+        return self.phases is None or kind in self.phases
+
 
 METHODS = {
     "comp": Method("CoMP: collaborative scores, one mode per stage, chosen by measured cost"),

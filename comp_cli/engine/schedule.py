@@ -80,7 +80,7 @@ def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str
     units = _units(plan, tower, scores, ref, parts)
     budget = quantile * sum(unit.cost for unit in units)
     doomed: set[tuple[int, str, int]] = set()
-    left = {(layer, part): len(_kept(tower.layers[layer], part)) for layer, part in {(u.layer, u.part) for u in units}}
+    left = {(layer, part): len(tower.layers[layer].kept(part)) for layer, part in {(u.layer, u.part) for u in units}}
     least = {(layer, part): _least(ref.ffn[tower_name], part, floors) for layer, part in left}
     spent = 0
     for unit in sorted(units, key=lambda unit: (unit.score, unit.layer, unit.part, unit.index)):
@@ -92,7 +92,7 @@ def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str
             doomed.add((unit.layer, unit.part, unit.index))
     layers = list(tower.layers)
     for index, part in left:
-        survivors = [i for i in range(len(_kept(layers[index], part))) if (index, part, i) not in doomed]
+        survivors = [i for i in range(len(layers[index].kept(part))) if (index, part, i) not in doomed]
         if part == "ffn":
             survivors = _rounded(survivors, scores.units[tower_name, index, part], least[index, part], floors.ffn_multiple)
         layers[index] = _keeping(layers[index], part, survivors)
@@ -104,20 +104,16 @@ def _units(plan: Plan, tower: TowerPlan, scores: Scores, ref: flops.Reference, p
     units = []
     for layer, layer_plan in enumerate(tower.layers):
         for part in parts:
-            kept = _kept(layer_plan, part)
+            kept = layer_plan.kept(part)
             cost = getattr(rows[layer], part) // len(kept)
             found = scores.units[tower.name, layer, part].tolist()
             units += [Unit(score, cost, layer, part, i) for i, score in enumerate(found)]
     return units
 
 
-def _kept(layer: LayerPlan, part: str) -> tuple[int, ...]:
-    return layer.ffn if part == "ffn" else getattr(layer, part).heads
-
-
 def _keeping(layer: LayerPlan, part: str, survivors: Sequence[int]) -> LayerPlan:
     """The layer with the units at positions `survivors` of its kept ones."""
-    kept = tuple(_kept(layer, part)[i] for i in survivors)
+    kept = tuple(layer.kept(part)[i] for i in survivors)
     if part == "ffn":
         return replace(layer, ffn=kept)
     return replace(layer, **{part: replace(getattr(layer, part), heads=kept)})

@@ -44,6 +44,12 @@ def layer_parts(tower: Tower) -> dict[str, str]:
     return {"attention": tower.attention.out, **cross, "ffn": tower.ffn[1]}
 
 
+def output_weight(model: nn.Module, family: Family, key: Key) -> Tensor:
+    """The matrix that reads a part's inner channels, (outputs, channels)."""
+    tower = family.tower(key[0])
+    return tower_layers(model, tower)[key[1]].get_submodule(layer_parts(tower)[key[2]]).weight.detach()
+
+
 @contextmanager
 def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder]:
     """Record activations and token scores of every layer while the context is open.
@@ -137,11 +143,10 @@ def collect(
             advance()
     units = {}
     for key, statistic in found.items():
-        tower, index, part = family.tower(key[0]), key[1], key[2]
-        weight = tower_layers(model, tower)[index].get_submodule(layer_parts(tower)[part]).weight.detach()
-        scores = how.score(weight, statistic, _seed(seed, key)).cpu()
+        tower, index, part = key
+        scores = how.score(output_weight(model, family, key), statistic, _seed(seed, key)).cpu()
         if part != "ffn":
-            scores = how.pool(scores, getattr(plan.tower(tower.name).layers[index], part).head_dim)
+            scores = how.pool(scores, getattr(plan.tower(tower).layers[index], part).head_dim)
         units[key] = scores
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
     return Scores(how.compare(units), padded)
@@ -177,13 +182,17 @@ class Rule:
     pool: Callable[[Tensor, int], Tensor] = importance.head_importance  # of a head's channels, to its score
 
 
+def _by_energy(weight: Tensor, energy: Tensor, seed: int) -> Tensor:
+    return importance.channel_importance(weight, energy)
+
+
 def _chance(weight: Tensor, statistic: Tensor, seed: int) -> Tensor:
     return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
 
 
 PARAMETER_RULES = {
-    "cip": Rule("weighted energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
-    "wanda": Rule("energy", lambda weight, energy, seed: importance.channel_importance(weight, energy)),
+    "cip": Rule("weighted energy", _by_energy),
+    "wanda": Rule("energy", _by_energy),
     "magnitude": Rule("energy", lambda weight, energy, seed: weight.float().abs().mean(0)),
     # One draw a head: the mean of many would put all heads between the best and the worst channels.
     "random": Rule("energy", _chance, pool=lambda scores, head_dim: scores[::head_dim]),
