@@ -3,20 +3,22 @@
     python benchmarks/accuracy.py
 
 Every method prunes without training; the main ones are then fine-tuned, each for as many steps on the same pairs. One JSON
-line a result; those that are in the file already are skipped, so it can be stopped and started at will, and several can work
-on one file (--seeds). A seed chooses the calibration pairs, the order of the training pairs and everything random. Nothing is
-chosen by what it scores: every model is evaluated once, at its end, on the test split. Ends with tables (mean and standard
-deviation over seeds) and a picture.
+line a result, with the commit that made it; those that are in the file already are skipped, so it can be stopped and started at
+will, and several can work on one file (--seeds). A seed chooses the calibration pairs, the order of the training pairs and
+everything random. Nothing is chosen by what it scores here: every model is evaluated once, at its end, on pairs of the test
+split that no decision about comp has seen. Ends with tables (mean and standard deviation over seeds) and a picture.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from torch import nn
@@ -34,28 +36,32 @@ SCENES = ScenePairs(labelled=True)
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
 ABLATED_AT = 0.8  # where parts of a method are switched off
-FREE = [*METHODS, "comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "wanda --no-recover"]
-TRAINED = ["comp", "sjp", "taylor", "token", "random"]
+ABLATIONS = ["comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "sjp --no-recover"]
+# Half of the steps inside the stages, while masks fade: there CIT has something to weigh.
+FADING = ["comp --stage-share", "comp --stage-share --no-cit"]
+TRAINED = ["comp", "sjp", "taylor", "token", "random", *FADING]
 STEPS, TRAINED_SEEDS = 100, 3  # of 32 pairs, at the default rate
+TEST_SEED = 7  # of the scenes: seed 0 has been looked at while comp was made
+SETTINGS = {"samples": SAMPLES, "stages": 40, "steps": STEPS, "batch": 32, "share": 0.5, "test seed": TEST_SEED}
 
 
-def options_of(name: str, ratio: float, seed: int) -> Options:
+def options_of(name: str, ratio: float, seed: int, training: Training) -> Options:
     """The options of a run. name: a method, and what is switched off, as on the command line."""
-    method, *off = name.split(" --no-")
-    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": 40}
-    return Options("demo", ratio, method=method, seed=seed, **samples, **dict.fromkeys(off, False))
+    method, *switches = name.split(" --")
+    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": SETTINGS["stages"]}
+    off = {switch.removeprefix("no-"): False for switch in switches if switch.startswith("no-")}
+    return Options("demo", ratio, method=method, seed=seed, training=training, **samples, **off)
 
 
 def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs: list) -> Iterator[dict]:
     """Prune, then decide every test pair; the same again after fine-tuning for `steps`, if any."""
     begin = time.perf_counter()
-    options = options_of(name, ratio, seed)
-    key = {"name": name, "ratio": ratio, "seed": seed}
-    try:
-        found = find(dense, SCENES, options, None, Output("quiet"))
-    except CompError as error:
-        yield from ({**key, "steps": s, "accuracy": None, "why": error.message} for s in {0, steps})
-        return
+    share = SETTINGS["share"] if name in FADING else 0.0
+    training = Training(
+        steps=steps, lr=affordable(dense, 1e-4, 1e-5), stage_share=share, batch_size=SETTINGS["batch"], mixed_precision="bf16"
+    )
+    options = options_of(name, ratio, seed, training if share else Training())
+    key = {"name": name, "ratio": ratio, "seed": seed, **identity()}
 
     def result(model: nn.Module, steps: int) -> dict:
         scored = tasks.evaluate(model, dense.task, pairs)
@@ -63,12 +69,32 @@ def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs:
         facts = {"accuracy": scored.accuracy, "loss": scored.loss, "reached": reached, "samples": scored.samples}
         return key | {"steps": steps} | facts | {"seconds": round(time.perf_counter() - begin, 1)}
 
-    yield result(found.model, 0) | {"stages": [asdict(stage) for stage in found.stages]}
-    if steps:
-        training = Training(steps=steps, lr=affordable(dense, 1e-4, 1e-5), mixed_precision="bf16")
-        trainer = Trainer(dense, training, ratio, partial(training_batches, dense, SCENES, training, seed), seed=seed)
-        trainer.take(found.plan, found.model)
-        yield result(trainer.tune(Output("quiet"), lambda: None), steps)
+    reported = set()
+    try:
+        found = find(dense, SCENES, options, None, Output("quiet"))
+        reported.add(steps if share else 0)
+        yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages]}
+        if steps and not share:
+            trainer = Trainer(dense, training, ratio, partial(training_batches, dense, SCENES, training, seed), seed=seed)
+            trainer.take(found.plan, found.model)
+            tuned = trainer.tune(Output("quiet"), lambda: None)
+            yield result(tuned, steps)
+    except CompError as error:
+        for missing in wanted_steps(name, steps) - reported:
+            yield {**key, "steps": missing, "accuracy": None, "why": error.message}
+
+
+def wanted_steps(name: str, steps: int) -> set[int]:
+    """Fine-tuning steps of the results that a run gives."""
+    return {steps} if name in FADING else {0, steps}
+
+
+@cache
+def identity() -> dict[str, str]:
+    """What a line was made with: a hash of the settings, by which finished runs are known, and the commit."""
+    digest = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:8]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return {"settings": digest, "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"}
 
 
 def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]]:
@@ -88,7 +114,7 @@ def table(found: dict) -> str:
     ratios = sorted({ratio for cells in found.values() for ratio in cells})
     lines = ["| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
     for method, cells in sorted(found.items(), key=lambda item: -item[1].get(0.8, (0,))[0]):
-        shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f}" if r in cells else "-" for r in ratios]
+        shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f} ({cells[r][2]})" if r in cells else "-" for r in ratios]
         lines.append(f"| `{method}` | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
@@ -103,7 +129,7 @@ def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     colours = {name: f"C{index % 10}" for index, name in enumerate(METHODS)}
     for axes, steps in zip(panels, (0, STEPS), strict=True):
-        found = summary([run for run in runs if run["steps"] == steps and "--no-" not in run["name"]])
+        found = summary([run for run in runs if run["steps"] == steps and run["name"] in METHODS])
         for method, cells in found.items():
             ratios = sorted(cells)
             means, spread = [100 * cells[r][0] for r in ratios], [100 * cells[r][1] for r in ratios]
@@ -124,21 +150,21 @@ def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     dense = open_dense("demo", Output("quiet"))
-    pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32)
+    pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32, TEST_SEED)
     dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).accuracy
     output = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     wanted = [
         (name, ratio, seed)
-        for ratio in arguments.ratios
         for seed in arguments.seeds
+        for ratio in arguments.ratios
         for name in arguments.methods
-        if "--no-" not in name or ratio == ABLATED_AT
+        if name in METHODS or (ratio == ABLATED_AT and seed < TRAINED_SEEDS)
     ]
     for name, ratio, seed in wanted:
         steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS else 0
         done = {(run["name"], run["ratio"], run["seed"], run["steps"]) for run in read_runs(output)}
-        if all((name, ratio, seed, s) in done for s in {0, steps}):
+        if all((name, ratio, seed, s) in done for s in wanted_steps(name, steps)):
             continue
         for run in measure(dense, name, ratio, seed, steps, pairs):
             if (name, ratio, seed, run["steps"]) not in done:
@@ -146,29 +172,43 @@ def main(arguments: argparse.Namespace) -> None:
                     file.write(json.dumps(run) + "\n")
             print(name, ratio, seed, run["steps"], run["accuracy"], run.get("seconds"), flush=True)
     runs = read_runs(output)
-    whole = [run for run in runs if "--no-" not in run["name"]]
+    whole, at = [run for run in runs if run["name"] in METHODS], [run for run in runs if run["ratio"] == ABLATED_AT]
+    ablated, fading = ({name.split(" ")[0] for name in names} | set(names) for names in (ABLATIONS, FADING))
+    switched = f"With one part switched off, at {ABLATED_AT:g}"
     parts = {
         "Training-free": [run for run in whole if run["steps"] == 0],
         f"Fine-tuned for {STEPS} steps of 32 pairs": [run for run in whole if run["steps"] == STEPS],
-        f"With one part switched off, training-free, at {ABLATED_AT:g}": [
-            run for run in runs if run["ratio"] == ABLATED_AT and run["steps"] == 0 and run["name"].startswith("comp")
+        f"{switched}, training-free": [run for run in at if run["steps"] == 0 and run["name"] in ablated],
+        f"{switched}, {STEPS} steps (`--stage-share`: half of them in the stages)": [
+            run for run in at if run["steps"] == STEPS and run["name"] in fading
         ],
     }
     tables = [f"{what}:\n\n{table(summary(part))}" for what, part in parts.items() if part]
-    text = f"Dense: {100 * dense_accuracy:.1f} %. Mean ± standard deviation over seeds.\n\n" + "\n".join(tables)
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    said = f"Dense: {100 * dense_accuracy:.1f} % of {arguments.pairs} test pairs. Mean ± standard deviation (seeds)."
+    text = f"{said}\nMade by {commits}.\n\n" + "\n".join(tables)
     output.with_suffix(".md").write_text(text)
     plot(runs, dense_accuracy, output.with_suffix(".png"))
     print(text)
 
 
 def read_runs(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The results with today's settings; a line that a kill has torn is none."""
+    runs = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            run = json.loads(line)
+        except ValueError:
+            continue
+        if run.get("settings") == identity()["settings"]:
+            runs.append(run)
+    return runs
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
-    parser.add_argument("--methods", nargs="+", default=FREE, help='names, with switches in one word: "comp --no-cip"')
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from . import tasks
 from .data import Batch
-from .engine import scoring
+from .engine import scoring, stages
 from .engine.recover import Fitted, collect_grams
 from .output import Output
 from .plan import Plan
@@ -36,12 +36,12 @@ class Calibration:
         self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
         self.expected: tuple[Tensor, Tensor] | None = None  # decisions and features of the first plan: the dense one
 
-    def look(self, plan: Plan) -> tuple[scoring.Scores, float]:
-        """Scores and loss of the training-free model of a plan."""
+    def look(self, plan: Plan) -> stages.Sight:
+        """What the training-free model of a plan shows."""
         return self.judge(self.dense.runtime(plan, self.grams, self.fitted), plan)
 
-    def judge(self, model: nn.Module, plan: Plan) -> tuple[scoring.Scores, float]:
-        """Scores and loss of any model of a plan. The first one is taken for the dense model."""
+    def judge(self, model: nn.Module, plan: Plan) -> stages.Sight:
+        """What any model of a plan shows. The first one is taken for the dense model."""
         heard: list[tuple[Tensor, Tensor]] = []
 
         def hear(outputs: object) -> Tensor:
@@ -59,7 +59,8 @@ class Calibration:
             loss = F.cross_entropy(logits, self.labels).item()
         else:
             loss = tasks.divergence(self.expected[0], logits)
-        return scores, loss + tasks.distance(self.expected[1], features).item()
+        metric = (logits.argmax(-1) == self._right(logits, 0)).float().mean().item()
+        return stages.Sight(scores, loss + tasks.distance(self.expected[1], features).item(), metric)
 
     def _right(self, logits: Tensor, start: int) -> Tensor:
         """The right answers to a batch that begins at pair `start`; without labels what the dense model decides, because

@@ -20,7 +20,7 @@ from .output import Output
 from .plan import Plan
 from .search import Options, find
 from .store import atomic_folder, check_output, folder_size, sha256
-from .training import Training, check_training, count_steps, leads, own_device
+from .training import Training, check_training, count_steps, leads, own_device, precision, processes
 from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
@@ -85,9 +85,8 @@ def prune(
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
         journal.remove()
-    begin = time.perf_counter()
     found = find(dense, pairs, options, journal, out)
-    plan, searched = found.plan, time.perf_counter() - begin
+    plan = found.plan
     document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
     if dry_run:
         report.print_plan(document, out)
@@ -105,17 +104,21 @@ def prune(
         write_report(folder, document, plan)
     journal.remove()
     # Not in the folder: a run that was resumed ends with the same bytes.
-    document |= {"seconds": round(time.perf_counter() - started, 1), "cost": cost(searched, per_pair * options.num_samples)}
+    document |= {"seconds": round(time.perf_counter() - started, 1)}
+    if found.seconds:
+        document |= {"cost": cost(found.seconds, per_pair * options.num_samples)}
     report.print_pruned(document, output, out)
     return document
 
 
 def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
-    """What a journal must agree on: the options, the weights, and the versions that numbers depend on."""
+    """What a journal must agree on: the options, the weights, the place, and the versions that numbers depend on."""
     weights = [sha256(path) for path in sorted(dense.source.folder.glob("*.safetensors"))]
     config = sha256(dense.source.folder / "config.json")
-    versions = {"comp": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    return {**asdict(options), "weights": [config, *weights], **versions}
+    device = next(iter(dense.state.values())).device
+    where = {"device": str(device), "threads": torch.get_num_threads(), "processes": processes()}
+    versions = {"comp": __version__, "torch": str(torch.__version__), "precision of the training": precision(options.training)}
+    return {**asdict(options), "weights": [config, *weights], **where, **versions}
 
 
 def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:

@@ -107,9 +107,11 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     tokens = document["reference"]["tokens"]
     out.line(
         f"Reference input: {tokens['vision']} image tokens, {tokens['language']} text tokens; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s; "
-        f"the search took as long as {document['cost']['dense_passes']:.1f} dense passes over the calibration pairs."
+        f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s."
     )
+    if "cost" in document:
+        passes = document["cost"]["dense_passes"]
+        out.line(f"The search took as long as {passes:.1f} dense passes over the calibration pairs.")
     out.line(f"Wrote {output}. Next: comp export {shlex.quote(str(output))} --onnx")
 
 

@@ -1,5 +1,6 @@
 """From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,10 +54,12 @@ class Found:
     plan: Plan
     stages: list[stages.Stage]
     model: nn.Module
+    seconds: float | None  # that the search took; None where it began before a kill
 
 
 def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> Found:
     """The plan and the model of a method; goes on from the journal where there is one."""
+    begin = time.perf_counter()
     method, training = METHODS[options.method], options.training
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
@@ -99,11 +102,14 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
             if journal:
                 journal.remove()
             raise
-    if trainer is None:
-        return Found(progress.plan, progress.stages, dense.runtime(progress.plan, grams))
-    if not trainer.done:
-        trainer.take(progress.plan, dense.runtime(progress.plan, grams))
-    return Found(progress.plan, progress.stages, trainer.tune(out, save))
+    if trainer is None or not trainer.done:
+        model = dense.runtime(progress.plan, grams)
+    seconds = None if saved else time.perf_counter() - begin
+    if trainer:
+        if not trainer.done:
+            trainer.take(progress.plan, model)
+        model = trainer.tune(out, save)
+    return Found(progress.plan, progress.stages, model, seconds)
 
 
 def run_stages(
@@ -125,7 +131,7 @@ def run_stages(
 
         def tell(stage: stages.Stage) -> None:
             save()
-            bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}")
+            bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}, metric {stage.metric:.3f}")
 
         if method.phases:
             rest = (method.phases, each, floors, progress, tell)

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import data, tasks
 from .calibration import Calibration
-from .engine import flops, scoring, stages
+from .engine import flops, stages
 from .engine.fading import fade_at, fading, forget_head_masks
 from .engine.slicing import slice_state
 from .errors import FAILED, USAGE, CompError, DeadEnd
@@ -91,6 +91,14 @@ def check_training(training: Training) -> None:
         raise CompError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.", code=USAGE)
     if processes() > 1 and not training.steps and training.epochs is None:
         raise CompError("pruning without --steps or --epochs runs in one process.", code=USAGE, hint="Start comp directly.")
+    if training.batch_size % processes():
+        several = f"--train-batch-size {training.batch_size} does not divide into {processes()} processes"
+        raise CompError(f"{several}: a pair would count more in one than in another.", code=USAGE)
+
+
+def precision(training: Training) -> str:
+    """The precision that a run trains in: what was asked for, else what `accelerate launch` was told."""
+    return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def count_steps(training: Training, pairs: Pairs, out: Output) -> Training:
@@ -142,9 +150,7 @@ class Trainer:
         self.ratio, self.batches = ratio, batches
         device = next(iter(dense.state.values())).device
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads of other tasks get no gradient
-        self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, cpu=device.type == "cpu", kwargs_handlers=[unused]
-        )
+        self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[data.Batch] | None = None
 
@@ -154,8 +160,8 @@ class Trainer:
         """All processes go on with what the first one found."""
         return lambda plan: broadcast_object_list([look(plan) if leads() else None])[0]
 
-    def look(self, calibration: Calibration, plan: Plan) -> tuple[scoring.Scores, float]:
-        """Train into the plan, unless it is the present one; then its scores and loss on the calibration pairs."""
+    def look(self, calibration: Calibration, plan: Plan) -> stages.Sight:
+        """Train into the plan, unless it is the present one; then what it shows on the calibration pairs."""
         if plan != self.plan:
             self._fade_into(plan)
         return self.together(lambda plan: calibration.judge(self.dense.build(plan, self.state), plan))(plan)

@@ -310,7 +310,7 @@ def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, inputs):
 
 
 def test_floors_hold(dense, scores):
-    smallest = schedule.prune_to(dense.plan, scores, dense.reference, methods.MODES, 0, schedule.Floors())
+    smallest, _ = schedule.prune_to(dense.plan, scores, dense.reference, methods.MODES, 0, schedule.Floors())
     for tower in smallest.towers:
         for layer in tower.layers:
             assert len(layer.attention.heads) >= 1 and len(layer.ffn) >= 20 and (layer.keep or 5) >= 5

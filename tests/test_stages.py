@@ -131,6 +131,18 @@ def test_costs_are_loss_added_per_flops_removed(dense, found):
         loss, at = stage.loss, now
 
 
+def test_a_stage_can_be_made_again_from_its_line(dense, batches, found):
+    """Mode and threshold of the first line, on the scores of the dense model, give the first plan; its metric is true."""
+    stage, plan = found[1][0]
+    calibration = Calibration(dense, batches, None, "cip")
+    scores = calibration.look(dense.plan).scores
+    prune = schedule.prune_tokens if stage.mode in methods.TOKEN_MODES else schedule.prune_parameters
+    assert prune(dense.plan, scores, dense.reference, stage.mode, stage.threshold, schedule.Floors()) == plan != dense.plan
+    with torch.inference_mode():
+        before, after = (dense.runtime(p)(**batches[0].inputs).itm_score.argmax(-1) for p in (dense.plan, plan))
+    assert stage.metric == (before == after).float().mean().item()
+
+
 def test_search_is_deterministic_by_seed(dense, batches, found):
     assert searched(dense, batches, seed=0) == found
     assert searched(dense, batches, seed=3)[1] != found[1]

@@ -36,10 +36,13 @@ class Unit:
     index: int  # into the kept heads or channels of the current plan
 
 
-def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[str], target: float, floors: Floors) -> Plan:
+def prune_to(
+    plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[str], target: float, floors: Floors
+) -> tuple[Plan, float]:
     """Raise the thresholds of `modes` together, by bisection, until the plan's FLOPs are at most `target`.
 
-    Returns the plan nearest above the threshold that suffices; if the floors forbid the target, the smallest plan.
+    Returns the plan nearest above the threshold that suffices, and that threshold; if the floors forbid the target, the
+    smallest plan.
     """
 
     def pruned(threshold: float) -> Plan:
@@ -51,10 +54,10 @@ def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[s
 
     low, high = 0.0, max(_highest(scores, mode) for mode in modes)
     if flops.count(plan, ref).total <= target:
-        return plan
+        return plan, low
     best = pruned(high)
     if flops.count(best, ref).total > target:
-        return best
+        return best, high
     for _ in range(40):
         middle = (low + high) / 2
         candidate = pruned(middle)
@@ -62,7 +65,7 @@ def prune_to(plan: Plan, scores: Scores, ref: flops.Reference, modes: Sequence[s
             best, high = candidate, middle
         else:
             low = middle
-    return best
+    return best, high
 
 
 def _highest(scores: Scores, mode: str) -> float:

@@ -48,9 +48,11 @@ class Stage:
     stage: int
     mode: str
     why: str  # "first visit", "forgotten", "lowest cost", "exploration"; with `look_first` also what was looked at before
+    threshold: float  # that the modes were raised to: a quantile of parameters, or a score of tokens, relative to uniform
     ratio: float
     flops: int
     loss: float
+    metric: float  # share of the calibration pairs decided rightly; without labels, as the dense model does
     cost: float  # of this stage: loss added per share of the dense FLOPs removed
     remembered: float  # R of the mode after this stage
 
@@ -134,7 +136,16 @@ class Progress:
         return cls(Plan.from_json(found["plan"]), [Stage(**line) for line in found["stages"]], remembered, rng)
 
 
-Look = Callable[[Plan], tuple[Scores, float]]
+@dataclass(frozen=True)
+class Sight:
+    """What running a plan over the calibration pairs shows: the scores of what is left, the loss, and the metric of Stage."""
+
+    scores: Scores
+    loss: float
+    metric: float
+
+
+Look = Callable[[Plan], Sight]
 
 
 def search(
@@ -149,14 +160,14 @@ def search(
 ) -> Plan:
     """Prune stage by stage until the FLOPs ratio is reached, from wherever `progress` is; it is kept up to date.
 
-    `look` runs a plan over the calibration pairs: the scores of what is left, and the loss. `tell` hears of every stage
-    when `progress` holds it. Deterministic for a seed of `progress`.
+    `look` runs a plan over the calibration pairs. `tell` hears of every stage when `progress` holds it. Deterministic for a
+    seed of `progress`.
     """
     counted = flops.count(dense, ref)
     shares, total = mode_shares(counted), counted.total
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
     memory = progress.memory
-    scores, loss = look(progress.plan)
+    sight = look(progress.plan)
     while (before := flops.count(progress.plan, ref).total) > target:
         stage = len(progress.stages) + 1
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
@@ -173,24 +184,23 @@ def search(
                 break
             mode, why = choose(memory, stage, unseen, shares, strategy, progress.rng)
             step = min(quantum, strategy.mode_share * shares[mode])
-            plan = prune_to(progress.plan, scores, ref, (mode,), max(target, before - step), floors)
+            plan, threshold = prune_to(progress.plan, sight.scores, ref, (mode,), max(target, before - step), floors)
             removed = before - flops.count(plan, ref).total
             too_far = before - removed < target - TOLERANCE * total
             if too_far or removed < min(step / 4, before - target):
                 memory.exhausted.add(mode)
                 continue
-            found, after = look(plan)
-            cost = (after - loss) / (removed / total)
+            found = look(plan)
+            cost = (found.loss - sight.loss) / (removed / total)
             average = memory.remember(mode, stage, cost, strategy)
-            seen[mode] = Candidate(mode, why, plan, found, after, before - removed, cost, average)
+            seen[mode] = Candidate(mode, why, plan, threshold, found, before - removed, cost, average)
             if not strategy.look_first:
                 cheapest = seen[mode]
                 break
-        progress.plan, scores, loss = cheapest.plan, cheapest.scores, cheapest.loss
+        progress.plan, sight = cheapest.plan, cheapest.sight
         others = [mode for mode in seen if mode != cheapest.mode]
         why = cheapest.why + (f", after a look at {', '.join(others)}" if others else "")
-        now = cheapest.flops
-        progress.stages.append(Stage(stage, cheapest.mode, why, 1 - now / total, now, loss, cheapest.cost, cheapest.remembered))
+        progress.stages.append(cheapest.as_stage(stage, why, total))
         tell(progress.stages[-1])
     return progress.plan
 
@@ -217,17 +227,16 @@ def march(
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
         for part in range(1, each + 1)
     ]
-    scores, loss = look(progress.plan)
+    sight = look(progress.plan)
     for kind, target in steps[len(progress.stages) :]:
         before = flops.count(progress.plan, ref).total
-        progress.plan = prune_to(progress.plan, scores, ref, KINDS[kind], target, floors)
-        scores, after = look(progress.plan)
-        now = flops.count(progress.plan, ref).total
-        cost = (after - loss) / (max(before - now, 1) / total)
-        loss = after
-        stage = Stage(len(progress.stages) + 1, kind, f"phase of {kind}", 1 - now / total, now, loss, cost, cost)
-        progress.stages.append(stage)
-        tell(stage)
+        plan, threshold = prune_to(progress.plan, sight.scores, ref, KINDS[kind], target, floors)
+        found, now = look(plan), flops.count(plan, ref).total
+        cost = (found.loss - sight.loss) / (max(before - now, 1) / total)
+        progress.plan, sight = plan, found
+        taken = Candidate(kind, f"phase of {kind}", plan, threshold, found, now, cost, cost)
+        progress.stages.append(taken.as_stage(len(progress.stages) + 1, taken.why, total))
+        tell(progress.stages[-1])
     reached = 1 - flops.count(progress.plan, ref).total / total
     if abs(reached - ratio) > TOLERANCE:
         raise out_of_reach(ratio, reached)
@@ -241,11 +250,17 @@ class Candidate:
     mode: str
     why: str
     plan: Plan
-    scores: Scores
-    loss: float
+    threshold: float
+    sight: Sight
     flops: int
     cost: float
     remembered: float
+
+    def as_stage(self, number: int, why: str, total: int) -> Stage:
+        """Its line in the journal. `total`: FLOPs of the dense model."""
+        ratio, seen = 1 - self.flops / total, self.sight
+        rest = (ratio, self.flops, seen.loss, seen.metric, self.cost, self.remembered)
+        return Stage(number, self.mode, why, self.threshold, *rest)
 
 
 def out_of_reach(ratio: float, reached: float) -> DeadEnd:
