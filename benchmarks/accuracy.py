@@ -66,7 +66,7 @@ def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs:
     def result(model: nn.Module, steps: int) -> dict:
         scored = tasks.evaluate(model, dense.task, pairs)
         reached = 1 - flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
-        facts = {"accuracy": scored.accuracy, "loss": scored.loss, "reached": reached, "samples": scored.samples}
+        facts = {"accuracy": scored.metric(dense.task), "loss": scored.loss, "reached": reached, "samples": scored.samples}
         return key | {"steps": steps} | facts | {"seconds": round(time.perf_counter() - begin, 1)}
 
     reported = set()
@@ -151,7 +151,7 @@ def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
 def main(arguments: argparse.Namespace) -> None:
     dense = open_dense("demo", Output("quiet"))
     pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32, TEST_SEED)
-    dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).accuracy
+    dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).metric(dense.task)
     output = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     wanted = [

@@ -56,7 +56,7 @@ def read(path: Path) -> list[dict]:
 def measure(runners: dict[str, timing.Runner], config, path: Path, batch: int, rounds: int, done: int) -> None:
     """Append rounds until there are so many."""
     where = bench.machine(torch.device("cpu"))
-    inputs = random_inputs(config, batch, prepared.TEXT_TOKENS)
+    inputs = random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS)
     with path.open("a") as file:
         for number, taken in enumerate(timing.rounds(runners, inputs, clocks, warm_up=1), start=done + 1):
             ms = {name: {c: round(float(t), 2) for c, t in zip(CLOCKS, times, strict=True)} for name, times in taken.items()}

@@ -21,11 +21,11 @@ def main(compact: Path, exports: list[Path]) -> None:
     demo, task = open_dense("demo", out), tasks.TASKS["itm"]
     batches = batches_of(demo, ScenePairs(labelled=True), "evaluation", PAIRS, 8)
     labels = torch.cat([batch.labels for batch in batches])
-    logits = {folder: tasks.evaluate(model, task, batches).logits for folder, model in models(demo, compact).items()}
+    logits = {folder: tasks.evaluate(model, task, batches).read[0] for folder, model in models(demo, compact).items()}
     for folder in exports:
         names = list(json.loads((folder / "export.json").read_text())["graphs"])
         graphs = OnnxModel(folder, names)
-        logits[folder] = torch.cat([torch.from_numpy(graphs.run(batch.inputs)[task.output]) for batch in batches])
+        logits[folder] = torch.cat([torch.from_numpy(graphs.run(batch.inputs)[task.outputs[0]]) for batch in batches])
     rows = []
     for folder, found in logits.items():
         right = (found.argmax(-1) == labels).float().mean().item()

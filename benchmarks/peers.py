@@ -124,7 +124,7 @@ def torch_pruning(importance: str) -> Callable[[Path, float], nn.Module]:
         with loading.quiet_libraries():
             pruner = tp.pruner.BasePruner(
                 model,
-                random_inputs(model.config, 1, 12),
+                random_inputs(model.config, prepared.FAMILY, 1, 12),
                 importance=score,
                 pruning_ratio=channel_share,
                 head_pruning_ratio=head_share,
@@ -176,7 +176,7 @@ def exported_by_transformers(fusions: str | None) -> Callable[[Path, float], Pat
             model = prepared.model(work, "stock")
             with loading.quiet_libraries():
                 config = OnnxConfig(dynamic=True, ort_fusions=fusions)
-                done = OnnxExporter().export(model, random_inputs(model.config, 2, 7), config=config)
+                done = OnnxExporter().export(model, random_inputs(model.config, prepared.FAMILY, 2, 7), config=config)
                 OnnxExporter.save_program(done.program, path)
         return path
 
@@ -199,7 +199,7 @@ def exported_peer(name: str) -> Callable[[Path, float], Path]:
     def make(work: Path, ratio: float) -> Path:
         path = work / f"{name}-{ratio:g}.onnx"
         if not path.exists():
-            graphs.write_graph(PEERS[name].make(work, ratio), prepared.TASK, path)
+            graphs.write_graph(PEERS[name].make(work, ratio), prepared.TASK, prepared.FAMILY, path)
         return path
 
     return make

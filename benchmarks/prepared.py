@@ -10,10 +10,11 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from comp_cli import graphs, loading, tasks, variants
+from comp_cli.families import FAMILIES
 from comp_cli.output import Output
 from comp_cli.prune import Options, prune
 
-TASK = tasks.TASKS["itm"]
+TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35
 
 
@@ -51,7 +52,7 @@ def graph(work: Path, name: str) -> Path:
         if name.startswith("int8 "):
             int8(graph(work, name.removeprefix("int8 ")), path)
         else:
-            graphs.write_graph(model(work, name), TASK, path)
+            graphs.write_graph(model(work, name), TASK, FAMILY, path)
     return path
 
 

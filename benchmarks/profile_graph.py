@@ -56,7 +56,7 @@ def group_of(node: providers.Node) -> str:
 def groups(path: Path, batch: int, config, runs: int) -> dict[str, list[float]]:
     """Per group of nodes: ms and GFLOPs."""
     found = defaultdict(lambda: [0.0, 0.0])
-    for node in providers.profile(path, random_inputs(config, batch, prepared.TEXT_TOKENS), runs=runs).nodes:
+    for node in providers.profile(path, random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS), runs=runs).nodes:
         row = found[group_of(node)]
         row[0] += node.ms
         row[1] += gflops(node)
@@ -94,7 +94,7 @@ def cpu_ms(work: Callable[[], object], runs: int = 15) -> float:
 def pruning_share(model: torch.nn.Module, batch: int, config) -> str:
     """What scoring and dropping cost in torch, in the layers of the vision tower that do, on the tensors of a real pass."""
     lines = []
-    inputs = random_inputs(config, batch, prepared.TEXT_TOKENS)
+    inputs = random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS)
     for index, layer in enumerate(model.vision_model.encoder.layers):
         seen = {}
         if layer.keep is None:

@@ -102,7 +102,7 @@ def accuracy(dense: Dense, rows: int, share: float, batches: list) -> float:
     keep = 1 + round(share * (dense.reference.tokens["vision"] - 1))
     layers = tuple(replace(layer, keep=keep) if i == PRUNED_LAYER else layer for i, layer in enumerate(tower.layers))
     model = dense.runtime(plan.with_tower(replace(tower, layers=layers)))
-    return tasks.evaluate(model, dense.task, batches).accuracy
+    return tasks.evaluate(model, dense.task, batches).metric(dense.task)
 
 
 def table(document: dict) -> str:

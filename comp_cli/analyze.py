@@ -9,7 +9,7 @@ from . import __version__
 from .engine import diagnostics, flops, importance, scoring
 from .loading import pick_device
 from .output import Output
-from .report import gflops, millions, percent
+from .report import gflops, millions, percent, reference_input
 from .workbench import DataOptions, Dense, batches_of, choose_pairs, open_dense
 
 
@@ -24,10 +24,12 @@ def analyze(
     device: str,
     seed: int,
     data: DataOptions,
+    task: str | None = None,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """The report of `comp analyze`; prints its tables."""
-    dense = open_dense(model, out, text_tokens=text_tokens, score_rows=score_rows, device=pick_device(device), **hub_options)
+    sizes = {"text_tokens": text_tokens, "score_rows": score_rows}
+    dense = open_dense(model, out, device=pick_device(device), task=task, **sizes, **hub_options)
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     runtime = dense.runtime(dense.plan)
@@ -45,7 +47,7 @@ def analyze(
         "inequality": inequality(dense, scores),
         "diagnostics": diagnosis(dense, found),
         "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
-        "samples": sum(len(batch.inputs["input_ids"]) for batch in batches),
+        "samples": sum(len(next(iter(batch.inputs.values()))) for batch in batches),
         "data": pairs.describe("calibration"),
     }
     print_analysis(document, model, out)
@@ -152,9 +154,8 @@ def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
     outside = [gflops(outside_f), percent(outside_f / total_flops), millions(outside_p), percent(outside_p / total_params)]
     rows.append(["embeddings and heads", *outside])
     rows.append(["all", gflops(total_flops), "100 %", millions(total_params), "100 %"])
-    tokens = document["reference"]["tokens"]
-    where = f"{tokens['vision']} image tokens, {tokens['language']} text tokens"
-    out.table(f"{document['model']}: FLOPs per pair ({where}) and parameters", ["part", "FLOPs", "", "params", ""], rows)
+    title = f"{document['model']}: FLOPs per pair ({reference_input(document)}) and parameters"
+    out.table(title, ["part", "FLOPs", "", "params", ""], rows)
     by_layer = {(row["tower"], row["layer"]): row for row in document["inequality"]}
     rows = []
     for layer in document["layers"]:

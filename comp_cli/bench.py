@@ -20,7 +20,8 @@ from . import __version__, bench_report, gates, hub, providers, tasks, timing, v
 from .data import random_inputs
 from .engine import flops
 from .errors import GATE, REFUSED, USAGE, CompError
-from .families import find_family
+from .export import longest_text
+from .families import Family, find_family, tower_config
 from .gates import Gates
 from .graphs import write_graph
 from .loading import load_model, load_processor, pick_device
@@ -70,19 +71,23 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     device = check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    source, task, folders, models = open_models(folder, baseline, out, hub_options)
-    longest = getattr(load_processor(folder).tokenizer, "model_max_length", options.text_tokens)
-    text_tokens = min(options.text_tokens, longest, models["dense"].config.text_config.max_position_embeddings)
-    inputs = {batch: random_inputs(models["dense"].config, batch, text_tokens, seed=options.seed) for batch in options.batches}
+    config = read_config(folder)
+    family, architecture = find_family(config)
+    task = tasks.choose(family.architectures[architecture], config["comp"].get("task"))
+    source, folders, models = open_models(folder, baseline, out, hub_options)
+    described = models["dense"].config
+    longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
+    text_tokens = longest if family.padding == "max_length" else min(options.text_tokens, longest)
+    inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
     document = {
         "comp_version": __version__,
         "compact": str(folder),
         "baseline": source.name,
-        "architecture": find_family(read_config(folder))[1],
+        "architecture": architecture,
         "machine": machine(device),
         "text_tokens": text_tokens,
         "params": {side: sum(p.numel() for p in models[side].parameters()) for side in folders},
-        "flops": {side: count_flops(models[side], text_tokens) for side in folders},
+        "flops": {side: count_flops(models[side], family, text_tokens) for side in folders},
         "size_bytes": {side: folder_size(path) for side, path in folders.items()},
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,7 +95,7 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
         for side in SIDES if "onnx" in options.backends else ():
             out.say(f"exporting the {side.replace('_', ' ')} model ...")
             graphs[side] = Path(scratch) / f"{side}.onnx"
-            write_graph(models[side], task, graphs[side])
+            write_graph(models[side], task, family, graphs[side])
         document["providers"] = find_providers(graphs, inputs[min(inputs)], device, out)
         runners = build_runners(models, graphs, task, device, options.backends)
         taken = {batch: time_interleaved(runners, inputs[batch], batch, options, out) for batch in inputs}
@@ -130,8 +135,8 @@ def check(options: Options) -> torch.device:
 
 def open_models(
     folder: Path, baseline: str | None, out: Output, hub_options: dict[str, Any]
-) -> tuple[hub.Source, tasks.Task, dict[str, Path], dict[str, nn.Module]]:
-    """The baseline's source, the task, the folders of the dense and the compact model, and the models of all sides."""
+) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
+    """The baseline's source, the folders of the dense and the compact model, and the models of all sides."""
     config = read_config(folder)
     baseline = baseline or config["comp"].get("base_address")
     if baseline is None:
@@ -149,22 +154,23 @@ def open_models(
     pickled = hub_options.get("allow_pickle", False)
     dense = load_model(source.folder, dtype=torch.float32, allow_pickle=pickled)
     compact = load_model(folder, dtype=torch.float32)
-    takes = [(model.config.vision_config.image_size, model.config.text_config.vocab_size) for model in (dense, compact)]
-    if takes[0] != takes[1]:
+    parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
+    sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
+    if sizes[0] != sizes[1]:
         raise CompError(
             f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.", code=REFUSED
         )
     models = {"dense": dense, "own_dense": variants.on_own_kernels(dense), "compact": compact}
     folders = {"dense": source.folder, "compact": folder}
-    return source, tasks.TASKS[family.architectures[architecture]], folders, models
+    return source, folders, models
 
 
-def count_flops(model: nn.Module, text_tokens: int) -> int:
+def count_flops(model: nn.Module, family: Family, text_tokens: int) -> int:
     """FLOPs of one pair, counted from what runs (the math attention kernel shows its matmuls to the counter)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = random_inputs(model.config, 1, text_tokens)
+    inputs = random_inputs(model.config, family, 1, text_tokens)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return counter.get_total_flops()

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import tasks
 from .data import Batch
@@ -34,7 +33,7 @@ class Calibration:
         self.fitted: Fitted = {}
         labels = [batch.labels for batch in batches]
         self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
-        self.expected: tuple[Tensor, Tensor] | None = None  # decisions and features of the first plan: the dense one
+        self.expected: list[tasks.Read] = []  # of every batch what was read of the first plan: the dense one
 
     def look(self, plan: Plan) -> stages.Sight:
         """What the training-free model of a plan shows."""
@@ -42,32 +41,26 @@ class Calibration:
 
     def judge(self, model: nn.Module, plan: Plan) -> stages.Sight:
         """What any model of a plan shows. The first one is taken for the dense model."""
-        heard: list[tuple[Tensor, Tensor]] = []
+        task, heard = self.dense.task, []
 
         def hear(outputs: object) -> Tensor:
-            logits, features = self.dense.task.read(outputs)
-            start = sum(len(one) for one, _ in heard)
-            heard.append((logits.detach().cpu(), features.detach().cpu()))
-            return F.cross_entropy(logits, self._right(logits, start))
+            read, number = task.read(model, outputs), len(heard)
+            heard.append(tuple(part.detach().cpu() for part in read))
+            return tasks.loss(task.questions(read, self._right(number, heard[-1]).to(read[0].device)))
 
         batches = self.dense.on_device(self.batches)
         scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, hear=hear)
-        logits, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
-        if self.expected is None:
-            self.expected = logits, features
+        self.expected = self.expected or heard
+        dense, found = tasks.joined(self.expected), tasks.joined(heard)
+        strayed = tasks.distance(task.features(dense), task.features(found)).item()
+        questions = task.questions(found, self.labels)
         if self.labels is not None:
-            loss = F.cross_entropy(logits, self.labels).item()
-        else:
-            loss = tasks.divergence(self.expected[0], logits)
-        metric = (logits.argmax(-1) == self._right(logits, 0)).float().mean().item()
-        return stages.Sight(scores, loss + tasks.distance(self.expected[1], features).item(), metric)
+            return stages.Sight(scores, tasks.loss(questions).item() + strayed, task.metrics(questions)[task.metric])
+        known = task.questions(dense, None)
+        return stages.Sight(scores, tasks.divergence(known, questions).item() + strayed, tasks.agreements(known, questions))
 
-    def _right(self, logits: Tensor, start: int) -> Tensor:
-        """The right answers to a batch that begins at pair `start`; without labels what the dense model decides, because
-        the divergence from it has no slope where pruning begins."""
-        known = self.labels
-        if known is None:
-            if self.expected is None:
-                return logits.detach().argmax(-1)
-            known = self.expected[0].argmax(-1)
-        return known[start : start + len(logits)].to(logits.device)
+    def _right(self, number: int, read: tasks.Read) -> Tensor:
+        """The right answers to a batch; without labels what the dense model decides, because the divergence from it has no
+        slope where pruning begins."""
+        known = self.batches[number].labels
+        return self.dense.task.guesses(self.expected[number] if self.expected else read) if known is None else known

@@ -22,7 +22,7 @@ def write_checkpoint(
     folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """config.json, weights, runtime, processor files and model card."""
-    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "ratio")}
+    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
     block = plan.comp_block(dense.family, method=document["options"]["method"], **facts)
     auto_map = {"AutoModel": f"{Path(modeling_comp.__file__).stem}.Compact{dense.architecture}"}
     config = dense.config | {"comp": block, "auto_map": auto_map, "dtype": str(dtype).removeprefix("torch.")}
@@ -32,7 +32,8 @@ def write_checkpoint(
     save_tensors(tensors, folder / "model.safetensors")
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
-        load_processor(dense.source.folder).save_pretrained(folder)  # afresh: a used tokenizer remembers how it cut texts
+        # Afresh: a used tokenizer remembers how it cut texts.
+        load_processor(dense.source.folder, dense.family.inputs).save_pretrained(folder)
     (folder / "README.md").write_text(report.model_card(document))
 
 
@@ -56,9 +57,10 @@ def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[st
     again = written.to(weight.device, weight.dtype)
     inputs = Batch(inputs, None).to(weight.device, weight.dtype).inputs
     with torch.inference_mode():
-        expected, found = (dense.task.logits(model, inputs) for model in (compact, again))
+        reads = (dense.task.read(model, model(**inputs)) for model in (compact, again))
+        expected, found = map(dense.task.features, reads)
     if not torch.allclose(expected, found, atol=1e-5):
-        raise _differs(f"the decisions differ by {(expected - found).abs().max():.2e}")
+        raise _differs(f"the features behind its decisions differ by {(expected - found).abs().max():.2e}")
 
 
 def _differs(how: str) -> CompError:

@@ -43,6 +43,7 @@ Data = Annotated[
 Split = Annotated[str | None, typer.Option(help="Split of --data to calibrate on; never a test split.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of --data with images or their paths.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of --data with texts.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for; else what its architecture usually is.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of --data that says whether they match.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that comp wrote before.")]
@@ -99,6 +100,7 @@ def main(
 @app.command()
 def analyze(
     model: Model,
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     image_column: ImageColumn = None,
@@ -135,7 +137,7 @@ def analyze(
         options |= {"score_rows": score_rows}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
         pairs = command.DataOptions(data, split, image_column, text_column, label_column)
-        return command.analyze(model, out, device=device, data=pairs, **options, **where), None
+        return command.analyze(model, out, device=device, data=pairs, task=task, **options, **where), None
 
     _run(out, work)
 
@@ -145,6 +147,7 @@ def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
     output: OutputDir = None,
+    task: TaskName = None,
     data: Data = None,
     split: Split = None,
     image_column: ImageColumn = None,
@@ -186,6 +189,9 @@ def prune(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option(help="Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points that the metric may fall; else exit 3, and nothing is written.")
+    ] = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     allow_pickle: AllowPickle = False,
@@ -203,6 +209,8 @@ def prune(
     `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
 
     `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
+
+    `comp prune openai/clip-vit-base-patch32 --ratio 0.5 --data pairs.jsonl --max-drop 1.0`
 
     `comp prune demo --ratio 0.8 --steps 200 --mixed-precision bf16`
 
@@ -232,6 +240,7 @@ def prune(
             device=device,
             dtype=dtype,
             data=command.DataOptions(data, split, image_column, text_column, label_column),
+            task=task,
             training=command.Training(
                 steps=steps,
                 epochs=epochs,
@@ -246,7 +255,7 @@ def prune(
             explore=explore,
             history=history,
         )
-        how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
+        how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume, "max_drop": max_drop}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
         document = command.prune(options, folder, out, **how, **where)
         return document | {"output": None if dry_run else str(folder)}, None if dry_run else folder

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import scenes
 from .errors import REFUSED, USAGE, CompError
+from .families import Family
 
 COLUMN_NAMES = {
     "image": "image img picture photo image_path img_path image_file file_name filename file_path filepath path".split(),
@@ -33,11 +34,12 @@ Purpose = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, a text, and whether they match (1), do not (0), or nobody said (None)."""
+    """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image share its id."""
 
     image: Image.Image
     text: str
     label: int | None = None
+    image_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Columns:
     image: str | None = None
     text: str | None = None
     label: str | None = None
+
+
+Takes = Callable[[Pair], bool]  # whether a pair is of use
 
 
 class BadRow(ValueError):
@@ -112,15 +117,26 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
     return Columns(**taken)
 
 
+def every(pair: Pair) -> bool:
+    """Takes every pair."""
+    return True
+
+
 def read_rows(
-    rows: Iterable[Mapping[str, Any]], columns: Columns, folder: Path | None, limit: int, tally: Tally
+    rows: Iterable[Mapping[str, Any]],
+    columns: Columns,
+    folder: Path | None,
+    limit: int,
+    tally: Tally,
+    takes: Takes = every,
 ) -> Iterator[Pair]:
-    """Up to `limit` pairs. Bad rows are skipped and tallied; more than `limit` of them end the reading."""
+    """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them end the
+    reading."""
     given = 0
     for row in rows:
         tally.looked += 1
         try:
-            pairs = read_row(row, columns, folder)[: limit - given]
+            pairs = [pair for pair in read_row(row, columns, folder) if takes(pair)][: limit - given]
         except BadRow as bad:
             tally.bad.setdefault(bad.problem, []).append(bad.found)
             pairs = []
@@ -141,7 +157,8 @@ def read_row(row: Mapping[str, Any], columns: Columns, folder: Path | None) -> l
     if columns.label and (label := read_label(row[columns.label])) is None:
         raise BadRow("no match or mismatch as label", repr(row[columns.label]))
     image = read_image(row[columns.image], folder)
-    return [Pair(image, text, label) for text in texts]
+    number = int.from_bytes(image_digest(row[columns.image])[:7], "big")
+    return [Pair(image, text, label, number) for text in texts]
 
 
 def read_image(value: Any, folder: Path | None) -> Image.Image:
@@ -202,11 +219,15 @@ def is_test(split: str) -> bool:
 
 def purpose_of(value: Any) -> Purpose | None:
     """Of images that share a split, a fifth is for evaluation: content or path decide. None where there is no image."""
-    content, path = stored_image(value)
-    if not content and not path:
+    if not any(stored_image(value)):
         return None
-    digest = hashlib.sha256(content or os.path.normpath(path).encode()).digest()
-    return "evaluation" if digest[0] % 5 == 0 else "calibration"
+    return "evaluation" if image_digest(value)[0] % 5 == 0 else "calibration"
+
+
+def image_digest(value: Any) -> bytes:
+    """What tells the images of rows apart: SHA-256 of the content, or of the path."""
+    content, path = stored_image(value)
+    return hashlib.sha256(content or os.path.normpath(path).encode()).digest()
 
 
 def few(found: Sequence[str]) -> str:
@@ -221,22 +242,40 @@ def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) ->
         yield Pair(scenes.render(example.scene, example.background), example.caption.text, label)
 
 
-def make_batches(pairs: Iterable[Pair], processor, batch_size: int, max_text: int) -> Iterator[Batch]:
-    """Batches in the order of the pairs; texts longer than `max_text` tokens are cut."""
-    pairs = iter(pairs)
-    while chunk := list(islice(pairs, batch_size)):
-        yield make_batch(chunk, processor, max_text)
+def described_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
+    """Generated scenes, each with a description of all that is in it."""
+    for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
+        yield Pair(scenes.render(scene, background), scenes.describe(scene), image_id=number)
 
 
-def make_batch(pairs: Sequence[Pair], processor, max_text: int) -> Batch:
-    images = [pair.image.convert("RGB") for pair in pairs]
-    texts = [pair.text for pair in pairs]
-    inputs = processor(images=images, text=texts, padding=True, truncation=True, max_length=max_text, return_tensors="pt")
-    labels = None
-    if all(pair.label is not None for pair in pairs):
-        labels = torch.tensor([pair.label for pair in pairs])
-    names = ("pixel_values", "input_ids", "attention_mask")
-    return Batch({name: inputs[name] for name in names}, labels)
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of pairs: what the processor makes of them that the model takes, and the labels.
+
+    inputs: names of the model's inputs. padding: "longest" or "max_length"; texts are cut at `max_text` tokens.
+    """
+
+    processor: Any
+    inputs: tuple[str, ...]
+    padding: str
+    max_text: int
+    labels: Callable[[Sequence[Pair]], Tensor | None]
+
+    def __call__(self, pairs: Sequence[Pair]) -> Batch:
+        parts = {}
+        if "pixel_values" in self.inputs:
+            parts["images"] = [pair.image.convert("RGB") for pair in pairs]
+        if "input_ids" in self.inputs:
+            parts["text"] = [pair.text for pair in pairs]
+            parts |= {"padding": self.padding, "truncation": True, "max_length": self.max_text}
+        made = self.processor(**parts, return_tensors="pt")
+        return Batch({name: made[name] for name in self.inputs}, self.labels(pairs))
+
+    def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
+        """Batches in the order of the pairs."""
+        pairs = iter(pairs)
+        while chunk := list(islice(pairs, batch_size)):
+            yield self(chunk)
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
@@ -250,12 +289,25 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()[:16]
 
 
-def random_inputs(config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding."""
+def random_inputs(config, family: Family, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding. Every text
+    ends with the model's end-of-text token, where it is read there."""
     generator = torch.Generator().manual_seed(seed)
-    side, words = config.vision_config.image_size, config.text_config.vocab_size
-    mask = torch.ones(batch, text_tokens, dtype=torch.long)
-    mask[-1, text_tokens - padded :] = 0
-    ids = torch.randint(min(5, words - 1), words, (batch, text_tokens), generator=generator)
-    pixels = torch.randn(batch, 3, side, side, generator=generator)
-    return {"pixel_values": pixels, "input_ids": ids * mask, "attention_mask": mask}
+    parts = {tower.name: getattr(config, tower.config) if tower.config else config for tower in family.towers}
+    made = {}
+    if "language" in parts:
+        text = parts["language"]
+        if family.padding == "max_length":
+            text_tokens, padded = text.max_position_embeddings, 0
+        mask = torch.ones(batch, text_tokens, dtype=torch.long)
+        mask[-1, text_tokens - padded :] = 0
+        last = text.vocab_size - 1
+        ids = torch.randint(min(5, last), last, (batch, text_tokens), generator=generator)
+        if family.tower("language").text_end:
+            end = last if text.eos_token_id == 2 else text.eos_token_id
+            ids = torch.where(ids == end, end - 1, ids).scatter(1, mask.sum(1, keepdim=True) - 1, end)
+        made = {"input_ids": ids * mask, "attention_mask": mask}
+    if "vision" in parts:
+        side = parts["vision"].image_size
+        made["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)
+    return {name: made[name] for name in family.inputs}

@@ -19,8 +19,10 @@ from .data import (
     Columns,
     Pair,
     Purpose,
+    Takes,
     Tally,
     choose_split,
+    every,
     few,
     find_columns,
     is_test,
@@ -58,8 +60,8 @@ class PairSet:
         part = {"calibration": "four fifths of the images", "evaluation": "the other fifth of the images"}[purpose]
         return f"{self.name}, split {self.split(purpose)}" + (f", {part}" if self._shares_split(purpose) else "")
 
-    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0) -> Iterator[Pair]:
-        """Up to `limit` pairs, in an order that the seed decides. No image serves both purposes.
+    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
+        """Up to `limit` pairs that are taken, in an order that the seed decides. No image serves both purposes.
 
         An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label
         where there are labels, is skipped; a warning at the end counts them. Exit 2 for columns that are missing or not
@@ -71,7 +73,7 @@ class PairSet:
         self.out.say(f"{purpose} on {self.describe(purpose)}: images from {columns.image}, texts from {columns.text}, {labels}")
         if self._shares_split(purpose):
             rows = (row for row in rows if purpose_of(row[columns.image]) in (purpose, None))
-        pairs = self._pairs(rows, columns, purpose, sys.maxsize if limit is None else limit)
+        pairs = self._pairs(rows, columns, purpose, sys.maxsize if limit is None else limit, takes)
         return chain([next(pairs)], pairs)
 
     def _shares_split(self, purpose: Purpose) -> bool:
@@ -105,9 +107,15 @@ class PairSet:
         dataset = dataset.shuffle(seed=seed, buffer_size=buffer, max_buffer_input_shards=mixed)
         return _rows(dataset, self.name), columns
 
-    def _pairs(self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int) -> Iterator[Pair]:
+    def _pairs(
+        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int, takes: Takes
+    ) -> Iterator[Pair]:
         folder, where, tally = self.folders.get(self.split(purpose)), self.describe(purpose), Tally()
-        yield from read_rows(rows, columns, folder, limit, tally)
+        given = 0
+        for given, pair in enumerate(read_rows(rows, columns, folder, limit, tally, takes), start=1):  # noqa: B007
+            yield pair
+        if tally.looked > tally.skipped and not given:
+            raise CompError(f"{where}: no pairs that match.", code=REFUSED, hint="Is the label column the right one?")
         if not tally.looked:
             hint = "Give more pairs, or a split for each purpose: train and validation."
             raise CompError(f"{where}: no pairs.", code=REFUSED, hint=hint)

@@ -12,9 +12,9 @@ import torch
 
 from . import __version__, parity, rewrite, tasks
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
-from .families import find_family
-from .graphs import OPSET, TARGETS, VISION, OnnxModel, check_target, write_graphs
-from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
+from .families import Family, find_family, tower_config
+from .graphs import OPSET, TARGETS, VISION, OnnxModel, can_split, check_target, write_graphs
+from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .report import mib, percent
 from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
@@ -41,13 +41,13 @@ class Check:
     """How graphs are judged."""
 
     cases: list[parity.Case]
-    decision: str  # name of the output that holds it
+    task: tasks.Task
     device: str
     tolerance: parity.Tolerance
 
     def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
         with out.progress("checking parity with torch", len(self.cases)) as bar:
-            return parity.check(graphs, self.cases, self.decision, bar.advance)
+            return parity.check(graphs, self.cases, self.task, bar.advance)
 
 
 def export(folder: Path, output: Path, out: Output, options: Options, *, overwrite: bool) -> dict[str, Any]:
@@ -63,16 +63,19 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     started = perf_counter()
     config = read_config(folder)
     family, architecture = find_family(config)
-    task = tasks.TASKS[family.architectures[architecture]]
-    processor = load_processor(folder)
+    task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
+    if options.split and not can_split(family):
+        raise CompError(f"--split: {architecture} encodes only one of images and texts.", code=USAGE)
+    processor = load_processor(folder, family.inputs)
     model = load_model(folder, dtype=torch.float32)
-    longest = min(model.config.text_config.max_position_embeddings, processor.tokenizer.model_max_length, 512)
+    longest = longest_text(model.config.to_dict(), family, processor)
+    checked = longest if family.padding == "max_length" else min(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
         how = {"split": options.split, "rounded": rounded}
-        cases = parity.make_cases(model, task, family, processor, min(TEXT_TOKENS, longest), **how)
-        check = Check(cases, task.output, options.device, tolerance)
+        cases = parity.make_cases(model, task, family, processor, checked, **how)
+        check = Check(cases, task, options.device, tolerance)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
         names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
@@ -82,8 +85,9 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         rows = check.rows(graphs, out)
         problem = parity.problem(rows, tolerance)
         with quiet_libraries():
-            # What is called last is what tokenizer.json asks for: cut at what the model takes, pad within a batch.
-            processor.tokenizer(["a"], padding=True, truncation=True, max_length=longest)
+            if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
+                tokenizer = getattr(processor, "tokenizer", processor)
+                tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
             processor.save_pretrained(partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
         document = {
@@ -174,6 +178,13 @@ def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[
         out.say(f"int8 with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
+
+
+def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
+    """Tokens of the longest text that a model and its tokenizer take; 0 for a model of images."""
+    texts = [tower for tower in family.towers if tower.name == "language"]
+    longest = min([tower_config(config, tower)["max_position_embeddings"] for tower in texts], default=0)
+    return cut_at(processor, min(longest, 512))
 
 
 def refuse(problem: str, partial: Path, failed: Path | None) -> None:

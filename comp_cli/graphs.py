@@ -1,4 +1,4 @@
-"""ONNX graphs: the model as tensors in, decision out, written by torch and run by ONNX Runtime."""
+"""ONNX graphs: the model as tensors in, tensors out, written by torch and run by ONNX Runtime."""
 
 from ast import literal_eval
 from contextlib import redirect_stdout
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .data import random_inputs
 from .errors import DEVICE, USAGE, CompError
 from .families import Family
 from .loading import quiet_libraries
@@ -21,72 +22,97 @@ OPSET = 20
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 WHOLE, VISION, TEXT = "model.onnx", "vision_model.onnx", "text_model.onnx"
-IMAGE_EMBEDS = "image_embeds"
+IMAGE_EMBEDS, TEXT_EMBEDS = "image_embeds", "text_embeds"
 TOKEN_PRUNING = "token_pruning"  # in the names of nodes that score and drop tokens
 
 
 class Graph(nn.Module):
     """The whole model. Floats go in and come out as float32, whatever the weights are.
 
-    pixel_values (batch, 3, side, side), input_ids and attention_mask (batch, tokens) -> decision (batch, classes).
+    Of pixel_values (images, 3, side, side), input_ids and attention_mask (texts, tokens) what the model takes -> the outputs
+    of the task. A task of pairs has one text for each image; others take any number of both.
     """
 
-    dynamic = {
-        "pixel_values": {0: "batch"},
-        "input_ids": {0: "batch", 1: "tokens"},
-        "attention_mask": {0: "batch", 1: "tokens"},
-    }
-
-    def __init__(self, model: nn.Module, task: Task):
+    def __init__(self, model: nn.Module, task: Task, family: Family):
         super().__init__()
-        self.model, self.output = model, task.output
+        self.model, self.family = model, family
+        self.outputs = task.outputs
+        images, texts = ("batch", "batch") if task.paired else ("images", "texts")
+        dynamic = {"pixel_values": {0: images}, "input_ids": {0: texts, 1: "tokens"}, "attention_mask": {0: texts, 1: "tokens"}}
+        self.dynamic = {name: dynamic[name] for name in family.inputs}
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        images = pixel_values.to(_dtype(self))
-        outputs = self.model(pixel_values=images, input_ids=input_ids, attention_mask=attention_mask)
-        return getattr(outputs, self.output).float()
+    def forward(
+        self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if pixel_values is not None:
+            given["pixel_values"] = pixel_values.to(self.dtype)
+        outputs = self.model(**{name: tensor for name, tensor in given.items() if tensor is not None})
+        return tuple(getattr(outputs, name).float() for name in self.outputs)
 
-    def example(self) -> tuple[Tensor, ...]:
-        config = self.model.config
-        return (example_images(config.vision_config), *example_texts(config.text_config))
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def example(self) -> dict[str, Tensor]:
+        """Sizes of 0 and 1 would be baked into a graph, and so could a model's own; these are neither."""
+        texts = random_inputs(self.model.config, self.family, 2, 7)
+        images = random_inputs(self.model.config, self.family, 2 if self.dynamic_together else 3, 7)
+        return {name: (images if name == "pixel_values" else texts)[name] for name in self.dynamic}
+
+    @property
+    def dynamic_together(self) -> bool:
+        """Whether there are as many images as texts."""
+        return len({dims[0] for dims in self.dynamic.values()}) == 1
 
 
-class VisionGraph(nn.Module):
-    """What is done once for an image: pixel_values (images, 3, side, side) -> image_embeds (images, kept tokens, dim)."""
+class ImageGraph(Graph):
+    """What is done once for an image: pixel_values -> image_embeds (images, kept tokens, dim), or (images, dim) of a dual
+    encoder."""
 
-    dynamic = {"pixel_values": {0: "images"}}
+    def __init__(self, model: nn.Module, task: Task, family: Family):
+        super().__init__(model, task, family)
+        self.outputs, self.dynamic = (IMAGE_EMBEDS,), {"pixel_values": {0: "images"}}
 
-    def __init__(self, model: nn.Module, family: Family):
-        super().__init__()
-        self.model, self.family, self.output = getattr(model, family.vision), family, IMAGE_EMBEDS
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return getattr(self.model(pixel_values.to(_dtype(self))), self.family.image_embeds).float()
-
-    def example(self) -> tuple[Tensor, ...]:
-        return (example_images(self.model.config),)
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (encode_images(self.model, self.family, pixel_values.to(self.dtype)).float(),)
 
 
 class TextGraph(Graph):
-    """What is done for every text: image_embeds (1 or batch, kept tokens, dim), input_ids, attention_mask -> decision.
+    """What a dual encoder does for every text: input_ids, attention_mask -> text_embeds (texts, dim)."""
+
+    def __init__(self, model: nn.Module, task: Task, family: Family):
+        super().__init__(model, task, family)
+        self.outputs = (TEXT_EMBEDS,)
+        self.dynamic = {name: dims for name, dims in self.dynamic.items() if name != "pixel_values"}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return (getattr(self.model, self.family.encoders[1])(input_ids=input_ids, **given).pooler_output.float(),)
+
+
+class CrossGraph(Graph):
+    """What is done for every text by a model with cross-attention: image_embeds (1 or batch, kept tokens, dim), input_ids,
+    attention_mask -> the outputs of the task.
 
     It is the model's own forward with a vision tower that hands out what it is given.
     """
-
-    dynamic = {IMAGE_EMBEDS: {0: "images"}, **{name: Graph.dynamic[name] for name in ("input_ids", "attention_mask")}}
 
     def __init__(self, model: nn.Module, task: Task, family: Family, embeds: tuple[int, int]):
         rest = model.__class__.__new__(model.__class__)
         rest.__dict__.update(model.__dict__)
         rest._modules = model._modules | {family.vision: Encoded(family.image_embeds)}
-        super().__init__(rest, task)
+        super().__init__(rest, task, family)
         self.embeds = embeds  # (kept tokens, dim)
+        self.dynamic = {IMAGE_EMBEDS: {0: "images"}} | {n: dims for n, dims in self.dynamic.items() if n != "pixel_values"}
 
-    def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         return super().forward(image_embeds, input_ids, attention_mask)
 
-    def example(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(3, *self.embeds), *example_texts(self.model.config.text_config))  # not as many as texts
+    def example(self) -> dict[str, Tensor]:
+        texts = random_inputs(self.model.config, self.family, 2, 7)
+        made = texts | {IMAGE_EMBEDS: torch.zeros(3, *self.embeds)}  # not as many as texts
+        return {name: made[name] for name in self.dynamic}
 
 
 class Encoded(nn.Module):
@@ -100,18 +126,16 @@ class Encoded(nn.Module):
         return BaseModelOutputWithPooling(**{self.field: pixel_values})
 
 
-# Sizes of 0 and 1 would be baked into a graph, and so could a model's own; these are neither.
-def example_images(vision_config: Any) -> Tensor:
-    return torch.zeros(2, 3, vision_config.image_size, vision_config.image_size)
+def encode_images(model: nn.Module, family: Family, pixel_values: Tensor) -> Tensor:
+    """What the rest of a model, or whoever compares embeddings, reads of images."""
+    if family.encoders:
+        return getattr(model, family.encoders[0])(pixel_values=pixel_values).pooler_output
+    return getattr(getattr(model, family.vision)(pixel_values), family.image_embeds)
 
 
-def example_texts(text_config: Any) -> tuple[Tensor, Tensor]:
-    tokens = min(7, text_config.max_position_embeddings)
-    return torch.full((2, tokens), 1), torch.ones(2, tokens, dtype=torch.long)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def can_split(family: Family) -> bool:
+    """Whether images can be encoded apart from texts."""
+    return family.encoders is not None or family.vision is not None
 
 
 def write_graphs(
@@ -120,22 +144,28 @@ def write_graphs(
     """Write model.onnx, or the pair of vision_model.onnx and text_model.onnx; returns their names in the order they run."""
     how = {"opset": opset, "target": target}
     if not split:
-        write_graph(model, task, folder / WHOLE, **how)
+        write_graph(model, task, family, folder / WHOLE, **how)
         return [WHOLE]
-    vision = VisionGraph(model, family)
-    with torch.no_grad():
-        embeds = vision(*vision.example()).shape[1:]
-    write(vision, folder / VISION, **how)
-    write(TextGraph(model, task, family, tuple(embeds)), folder / TEXT, **how)
+    images = ImageGraph(model, task, family)
+    write(images, folder / VISION, **how)
+    if family.encoders:
+        texts = TextGraph(model, task, family)
+    else:
+        with torch.no_grad():
+            (embeds,) = images(**images.example())
+        texts = CrossGraph(model, task, family, tuple(embeds.shape[1:]))
+    write(texts, folder / TEXT, **how)
     return [VISION, TEXT]
 
 
-def write_graph(model: nn.Module, task: Task, path: Path, *, opset: int = OPSET, target: str = TARGETS[0]) -> None:
+def write_graph(
+    model: nn.Module, task: Task, family: Family, path: Path, *, opset: int = OPSET, target: str = TARGETS[0]
+) -> None:
     """Write the whole model as one graph."""
-    write(Graph(model, task), path, opset=opset, target=target)
+    write(Graph(model, task, family), path, opset=opset, target=target)
 
 
-def write(graph: Graph | VisionGraph, path: Path, *, opset: int, target: str) -> None:
+def write(graph: Graph, path: Path, *, opset: int, target: str) -> None:
     """Write a graph with dynamic batch and text length; attention of compact models as one node for "onnxruntime"."""
     for module in graph.modules():
         if isinstance(module, CompactAttention):
@@ -144,16 +174,16 @@ def write(graph: Graph | VisionGraph, path: Path, *, opset: int, target: str) ->
     with quiet_libraries(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
-            graph.example(),
+            kwargs=graph.example(),
             dynamo=True,
             input_names=list(graph.dynamic),
-            output_names=[graph.output],
+            output_names=list(graph.outputs),
             dynamic_shapes=graph.dynamic,
             opset_version=opset,
             verbose=False,
         )
     tidy(program.model)
-    weights = sum(p.numel() * p.element_size() for p in graph.parameters())
+    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 
 

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights  # noqa: E402
 
 from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
 from .families import find_family  # noqa: E402
+from .families.base import INPUTS  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
 from .store import read_config  # noqa: E402
 
@@ -106,20 +107,28 @@ def build_compact(config: transformers.PretrainedConfig, architecture: str, stat
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 
-def load_processor(folder: Path) -> transformers.ProcessorMixin:
-    """Image processor and tokenizer of a checkpoint folder. Exit 4 where they are missing or broken."""
+def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
+    """Image processor and tokenizer of a checkpoint folder, or the one that makes the `inputs` of a model. Exit 4 where they
+    are missing or broken."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-    if not any(any(folder.glob(name)) for name in files):  # transformers would make up a tokenizer without words
+    images, texts = "pixel_values" in inputs, "input_ids" in inputs
+    if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
         raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
+    both, one = transformers.AutoProcessor, transformers.AutoImageProcessor if images else transformers.AutoTokenizer
     try:
         with quiet_libraries():
-            return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+            return (both if images and texts else one).from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CompError(
             f"{folder}: the processor does not load: {_first_line(error)}",
             code=REFUSED,
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
+
+
+def cut_at(processor: Any, wanted: int) -> int:
+    """Tokens of the longest text, at most `wanted`, that the tokenizer of a processor allows."""
+    return min(wanted, getattr(getattr(processor, "tokenizer", processor), "model_max_length", wanted))
 
 
 def check_finite(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -36,7 +36,7 @@ def peak_memory(
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
             if done.returncode:
                 raise CompError(f"measuring the memory of {path} failed: {done.stderr.strip().splitlines()[-1:]}")
-            batch = len(inputs["input_ids"])
+            batch = len(next(iter(inputs.values())))
             rows.append({"backend": backend, "side": side, "batch": batch, "bytes": json.loads(done.stdout)["bytes"]})
             bar.advance()
     return rows

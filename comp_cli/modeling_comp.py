@@ -72,6 +72,31 @@ def class_attention(
     return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0].masked_fill(~valid, -1.0)
 
 
+def last_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """How much attention the last token that is not padding pays to each: max over heads, with CIT as in `token_scores`.
+
+    For causal towers, whose last token is all that is read. Their other rows cannot be summed: a later token is seen by fewer.
+    """
+    if attention_mask is None:
+        attention_mask = key.new_ones(key.shape[0], 1, 1, key.shape[2], dtype=torch.bool)
+    valid = unmasked(attention_mask)[:, 0, -1]
+    last = torch.where(valid, torch.arange(key.shape[2], device=key.device), -1).amax(-1).view(-1, 1, 1, 1)
+    query = query.gather(2, last.expand(query.shape[0], query.shape[1], 1, query.shape[3]))
+    logits = ((query * scale) @ key.transpose(-1, -2)).masked_fill(~valid[:, None, None], torch.finfo(query.dtype).min)
+    attention = logits.softmax(-1, dtype=torch.float32)
+    if head_mask is not None:
+        attention = attention * head_mask.view(1, -1, 1, 1)
+    return attention.amax(1)[:, 0].masked_fill(~valid, -1.0)
+
+
 def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Scores that know nothing of the image: an order of the positions, (tokens,) -> (tokens,), the same for each sample."""
 
@@ -99,9 +124,10 @@ def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
 
 
-# How tokens are ranked. All but the first are baselines.
+# How tokens are ranked. All but the first two are baselines.
 TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "attention": token_scores,
+    "last": last_attention,
     "cls": class_attention,
     "stride": by_position(bit_reversed),
     "random": by_position(hashed),
@@ -151,7 +177,9 @@ def fused_attention(
     scale: float,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """ONNX Runtime's MultiHeadAttention node, for export only. All (batch, tokens, heads * head_dim), mask additive."""
+    """ONNX Runtime's MultiHeadAttention node, for export only. All (batch, tokens, heads * head_dim)."""
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     bias = () if attention_mask is None else (None, None, attention_mask)
     return torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
@@ -182,7 +210,7 @@ class CompactAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.layout = layout
-        self.skip_first = True
+        self.skip_first, self.causal = True, False
         self.score_rows: int | None = None
         self.score_rule = "attention"
         self.head_mask: torch.Tensor | None = None
@@ -209,6 +237,8 @@ class CompactAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if encoder_hidden_states is not None:
             attention_mask = None  # as in the stock model: image tokens have no padding
+        else:
+            attention_mask = self.complete(attention_mask, hidden_states)
         query, key, value = self.project(hidden_states, encoder_hidden_states)
         if self.share_images and encoder_hidden_states is not None and torch.onnx.is_in_onnx_export():
             key, value = share_images(key, query), share_images(value, query)
@@ -226,6 +256,13 @@ class CompactAttention(nn.Module):
             states = (self.split(states.detach()) for states in (query, key))
             scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
+
+    def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a causal tower where transformers left it out, which it does where nothing is padded."""
+        if attention_mask is not None or not self.causal:
+            return attention_mask
+        batch, tokens, _ = hidden_states.shape
+        return hidden_states.new_ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
 
     def project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
         """Queries, keys and values, each (batch, tokens, heads * head_dim)."""
@@ -248,20 +285,21 @@ class TokenPruning:
 
     def hand_on(
         self, hidden_states: torch.Tensor, scores: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer; also returns the mask of
+        those and their indices (batch, keep), None where all stay."""
         if self.keep is None:
-            return hidden_states, attention_mask
+            return hidden_states, attention_mask, None
         if torch.compiler.is_exporting():
             keep = torch.sym_min(self.keep, hidden_states.shape[1])  # no branch on the text length in a graph
         elif hidden_states.shape[1] <= self.keep:
-            return hidden_states, attention_mask
+            return hidden_states, attention_mask, None
         else:
             keep = self.keep
         kept = kept_tokens(scores, keep, self.protected)
         if attention_mask is not None:
             attention_mask = select_mask(attention_mask, kept)
-        return select_tokens(hidden_states, kept), attention_mask
+        return select_tokens(hidden_states, kept), attention_mask, kept
 
 
 class PreNormLayer(TokenPruning):
@@ -269,9 +307,9 @@ class PreNormLayer(TokenPruning):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
         attended, scores = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask)
-        hidden_states, attention_mask = self.hand_on(hidden_states + attended, scores, attention_mask)
+        hidden_states, attention_mask, kept = self.hand_on(hidden_states + attended, scores, attention_mask)
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states if self.keep is None else (hidden_states, attention_mask)
+        return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
 
 
 class PostNormLayer(TokenPruning):
@@ -285,23 +323,27 @@ class PostNormLayer(TokenPruning):
         **kwargs: Any,
     ):
         hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask)
-        hidden_states, attention_mask = self.hand_on(hidden_states, scores, attention_mask)
+        hidden_states, attention_mask, kept = self.hand_on(hidden_states, scores, attention_mask)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states)
         hidden_states = self.feed_forward_chunk(hidden_states)
-        return hidden_states if self.keep is None else (hidden_states, attention_mask)
+        return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
 
 
 LAYERS = {"pre_norm": PreNormLayer, "post_norm": PostNormLayer}
 
 
 class CompactEncoder(nn.Module):
-    """Runs the layers of a tower in which the number of tokens falls from layer to layer."""
+    """Runs the layers of a tower in which the number of tokens falls from layer to layer.
 
-    def __init__(self, stock: nn.Module, layers: str):
+    With `in_place` the tokens that are left come out where they were, zeros between them: what is behind the tower reads
+    them by position.
+    """
+
+    def __init__(self, stock: nn.Module, layers: str, in_place: bool):
         super().__init__()
         self.config = getattr(stock, "config", None)
-        self.layers_name = layers
+        self.layers_name, self.in_place = layers, in_place
         self.add_module(layers, getattr(stock, layers))
 
     def forward(
@@ -313,11 +355,17 @@ class CompactEncoder(nn.Module):
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         hidden_states = inputs_embeds if hidden_states is None else hidden_states
+        entered, positions = hidden_states, None
         if encoder_hidden_states is not None:
             kwargs["encoder_hidden_states"] = encoder_hidden_states
         for layer in getattr(self, self.layers_name):
             output = layer(hidden_states, attention_mask=attention_mask, **kwargs)
-            hidden_states, attention_mask = output if isinstance(output, tuple) else (output, attention_mask)
+            hidden_states, attention_mask, kept = output if isinstance(output, tuple) else (output, attention_mask, None)
+            if kept is not None and self.in_place:
+                positions = kept if positions is None else positions.gather(1, kept)
+        if positions is not None:
+            index = positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+            hidden_states = torch.zeros_like(entered).scatter(1, index, hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 
@@ -338,6 +386,7 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
             continue
         attention = CompactAttention(stock.get_submodule(parts["module"]), parts, **sizes[kind])
         attention.skip_first = "first" in layout["protected"]
+        attention.causal = kind == "attention" and layout.get("causal", False)
         layer.set_submodule(parts["module"], attention)
         if attention.out_name is None:
             out = layer.get_submodule(parts["out"])
@@ -353,6 +402,24 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
     return layer
 
 
+class EndOfText:
+    """A text model that is read at the first end-of-text token. What comes behind it is padding, whatever mask is given: so
+    that the end is the last token of every text, which stays. Mixed in before the stock class."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+        ids = input_ids.view(-1, input_ids.shape[-1])
+        # Configs of the first checkpoints say 2 where the end is the highest id (see transformers' CLIPTextModel).
+        ends = ids == (self.eos_token_id if self.eos_token_id != 2 else ids.amax(-1, keepdim=True))
+        behind = ends.long().cumsum(-1) - ends.long() > 0
+        attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        return super().forward(input_ids, attention_mask=attention_mask.masked_fill(behind, 0), **kwargs)
+
+
+@cache
+def _ending(stock_class: type) -> type:
+    return type(f"Compact{stock_class.__name__}", (EndOfText, stock_class), {"__module__": __name__})
+
+
 def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
     """Give every tower of a stock model the sizes of its plan, in place."""
     for tower in comp["towers"]:
@@ -364,7 +431,11 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
         for index, sizes in enumerate(tower["layers"]):
             layers[index] = compact_layer(layers[index], layout, sizes, tower)
         if any(sizes["keep"] is not None for sizes in tower["layers"]):
-            model.set_submodule(layout["encoder"], CompactEncoder(encoder, layout["layers"]))
+            pooled_at_end = layout.get("text_end")
+            model.set_submodule(layout["encoder"], CompactEncoder(encoder, layout["layers"], pooled_at_end is not None))
+            if pooled_at_end is not None:
+                text_model = model.get_submodule(pooled_at_end)
+                text_model.__class__ = _ending(type(text_model))
 
 
 @cache

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import data, tasks
 from .families import Family
-from .graphs import IMAGE_EMBEDS, OnnxModel
+from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, OnnxModel, encode_images
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
 LONG = 5  # captions in a row make a long text
@@ -52,7 +52,8 @@ class Parity:
     text_tokens: int
     max_error: float
     mean_error: float
-    same_decision: float | None  # share of the batch; None for outputs that decide nothing
+    judged: bool  # whether the tolerance holds for this output
+    same_decision: float | None  # share of the batch, in one row of each case
 
 
 def make_cases(
@@ -62,48 +63,57 @@ def make_cases(
     pairs = list(data.scene_pairs("train", 8 + DECISIONS * rounded, labelled=False))
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
-    given = [("real", data.make_batch(part, processor, longest).inputs) for part in parts]
-    if split:
+    collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels)
+    given = [("real", collate(part).inputs) for part in parts]
+    if split or (len(family.towers) > 1 and not task.paired):
         inputs = given[2][1]
         given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
-        given.append(("random", data.random_inputs(model.config, batch, tokens, padded=padded)))
-    return [Case(name, inputs, expected(model, task, family, inputs)) for name, inputs in given]
+        given.append(("random", data.random_inputs(model.config, family, batch, tokens, padded=padded)))
+    return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
 
 
-def expected(model: nn.Module, task: tasks.Task, family: Family, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def expected(
+    model: nn.Module, task: tasks.Task, family: Family, inputs: dict[str, Tensor], *, split: bool
+) -> dict[str, Tensor]:
     """What torch says; an image alone goes with every text."""
-    taken = {}
-    vision = getattr(model, family.vision)
-    hook = vision.register_forward_hook(lambda _, __, out: taken.update({IMAGE_EMBEDS: getattr(out, family.image_embeds)}))
-    images = inputs["pixel_values"]
-    every = images.expand(len(inputs["input_ids"]), -1, -1, -1)
-    try:
-        with torch.inference_mode():
-            decision = task.logits(model, inputs | {"pixel_values": every})
-    finally:
-        hook.remove()
-    return {IMAGE_EMBEDS: taken[IMAGE_EMBEDS][: len(images)], task.output: decision}
+    found = {}
+    with torch.inference_mode():
+        if split:
+            found[IMAGE_EMBEDS] = encode_images(model, family, inputs["pixel_values"])
+        if split and family.encoders:
+            texts = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+            return found | {TEXT_EMBEDS: getattr(model, family.encoders[1])(**texts).pooler_output}
+        if task.paired:
+            every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)
+            inputs = inputs | {"pixel_values": every}
+        outputs = model(**inputs)
+    return found | {name: getattr(outputs, name).float() for name in task.outputs}
 
 
-def check(onnx_model: OnnxModel, cases: list[Case], decision: str, advance: Callable[[], None] = lambda: None) -> list[Parity]:
+def check(
+    onnx_model: OnnxModel, cases: list[Case], task: tasks.Task, advance: Callable[[], None] = lambda: None
+) -> list[Parity]:
     """One row for each output of each case."""
     rows = []
     for case in cases:
-        found = onnx_model.run(case.inputs)
-        for output, values in case.expected.items():
-            if output in found:
-                rows.append(compare(case, output, values, torch.from_numpy(found[output]), output == decision))
+        outputs = onnx_model.run(case.inputs)
+        found = {name: torch.from_numpy(outputs[name]) for name in case.expected}
+        agreed = tasks.agreement(task.decisions(case.expected), task.decisions(found))
+        judged = [name for name in found if name in task.judged]
+        for name in found:
+            same = agreed if name == judged[-1] else None
+            rows.append(compare(case, name, case.expected[name], found[name], name in judged, same))
         advance()
     return rows
 
 
-def compare(case: Case, output: str, expected: Tensor, found: Tensor, decides: bool) -> Parity:
+def compare(case: Case, output: str, expected: Tensor, found: Tensor, judged: bool, same_decision: float | None) -> Parity:
     error = (expected - found).abs()
     largest = error.max().item() if torch.isfinite(error).all() else float("inf")
-    agreed = tasks.agreement(expected, found) if decides else None
-    images, (batch, tokens) = len(case.inputs["pixel_values"]), case.inputs["input_ids"].shape
-    return Parity(output, case.name, images, batch, tokens, largest, error.mean().item(), agreed)
+    images, texts = len(case.inputs.get("pixel_values", ())), case.inputs.get("input_ids", torch.empty(0, 0))
+    batch, tokens = texts.shape if len(texts) else (images, 0)
+    return Parity(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
 
 
 def agreement(rows: list[Parity]) -> float:
@@ -113,8 +123,8 @@ def agreement(rows: list[Parity]) -> float:
 
 
 def problem(rows: list[Parity], tolerance: Tolerance) -> str | None:
-    """What is wrong, in a sentence; None where the graphs say what torch says. Only what decides is judged."""
-    worst = max((row for row in rows if row.same_decision is not None), key=lambda row: row.max_error)
+    """What is wrong, in a sentence; None where the graphs say what torch says. Only what the task names is judged."""
+    worst = max((row for row in rows if row.judged), key=lambda row: row.max_error)
     if not worst.max_error <= tolerance.atol:
         return (
             f"the graph differs from torch by {worst.max_error:.2e} (batch {worst.batch}, {worst.text_tokens} text "

@@ -10,10 +10,9 @@ from torch import nn
 
 from . import __version__, report, tasks
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
-from .data import random_inputs
 from .engine import flops
 from .engine.methods import METHODS
-from .errors import FAILED, USAGE, CompError
+from .errors import FAILED, GATE, USAGE, CompError
 from .journal import Journal
 from .loading import pick_dtype
 from .output import Output
@@ -44,11 +43,13 @@ def prune(
     overwrite: bool = False,
     dry_run: bool = False,
     resume: bool = True,
+    max_drop: float | None = None,
     **hub_options: Any,
 ) -> dict[str, Any]:
     """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
 
-    A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights.
+    A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Exit 3 where the
+    metric falls by more than `max_drop` points: then the folder is not written, and the journal stays.
     """
     check_ratio(options.ratio)
     if options.method not in METHODS:
@@ -59,6 +60,8 @@ def prune(
     if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
         raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise CompError(f"--max-drop {max_drop:g}: expected points from 0 to 100.", code=USAGE)
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
         raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
     device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
@@ -66,7 +69,7 @@ def prune(
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
-    dense = open_dense(options.model, out, device=device, **sizes, **hub_options)
+    dense = open_dense(options.model, out, device=device, task=options.task, **sizes, **hub_options)
     num_samples = options.num_samples or max(affordable(dense, 256, 64), options.stage_samples or 0)
     options = replace(
         options,
@@ -77,7 +80,7 @@ def prune(
     )
     save_dtype = wanted_dtype or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
-    training = count_steps(options.training, pairs, out)
+    training = count_steps(options.training, dense.task, pairs, out)
     options = replace(options, training=replace(training, lr=training.lr or affordable(dense, 1e-4, 1e-5)))
     if dry_run and training.steps:
         out.say("--dry-run: without the training.")
@@ -96,10 +99,11 @@ def prune(
         return document
     quality, per_pair = compare(dense, compact, pairs, options, out)
     document |= {"quality": quality}
+    check_drop(quality, max_drop)
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
         write_checkpoint(folder, dense, compact, plan, document, save_dtype)
-        check_reload(folder, dense, compact, random_inputs(dense.hf_config, 2, 4))
+        check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
         write_report(folder, document, plan)
     journal.remove()
@@ -145,25 +149,39 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
 
 
 def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> tuple[dict[str, Any], float]:
-    """Dense against compact on pairs that calibration never saw: accuracy where there are labels, else agreement. And the
-    seconds that the dense model took for a pair."""
+    """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
+    And the seconds that the dense model took for a pair."""
     batches = batches_of(dense, pairs, "evaluation", options.eval_samples, options.batch_size)
-    found, seconds = {}, {}
+    found, seconds, task = {}, {}, dense.task
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
             begin = time.perf_counter()
-            found[name] = tasks.evaluate(model, dense.task, batches, bar.advance)
+            found[name] = tasks.evaluate(model, task, batches, bar.advance)
             seconds[name] = time.perf_counter() - begin
-    accuracy = {name: evaluation.accuracy for name, evaluation in found.items()}
-    both = found["dense"].logits, found["compact"].logits
+    before, after = found["dense"], found["compact"]
+    both = [task.questions(evaluation.read, evaluation.labels) for evaluation in (before, after)]
+    metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
     quality = {
-        "samples": found["dense"].samples,
+        "samples": before.samples,
         "data": pairs.describe("evaluation"),
-        "accuracy": accuracy if accuracy["dense"] is not None else None,
-        "agreement": tasks.agreement(*both),
-        "divergence": tasks.divergence(*both),
+        "metric": task.metric,
+        "metrics": metrics or None,
+        "agreement": tasks.agreements(*both),
+        "divergence": tasks.divergence(*both).item(),
     }
-    return quality, seconds["dense"] / found["dense"].samples
+    return quality, seconds["dense"] / before.samples
+
+
+def check_drop(quality: dict[str, Any], allowed: float | None) -> None:
+    """Exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
+    if allowed is None:
+        return
+    name, metrics = quality["metric"], quality["metrics"]
+    before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
+    if not 100 * (before - after) <= allowed:
+        said = f"{name if metrics else 'agreement'} falls from {100 * before:.1f} to {100 * after:.1f} %"
+        hint = "Nothing was written. Try a lower --ratio, or --steps; with a larger --max-drop the same command ends at once."
+        raise CompError(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
 
 
 def cost(searched: float, dense_pass: float) -> dict[str, float]:

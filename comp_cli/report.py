@@ -93,20 +93,24 @@ def comparison_rows(document: dict[str, Any]) -> list[list[str]]:
         rows.append([f"{tower} tokens, mean over layers", str(entering), f"{mean:.1f}", change(entering, mean)])
     rows.append(["weights on disk", mib(size["dense"]), mib(size["compact"]), change(size["dense"], size["compact"])])
     quality = document["quality"]
-    if quality["accuracy"]:
-        found = quality["accuracy"]
+    for name, found in (quality["metrics"] or {}).items():
         points = f"{100 * (found['compact'] - found['dense']):+.1f} points"
-        rows.append([f"accuracy ({quality['samples']} pairs)", percent(found["dense"]), percent(found["compact"]), points])
+        rows.append([f"{name} ({quality['samples']} pairs)", percent(found["dense"]), percent(found["compact"]), points])
     rows.append([f"same decision ({quality['samples']} pairs)", "", percent(quality["agreement"]), ""])
     return rows
+
+
+def reference_input(document: dict[str, Any]) -> str:
+    """ "577 image tokens, 35 text tokens"."""
+    kinds = {"vision": "image", "language": "text"}
+    return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in document["reference"]["tokens"].items())
 
 
 def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     columns = ["", "dense", "compact", "change"]
     out.table(f"{document['base_model']} at ratio {document['ratio']:.3f}", columns, comparison_rows(document))
-    tokens = document["reference"]["tokens"]
     out.line(
-        f"Reference input: {tokens['vision']} image tokens, {tokens['language']} text tokens; FLOPs are 2 x multiply-"
+        f"Reference input: {reference_input(document)}; FLOPs are 2 x multiply-"
         f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s."
     )
     if "cost" in document:

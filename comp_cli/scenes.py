@@ -197,6 +197,22 @@ def examples(split: str, count: int, seed: int = 0) -> Iterator[Example]:
             made += 1
 
 
+def images(split: str, count: int, seed: int = 0) -> Iterator[tuple[Scene, int]]:
+    """The first `count` scenes of a split with their backgrounds, the families in turn: each has a twin that differs in one
+    thing."""
+    first = SPLITS[split] + seed % 10**9 * 10**8
+    for number in range(count):
+        left, right = hard_pair(first + number // 2)[:2]  # one caption with both scenes
+        chosen = (left, right)[number % 2]
+        yield chosen.scene, chosen.background
+
+
+def describe(scene: Scene) -> str:
+    """All things of a scene, from left to right."""
+    named = [f"a {thing.size} {thing.colour} {thing.shape}" for thing in sorted(scene, key=lambda thing: (thing.x, thing.y))]
+    return ", ".join(named[:-1]) + " and " + named[-1]
+
+
 def render(scene: Scene, background: int) -> Image.Image:
     """The scene as an RGB image of IMAGE_SIZE px on a side."""
     noise = np.random.default_rng(background)

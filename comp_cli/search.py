@@ -39,6 +39,7 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     data: DataOptions = DataOptions()
+    task: str | None = None
     training: Training = Training()
     # Ablations of the method comp.
     cip: bool = True

@@ -1,66 +1,266 @@
-"""What a model is for: its decisions, its metric, and how far a compact model strays from the dense one."""
+"""What a model is for: which of its outputs are read, its metrics, and how far a compact model strays from the dense one.
 
-from collections.abc import Callable, Iterable
+A task puts questions to a set of samples: rows of logits over candidates, and where it is known which are right. Whether
+an image and a text match is one question for each pair; retrieval asks each image for its texts and each text for its image.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import Batch
+from .data import Batch, Pair
+from .errors import USAGE, CompError
+
+Read = tuple[Tensor, ...]  # what a task reads of a model's outputs, each (batch, ...): batches can be joined
 
 
 @dataclass(frozen=True)
+class Question:
+    """logits (rows, candidates); right (rows, candidates), booleans, at least one in a row, or None where nobody said."""
+
+    logits: Tensor
+    right: Tensor | None = None
+
+    def loss(self) -> Tensor:
+        """Mean surprise, in nats, that a right candidate is chosen."""
+        return -self.logits.log_softmax(-1).masked_fill(~self.right, -torch.inf).logsumexp(-1).mean()
+
+    def hits(self, first: int = 1) -> float:
+        """Share of the rows with a right candidate among the `first` best."""
+        found = self.logits.topk(min(first, self.logits.shape[-1]), dim=-1).indices
+        return self.right.gather(-1, found).any(-1).float().mean().item()
+
+
 class Task:
-    """`logits` runs the model: inputs -> (batch, classes)."""
+    """Names of outputs are those of the transformers class; they are the names in ONNX graphs as well.
+
+    outputs: what a graph hands out. judged: those that an export must get right. metric: the one that counts.
+    """
 
     name: str
-    output: str  # name of the model output that holds the decision; also the name in ONNX graphs
-    feature: str  # name of the model output whose first token the decision is read from, (batch, tokens, dim)
+    outputs: tuple[str, ...]
+    judged: tuple[str, ...]
+    metric: str
+    mismatches = False  # whether pairs that do not match are of use
+    paired = False  # whether the model takes one text for each image
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        return getattr(model(**inputs), self.output).float()
+    def read(self, model: nn.Module, outputs: object) -> Read:
+        """Of the outputs of a model what the questions are made of."""
+        raise NotImplementedError
 
-    def read(self, outputs: object) -> tuple[Tensor, Tensor]:
-        """Of a model's outputs the decisions (batch, classes) and the features behind them (batch, dim)."""
-        return getattr(outputs, self.output).float(), getattr(outputs, self.feature)[:, 0].float()
+    def features(self, read: Read) -> Tensor:
+        """What the decisions are made of, (batch, dim)."""
+        raise NotImplementedError
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        raise NotImplementedError
+
+    def labels(self, pairs: Sequence[Pair]) -> Tensor | None:
+        """(batch,) integers; None where nobody said."""
+        raise NotImplementedError
+
+    def guesses(self, read: Read) -> Tensor:
+        """The model's own decisions as labels, for pairs that have none."""
+        raise NotImplementedError
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def decisions(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits (rows, candidates) of the outputs of exported graphs."""
+        return outputs[self.outputs[0]]
+
+    def takes(self, pair: Pair) -> bool:
+        return self.mismatches or pair.label != 0
 
 
-TASKS = {"itm": Task("itm", output="itm_score", feature="question_embeds")}
+@dataclass(frozen=True)
+class Matching(Task):
+    """Do image and text belong together? Labels: 1 where they do, else 0."""
+
+    name: str = "itm"
+    outputs: tuple[str, ...] = ("itm_score",)
+    judged: tuple[str, ...] = ("itm_score",)
+    metric: str = "accuracy"
+    feature: str = "question_embeds"  # (batch, tokens, dim), of which the first decides
+    mismatches = paired = True
+
+    def read(self, model: nn.Module, outputs: object) -> Read:
+        return getattr(outputs, self.outputs[0]).float(), getattr(outputs, self.feature)[:, 0].float()
+
+    def features(self, read: Read) -> Tensor:
+        return read[1]
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        logits = read[0]
+        return [Question(logits, None if labels is None else F.one_hot(labels, logits.shape[-1]).bool())]
+
+    def labels(self, pairs: Sequence[Pair]) -> Tensor | None:
+        known = all(pair.label is not None for pair in pairs)
+        return torch.tensor([pair.label for pair in pairs]) if known else None
+
+    def guesses(self, read: Read) -> Tensor:
+        return read[0].argmax(-1)
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        return {"accuracy": questions[0].hits()}
+
+
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Which text belongs to an image, which image to a text, among all samples. Labels: numbers of the images."""
+
+    name: str = "retrieval"
+    outputs: tuple[str, ...] = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+    judged: tuple[str, ...] = ("text_embeds", "image_embeds")
+    metric: str = "recall@1"
+
+    def read(self, model: nn.Module, outputs: object) -> Read:
+        """Embeddings of length 1, and the scale of the logits (a bias changes no choice)."""
+        images, texts = (F.normalize(getattr(outputs, name).float(), dim=-1) for name in ("image_embeds", "text_embeds"))
+        return images, texts, model.logit_scale.float().exp().expand(len(images))
+
+    def features(self, read: Read) -> Tensor:
+        return torch.cat(read[:2], dim=-1)
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        images, texts, scale = read
+        labels = torch.arange(len(images), device=images.device) if labels is None else labels
+        # An image with several texts is one candidate: the first of its rows.
+        first = (labels[:, None] == labels).float().argmax(-1) == torch.arange(len(labels), device=labels.device)
+        logits = (images * scale.unsqueeze(-1)) @ texts.T
+        right = labels[:, None] == labels
+        return [Question(logits[first], right[first]), Question(logits.T[:, first], right[:, first])]
+
+    def labels(self, pairs: Sequence[Pair]) -> Tensor:
+        return torch.tensor([pair.image_id for pair in pairs])
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        to_text, to_image = questions
+        found = {"recall@1": (to_text.hits() + to_image.hits()) / 2}
+        for name, question in ("image to text", to_text), ("text to image", to_image):
+            found |= {f"{name} recall@{first}": question.hits(first) for first in (1, 5, 10)}
+        return found
+
+    def decisions(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        images, texts = (F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds"))
+        return images @ texts.T
+
+
+@dataclass(frozen=True)
+class Embedding(Task):
+    """One encoder of a dual pair, on its own: which of the other samples is the nearest? No labels: the dense model knows."""
+
+    name: str
+    output: str
+    metric: str = "agreement"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.output,)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        return (self.output,)
+
+    def read(self, model: nn.Module, outputs: object) -> Read:
+        return (F.normalize(getattr(outputs, self.output).float(), dim=-1),)
+
+    def features(self, read: Read) -> Tensor:
+        return read[0]
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        logits = SHARPNESS * read[0] @ read[0].T
+        logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), -1e4)
+        return [Question(logits, None if labels is None else F.one_hot(labels, len(logits)).bool())]
+
+    def labels(self, pairs: Sequence[Pair]) -> None:
+        return None
+
+    def guesses(self, read: Read) -> Tensor:
+        return self.questions(read, None)[0].logits.argmax(-1)
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        return {"agreement": questions[0].hits()}
+
+    def decisions(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        return self.questions((F.normalize(outputs[self.output], dim=-1),), None)[0].logits
+
+
+SHARPNESS = 20.0  # what a cosine counts where a model has no scale of its own
+
+TASKS = {
+    task.name: task
+    for task in (
+        Matching(),
+        Retrieval(),
+        Embedding("image-embedding", "image_embeds"),
+        Embedding("text-embedding", "text_embeds"),
+    )
+}
+
+
+def choose(tasks: Sequence[str], wanted: str | None = None) -> Task:
+    """The usual one of an architecture's tasks, or the one that was asked for. Exit 2 where it is none of them."""
+    if wanted is not None and wanted not in tasks:
+        raise CompError(f"--task {wanted}: this model is for {', '.join(tasks)}.", code=USAGE)
+    return TASKS[wanted or tasks[0]]
+
+
+def joined(reads: Sequence[Read]) -> Read:
+    """What was read of batches, as if of one."""
+    return tuple(torch.cat(parts) for parts in zip(*reads, strict=True))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over `samples` pairs: share of right decisions and mean cross-entropy (None without labels), and every logit."""
+    """Over `samples` samples: what was read, the labels, the task's metrics and mean surprise (None without labels)."""
 
-    logits: Tensor
+    read: Read
+    labels: Tensor | None
     samples: int
-    accuracy: float | None
+    metrics: dict[str, float] | None
     loss: float | None
+
+    def metric(self, task: Task) -> float | None:
+        """The metric that counts."""
+        return self.metrics and self.metrics[task.metric]
 
 
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None) -> Evaluation:
     """Run a model over batches. Deterministic for a given order of the batches."""
     weight = next(model.parameters())
-    logits, labels = [], []
+    reads, labels = [], []
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(weight.device, weight.dtype)
-            logits.append(task.logits(model, batch.inputs).cpu())
+            reads.append(tuple(part.cpu() for part in task.read(model, model(**batch.inputs))))
             labels.append(None if batch.labels is None else batch.labels.cpu())
             advance()
-    found = torch.cat(logits)
+    read = joined(reads)
     if any(label is None for label in labels):
-        return Evaluation(found, len(found), None, None)
+        return Evaluation(read, None, len(read[0]), None, None)
     target = torch.cat(labels)
-    right = (found.argmax(-1) == target).float().mean().item()
-    return Evaluation(found, len(found), right, F.cross_entropy(found, target).item())
+    questions = task.questions(read, target)
+    return Evaluation(read, target, len(target), task.metrics(questions), loss(questions).item())
 
 
-def divergence(dense: Tensor, compact: Tensor) -> float:
-    """Mean KL(dense || compact) of the decisions, in nats. (batch, classes) each."""
-    return F.kl_div(compact.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True).item()
+def loss(questions: list[Question]) -> Tensor:
+    """Mean over the questions."""
+    return torch.stack([question.loss() for question in questions]).mean()
+
+
+def divergence(dense: list[Question], compact: list[Question]) -> Tensor:
+    """Mean KL(dense || compact) of the decisions, in nats."""
+    found = [
+        F.kl_div(c.logits.log_softmax(-1), d.logits.log_softmax(-1), reduction="batchmean", log_target=True)
+        for d, c in zip(dense, compact, strict=True)
+    ]
+    return torch.stack(found).mean()
 
 
 def distance(dense: Tensor, compact: Tensor) -> Tensor:
@@ -69,5 +269,11 @@ def distance(dense: Tensor, compact: Tensor) -> Tensor:
 
 
 def agreement(dense: Tensor, compact: Tensor) -> float:
-    """Share of pairs on which both models decide alike."""
+    """Share of rows in which the best candidate is the same. (rows, candidates) each."""
     return (dense.argmax(-1) == compact.argmax(-1)).float().mean().item()
+
+
+def agreements(dense: list[Question], compact: list[Question]) -> float:
+    """Mean of `agreement` over the questions."""
+    found = [agreement(d.logits, c.logits) for d, c in zip(dense, compact, strict=True)]
+    return sum(found) / len(found)

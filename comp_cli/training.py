@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import data, tasks
@@ -101,14 +100,14 @@ def precision(training: Training) -> str:
     return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def count_steps(training: Training, pairs: Pairs, out: Output) -> Training:
+def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output) -> Training:
     """Epochs as steps. Exit 2 for epochs of generated scenes, which do not end."""
     if training.epochs is None:
         return training
     if isinstance(pairs, ScenePairs):
         raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
     out.say("counting the pairs ...")
-    found = sum(1 for _ in pairs.read("calibration"))
+    found = sum(map(task.takes, pairs.read("calibration")))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
@@ -116,7 +115,7 @@ def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, 
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
     passed = 0
     for epoch in count(1):
-        found = pairs.read("calibration", None, seed + epoch)
+        found = filter(dense.task.takes, pairs.read("calibration", None, seed + epoch))
         first = True
         while chunk := list(islice(found, training.batch_size)):
             if len(chunk) < training.batch_size and not first:
@@ -124,7 +123,7 @@ def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, 
             first = False
             passed += 1
             if passed > skip:
-                yield data.make_batch(chunk[part] or chunk, dense.processor, dense.text_tokens)
+                yield dense.collate(chunk[part] or chunk)
 
 
 class Trainer:
@@ -259,16 +258,18 @@ class Trainer:
         batch = batch.to(weight.device, weight.dtype)
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
+        task, own = self.dense.task, self.accelerator.unwrap_model(model)
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            logits, found = self.dense.task.read(model(**batch.inputs))
+            read = task.read(own, model(**batch.inputs))
             with torch.no_grad(), self.accelerator.autocast():
-                expected, wanted = self.dense.task.read(self.teacher(**batch.inputs))
-        decisions = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
-        features = tasks.distance(wanted, found)
+                wanted = task.read(self.teacher, self.teacher(**batch.inputs))
+        questions = task.questions(read, batch.labels)
+        decisions = tasks.divergence(task.questions(wanted, batch.labels), questions)
+        features = tasks.distance(task.features(wanted), task.features(read))
         if batch.labels is None:
             return decisions + features
         share = self.training.distill
-        return (1 - share) * F.cross_entropy(logits, batch.labels) + share * decisions + features
+        return (1 - share) * tasks.loss(questions) + share * decisions + features
 
     # The journal -----------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def compiled_runner(model: nn.Module, device: torch.device) -> Runner:
 def onnx_runner(path: Path, task: Task, device: str) -> Runner:
     """ONNX Runtime with as many threads as torch has."""
     session = graphs.open_session(path, device, torch.get_num_threads())
-    return lambda inputs: session.run([task.output], graphs.feeds(inputs))
+    return lambda inputs: session.run([task.outputs[0]], graphs.feeds(inputs))
 
 
 def check_compiler(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from .engine import flops, scoring
 from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
 from .errors import REFUSED, CompError
-from .families import Family, find_family
+from .families import Family, find_family, tower_config
 from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config
@@ -42,8 +42,13 @@ class Dense:
         return self.plan.architecture
 
     @property
-    def text_tokens(self) -> int:
-        return self.reference.tokens["language"]
+    def collate(self) -> data.Collator:
+        """Makes batches of pairs for this model."""
+        return collator(self.family, self.processor, self.reference.tokens.get("language", 0), self.task)
+
+    def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
+        """Noise that the model takes; see `data.random_inputs`."""
+        return data.random_inputs(self.hf_config, self.family, batch, text_tokens, **options)
 
     def params(self, plan: Plan) -> int:
         """Parameters of the model of a plan; shared ones count once."""
@@ -77,9 +82,11 @@ def open_dense(
     text_tokens: int = flops.TEXT_TOKENS,
     score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
+    task: str | None = None,
     **hub_options: Any,
 ) -> Dense:
-    """Resolve, check and load a dense model in fp32. Exit 4 for a model that is compact already."""
+    """Resolve, check and load a dense model in fp32, for its usual task or another. Exit 4 for a model that is compact
+    already."""
     source = hub.resolve(model, out=out, **hub_options)
     config = read_config(source.folder)
     family, architecture = find_family(config)
@@ -90,19 +97,20 @@ def open_dense(
             hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
         )
     out.say(f"loading {source.name} ({architecture}) ...")
-    processor = loading.load_processor(source.folder)
+    chosen = tasks.choose(family.architectures[architecture], task)
+    processor = loading.load_processor(source.folder, family.inputs)
     dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
-    check_fits(dense, family, processor, source.name)
+    check_fits(dense, family, processor, chosen, source.name)
     state = dense.requires_grad_(False).to(device or "cpu").state_dict()
     full = dense.config.to_dict()
-    longest = getattr(processor.tokenizer, "model_max_length", text_tokens)
+    longest = loading.cut_at(processor, text_tokens)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     reference = flops.reference(full, family, shapes, min(text_tokens, longest))
     return Dense(
         source=source,
         config=config,
         family=family,
-        task=tasks.TASKS[family.architectures[architecture]],
+        task=chosen,
         plan=with_score_rows(dense_plan(full, family, architecture), score_rows),
         reference=reference,
         state=state,
@@ -111,7 +119,11 @@ def open_dense(
     )
 
 
-def check_fits(model: nn.Module, family: Family, processor: Any, name: str) -> None:
+def collator(family: Family, processor: Any, max_text: int, task: tasks.Task) -> data.Collator:
+    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels)
+
+
+def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
     """Exit 4 where the parts that the family describes are missing, or the processor makes what the model cannot take."""
     problem = None
     for tower in family.towers:
@@ -119,11 +131,13 @@ def check_fits(model: nn.Module, family: Family, processor: Any, name: str) -> N
         for part in (tower.attention, tower.cross):
             if part and not any(path == part.module for path, _ in layer.named_modules()):
                 problem = f"its {tower.name} tower has no {part.module}"
-    words = model.get_input_embeddings().num_embeddings
-    if len(processor.tokenizer) > words:
-        problem = f"the tokenizer has {len(processor.tokenizer)} tokens, the model {words}"
+        if tower.name == "language":
+            text = tower_config(model.config.to_dict(), tower)
+            tokens = len(getattr(processor, "tokenizer", processor))
+            if tokens > text["vocab_size"]:
+                problem = f"the tokenizer has {tokens} tokens, the model {text['vocab_size']}"
     try:
-        batch = data.make_batch([data.Pair(Image.new("RGB", (32, 32)), "a")], processor, 4)
+        batch = collator(family, processor, 4, task)([data.Pair(Image.new("RGB", (32, 32)), "a")])
         with torch.inference_mode():
             model(**batch.inputs)
     except Exception as error:
@@ -139,7 +153,8 @@ def affordable(dense: Dense, many: float, few: float) -> float:
 
 def with_score_rule(plan: Plan, rule: str) -> Plan:
     """Images are ranked by another rule; texts, which have no patches, by attention as ever."""
-    return plan.with_tower(replace(plan.tower("vision"), score_rule=rule))
+    towers = (replace(tower, score_rule=rule) if tower.name == "vision" else tower for tower in plan.towers)
+    return replace(plan, towers=tuple(towers))
 
 
 def with_score_rows(plan: Plan, rows: int) -> Plan:
@@ -150,18 +165,25 @@ def with_score_rows(plan: Plan, rows: int) -> Plan:
 
 @dataclass(frozen=True)
 class ScenePairs:
-    """Generated scenes as a set of pairs; labelled for the one model that was trained on them."""
+    """Generated scenes as a set of pairs: with captions that match or do not, labelled for the one model that was trained on
+    them, or (`described`) with descriptions that match."""
 
     labelled: bool
+    described: bool = False
 
     SPLITS: ClassVar = {"calibration": "train", "evaluation": "test"}
 
     def describe(self, purpose: data.Purpose) -> str:
         return f"generated scenes, split {self.SPLITS[purpose]}"
 
-    def read(self, purpose: data.Purpose, limit: int | None = None, seed: int = 0) -> Iterator[data.Pair]:
-        """Up to `limit` pairs, of which there are more than anybody asks for."""
-        return data.scene_pairs(self.SPLITS[purpose], 10**8 if limit is None else limit, seed, self.labelled)
+    def read(
+        self, purpose: data.Purpose, limit: int | None = None, seed: int = 0, takes: data.Takes = data.every
+    ) -> Iterator[data.Pair]:
+        """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
+        count = 10**8 if limit is None else limit
+        if self.described:
+            return data.described_scenes(self.SPLITS[purpose], count, seed)
+        return data.scene_pairs(self.SPLITS[purpose], count, seed, self.labelled)
 
 
 Pairs = ScenePairs | datafiles.PairSet
@@ -185,11 +207,11 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    return ScenePairs(labelled=dense.source.kind == "demo")
+    return ScenePairs(labelled=dense.source.kind == "demo", described=not dense.task.mismatches)
 
 
 def batches_of(
     dense: Dense, pairs: Pairs, purpose: data.Purpose, samples: int, batch_size: int, seed: int = 0
 ) -> list[data.Batch]:
     """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
-    return list(data.make_batches(pairs.read(purpose, samples, seed), dense.processor, batch_size, dense.text_tokens))
+    return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.takes), batch_size))

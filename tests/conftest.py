@@ -3,43 +3,20 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that share a core wait for one another: no more than there are cores for.
+THREADS = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-WORDS = "a an red blue circle square and left right of above two three small large".split()
-
-
-def blip_config(**changes):
-    """72 wide, 5 layers, 6 heads, FFN 200: nothing is a power of two, text and vision differ in depth."""
-    from transformers import BlipConfig
-
-    common = {"hidden_size": 72, "num_attention_heads": 6, "intermediate_size": 200, "initializer_range": 0.2}
-    ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": None}
-    text = common | ids | {"num_hidden_layers": 4, "vocab_size": 5 + len(WORDS), "max_position_embeddings": 24}
-    vision = common | {"num_hidden_layers": 5, "image_size": 48, "patch_size": 8}
-    text |= changes.pop("text", {})
-    vision |= changes.pop("vision", {})
-    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16, **changes)
-    config.architectures = ["BlipForImageTextRetrieval"]
-    return config
-
-
-def blip_processor(image_size: int = 48):
-    from transformers import BertTokenizerFast, BlipProcessor
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=24)
-    return BlipProcessor(BlipImageProcessorPil(size={"height": image_size, "width": image_size}), tokenizer)
+from tiny import WORDS, blip_config, blip_processor, uneven  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -108,22 +85,4 @@ def inputs():
 @pytest.fixture(scope="session")
 def uneven_plan(dense):
     """Another number of heads, channels and tokens in every layer."""
-    from dataclasses import replace
-
-    generator = torch.Generator().manual_seed(2)
-
-    def some(count: int, least: int) -> tuple[int, ...]:
-        kept = int(torch.randint(least, count + 1, (1,), generator=generator))
-        return tuple(sorted(torch.randperm(count, generator=generator)[:kept].tolist()))
-
-    def cut(layer, keep):
-        attention = replace(layer.attention, heads=some(6, 1))
-        cross = replace(layer.cross, heads=some(6, 1)) if layer.cross else None
-        return replace(layer, attention=attention, cross=cross, ffn=some(200, 8), keep=keep)
-
-    keeps = {"vision": [30, None, 19, 11, None], "language": [None, 9, None, 6]}
-    towers = tuple(
-        replace(tower, layers=tuple(cut(layer, keep) for layer, keep in zip(tower.layers, keeps[tower.name], strict=True)))
-        for tower in dense.plan.towers
-    )
-    return replace(dense.plan, towers=towers)
+    return uneven(dense.plan)

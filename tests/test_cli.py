@@ -290,7 +290,7 @@ def test_what_the_parser_refuses_is_a_document_too():
 
 
 def test_a_processor_that_does_not_fit(tiny_folder, tmp_path):
-    from conftest import blip_processor
+    from tiny import blip_processor
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
@@ -360,3 +360,24 @@ def test_stdout_holds_only_the_document(tiny_folder):
 
 def test_version():
     assert comp("--version").stdout.startswith("comp ")
+
+
+def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
+    """Exit 3 and no folder; with a larger allowance the same command goes on from what was searched."""
+    from comp_cli import prune as command
+
+    quality = {"metric": "accuracy", "metrics": {"accuracy": {"dense": 0.9, "compact": 0.88}}, "agreement": 0.95}
+    quality |= {"samples": 8, "data": "", "divergence": 0.0}
+    monkeypatch.setattr(command, "compare", lambda *given: (quality, 1.0))
+    given = ["prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--method", "joint", *FAST]
+    result = comp(*given, "--max-drop", "1", "--json")
+    assert result.exit_code == 3 and not (tmp_path / "compact").exists()
+    assert "accuracy falls from 90.0 to 88.0 %" in json.loads(result.stdout)["error"]["message"]
+    result = comp(*given, "--max-drop", "2.5")
+    assert result.exit_code == 0 and "going on after stage" in result.stderr
+    assert comp(*given, "--overwrite", "--max-drop", "-1").exit_code == 2
+
+
+def test_a_task_that_the_model_is_not_for(tiny_folder, tmp_path):
+    result = comp("prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--task", "retrieval")
+    assert result.exit_code == 2 and "this model is for itm" in result.stderr

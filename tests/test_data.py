@@ -14,7 +14,7 @@ import hub_server
 import pytest
 from PIL import Image
 
-from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, make_batches, read_label, read_rows
+from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, read_label, read_rows
 from comp_cli.datafiles import open_pairs
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
 from comp_cli.output import Output
@@ -196,7 +196,7 @@ def test_several_texts_of_an_image(folder):
 
 def test_pairs_become_batches(folder, dense):
     path = write(folder / "pairs.csv", rows(label=lambda i: ["no", "yes"][i % 2]))
-    (batch,) = make_batches(opened(path).read("calibration", 4), dense.processor, 8, 12)
+    (batch,) = dense.collate.batches(opened(path).read("calibration", 4), 8)
     assert batch.inputs["pixel_values"].shape == (4, 3, 48, 48)
     assert batch.labels.tolist() == [number % 2 for number in numbers(read(path, limit=4))]
 
@@ -550,7 +550,7 @@ def test_the_fingerprint_is_of_the_content(folder, dense):
     """Images from files or from memory: the same. Another text, label, image or order, or no labels: another."""
 
     def of(pairs):
-        return fingerprint(make_batches(pairs, dense.processor, 2, 12))
+        return fingerprint(dense.collate.batches(pairs, 2))
 
     path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), label=lambda i: i % 2)])
     pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "label"), folder, 4, Tally()))

@@ -89,8 +89,8 @@ def test_it_matches_scenes_with_hard_captions(demo):
     """At least 90 % of 2000 unseen pairs, chance being 50 %; and something of every family."""
     pairs = list(scenes.examples("test", 2000))
     found = tasks.evaluate(demo.runtime(demo.plan), demo.task, batches_of(demo, SCENES, "evaluation", 2000, 50))
-    right = found.logits.argmax(-1) == torch.tensor([example.label for example in pairs])
-    assert found.accuracy == pytest.approx(right.float().mean().item()) and found.accuracy >= 0.9
+    right = found.read[0].argmax(-1) == torch.tensor([example.label for example in pairs])
+    assert found.metrics["accuracy"] == pytest.approx(right.float().mean().item()) and found.metric(demo.task) >= 0.9
     for family in scenes.FAMILIES:
         of_family = torch.tensor([example.caption.family == family for example in pairs])
         assert right[of_family].float().mean() > 0.75, family
@@ -100,7 +100,7 @@ def test_it_knows_every_word_of_its_captions(demo):
     unknown = demo.processor.tokenizer.unk_token_id
     for example in scenes.examples("train", 400):
         ids = demo.processor.tokenizer(example.caption.text)["input_ids"]
-        assert unknown not in ids and len(ids) <= demo.text_tokens
+        assert unknown not in ids and len(ids) <= demo.reference.tokens["language"]
 
 
 def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
@@ -108,7 +108,7 @@ def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
 
     found = find(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
     pairs = batches_of(demo, SCENES, "evaluation", 600, 50)
-    dense, compact = (tasks.evaluate(m, demo.task, pairs).accuracy for m in (demo.runtime(demo.plan), found.model))
+    dense, compact = (tasks.evaluate(m, demo.task, pairs).metric(demo.task) for m in (demo.runtime(demo.plan), found.model))
     assert compact > dense - 0.1
 
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from comp_cli.calibration import Calibration
-from comp_cli.data import Batch, random_inputs
+from comp_cli.data import Batch
 from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import fused_channels, head_channels
 from comp_cli.errors import CompError
@@ -146,7 +146,7 @@ def test_flops_of_scoring_with_few_rows(dense, uneven_plan, inputs):
 
 @pytest.mark.parametrize(("size", "giga_macs"), [(384, 55.484), (480, 92.020)])
 def test_published_macs_of_the_vision_tower(size, giga_macs):
-    from conftest import blip_config
+    from tiny import blip_config
 
     from comp_cli.families import BLIP
     from comp_cli.plan import dense_plan
@@ -219,7 +219,7 @@ def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
     """What the compact model really computes, counted."""
     dense, inputs = demo
     plan = march(dense, inputs, name, 0.4)
-    reference = random_inputs(dense.hf_config, 1, dense.text_tokens)
+    reference = dense.random_inputs(1, dense.reference.tokens["language"])
     before, after = (counted(dense.runtime(p), reference) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(0.4, abs=0.01)
     allowed = {"parameters": {"attention", "cross", "ffn"}, "tokens": {"keep"}}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..modeling_comp import CompactAttention, token_scores
+from ..modeling_comp import TOKEN_RULES, CompactAttention
 from ..plan import Plan
 from . import importance, scoring
 
@@ -66,20 +66,21 @@ def rank_correlation(first: Tensor, second: Tensor, ordinary: Tensor) -> Tensor:
     return 1 - 6 * distance / (n * (n.square() - 1)).clamp(min=1)
 
 
-def head_influence(query: Tensor, key: Tensor, scale: float, **options) -> tuple[Tensor, Tensor]:
+def head_influence(query: Tensor, key: Tensor, scale: float, *, rule: str = "attention", **options) -> tuple[Tensor, Tensor]:
     """What masking one head after the other by CIT (Eq. 7) does to the token scores: (changed, correlation).
 
     changed: share of the kept tokens that is another without the head. correlation: Spearman's between the rankings with and
     without it. query, key: (batch, heads, tokens, head_dim); options as of `token_scores`. Both returned (batch, heads).
     """
-    scores = token_scores(query, key, scale, **options)
+    score = TOKEN_RULES[rule]
+    scores = score(query, key, scale, **options)
     ordinary = scores >= 0
     ordinary[:, : int(options["skip_first"])] = False
     changed, correlation = [], []
     for head in range(query.shape[1]):
         mask = torch.ones(query.shape[1], device=query.device)
         mask[head] = 0
-        without = token_scores(query, key, scale, head_mask=mask, **options)
+        without = score(query, key, scale, head_mask=mask, **options)
         changed.append(1 - overlap(scores, without, ordinary, KEPT))
         correlation.append(rank_correlation(scores, without, ordinary))
     return torch.stack(changed, 1), torch.stack(correlation, 1)
@@ -165,8 +166,9 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
     def hear(key: tuple[str, int]) -> Callable:
         def hook(module: CompactAttention, args, kwargs, output) -> None:
             query, key_states, _ = map(module.split, module.project(args[0], None))
-            options = {"rows": module.score_rows, "skip_first": module.skip_first}
-            found = head_influence(query, key_states, module.scale, attention_mask=kwargs["attention_mask"], **options)
+            options = {"rows": module.score_rows, "skip_first": module.skip_first, "rule": module.score_rule}
+            options["attention_mask"] = module.complete(kwargs["attention_mask"], args[0])
+            found = head_influence(query, key_states, module.scale, **options)
             for rows, new in zip(heard.setdefault(key, ([], [])), found, strict=True):
                 rows.append(new)
 

@@ -4,10 +4,11 @@ Counted at the reference input: the model's own image size, and as many text tok
 where they are pruned costs FLOPs as well and is counted.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..families import Family
+from ..families import Family, tower_config
 from ..plan import LayerPlan, Plan, TowerPlan
 
 TEXT_TOKENS = 35
@@ -22,6 +23,7 @@ class Reference:
     ffn: dict[str, int]  # tower -> feed-forward channels of the dense model
     class_token: dict[str, bool]  # tower -> whether token 0 is [CLS], which casts no vote on the others
     fixed: int  # FLOPs outside the towers: patch embedding, heads
+    pooling: tuple[int, int] = (0, 0)  # of an attention pooling head over the image tokens: FLOPs, and those of a token
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,25 @@ class Flops:
 
 def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[int, ...]], text_tokens: int) -> Reference:
     """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
-    vision, language = config["vision_config"], config["text_config"]
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    parts = {tower.name: tower_config(config, tower) for tower in family.towers}
     class_token = {tower.name: "first" in tower.protected for tower in family.towers}
-    tokens = {"vision": patches + class_token["vision"], "language": min(text_tokens, language["max_position_embeddings"])}
-    times = {"patches": patches, "once": 1}
-    fixed = sum(2 * _numel(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
-    width = {tower.name: config[tower.config]["hidden_size"] for tower in family.towers}
-    ffn = {tower.name: config[tower.config]["intermediate_size"] for tower in family.towers}
-    return Reference(tokens, width, ffn, class_token, fixed)
+    tokens, times = {}, {"once": 1}
+    if "vision" in parts:
+        times["patches"] = (parts["vision"]["image_size"] // parts["vision"]["patch_size"]) ** 2
+        tokens["vision"] = times["patches"] + class_token["vision"]
+    if "language" in parts:
+        longest = parts["language"]["max_position_embeddings"]
+        tokens["language"] = longest if family.padding == "max_length" else min(text_tokens, longest)
+    fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
+    if family.text_embeds:  # the cosine of an image with a text
+        fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]
+    width = {name: part["hidden_size"] for name, part in parts.items()}
+    ffn = {name: part["intermediate_size"] for name, part in parts.items()}
+    pooling = (0, 0)
+    if family.pooling:  # one query; its keys and values are made of every token
+        square = 2 * width["vision"] ** 2
+        pooling = (2 * square + 4 * width["vision"] * ffn["vision"], 2 * square + 4 * width["vision"])
+    return Reference(tokens, width, ffn, class_token, fixed, pooling)
 
 
 def count(plan: Plan, ref: Reference) -> Flops:
@@ -79,7 +91,8 @@ def count(plan: Plan, ref: Reference) -> Flops:
             rows.append(_layer(tower, index, layer, tokens, width, handed_on.get("vision"), ref))
             tokens = rows[-1].tokens_out
         handed_on[tower.name] = tokens
-    return Flops(tuple(rows), ref.fixed)
+    pooling = ref.pooling[0] + ref.pooling[1] * handed_on.get("vision", 0)
+    return Flops(tuple(rows), ref.fixed + pooling)
 
 
 def _layer(
@@ -100,12 +113,5 @@ def _layer(
 
 def _score_rows(tower: TowerPlan, most: int) -> int:
     """Query rows behind the token scores."""
-    rows = {"attention": tower.score_rows or most, "cls": 1}
+    rows = {"attention": tower.score_rows or most, "cls": 1, "last": 1}
     return min(rows.get(tower.score_rule, 0), most)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

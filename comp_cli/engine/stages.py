@@ -172,7 +172,7 @@ def search(
         stage = len(progress.stages) + 1
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
         while True:
-            open_modes = [mode for mode in strategy.modes if mode not in memory.exhausted]
+            open_modes = [mode for mode in strategy.modes if mode in shares and mode not in memory.exhausted]
             if not open_modes and before <= target + TOLERANCE * total:
                 return progress.plan
             if not open_modes:
@@ -222,6 +222,7 @@ def march(
     """
     total = flops.count(dense, ref).total
     ends = [total * (1 - ratio) ** (number / len(phases)) for number in range(len(phases) + 1)]
+    modes = mode_shares(flops.count(dense, ref))
     steps = [
         (kind, start + (end - start) * part / each)
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
@@ -230,7 +231,8 @@ def march(
     sight = look(progress.plan)
     for kind, target in steps[len(progress.stages) :]:
         before = flops.count(progress.plan, ref).total
-        plan, threshold = prune_to(progress.plan, sight.scores, ref, KINDS[kind], target, floors)
+        together = [mode for mode in KINDS[kind] if mode in modes]
+        plan, threshold = prune_to(progress.plan, sight.scores, ref, together, target, floors)
         found, now = look(plan), flops.count(plan, ref).total
         cost = (found.loss - sight.loss) / (max(before - now, 1) / total)
         progress.plan, sight = plan, found
@@ -271,13 +273,14 @@ def out_of_reach(ratio: float, reached: float) -> DeadEnd:
 
 
 def mode_shares(counted: flops.Flops) -> dict[str, float]:
-    """FLOPs of the dense model that each mode could touch; orders the first visits and bounds the steps."""
+    """FLOPs of the dense model that each of its modes could touch; orders the first visits and bounds the steps."""
     vision, language = counted.tower("vision"), counted.tower("language")
     cross = counted.part("language", "cross")
-    return {
+    shares = {
         "vision_params": vision,
         "vision_tokens": vision + cross,
         "cross_params": cross,
         "language_params": language - cross,
         "language_tokens": language - cross,
     }
+    return {mode: share for mode, share in shares.items() if share}

@@ -6,10 +6,17 @@ from typing import Any
 from ..errors import REFUSED, CompError
 from .base import Attention, Family, Tower
 from .blip import BLIP
+from .clip import CLIP, CLIP_TEXT, CLIP_VISION
+from .siglip import SIGLIP
 
-FAMILIES = {"blip": BLIP}
+FAMILIES = {family.name: family for family in (BLIP, CLIP, CLIP_VISION, CLIP_TEXT, SIGLIP)}
 
-__all__ = ["FAMILIES", "Attention", "Family", "Tower", "find_family", "supported"]
+__all__ = ["FAMILIES", "Attention", "Family", "Tower", "find_family", "supported", "tower_config"]
+
+
+def tower_config(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
+    """The part of a config (as a dictionary) that describes a tower."""
+    return config[tower.config] if tower.config else config
 
 
 def supported() -> list[str]:

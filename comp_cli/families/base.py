@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+INPUTS = ("pixel_values", "input_ids", "attention_mask")
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -21,7 +23,7 @@ class Tower:
     """One stack of layers."""
 
     name: str  # "vision" or "language"
-    config: str  # attribute of the model's config with hidden_size, num_attention_heads, ...
+    config: str  # attribute of the model's config with hidden_size, num_attention_heads, ...; "" for the config itself
     encoder: str  # path of the module that runs the layers
     layers: str  # name of the list of layers in it
     order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS
@@ -29,10 +31,13 @@ class Tower:
     ffn: tuple[str, str]  # paths of the first and second matrix inside a layer
     cross: Attention | None = None  # attention to the tokens that the vision tower hands out
     protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last"
+    causal: bool = False  # a token sees those before it only
+    text_end: str | None = None  # path of the text model that is read at the end-of-text token; None where none is
+    score_rule: str = "attention"  # how tokens are ranked, see modeling_comp.TOKEN_RULES
 
     def layout(self) -> dict[str, Any]:
         """The part of the description that the runtime needs; goes into config.json."""
-        names = ("encoder", "layers", "order", "attention", "cross", "ffn", "protected")
+        names = ("encoder", "layers", "order", "attention", "cross", "ffn", "protected", "causal", "text_end")
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
@@ -41,11 +46,19 @@ class Family:
     """A group of architectures that are built alike."""
 
     name: str
-    architectures: dict[str, str]  # transformers class -> task
+    architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
     towers: tuple[Tower, ...]
-    vision: str  # name of the module that encodes images
-    image_embeds: str  # what the rest of the model reads of its output
+    inputs: tuple[str, ...] = INPUTS  # what the model takes of what its processor makes
+    padding: str = "longest"  # of the texts of a batch; "max_length" for models that were trained so
+    # Cross-attention: name of the module that encodes images, and what the rest of the model reads of its output.
+    vision: str | None = None
+    image_embeds: str | None = None
+    # Dual encoders: names of the methods that encode images and texts, each gives a `pooler_output`; and the path of the
+    # matrix that texts end with.
+    encoders: tuple[str, str] | None = None
+    text_embeds: str | None = None
     fixed: dict[str, str] = field(default_factory=dict)  # matmuls outside the towers: path -> "patches" or "once"
+    pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
 
     def tower(self, name: str) -> Tower:
         return next(tower for tower in self.towers if tower.name == name)

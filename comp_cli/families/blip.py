@@ -25,7 +25,7 @@ LANGUAGE = Tower(
 )
 BLIP = Family(
     name="blip",
-    architectures={"BlipForImageTextRetrieval": "itm"},
+    architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
     vision="vision_model",
     image_embeds="last_hidden_state",

@@ -1,0 +1,58 @@
+"""CLIP: a ViT and a causal text tower that is read at its end-of-text token; one embedding of each."""
+
+from dataclasses import replace
+
+from .base import Attention, Family, Tower
+
+ATTENTION = Attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj")
+VISION = Tower(
+    name="vision",
+    config="vision_config",
+    encoder="vision_model.encoder",
+    layers="layers",
+    order="pre_norm",
+    attention=ATTENTION,
+    ffn=("mlp.fc1", "mlp.fc2"),
+    protected=("first",),  # [CLS]
+)
+LANGUAGE = Tower(
+    name="language",
+    config="text_config",
+    encoder="text_model.encoder",
+    layers="layers",
+    order="pre_norm",
+    attention=ATTENTION,
+    ffn=("mlp.fc1", "mlp.fc2"),
+    protected=("first", "last"),  # start and end of text
+    causal=True,
+    text_end="text_model",
+    score_rule="last",
+)
+CLIP = Family(
+    name="clip",
+    architectures={"CLIPModel": ("retrieval",)},
+    towers=(VISION, LANGUAGE),
+    encoders=("get_image_features", "get_text_features"),
+    text_embeds="text_projection",
+    fixed={"vision_model.embeddings.patch_embedding": "patches", "visual_projection": "once", "text_projection": "once"},
+)
+CLIP_VISION = replace(
+    CLIP,
+    name="clip_vision",
+    architectures={"CLIPVisionModelWithProjection": ("image-embedding",)},
+    towers=(replace(VISION, config=""),),
+    inputs=("pixel_values",),
+    encoders=None,
+    text_embeds=None,
+    fixed={"vision_model.embeddings.patch_embedding": "patches", "visual_projection": "once"},
+)
+CLIP_TEXT = replace(
+    CLIP,
+    name="clip_text",
+    architectures={"CLIPTextModelWithProjection": ("text-embedding",)},
+    towers=(replace(LANGUAGE, config=""),),
+    inputs=("input_ids", "attention_mask"),
+    encoders=None,
+    text_embeds=None,
+    fixed={"text_projection": "once"},
+)

@@ -1,0 +1,21 @@
+"""SigLIP and SigLIP 2: no [CLS], images are read by an attention pooling head, texts at their last, padded, position."""
+
+from dataclasses import replace
+
+from .base import Family
+from .clip import LANGUAGE, VISION
+
+SIGLIP = Family(
+    name="siglip",
+    architectures={"SiglipModel": ("retrieval",)},
+    towers=(
+        replace(VISION, protected=()),
+        replace(LANGUAGE, protected=("last",), causal=False, text_end=None, score_rule="attention"),
+    ),
+    inputs=("pixel_values", "input_ids"),
+    padding="max_length",
+    encoders=("get_image_features", "get_text_features"),
+    text_embeds="text_model.head",
+    fixed={"vision_model.embeddings.patch_embedding": "patches", "text_model.head": "once"},
+    pooling="vision_model.head",
+)

@@ -1,0 +1,225 @@
+"""Every family through the same tests: what is pruned, loaded, exported and counted is what the description says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from comp_cli import bench, export, graphs, load
+from comp_cli.engine import flops
+from comp_cli.engine.scoring import layer_parts, tower_layers
+from comp_cli.loading import load_model
+from comp_cli.output import Output
+from comp_cli.plan import Plan
+from comp_cli.prune import Options, prune
+from comp_cli.training import Training
+from comp_cli.variants import on_own_kernels
+from comp_cli.workbench import Dense, open_dense
+
+QUIET = Output("quiet")
+SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    folder: Path
+    dense: Dense
+    stock: nn.Module
+    plan: Plan  # uneven
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Three samples; the last text is padded, where the family pads to the longest."""
+        return self.dense.random_inputs(3, 12, padded=5)
+
+    def read(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.dense.task.features(self.dense.task.read(model, model(**inputs)))
+
+
+@pytest.fixture(scope="session", params=list(tiny.FAMILIES))
+def case(request, tmp_path_factory):
+    folder = tiny.write(request.param, tmp_path_factory.mktemp(request.param) / "dense")
+    dense = open_dense(str(folder), QUIET, text_tokens=12)
+    stock = load_model(folder, dtype=torch.float32).requires_grad_(False)
+    return Case(request.param, folder, dense, stock, tiny.uneven(dense.plan))
+
+
+@pytest.fixture(scope="session")
+def compact_folder(case, tmp_path_factory):
+    """Pruned by the method comp at 0.6."""
+    folder = tmp_path_factory.mktemp(f"{case.name}-compact") / "compact"
+    prune(Options(str(case.folder), 0.6, **SIZES), folder, QUIET)
+    return folder
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_nothing_pruned_says_what_the_stock_model_says(case):
+    same(case.read(on_own_kernels(case.stock), case.inputs), case.read(case.stock, case.inputs))
+
+
+def test_masked_is_sliced(case):
+    """Heads and channels that are multiplied with zero in the dense model, tokens pruned alike; padded text."""
+    dense, hooks = case.dense, []
+    keeps = tuple(
+        replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
+        for t, u in zip(dense.plan.towers, case.plan.towers, strict=True)
+    )
+    model = dense.build(replace(dense.plan, towers=keeps), dense.state)
+    for tower in dense.family.towers:
+        for layer, plan in zip(tower_layers(model, tower), case.plan.tower(tower.name).layers, strict=True):
+            for part, path in layer_parts(tower).items():
+                linear, kept = layer.get_submodule(path), plan.kept(part)
+                units = 200 if part == "ffn" else 6
+                mask = torch.zeros(units).index_fill(0, torch.tensor(kept), 1).repeat_interleave(linear.in_features // units)
+                hooks.append(linear.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,)))
+                if part == "attention":
+                    heads = torch.zeros(6).index_fill(0, torch.tensor(kept), 1)
+                    layer.get_submodule(tower.attention.module).head_mask = heads
+    same(case.read(dense.runtime(case.plan), case.inputs), case.read(model, case.inputs))
+
+
+def test_results_do_not_depend_on_the_batch(case):
+    model = case.dense.runtime(case.plan)
+    together = case.read(model, case.inputs)
+    for row in range(3):
+        same(case.read(model, {name: tensor[row : row + 1] for name, tensor in case.inputs.items()}), together[row : row + 1])
+
+
+def test_padding_changes_nothing(case):
+    """The last text, alone and without its padding."""
+    if "attention_mask" not in case.inputs:
+        pytest.skip("texts of this family are always as long")
+    short = {name: tensor[2:, :7] if tensor.ndim == 2 else tensor[2:] for name, tensor in case.inputs.items()}
+    assert short["attention_mask"].all() and not case.inputs["attention_mask"][2].all()
+    plan = replace(case.plan, towers=tuple(t if t.name == "vision" else shortened(t, 6) for t in case.plan.towers))
+    model = case.dense.runtime(plan)
+    same(case.read(model, short), case.read(model, case.inputs)[2:])
+
+
+def shortened(tower, keep):
+    """Keep counts that also bite in a text of seven tokens: what is kept of padding must not count."""
+    return replace(tower, layers=tuple(replace(layer, keep=layer.keep and keep) for layer in tower.layers))
+
+
+def test_flops_are_those_that_run(case):
+    for plan in (case.dense.plan, case.plan):
+        inputs = case.dense.random_inputs(1, 12)
+        model = case.dense.runtime(plan)
+        assert flops.count(plan, case.dense.reference).total == count(model, inputs)
+
+
+def count(model, inputs):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def test_comp_prunes_it_and_it_loads_without_comp(case, compact_folder):
+    report = json.loads((compact_folder / "comp_report.json").read_text())
+    assert report["ratio"] == pytest.approx(0.6, abs=0.015) and report["params"]["compact"] < report["params"]["dense"]
+    assert {stage["mode"] for stage in report["stages"]} > set() and report["quality"]["agreement"] >= 0
+    inputs = case.inputs
+    torch.save(inputs, compact_folder.parent / "inputs.pt")
+    script = (
+        "import sys, torch; sys.modules['comp_cli'] = None\n"
+        "from transformers import AutoModel\n"
+        f"model = AutoModel.from_pretrained({str(compact_folder)!r}, trust_remote_code=True).eval()\n"
+        f"inputs = torch.load({str(compact_folder.parent / 'inputs.pt')!r})\n"
+        "with torch.inference_mode(): out = model(**inputs)\n"
+        f"torch.save({{k: v for k, v in out.items() if torch.is_tensor(v)}}, {str(compact_folder.parent / 'out.pt')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(compact_folder.parent / "out.pt")
+    with torch.inference_mode():
+        expected = load(compact_folder)(**inputs)
+    for name in case.dense.task.outputs:
+        same(found[name], getattr(expected, name))
+
+
+def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, monkeypatch):
+    from comp_cli import journal
+
+    saved = journal.Journal.save
+
+    def dies(self, *given):
+        saved(self, *given)
+        if len(given[0]["stages"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune(Options(str(case.folder), 0.6, **SIZES), tmp_path / "compact", QUIET)
+    monkeypatch.setattr(journal.Journal, "save", saved)
+    prune(Options(str(case.folder), 0.6, **SIZES), tmp_path / "compact", QUIET)
+    assert (tmp_path / "compact" / "model.safetensors").read_bytes() == (compact_folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_it_can_be_trained(case, tmp_path, share):
+    training = Training(steps=4, batch_size=4, lr=1e-3, stage_share=share)
+    sizes = SIZES | {"stages": 3}
+    document = prune(Options(str(case.folder), 0.4, method="joint", training=training, **sizes), tmp_path / "compact", QUIET)
+    assert document["ratio"] == pytest.approx(0.4, abs=0.015)
+
+
+def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
+    document = export.export(compact_folder, tmp_path / "onnx", QUIET, export.Options(), overwrite=False)
+    assert document["passed"] and document["agreement"] == 1.0
+    (graph,) = document["graphs"].values()
+    assert tuple(graph["inputs"]) == case.dense.family.inputs and tuple(graph["outputs"]) == case.dense.task.outputs
+
+
+def test_images_and_texts_apart(case, compact_folder, tmp_path):
+    options = export.Options(split=True)
+    if not graphs.can_split(case.dense.family):
+        with pytest.raises(Exception, match="encodes only one"):
+            export.export(compact_folder, tmp_path / "onnx", QUIET, options, overwrite=False)
+        return
+    document = export.export(compact_folder, tmp_path / "onnx", QUIET, options, overwrite=False)
+    assert document["passed"] and list(document["graphs"]) == ["vision_model.onnx", "text_model.onnx"]
+    assert list(document["graphs"]["vision_model.onnx"]["outputs"]) == ["image_embeds"]
+
+
+def test_standard_operators_only(case, compact_folder, tmp_path):
+    document = export.export(compact_folder, tmp_path / "onnx", QUIET, export.Options(target="onnx"), overwrite=False)
+    assert document["passed"]
+
+
+def test_it_is_benchmarked(case, compact_folder):
+    options = bench.Options(device="cpu", batches=(2,), iterations=2, duration=0, text_tokens=12)
+    document = bench.bench(compact_folder, str(case.folder), options, QUIET)
+    report = json.loads((compact_folder / "comp_report.json").read_text())
+    assert document["flops"]["compact"] == report["flops"]["compact"]
+    assert {row["backend"] for row in document["speedups"]} == {"torch", "onnx"}
+
+
+def test_it_is_analysed(case):
+    from comp_cli.analyze import DataOptions, analyze
+
+    how = {"num_samples": 4, "batch_size": 4, "text_tokens": 12, "score_rows": 64, "device": "cpu", "seed": 0}
+    document = analyze(str(case.folder), QUIET, data=DataOptions(), **how)
+    assert {row["tower"] for row in document["layers"]} == {tower.name for tower in case.dense.family.towers}
+    assert document["params"]["total"] == sum(p.numel() for p in case.stock.parameters())
+
+
+def test_supported_names_are_classes():
+    from comp_cli.families import FAMILIES, supported
+
+    assert all(hasattr(transformers, name) for name in supported())
+    assert all(key == family.name for key, family in FAMILIES.items())

@@ -1,0 +1,140 @@
+"""Tiny models of the real classes with their processors: 72 wide, 6 heads, FFN 200, towers of unequal depth."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+WORDS = "a an red blue circle square and left right of above two three small large".split()
+COMMON = {"hidden_size": 72, "num_attention_heads": 6, "intermediate_size": 200}
+VISION = COMMON | {"num_hidden_layers": 5, "image_size": 48, "patch_size": 8}
+TEXT = COMMON | {"num_hidden_layers": 4, "vocab_size": 5 + len(WORDS), "max_position_embeddings": 24}
+PAD, UNKNOWN, START, END = range(4)
+
+
+def blip_config(**changes):
+    ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": None, "initializer_range": 0.2}
+    text = TEXT | ids | changes.pop("text", {})
+    vision = VISION | {"initializer_range": 0.2} | changes.pop("vision", {})
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16, **changes)
+    config.architectures = ["BlipForImageTextRetrieval"]
+    return config
+
+
+def blip_processor(image_size: int = 48):
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = transformers.BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=24)
+    size = {"height": image_size, "width": image_size}
+    return transformers.BlipProcessor(BlipImageProcessorPil(size=size), tokenizer)
+
+
+def word_tokenizer(ends: bool = True, **options):
+    """Whole words; `<s> ... </s>` around a text, or only `</s>` behind it, as SigLIP has it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<mask>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    around = "<s> $A </s>" if ends else "$A </s>"
+    made.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", START), ("</s>", END)])
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=24, **special, **options)
+
+
+def clip_text(**changes):
+    return TEXT | {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD} | changes
+
+
+def clip_images():
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = {"height": 48, "width": 48}
+    return CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=size)
+
+
+def clip_model():
+    config = transformers.CLIPConfig(text_config=clip_text(), vision_config=VISION, projection_dim=24)
+    return sharpened(transformers.CLIPModel(config))
+
+
+def clip_processor():
+    return transformers.CLIPProcessor(clip_images(), word_tokenizer())
+
+
+def clip_vision():
+    return sharpened(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=24)))
+
+
+def clip_language():
+    return sharpened(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**clip_text(), projection_dim=24)))
+
+
+def siglip_model():
+    text = clip_text(projection_size=72)
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VISION))
+    model.logit_scale.data.fill_(2.0)
+    return sharpened(model, 2)
+
+
+def siglip_processor():
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    images = SiglipImageProcessorPil(size={"height": 48, "width": 48})
+    return transformers.SiglipProcessor(images, word_tokenizer(ends=False, model_input_names=["input_ids"]))
+
+
+def blip_model():
+    return transformers.BlipForImageTextRetrieval(blip_config())
+
+
+def sharpened(model, factor: float = 20):
+    """Random weights make nearly even attention, whose ranking rounding would decide: queries and keys are made larger."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                tensor.mul_(factor)
+    return model
+
+
+FAMILIES: dict[str, tuple[Callable, Callable]] = {
+    "blip": (blip_model, blip_processor),
+    "clip": (clip_model, clip_processor),
+    "clip-vision": (clip_vision, clip_images),
+    "clip-text": (clip_language, word_tokenizer),
+    "siglip": (siglip_model, siglip_processor),
+}
+
+
+def write(family: str, folder: Path) -> Path:
+    """A checkpoint folder, as people have it."""
+    torch.manual_seed(0)
+    model, processor = (make() for make in FAMILIES[family])
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def uneven(plan):
+    """Another number of heads, channels and tokens in every layer of a plan."""
+    from dataclasses import replace
+
+    generator = torch.Generator().manual_seed(2)
+
+    def some(count: int, least: int) -> tuple[int, ...]:
+        kept = int(torch.randint(least, count + 1, (1,), generator=generator))
+        return tuple(sorted(torch.randperm(count, generator=generator)[:kept].tolist()))
+
+    def cut(layer, keep):
+        attention = replace(layer.attention, heads=some(6, 1))
+        cross = replace(layer.cross, heads=some(6, 1)) if layer.cross else None
+        return replace(layer, attention=attention, cross=cross, ffn=some(200, 8), keep=keep)
+
+    keeps = {"vision": [30, None, 19, 11, None], "language": [None, 9, None, 6]}
+    towers = tuple(
+        replace(tower, layers=tuple(cut(layer, keep) for layer, keep in zip(tower.layers, keeps[tower.name], strict=True)))
+        for tower in plan.towers
+    )
+    return replace(plan, towers=towers)
