@@ -143,7 +143,7 @@ def open_models(
         raise CompError(
             f"{folder} does not say what it was made of.", code=USAGE, hint="Name the dense model: --baseline MODEL"
         )
-    source = hub.resolve(baseline, out=out, **hub_options)
+    source = hub.resolve(baseline, out=out, accepts=find_family, **hub_options)
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
         raise CompError(f"--baseline {baseline} is a compact model.", code=REFUSED, hint="Name the dense model.")

@@ -101,7 +101,7 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
     for role, common in COLUMN_NAMES.items():
         name, flag = getattr(named, role), f"--{role}-column"
         if name is None:
-            candidates = [column for column in found if column.lower() in common]
+            candidates = [column for column in found if column.lower() in common and column not in taken.values()]
             if role == "image":  # stored images before file names
                 candidates = [column for column, kind in found.items() if isinstance(kind, ImageType)] or candidates
             if len(candidates) > 1:
@@ -260,13 +260,14 @@ class Collator:
     padding: str
     max_text: int
     labels: Callable[[Sequence[Pair]], Tensor | None]
+    prompt: str = "{}"  # what a text is put into
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         parts = {}
         if "pixel_values" in self.inputs:
             parts["images"] = [pair.image.convert("RGB") for pair in pairs]
         if "input_ids" in self.inputs:
-            parts["text"] = [pair.text for pair in pairs]
+            parts["text"] = [self.prompt.format(pair.text) for pair in pairs]
             parts |= {"padding": self.padding, "truncation": True, "max_length": self.max_text}
         made = self.processor(**parts, return_tensors="pt")
         return Batch({name: made[name] for name in self.inputs}, self.labels(pairs))

@@ -92,8 +92,9 @@ class PairSet:
         if isinstance(kind, datasets.Image):
             dataset = dataset.decode(False)  # a cast would come too late: hub images are decoded ahead, by threads
         dataset = dataset.select_columns([name for name in (columns.image, columns.text, columns.label) if name])
-        if names := getattr(found.get(columns.label), "names", None):  # of a ClassLabel
-            dataset = dataset.map(_name_label, fn_kwargs={"column": columns.label, "names": names})
+        for column in filter(None, {columns.text, columns.label}):
+            if names := getattr(found[column], "names", None):  # of a ClassLabel
+                dataset = dataset.map(_name_label, fn_kwargs={"column": column, "names": names})
         if columns.label and self.columns.label is None:
             sample = [row[columns.label] for row in islice(_rows(dataset, self.name), SAMPLE)]
             present = [value for value in sample if value not in (None, "")]

@@ -4,7 +4,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,9 +61,12 @@ def resolve(
     revision: str | None = None,
     cache_dir: Path | None = None,
     allow_pickle: bool = False,
+    accepts: Callable[[dict], object] = lambda config: None,
     out: Output,
 ) -> Source:
     """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
+
+    `accepts` gets config.json before weights are downloaded, and raises what speaks against it.
 
     An existing folder wins over a hub id. Exit 2 for a name that can be neither, 4 for a checkpoint that is refused
     (not found, gated, no such revision, broken, or pickled without `allow_pickle`), 1 where the hub cannot be reached.
@@ -84,13 +87,22 @@ def resolve(
         if real := ALIASES.get(name):
             out.say(f"{name}: taking {real}, its id on the hub.")
         name = real or name
-        folder = download(name, revision=revision, cache_dir=cache_dir, allow_pickle=allow_pickle, out=out)
+        options = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle, "accepts": accepts, "out": out}
+        folder = download(name, **options)
         source = Source(folder, name, folder.name, "hub")
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     return source
 
 
-def download(model: str, *, revision: str | None, cache_dir: Path | None, allow_pickle: bool, out: Output) -> Path:
+def download(
+    model: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None,
+    allow_pickle: bool,
+    accepts: Callable[[dict], object] = lambda config: None,
+    out: Output,
+) -> Path:
     """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
 
     Small files come first; with them huggingface_hub caches the list of all files, which says what the weights are.
@@ -110,6 +122,7 @@ def download(model: str, *, revision: str | None, cache_dir: Path | None, allow_
             if not (_safe(names) or _pickled(names)):
                 raise errors.LocalEntryNotFoundError("no weights in the cache") from None
         weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
+        accepts(read_json(folder / "config.json"))
         snapshot_download(**place, revision=folder.name, allow_patterns=weights)
     except (errors.HTTPError, errors.XetDownloadError, OSError, ValueError) as error:
         raise explain(error, model, revision) from error

@@ -63,7 +63,7 @@ def make_cases(
     pairs = list(data.scene_pairs("train", 8 + DECISIONS * rounded, labelled=False))
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
-    collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels)
+    collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels, task.prompt)
     given = [("real", collate(part).inputs) for part in parts]
     if split or (len(family.towers) > 1 and not task.paired):
         inputs = given[2][1]

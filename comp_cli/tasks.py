@@ -4,6 +4,7 @@ A task puts questions to a set of samples: rows of logits over candidates, and w
 an image and a text match is one question for each pair; retrieval asks each image for its texts and each text for its image.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Task:
     metric: str
     mismatches = False  # whether pairs that do not match are of use
     paired = False  # whether the model takes one text for each image
+    prompt = "{}"  # what a text is put into
 
     def read(self, model: nn.Module, outputs: object) -> Read:
         """Of the outputs of a model what the questions are made of."""
@@ -129,8 +131,7 @@ class Retrieval(Task):
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         images, texts, scale = read
         labels = torch.arange(len(images), device=images.device) if labels is None else labels
-        # An image with several texts is one candidate: the first of its rows.
-        first = (labels[:, None] == labels).float().argmax(-1) == torch.arange(len(labels), device=labels.device)
+        first = firsts(labels)  # an image with several texts is one candidate
         logits = (images * scale.unsqueeze(-1)) @ texts.T
         right = labels[:, None] == labels
         return [Question(logits[first], right[first]), Question(logits.T[:, first], right[:, first])]
@@ -148,6 +149,27 @@ class Retrieval(Task):
     def decisions(self, outputs: Mapping[str, Tensor]) -> Tensor:
         images, texts = (F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds"))
         return images @ texts.T
+
+
+@dataclass(frozen=True)
+class ZeroShot(Retrieval):
+    """Which class an image is of: the texts are names of classes, the candidates all that occur. Labels: one per text."""
+
+    name: str = "zero-shot"
+    metric: str = "accuracy"
+    prompt = "a photo of a {}."
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        images, texts, scale = read
+        labels = torch.arange(len(images), device=images.device) if labels is None else labels
+        first = firsts(labels)
+        return [Question((images * scale.unsqueeze(-1)) @ texts[first].T, labels[:, None] == labels[first])]
+
+    def labels(self, pairs: Sequence[Pair]) -> Tensor:
+        return torch.tensor([zlib.crc32(pair.text.encode()) for pair in pairs])
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        return {"accuracy": questions[0].hits(), "top-5 accuracy": questions[0].hits(5)}
 
 
 @dataclass(frozen=True)
@@ -197,6 +219,7 @@ TASKS = {
     for task in (
         Matching(),
         Retrieval(),
+        ZeroShot(),
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
     )
@@ -208,6 +231,11 @@ def choose(tasks: Sequence[str], wanted: str | None = None) -> Task:
     if wanted is not None and wanted not in tasks:
         raise CompError(f"--task {wanted}: this model is for {', '.join(tasks)}.", code=USAGE)
     return TASKS[wanted or tasks[0]]
+
+
+def firsts(labels: Tensor) -> Tensor:
+    """Which rows are the first with their label, (batch,) booleans."""
+    return (labels[:, None] == labels).float().argmax(-1) == torch.arange(len(labels), device=labels.device)
 
 
 def joined(reads: Sequence[Read]) -> Read:

@@ -87,7 +87,7 @@ def open_dense(
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Exit 4 for a model that is compact
     already."""
-    source = hub.resolve(model, out=out, **hub_options)
+    source = hub.resolve(model, out=out, accepts=find_family, **hub_options)
     config = read_config(source.folder)
     family, architecture = find_family(config)
     if "comp" in config:
@@ -120,7 +120,7 @@ def open_dense(
 
 
 def collator(family: Family, processor: Any, max_text: int, task: tasks.Task) -> data.Collator:
-    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels)
+    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt)
 
 
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:

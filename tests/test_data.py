@@ -18,6 +18,7 @@ from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, read_
 from comp_cli.datafiles import open_pairs
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
 from comp_cli.output import Output
+from comp_cli.tasks import TASKS
 
 COUNT = 40
 
@@ -199,6 +200,25 @@ def test_pairs_become_batches(folder, dense):
     (batch,) = dense.collate.batches(opened(path).read("calibration", 4), 8)
     assert batch.inputs["pixel_values"].shape == (4, 3, 48, 48)
     assert batch.labels.tolist() == [number % 2 for number in numbers(read(path, limit=4))]
+
+
+def test_names_of_classes_are_texts(photos, tmp_path):
+    """An image classification set, as zero-shot classification takes it: the label column is the text."""
+    columns = {"image": [str(photos / f"{i}.png") for i in range(COUNT)], "label": [i % 3 for i in range(COUNT)]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.cast_column("label", datasets.ClassLabel(names=["cat", "dog", "crane"])).save_to_disk(tmp_path / "saved")
+    pairs = open_pairs(str(tmp_path / "saved"), out=Output("quiet"), columns=Columns(text="label")).read("calibration")
+    found = list(pairs)
+    assert {pair.text for pair in found} == {"cat", "dog", "crane"} and {pair.label for pair in found} == {None}
+
+
+def test_retrieval_takes_pairs_that_match_and_knows_their_images(folder):
+    table = rows(label=lambda i: i % 2)
+    table += [row | {"text": row["text"] + " again"} for row in table]
+    pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].takes))
+    assert len(pairs) == 12 and all(pair.label == 1 for pair in pairs)
+    ids = {number: {p.image_id for p, n in zip(pairs, numbers(pairs), strict=True) if n == number} for number in numbers(pairs)}
+    assert all(len(found) == 1 for found in ids.values()) and len(set.union(*ids.values())) == len(ids)
 
 
 # Which pairs, in which order -----------------------------------------------------------------------------------------

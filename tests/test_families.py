@@ -1,6 +1,7 @@
 """Every family through the same tests: what is pruned, loaded, exported and counted is what the description says."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -223,3 +224,22 @@ def test_supported_names_are_classes():
 
     assert all(hasattr(transformers, name) for name in supported())
     assert all(key == family.name for key, family in FAMILIES.items())
+
+
+def test_checkpoints_of_older_transformers(case, tmp_path):
+    """They hold position ids, which are no weights any more, and may be of half precision or in shards."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "old"
+    transformers.AutoConfig.from_pretrained(case.folder).save_pretrained(folder)
+    state = {name: tensor.half() for name, tensor in load_file(case.folder / "model.safetensors").items()}
+    embeddings = [name.rpartition(".position_embedding")[0] for name in state if ".position_embedding" in name]
+    half, rest = dict(list(state.items())[::2]), dict(list(state.items())[1::2])
+    half |= {f"{name}.position_ids": torch.arange(24).unsqueeze(0) for name in embeddings}
+    parts = {"model-00001-of-00002.safetensors": half, "model-00002-of-00002.safetensors": rest}
+    for name, part in parts.items():
+        save_file(part, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, part in parts.items() for key in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copyfile(case.folder / "config.json", folder / "config.json")
+    same(case.read(load_model(folder, dtype=torch.float32), case.inputs), case.read(case.stock.half().float(), case.inputs))

@@ -73,3 +73,15 @@ def test_a_hostile_pickle_is_not_run(pickled, tmp_path):
     torch.save({"itm_head.weight": Hostile()}, folder / "pytorch_model.bin")
     done = comp("prune", folder, "--ratio", 0.5, "--allow-pickle", folder=tmp_path)
     assert done.returncode == 4 and not trace.exists()
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights_come(tiny_folder, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["ClipModel"]}))
+    with HubServer({"org/llama": Repo({"main": folder})}) as hub:
+        done = comp("prune", "org/llama", "--ratio", 0.5, "--json", folder=tmp_path, HF_ENDPOINT=hub.url)
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 4 and "The nearest is CLIPModel" in error["hint"]
+    assert not list((tmp_path / "hf").rglob("model.safetensors")) and list((tmp_path / "hf").rglob("config.json"))

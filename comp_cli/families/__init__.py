@@ -33,9 +33,10 @@ def find_family(config: dict[str, Any]) -> tuple[Family, str]:
             stock = architecture.removeprefix("Compact")  # what save_pretrained of a compact model writes
             if stock in family.architectures:
                 return family, stock
-    nearest = get_close_matches(str(named[0]), supported(), n=1, cutoff=0.4)
+    spelled = {name.lower(): name for name in supported()}
+    nearest = get_close_matches(str(named[0]).lower(), spelled, n=1, cutoff=0.4)
     raise CompError(
         f"comp does not know the architecture {named[0]} (model_type {config.get('model_type')!r}).",
         code=REFUSED,
-        hint=f"Supported: {', '.join(supported())}." + (f" The nearest is {nearest[0]}." if nearest else ""),
+        hint=f"Supported: {', '.join(supported())}." + (f" The nearest is {spelled[nearest[0]]}." if nearest else ""),
     )

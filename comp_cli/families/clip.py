@@ -30,7 +30,7 @@ LANGUAGE = Tower(
 )
 CLIP = Family(
     name="clip",
-    architectures={"CLIPModel": ("retrieval",)},
+    architectures={"CLIPModel": ("retrieval", "zero-shot")},
     towers=(VISION, LANGUAGE),
     encoders=("get_image_features", "get_text_features"),
     text_embeds="text_projection",

@@ -7,7 +7,7 @@ from .clip import LANGUAGE, VISION
 
 SIGLIP = Family(
     name="siglip",
-    architectures={"SiglipModel": ("retrieval",)},
+    architectures={"SiglipModel": ("retrieval", "zero-shot")},
     towers=(
         replace(VISION, protected=()),
         replace(LANGUAGE, protected=("last",), causal=False, text_end=None, score_rule="attention"),
