@@ -20,6 +20,7 @@ import numpy as np
 import prepared
 import tome
 import torch
+from accuracy import TEST_SEED
 from torch import nn
 from torch.nn import functional as F
 
@@ -209,15 +210,15 @@ def unrecovered(work: Path, ratio: float) -> nn.Module:
     """comp without its closed-form refit, on the demo: what the choice of units alone is worth."""
     folder = work / f"unrecovered-{ratio:g}"
     if not folder.exists():
-        options = Options("demo", ratio, method="joint", recover=False, device="cpu", batch_size=32)
+        options = Options("demo", ratio, recover=False, device="cpu", batch_size=32)
         prune(options, folder, Output("quiet"))
     return loading.load_model(folder, dtype=torch.float32)
 
 
 PEERS = {
     "stock": Peer("stock transformers, torch", lambda work, ratio: prepared.model(work, "stock")),
-    "comp": Peer("comp (joint), torch", lambda work, ratio: prepared.model(work, f"{ratio:g}")),
-    "comp-unrecovered": Peer("comp (joint, --no-recover), torch", unrecovered, timed=False),
+    "comp": Peer("comp, torch", lambda work, ratio: prepared.model(work, f"{ratio:g}")),
+    "comp-unrecovered": Peer("comp --no-recover, torch", unrecovered, timed=False),
     "torch-pruning": Peer("Torch-Pruning (magnitude), torch", torch_pruning("magnitude")),
     "torch-pruning-taylor": Peer("Torch-Pruning (Taylor), torch", torch_pruning("taylor"), timed=False),
     "merging": Peer("token merging as in ToMe, torch", token_merging),
@@ -228,8 +229,8 @@ PEERS = {
     "int8": Peer("dense, dynamic int8, ONNX Runtime", lambda work, ratio: prepared.graph(work, "int8 stock")),
     "torch-pruning-onnx": Peer("Torch-Pruning (magnitude), ONNX Runtime", exported_peer("torch-pruning")),
     "merging-onnx": Peer("token merging as in ToMe, ONNX Runtime", exported_peer("merging")),
-    "comp-onnx": Peer("comp (joint), ONNX Runtime", lambda work, ratio: prepared.graph(work, f"{ratio:g}")),
-    "comp-int8": Peer("comp (joint), dynamic int8, ONNX Runtime", lambda work, ratio: prepared.graph(work, f"int8 {ratio:g}")),
+    "comp-onnx": Peer("comp, ONNX Runtime", lambda work, ratio: prepared.graph(work, f"{ratio:g}")),
+    "comp-int8": Peer("comp, dynamic int8, ONNX Runtime", lambda work, ratio: prepared.graph(work, f"int8 {ratio:g}")),
 }
 
 
@@ -254,7 +255,7 @@ def demo_work(work: Path, ratio: float) -> Path:
     if not (folder / "dense").exists():
         shutil.copytree(DEMO, folder / "dense")
     if not (folder / f"compact-{ratio:g}").exists():
-        options = Options("demo", ratio, method="joint", device="cpu", batch_size=32)
+        options = Options("demo", ratio, device="cpu", batch_size=32)
         prune(options, folder / f"compact-{ratio:g}", Output("quiet"))
     return folder
 
@@ -265,7 +266,7 @@ def measure_accuracy(work: Path, path: Path, ratio: float, pairs: int) -> None:
     if not missing:
         return
     folder = demo_work(work, ratio)
-    batches = batches_of(open_dense("demo", Output("quiet")), SCENES, "evaluation", pairs, 32)
+    batches = batches_of(open_dense("demo", Output("quiet")), SCENES, "evaluation", pairs, 32, TEST_SEED)
     with path.open("a") as file:
         for name in missing:
             line = {"peer": name, "ratio": ratio, "pairs": pairs, "accuracy": None}

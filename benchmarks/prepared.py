@@ -4,12 +4,10 @@ import functools
 from pathlib import Path
 
 import full_size
-import onnx
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from comp_cli import graphs, loading, tasks, variants
+from comp_cli import graphs, loading, rewrite, tasks, variants
 from comp_cli.families import FAMILIES
 from comp_cli.output import Output
 from comp_cli.prune import Options, prune
@@ -50,16 +48,7 @@ def graph(work: Path, name: str) -> Path:
     path = work / f"{name.replace(' ', '-')}.onnx"
     if not path.exists():
         if name.startswith("int8 "):
-            int8(graph(work, name.removeprefix("int8 ")), path)
+            rewrite.quantize(graph(work, name.removeprefix("int8 ")), path)
         else:
             graphs.write_graph(model(work, name), TASK, FAMILY, path)
     return path
-
-
-def int8(source: Path, path: Path) -> None:
-    """ONNX Runtime's dynamic quantization, int8 weights per channel. Shapes that the exporter left behind would stop it."""
-    plain = onnx.load(source)
-    del plain.graph.value_info[:]
-    with loading.quiet_libraries():
-        more = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # it cannot see through the fused attention node
-        quantize_dynamic(plain, path, per_channel=True, weight_type=QuantType.QInt8, extra_options=more)

@@ -283,6 +283,11 @@ def export(
         float | None,
         typer.Option(min=0, help="Largest difference from torch: 1e-4; fp16 0.2, bf16 1, int8 2.", show_default=False),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your image-text pairs to check the graphs on. Else generated scenes.")
+    ] = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave refused graphs in OUTPUT.failed.")] = False,
     device: Annotated[str, typer.Option(help="Where the graphs are checked: cpu, cuda or cuda:N.")] = "cpu",
     target: Annotated[
@@ -303,7 +308,7 @@ def export(
 
     `comp export --onnx -o served` (takes the last compact model below the current folder)
 
-    `comp export compact --onnx --split --quantize int8 -o served`
+    `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
     """
     out = _output(form, as_json, quiet, no_progress)
 
@@ -324,6 +329,8 @@ def export(
             atol=atol,
             keep_failed=keep_failed,
             device=device,
+            data=data,
+            columns=command.Columns(image_column, text_column),
         )
         document = command.export(source, folder_out, out, options, overwrite=overwrite)
         return document | {"output": str(folder_out)}, folder_out

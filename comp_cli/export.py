@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from . import __version__, parity, rewrite, tasks
+from .data import Columns
+from .datafiles import open_pairs
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import Family, find_family, tower_config
 from .graphs import OPSET, TARGETS, VISION, OnnxModel, can_split, check_target, write_graphs
@@ -34,6 +36,8 @@ class Options:
     atol: float | None = None  # None for that of the dtype or quantization
     keep_failed: bool = False
     device: str = "cpu"  # where the graphs are checked
+    data: str | None = None  # the real pairs they are checked on; None for generated scenes
+    columns: Columns = Columns()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
     if options.split and not can_split(family):
         raise CompError(f"--split: {architecture} encodes only one of images and texts.", code=USAGE)
+    source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
@@ -73,8 +78,8 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
-        how = {"split": options.split, "rounded": rounded}
-        cases = parity.make_cases(model, task, family, processor, checked, **how)
+        pairs = parity.real_pairs(source, rounded)
+        cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split)
         check = Check(cases, task, options.device, tolerance)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
@@ -103,6 +108,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "graphs": graphs.signature(),
             "keep": _keeps(config),
             "checked_on": options.device,
+            "data": source.describe("evaluation") if source else "generated scenes",
             "passed": problem is None,
             "allowed": vars(tolerance),
             "agreement": parity.agreement(rows),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from . import data, tasks
 from .families import Family
 from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, OnnxModel, encode_images
+from .workbench import Pairs
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
 LONG = 5  # captions in a row make a long text
@@ -57,10 +59,10 @@ class Parity:
 
 
 def make_cases(
-    model: nn.Module, task: tasks.Task, family: Family, processor, longest: int, *, split: bool, rounded: bool
+    model: nn.Module, task: tasks.Task, family: Family, processor, longest: int, pairs: list[data.Pair], *, split: bool
 ) -> list[Case]:
-    """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well."""
-    pairs = list(data.scene_pairs("train", 8 + DECISIONS * rounded, labelled=False))
+    """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well. Eight pairs
+    at least; more decide whether decisions agree."""
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
     collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels, task.prompt)
@@ -71,6 +73,15 @@ def make_cases(
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
         given.append(("random", data.random_inputs(model.config, family, batch, tokens, padded=padded)))
     return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
+
+
+def real_pairs(source: Pairs | None, rounded: bool) -> list[data.Pair]:
+    """Pairs for the cases, from a set of pairs or generated: more of them where weights are rounded."""
+    count = 8 + DECISIONS * rounded
+    if source is None:
+        return list(data.scene_pairs("train", count, labelled=False))
+    found = list(source.read("evaluation", count))
+    return list(islice(cycle(found), max(8, len(found))))
 
 
 def expected(

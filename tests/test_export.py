@@ -43,7 +43,8 @@ def pair(served):
 @pytest.fixture(scope="module")
 def cases(compact_folder):
     model, processor = load_model(compact_folder, dtype=torch.float32), load_processor(compact_folder)
-    return parity.make_cases(model, tasks.TASKS["itm"], FAMILIES["blip"], processor, 20, split=True, rounded=True)
+    pairs = parity.real_pairs(None, rounded=True)
+    return parity.make_cases(model, tasks.TASKS["itm"], FAMILIES["blip"], processor, 20, pairs, split=True)
 
 
 @pytest.fixture
@@ -326,3 +327,20 @@ def test_nodes_tell_where_tokens_are_pruned(exported):
     assert "TopK" in {node.op_type for node in named}
     assert not {"MultiHeadAttention", "Gelu", "LayerNormalization"} & {node.op_type for node in named}
     assert all(node.op_type != "TopK" or node in named for node in graph.node)
+
+
+def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
+    """Five pairs are enough; the report says whose they were."""
+    from PIL import Image
+
+    rows = []
+    for number in range(5):
+        Image.new("RGB", (60, 50), (40 * number, 90, 10)).save(tmp_path / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "caption": "a red circle", "label": "whatever"}))
+    (tmp_path / "val.jsonl").write_text("\n".join(rows))
+    options = export.Options(data=str(tmp_path / "val.jsonl"))
+    document = export.export(compact_folder, tmp_path / "onnx", Output("quiet"), options, overwrite=False)
+    assert document["passed"] and document["data"].startswith("val.jsonl, split validation")
+    options = export.Options(data=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(CompError, match="no such file"):
+        export.export(compact_folder, tmp_path / "other", Output("quiet"), options, overwrite=False)
