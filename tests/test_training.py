@@ -232,3 +232,34 @@ def test_two_processes_do_what_one_does(tiny_folder, tmp_path):
         torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)
     name = "vision_model.embeddings.class_embedding"
     assert not torch.equal(weights[0][name], dense[name]) and math.isfinite(weights[0][name].sum())
+
+
+def test_epochs_are_steps(tiny_folder, tmp_path):
+    """Two passes over nine pairs, some of which evaluation keeps for itself, in batches of two."""
+    from PIL import Image
+
+    rows = []
+    for number in range(9):
+        Image.new("RGB", (48, 48), (20 * number, 80, 10)).save(tmp_path / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "text": "a red circle", "label": number % 2}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    train = ["--epochs", "2", "--train-batch-size", "2", "--lr", "1e-3", "--data", tmp_path / "pairs.jsonl", "--device", "cpu"]
+    given = ["prune", tiny_folder, "--ratio", 0.4, "--method", "joint", "-o", tmp_path / "compact", *SIZES, *train, "--json"]
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    counted = document["quality"]["samples"]
+    assert 1 <= counted <= 8 and document["options"]["training"]["steps"] == math.ceil(2 * (9 - counted) / 2)
+
+
+def test_cit_changes_what_is_learnt_while_heads_fade(dense, uneven_plan, inputs):
+    """The ablation reaches the training: where a layer loses heads and tokens, other tokens stay, so other weights come out."""
+    training = Training(steps=4, batch_size=4, lr=1e-3, stage_share=1.0)
+    calibration = Calibration(dense, [Batch(inputs, None)], None, "cip")
+    calibration.look(dense.plan)
+    states = []
+    for cit in (True, False):
+        trainer = Trainer(dense, training, 0.5, partial(training_batches, dense, SCENES, training, 0), cit=cit)
+        trainer.look(calibration, uneven_plan)
+        states.append(trainer.state)
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
