@@ -42,7 +42,7 @@ def analyze(
         "model": dense.source.name,
         "revision": dense.source.revision,
         "architecture": dense.architecture,
-        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
+        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one sample"},
         **costs(dense),
         "inequality": inequality(dense, scores),
         "diagnostics": diagnosis(dense, found),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,7 +35,8 @@ Purpose = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image share its id."""
+    """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image (one file,
+    or the same content in a table) share its id."""
 
     image: Image.Image
     text: str
@@ -244,8 +246,9 @@ def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) ->
 
 def described_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
     """Generated scenes, each with a description of all that is in it."""
-    for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
-        yield Pair(scenes.render(scene, background), scenes.describe(scene), image_id=number)
+    for scene, background in scenes.images(split, count, seed):
+        text = scenes.describe(scene)  # what is described alike counts as one image
+        yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()))
 
 
 @dataclass(frozen=True)

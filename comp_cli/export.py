@@ -59,7 +59,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
 
     Exit 3 above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
     """
-    tolerance = check_options(options)
+    check_options(options)
     failed = output.with_name(f"{output.name}.failed")
     check_output(output, overwrite=overwrite, source=folder)
     if options.keep_failed:
@@ -68,6 +68,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     config = read_config(folder)
     family, architecture = find_family(config)
     task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
+    tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and not can_split(family):
         raise CompError(f"--split: {architecture} encodes only one of images and texts.", code=USAGE)
     source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
@@ -78,7 +79,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
-        pairs = parity.real_pairs(source, rounded)
+        pairs = parity.real_pairs(source, task, rounded)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split)
         check = Check(cases, task, options.device, tolerance)
         out.say("exporting (this takes a minute for a full-size model) ...")
@@ -107,6 +108,9 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "fused": fused,
             "graphs": graphs.signature(),
             "keep": _keeps(config),
+            # What a dual encoder makes of a cosine: logit = scale * cosine + bias.
+            **{name: getattr(model, name).exp().item() for name in ("logit_scale",) if hasattr(model, name)},
+            **{name: getattr(model, name).item() for name in ("logit_bias",) if hasattr(model, name)},
             "checked_on": options.device,
             "data": source.describe("evaluation") if source else "generated scenes",
             "passed": problem is None,
@@ -125,8 +129,8 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     return document
 
 
-def check_options(options: Options) -> parity.Tolerance:
-    """What is allowed to differ. Exit 2 for options that make no sense, 5 for graphs that nothing here can run."""
+def check_options(options: Options) -> None:
+    """Exit 2 for options that make no sense, 5 for graphs that nothing here can run."""
     check_target(options.target, options.opset)
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
     if options.quantize not in (None, "int8"):
@@ -141,8 +145,6 @@ def check_options(options: Options) -> parity.Tolerance:
             code=DEVICE,
             hint="--device cuda checks it on a GPU; --dtype fp16 can be checked here.",
         )
-    tolerance = parity.TOLERANCES[options.quantize or options.dtype]
-    return tolerance if options.atol is None else replace(tolerance, atol=options.atol)
 
 
 def optimize(folder: Path, names: list[str], check: Check, options: Options, out: Output) -> dict[str, int]:
@@ -153,7 +155,8 @@ def optimize(folder: Path, names: list[str], check: Check, options: Options, out
     try:
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
-        problem = parity.problem(check.rows(OnnxModel(trial, names, check.device), out), parity.TOLERANCES[options.dtype])
+        allowed = parity.tolerance(check.task, options.dtype, None)
+        problem = parity.problem(check.rows(OnnxModel(trial, names, check.device), out), allowed)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
     if problem:
@@ -233,8 +236,9 @@ def resolve_folder(folder: Path | None, out: Output) -> Path:
 def print_export(document: dict[str, Any], output: Path, out: Output) -> None:
     worst: dict[str, dict[str, Any]] = {}
     for row in document["parity"]:
-        images = f"{row['images']} image{'s' * (row['images'] > 1)}, {row['batch']} text{'s' * (row['batch'] > 1)}"
-        name = f"{row['output']}, {row['inputs']} inputs, {images}"
+        counted = {"image": row["images"], "text": row["batch"] if row["text_tokens"] else 0}
+        given = ", ".join(f"{number} {what}{'s' * (number > 1)}" for what, number in counted.items() if number)
+        name = f"{row['output']}{'' if row['judged'] is not None else ' (not judged)'}, {row['inputs']} inputs, {given}"
         if name not in worst or row["max_error"] > worst[name]["max_error"]:
             worst[name] = row
     rows = [[name, row["text_tokens"], f"{row['max_error']:.1e}", f"{row['mean_error']:.1e}"] for name, row in worst.items()]

@@ -118,6 +118,9 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     try:
         with quiet_libraries():
             return (both if images and texts else one).from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        message = f"{folder}: the processor needs a package that is missing: {_first_line(error)}"
+        raise CompError(message, code=REFUSED, hint="Install it with pip, and try again.") from error
     except Exception as error:
         raise CompError(
             f"{folder}: the processor does not load: {_first_line(error)}",

@@ -138,7 +138,7 @@ def kept_tokens(scores: torch.Tensor, keep: int, protected: tuple[str, ...]) -> 
     """Indices of the `keep` best tokens in their original order. scores (batch, tokens) -> (batch, keep).
 
     Protected tokens stay whatever their score: "first" is token 0 ([CLS]), "last" the last one that is not padding
-    ([SEP]; padding has a negative score).
+    ([SEP]; padding has a negative score), "end" the last one of all.
     """
     position = torch.arange(scores.shape[1], device=scores.device)
     if "first" in protected:
@@ -146,6 +146,8 @@ def kept_tokens(scores: torch.Tensor, keep: int, protected: tuple[str, ...]) -> 
     if "last" in protected:
         last = torch.where(scores >= 0, position, -1).amax(1, keepdim=True)
         scores = scores.masked_fill(position == last, torch.inf)
+    if "end" in protected:
+        scores = scores.masked_fill(position == scores.shape[1] - 1, torch.inf)
     return scores.topk(keep, dim=1).indices.sort(dim=1).values
 
 

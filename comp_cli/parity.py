@@ -32,6 +32,19 @@ TOLERANCES = {
     "bf16": Tolerance(1.0, 0.95),
     "int8": Tolerance(2.0, 0.95),
 }
+# For embeddings, in units of their largest number.
+OF_EMBEDDINGS = {
+    "fp32": Tolerance(1e-4, 1.0),
+    "fp16": Tolerance(0.02, 0.98),
+    "bf16": Tolerance(0.1, 0.95),
+    "int8": Tolerance(0.2, 0.95),
+}
+
+
+def tolerance(task: tasks.Task, rounding: str, atol: float | None) -> Tolerance:
+    """What is allowed to differ; `atol` instead of the usual, where it is given."""
+    usual = (TOLERANCES if task.paired else OF_EMBEDDINGS)[rounding]
+    return usual if atol is None else replace(usual, atol=atol)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class Parity:
     text_tokens: int
     max_error: float
     mean_error: float
-    judged: bool  # whether the tolerance holds for this output
+    judged: float | None  # the error that the tolerance is for; None where it is for none
     same_decision: float | None  # share of the batch, in one row of each case
 
 
@@ -64,7 +77,9 @@ def make_cases(
     """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well. Eight pairs
     at least; more decide whether decisions agree."""
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
-    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + 8] for i in range(8, len(pairs), 8))]
+    # Where all samples of a batch are candidates, the decisions of many are asked for together.
+    size = 8 if task.paired else len(pairs)
+    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
     collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels, task.prompt)
     given = [("real", collate(part).inputs) for part in parts]
     if split or (len(family.towers) > 1 and not task.paired):
@@ -75,12 +90,12 @@ def make_cases(
     return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
 
 
-def real_pairs(source: Pairs | None, rounded: bool) -> list[data.Pair]:
+def real_pairs(source: Pairs | None, task: tasks.Task, rounded: bool) -> list[data.Pair]:
     """Pairs for the cases, from a set of pairs or generated: more of them where weights are rounded."""
     count = 8 + DECISIONS * rounded
-    if source is None:
+    if source is None and task.paired:
         return list(data.scene_pairs("train", count, labelled=False))
-    found = list(source.read("evaluation", count))
+    found = list(source.read("evaluation", count, takes=task.takes) if source else data.described_scenes("train", count))
     return list(islice(cycle(found), max(8, len(found))))
 
 
@@ -114,16 +129,21 @@ def check(
         judged = [name for name in found if name in task.judged]
         for name in found:
             same = agreed if name == judged[-1] else None
-            rows.append(compare(case, name, case.expected[name], found[name], name in judged, same))
+            size = None if name not in judged else 1.0 if task.paired else case.expected[name].abs().max().item()
+            rows.append(compare(case, name, case.expected[name], found[name], size, same))
         advance()
     return rows
 
 
-def compare(case: Case, output: str, expected: Tensor, found: Tensor, judged: bool, same_decision: float | None) -> Parity:
+def compare(
+    case: Case, output: str, expected: Tensor, found: Tensor, size: float | None, same_decision: float | None
+) -> Parity:
+    """`size`: what the error is divided by before it is judged; None where it is not."""
     error = (expected - found).abs()
     largest = error.max().item() if torch.isfinite(error).all() else float("inf")
     images, texts = len(case.inputs.get("pixel_values", ())), case.inputs.get("input_ids", torch.empty(0, 0))
     batch, tokens = texts.shape if len(texts) else (images, 0)
+    judged = size and largest / size
     return Parity(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
 
 
@@ -135,10 +155,10 @@ def agreement(rows: list[Parity]) -> float:
 
 def problem(rows: list[Parity], tolerance: Tolerance) -> str | None:
     """What is wrong, in a sentence; None where the graphs say what torch says. Only what the task names is judged."""
-    worst = max((row for row in rows if row.judged), key=lambda row: row.max_error)
-    if not worst.max_error <= tolerance.atol:
+    worst = max((row for row in rows if row.judged is not None), key=lambda row: row.judged)
+    if not worst.judged <= tolerance.atol:
         return (
-            f"the graph differs from torch by {worst.max_error:.2e} (batch {worst.batch}, {worst.text_tokens} text "
+            f"the graph differs from torch by {worst.judged:.2e} (batch {worst.batch}, {worst.text_tokens} text "
             f"tokens, {worst.inputs} inputs); allowed is {tolerance.atol:.0e}."
         )
     if agreement(rows) < tolerance.agreement:

@@ -49,7 +49,7 @@ def prune(
     """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Exit 3 where the
-    metric falls by more than `max_drop` points: then the folder is not written, and the journal stays.
+    metric falls by more than `max_drop` points: then nothing is left.
     """
     check_ratio(options.ratio)
     if options.method not in METHODS:
@@ -62,6 +62,8 @@ def prune(
         raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise CompError(f"--max-drop {max_drop:g}: expected points from 0 to 100.", code=USAGE)
+    if max_drop is not None and dry_run:
+        raise CompError("--max-drop needs a model to judge, which --dry-run does not make.", code=USAGE)
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
         raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
     device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
@@ -75,8 +77,9 @@ def prune(
         options,
         stages=options.stages or affordable(dense, 40, 10),
         num_samples=num_samples,
-        stage_samples=min(options.stage_samples or affordable(dense, 256, 8), num_samples),
-        eval_samples=options.eval_samples or affordable(dense, 1000, 64),
+        # Where every sample is a candidate for every other, few are no question.
+        stage_samples=min(options.stage_samples or affordable(dense, 256, 8 if dense.task.paired else 32), num_samples),
+        eval_samples=options.eval_samples or affordable(dense, 1000, 64 if dense.task.paired else 256),
     )
     save_dtype = wanted_dtype or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
@@ -99,7 +102,11 @@ def prune(
         return document
     quality, per_pair = compare(dense, compact, pairs, options, out)
     document |= {"quality": quality}
-    check_drop(quality, max_drop)
+    try:
+        check_drop(quality, max_drop, out)
+    except CompError:
+        journal.remove()
+        raise
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
         write_checkpoint(folder, dense, compact, plan, document, save_dtype)
@@ -141,7 +148,7 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
         "task": dense.task.name,
         "options": asdict(options),
         "ratio": round(ratio, 5),
-        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one image-text pair"},
+        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one sample"},
         "flops": {"dense": before.total, "compact": after.total},
         "params": {"dense": dense.params(dense.plan), "compact": dense.params(plan)},
         "layers": report.layer_rows(dense, plan),
@@ -172,15 +179,17 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     return quality, seconds["dense"] / before.samples
 
 
-def check_drop(quality: dict[str, Any], allowed: float | None) -> None:
+def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> None:
     """Exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
     if allowed is None:
         return
+    if allowed < 100 / quality["samples"]:
+        out.warn(f"--max-drop {allowed:g} is less than one of {quality['samples']} pairs: --eval-samples gives it more.")
     name, metrics = quality["metric"], quality["metrics"]
     before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
     if not 100 * (before - after) <= allowed:
         said = f"{name if metrics else 'agreement'} falls from {100 * before:.1f} to {100 * after:.1f} %"
-        hint = "Nothing was written. Try a lower --ratio, or --steps; with a larger --max-drop the same command ends at once."
+        hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
         raise CompError(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
 
 

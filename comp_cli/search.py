@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from .calibration import Calibration, gather_grams
-from .data import fingerprint
+from .data import Batch, fingerprint
 from .engine import flops, schedule, stages
 from .engine.methods import METHODS
 from .errors import DeadEnd
@@ -62,8 +62,10 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method, training = METHODS[options.method], options.training
-    dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens))
+    dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    if method.removes("tokens"):
+        say_if_short(dense, batches, out)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = journal.load() if journal else None
@@ -111,6 +113,14 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
             trainer.take(progress.plan, model)
         model = trainer.tune(out, save)
     return Found(progress.plan, progress.stages, model, seconds)
+
+
+def say_if_short(dense: Dense, batches: list[Batch], out: Output) -> None:
+    """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
+    longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
+    reference = dense.reference.tokens.get("language")
+    if longest is not None and longest < reference:
+        out.say(f"texts have {longest} tokens at most, --text-tokens is {reference}: language tokens stay")
 
 
 def run_stages(

@@ -197,7 +197,8 @@ class Embedding(Task):
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         logits = SHARPNESS * read[0] @ read[0].T
         logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), -1e4)
-        return [Question(logits, None if labels is None else F.one_hot(labels, len(logits)).bool())]
+        rows = torch.arange(len(logits), device=logits.device)
+        return [Question(logits, None if labels is None else labels[:, None] == rows)]
 
     def labels(self, pairs: Sequence[Pair]) -> None:
         return None
@@ -235,7 +236,9 @@ def choose(tasks: Sequence[str], wanted: str | None = None) -> Task:
 
 def firsts(labels: Tensor) -> Tensor:
     """Which rows are the first with their label, (batch,) booleans."""
-    return (labels[:, None] == labels).float().argmax(-1) == torch.arange(len(labels), device=labels.device)
+    _, kind = labels.unique(return_inverse=True)
+    row = torch.arange(len(labels), device=labels.device)
+    return torch.full_like(row, len(row)).scatter_reduce(0, kind, row, "amin")[kind] == row
 
 
 def joined(reads: Sequence[Read]) -> Read:
@@ -292,7 +295,7 @@ def divergence(dense: list[Question], compact: list[Question]) -> Tensor:
 
 
 def distance(dense: Tensor, compact: Tensor) -> Tensor:
-    """Mean squared difference of features in units of the dense ones' variance. (batch, dim) each."""
+    """Mean squared difference of features in units of the variance of all numbers in the dense ones. (batch, dim) each."""
     return F.mse_loss(compact, dense) / dense.var().clamp(min=1e-6)
 
 

@@ -107,7 +107,7 @@ def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output)
     if isinstance(pairs, ScenePairs):
         raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
     out.say("counting the pairs ...")
-    found = sum(map(task.takes, pairs.read("calibration")))
+    found = sum(1 for _ in pairs.read("calibration", takes=task.takes))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
@@ -115,7 +115,7 @@ def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, 
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
     passed = 0
     for epoch in count(1):
-        found = filter(dense.task.takes, pairs.read("calibration", None, seed + epoch))
+        found = pairs.read("calibration", None, seed + epoch, dense.task.takes)
         first = True
         while chunk := list(islice(found, training.batch_size)):
             if len(chunk) < training.batch_size and not first:

@@ -14,7 +14,7 @@ from . import data, datafiles, hub, loading, tasks
 from .engine import flops, scoring
 from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
-from .errors import REFUSED, CompError
+from .errors import REFUSED, USAGE, CompError
 from .families import Family, find_family, tower_config
 from .output import Output
 from .plan import Plan, dense_plan
@@ -70,7 +70,7 @@ class Dense:
 
     def build(self, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
         """The model of a plan around weights that have its sizes."""
-        config = self.hf_config.__class__.from_dict(self.config)
+        config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
         config.comp = plan.comp_block(self.family)
         return loading.build_compact(config, self.architecture, state)
 
@@ -87,17 +87,21 @@ def open_dense(
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Exit 4 for a model that is compact
     already."""
-    source = hub.resolve(model, out=out, accepts=find_family, **hub_options)
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, tasks.Task]:
+        family, architecture = find_family(config)
+        if "comp" in config:
+            raise CompError(
+                f"{model} is a compact model already.",
+                code=REFUSED,
+                hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
+            )
+        return family, architecture, tasks.choose(family.architectures[architecture], task)
+
+    source = hub.resolve(model, out=out, accepts=described, **hub_options)
     config = read_config(source.folder)
-    family, architecture = find_family(config)
-    if "comp" in config:
-        raise CompError(
-            f"{source.name} is a compact model already.",
-            code=REFUSED,
-            hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
-        )
+    family, architecture, chosen = described(config)
     out.say(f"loading {source.name} ({architecture}) ...")
-    chosen = tasks.choose(family.architectures[architecture], task)
     processor = loading.load_processor(source.folder, family.inputs)
     dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
     check_fits(dense, family, processor, chosen, source.name)
@@ -151,8 +155,15 @@ def affordable(dense: Dense, many: float, few: float) -> float:
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
 
-def with_score_rule(plan: Plan, rule: str) -> Plan:
-    """Images are ranked by another rule; texts, which have no patches, by attention as ever."""
+def with_score_rule(plan: Plan, rule: str, family: Family) -> Plan:
+    """Images are ranked by another rule; texts, which have no patches, by their own as ever. Exit 2 where that is no rule for
+    the model."""
+    if rule == "attention":
+        return plan
+    classes = {tower.name: tower.class_token for tower in family.towers}
+    if "vision" not in classes or (rule == "cls" and classes["vision"] is None):
+        lacks = "has no images to rank so" if "vision" not in classes else "has no [CLS] to ask"
+        raise CompError(f"token scores by {rule}: a {family.name} model {lacks}.", code=USAGE, hint="Use --method token.")
     towers = (replace(tower, score_rule=rule) if tower.name == "vision" else tower for tower in plan.towers)
     return replace(plan, towers=tuple(towers))
 

@@ -363,7 +363,7 @@ def test_version():
 
 
 def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
-    """Exit 3 and no folder; with a larger allowance the same command goes on from what was searched."""
+    """Exit 3 and no folder; the advice that is given, another ratio, then runs."""
     from comp_cli import prune as command
 
     quality = {"metric": "accuracy", "metrics": {"accuracy": {"dense": 0.9, "compact": 0.88}}, "agreement": 0.95}
@@ -373,8 +373,10 @@ def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
     result = comp(*given, "--max-drop", "1", "--json")
     assert result.exit_code == 3 and not (tmp_path / "compact").exists()
     assert "accuracy falls from 90.0 to 88.0 %" in json.loads(result.stdout)["error"]["message"]
-    result = comp(*given, "--max-drop", "2.5")
-    assert result.exit_code == 0 and "going on after stage" in result.stderr
+    assert "less than one of 8 pairs" in result.stderr
+    assert not list(tmp_path.iterdir())
+    given[3] = "0.4"
+    assert comp(*given, "--max-drop", "2.5").exit_code == 0
     assert comp(*given, "--overwrite", "--max-drop", "-1").exit_code == 2
 
 

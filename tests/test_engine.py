@@ -32,7 +32,8 @@ def test_cip_golden_value():
     """X rows [CLS] (1, 2), (3, 0), (0, 1); token scores (3, 1); mean |W| (1, 1)."""
     activations = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]])
     weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    weights = importance.token_weights(torch.tensor([[9.0, 3.0, 1.0]]))
+    first = torch.tensor([[True, False, False]])
+    weights = importance.token_weights(torch.tensor([[9.0, 3.0, 1.0]]), first, first)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.75, 0.25]]))
     found = importance.channel_importance(weight, importance.energy(activations, weights))
     torch.testing.assert_close(found, torch.tensor([2.7839, 2.0616]), atol=1e-4, rtol=0)
@@ -195,7 +196,7 @@ def test_padding_does_not_change_scores(dense, inputs):
 def march(dense, inputs, name, ratio, each=1):
     """The training-free plan of a method with phases."""
     method = methods.METHODS[name]
-    progress = stages.Progress.start(with_score_rule(dense.plan, method.tokens), 0)
+    progress = stages.Progress.start(with_score_rule(dense.plan, method.tokens, dense.family), 0)
     look = Calibration(dense, [Batch(inputs, None)], None, method.params).look
     return stages.march(dense.plan, dense.reference, ratio, look, method.phases, each, schedule.Floors(), progress)
 

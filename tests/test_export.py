@@ -43,7 +43,7 @@ def pair(served):
 @pytest.fixture(scope="module")
 def cases(compact_folder):
     model, processor = load_model(compact_folder, dtype=torch.float32), load_processor(compact_folder)
-    pairs = parity.real_pairs(None, rounded=True)
+    pairs = parity.real_pairs(None, tasks.TASKS["itm"], rounded=True)
     return parity.make_cases(model, tasks.TASKS["itm"], FAMILIES["blip"], processor, 20, pairs, split=True)
 
 
@@ -293,7 +293,7 @@ def test_keep_failed_does_not_take_the_place_of_something_else(compact_folder, t
 
 
 def row(error, same, inputs="real"):
-    return parity.Parity("itm_score", inputs, 8, 8, 9, error, error / 2, True, same)
+    return parity.Parity("itm_score", inputs, 8, 8, 9, error, error / 2, error, same)
 
 
 def test_the_gate_counts_errors_and_decisions():
@@ -307,7 +307,7 @@ def test_the_gate_counts_errors_and_decisions():
 def test_one_nan_is_an_infinite_difference(cases):
     found = cases[0].expected["itm_score"].clone()
     found[0, 0] = float("nan")
-    assert parity.compare(cases[0], "itm_score", cases[0].expected["itm_score"], found, True, None).max_error == float("inf")
+    assert parity.compare(cases[0], "itm_score", cases[0].expected["itm_score"], found, 1.0, None).max_error == float("inf")
 
 
 def test_a_session_on_another_provider_is_refused(exported):
@@ -344,3 +344,21 @@ def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
     options = export.Options(data=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(CompError, match="no such file"):
         export.export(compact_folder, tmp_path / "other", Output("quiet"), options, overwrite=False)
+
+
+def test_embeddings_are_judged_by_their_size():
+    """Unit vectors of 512 numbers: unrelated ones differ by 0.2, which would pass for a score of size 10."""
+    from comp_cli.parity import Case, check
+
+    generator = torch.Generator().manual_seed(0)
+    real = torch.nn.functional.normalize(torch.randn(8, 512, generator=generator), dim=-1)
+    other = torch.nn.functional.normalize(torch.randn(8, 512, generator=generator), dim=-1)
+
+    class Graphs:
+        def run(self, inputs):
+            return {"image_embeds": other.numpy()}
+
+    case = Case("real", {"pixel_values": torch.zeros(8, 3, 4, 4)}, {"image_embeds": real})
+    task = tasks.TASKS["image-embedding"]
+    rows = check(Graphs(), [case], task)
+    assert rows[0].max_error < 0.3 and "differs from torch" in parity.problem(rows, parity.tolerance(task, "int8", None))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import comp_cli
@@ -187,3 +188,28 @@ def test_the_tokenizer_is_written_as_it_was(tiny_folder, compact_folder):
 
     found, was = (json.loads((folder / "tokenizer.json").read_text()) for folder in (compact_folder, tiny_folder))
     assert found["truncation"] == was["truncation"] and found["padding"] == was["padding"]
+
+
+def test_siglips_own_tokenizer(tmp_path):
+    """What google/siglip-* name: a sentencepiece model, without tokenizer.json."""
+    import sentencepiece
+    import tiny
+    import transformers
+
+    from comp_cli.data import Pair
+    from comp_cli.output import Output
+    from comp_cli.workbench import open_dense
+
+    folder = tiny.write("siglip", tmp_path / "siglip")
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "words.txt").write_text("\n".join(f"{a} {b}" for a in tiny.WORDS for b in tiny.WORDS))
+    settings = {"model_prefix": str(tmp_path / "spiece"), "vocab_size": 20, "hard_vocab_limit": False, "minloglevel": 5}
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "words.txt"), model_type="char", pad_id=3, **settings)
+    special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=24, **special)
+    tokenizer.save_pretrained(folder)
+    assert (folder / "spiece.model").exists() and len(tokenizer) <= 21
+    dense = open_dense(str(folder), Output("quiet"))
+    assert type(dense.processor.tokenizer).__name__ == "SiglipTokenizer"
+    batch = dense.collate([Pair(Image.new("RGB", (48, 48)), "a red circle")])
+    assert batch.inputs["input_ids"].shape == (1, 24)

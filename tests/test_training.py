@@ -109,7 +109,7 @@ def test_batches_go_on_after_what_was_skipped_and_processes_share_them(dense):
 class Few:
     """A set of five pairs."""
 
-    def read(self, purpose, limit=None, seed=0):
+    def read(self, purpose, limit=None, seed=0, takes=None):
         return SCENES.read(purpose, 5, seed)
 
 

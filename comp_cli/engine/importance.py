@@ -14,15 +14,14 @@ def normalised(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def token_weights(scores: Tensor, has_class_token: bool = True) -> Tensor:
+def token_weights(scores: Tensor, class_token: Tensor, special: Tensor) -> Tensor:
     """CIP's weights, Eq. 4: 1 for [CLS], and for the ordinary tokens their scores, which sum to one.
 
     So all ordinary tokens together weigh as much as [CLS], and layers with different numbers of tokens compare.
-    scores: (batch, tokens), padding negative. Returns (batch, tokens).
+    scores: (batch, tokens), padding negative; class_token, special: (batch, tokens) booleans, where [CLS] is, and all tokens
+    that are not ordinary. Returns (batch, tokens).
     """
-    if not has_class_token:
-        return normalised(scores)
-    return torch.cat([torch.ones_like(scores[:, :1], dtype=torch.float32), normalised(scores[:, 1:])], dim=1)
+    return normalised(scores.masked_fill(special, 0)) + class_token.float()
 
 
 def energy(activations: Tensor, weights: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..families import Family, Tower
 from ..modeling_comp import CompactAttention, kept_tokens
@@ -139,7 +138,7 @@ def collect(
                     weights = weights_of(recorder, family.tower(key[0]), plan, key, how.reads == "weighted energy")
                     found[key] = found.get(key, 0) + importance.energy(activations, weights)
             for key, scores in recorder.scores.items():
-                tokens.setdefault(key, []).extend(_relative(scores, "first" in family.tower(key[0]).protected).cpu())
+                tokens.setdefault(key, []).extend(_relative(scores, family.tower(key[0])).cpu())
             advance()
     units = {}
     for key, statistic in found.items():
@@ -218,13 +217,23 @@ def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted:
             scores = following
         elif keep is not None and keep < scores.shape[1]:
             scores = scores.gather(1, kept_tokens(scores, keep, tower.protected))
-    valid = (scores >= 0).float()
-    return importance.token_weights(scores, "first" in tower.protected) * valid if weighted else valid
+    return importance.token_weights(scores, *special_tokens(scores, tower)) if weighted else (scores >= 0).float()
 
 
-def _relative(scores: Tensor, has_class_token: bool) -> Tensor:
-    """Scores of the ordinary tokens relative to uniform, padding as nan, [CLS] as inf. (batch, tokens) -> the same."""
+def special_tokens(scores: Tensor, tower: Tower) -> tuple[Tensor, Tensor]:
+    """Where the class token is, and which tokens are not ordinary: it and a protected first one. (batch, tokens) booleans;
+    scores: (batch, tokens), padding negative."""
+    position = torch.arange(scores.shape[1], device=scores.device)
+    first = (position == 0).expand_as(scores)
+    last = position == torch.where(scores >= 0, position, -1).amax(1, keepdim=True)
+    class_token = {"first": first, "last": last, None: torch.zeros_like(first)}[tower.class_token]
+    return class_token, class_token | first if "first" in tower.protected else class_token
+
+
+def _relative(scores: Tensor, tower: Tower) -> Tensor:
+    """Scores of the ordinary tokens relative to uniform, padding as nan, others as inf. (batch, tokens) -> the same."""
     valid = scores >= 0
-    first = int(has_class_token)
-    relative = importance.normalised(scores[:, first:]) * valid[:, first:].sum(-1, keepdim=True)
-    return F.pad(relative, (first, 0), value=torch.inf).masked_fill(~valid, torch.nan)
+    _, special = special_tokens(scores, tower)
+    ordinary = (valid & ~special).sum(-1, keepdim=True)
+    relative = importance.normalised(scores.masked_fill(special, 0)) * ordinary
+    return relative.masked_fill(special, torch.inf).masked_fill(~valid, torch.nan)

@@ -266,10 +266,10 @@ class Candidate:
 
 
 def out_of_reach(ratio: float, reached: float) -> DeadEnd:
-    return DeadEnd(
-        f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.",
-        hint=f"Try --ratio {math.floor(100 * reached) / 100:.2f}.",
-    )
+    hint = f"Try --ratio {math.floor(100 * reached) / 100:.2f}."
+    if reached < 0.01:
+        hint = "This method finds nothing to remove; for texts, --text-tokens must not be longer than those of --data."
+    return DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)
 
 
 def mode_shares(counted: flops.Flops) -> dict[str, float]:

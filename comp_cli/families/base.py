@@ -30,7 +30,8 @@ class Tower:
     attention: Attention
     ffn: tuple[str, str]  # paths of the first and second matrix inside a layer
     cross: Attention | None = None  # attention to the tokens that the vision tower hands out
-    protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last"
+    protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last" (behind it is padding), "end" (padding or not)
+    class_token: str | None = "first"  # where the token is that the model reads: "first", "last", or None for all alike
     causal: bool = False  # a token sees those before it only
     text_end: str | None = None  # path of the text model that is read at the end-of-text token; None where none is
     score_rule: str = "attention"  # how tokens are ranked, see modeling_comp.TOKEN_RULES

@@ -24,6 +24,7 @@ LANGUAGE = Tower(
     attention=ATTENTION,
     ffn=("mlp.fc1", "mlp.fc2"),
     protected=("first", "last"),  # start and end of text
+    class_token="last",
     causal=True,
     text_end="text_model",
     score_rule="last",

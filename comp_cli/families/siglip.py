@@ -9,8 +9,8 @@ SIGLIP = Family(
     name="siglip",
     architectures={"SiglipModel": ("retrieval", "zero-shot")},
     towers=(
-        replace(VISION, protected=()),
-        replace(LANGUAGE, protected=("last",), causal=False, text_end=None, score_rule="attention"),
+        replace(VISION, protected=(), class_token=None),
+        replace(LANGUAGE, protected=("end",), causal=False, text_end=None, score_rule="attention"),
     ),
     inputs=("pixel_values", "input_ids"),
     padding="max_length",
