@@ -23,7 +23,7 @@ from comp_cli.plan import Plan
 from comp_cli.prune import Options, prune
 from comp_cli.training import Training
 from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import Dense, open_dense
+from comp_cli.workbench import Dense, open_dense, with_score_rule
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -278,12 +278,12 @@ def test_checkpoints_of_older_transformers(case, tmp_path):
     same(case.read(load_model(folder, dtype=torch.float32), case.inputs), case.read(case.stock.half().float(), case.inputs))
 
 
-def test_token_scores_that_a_family_does_not_have_are_refused(case, tmp_path):
+def test_token_scores_that_a_family_does_not_have_are_refused(case):
     has_class = any(tower.name == "vision" and tower.class_token for tower in case.dense.family.towers)
-    options = Options(str(case.folder), 0.2, method="cls", **SIZES)
     if has_class:
-        prune(options, tmp_path / "compact", QUIET)
+        plan = with_score_rule(case.dense.plan, "cls", case.dense.family)
+        assert [tower.score_rule for tower in plan.towers if tower.name == "vision"] == ["cls"]
         return
     with pytest.raises(CompError, match="token scores by cls") as refused:
-        prune(options, tmp_path / "compact", QUIET)
+        with_score_rule(case.dense.plan, "cls", case.dense.family)
     assert refused.value.code == 2
