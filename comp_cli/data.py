@@ -80,10 +80,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs, each (batch, ...), and the labels (batch,) where they are known."""
+    """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         inputs = {
@@ -253,13 +257,15 @@ class Collator:
     """Makes batches of pairs: what the processor makes of them that the model takes, and the labels.
 
     inputs: names of the model's inputs. padding: "longest" or "max_length"; texts are cut at `max_text` tokens.
+    generated: the input that is a generated text, and the token it begins with in place of the tokenizer's.
     """
 
     processor: Any
     inputs: tuple[str, ...]
     padding: str
     max_text: int
-    labels: Callable[[Sequence[Pair]], Tensor | None]
+    labels: Callable[[Sequence[Pair], Mapping[str, Tensor]], Tensor | None]
+    generated: tuple[str, int] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         parts = {}
@@ -269,7 +275,11 @@ class Collator:
             parts["text"] = [pair.text for pair in pairs]
             parts |= {"padding": self.padding, "truncation": True, "max_length": self.max_text}
         made = self.processor(**parts, return_tensors="pt")
-        return Batch({name: made[name] for name in self.inputs}, self.labels(pairs))
+        inputs = {name: made[name] for name in self.inputs}
+        if self.generated:
+            name, begin = self.generated
+            inputs[name][:, 0] = begin
+        return Batch(inputs, self.labels(pairs, inputs))
 
     def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the pairs."""

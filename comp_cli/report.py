@@ -7,6 +7,7 @@ from typing import Any
 from .engine import flops
 from .output import Output
 from .plan import AttentionPlan
+from .tasks import TASKS
 
 
 def millions(number: float) -> str:
@@ -116,7 +117,9 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     if "cost" in document:
         passes = document["cost"]["dense_passes"]
         out.line(f"The search took as long as {passes:.1f} dense passes over the calibration pairs.")
-    out.line(f"Wrote {output}. Next: comp export {shlex.quote(str(output))} --onnx")
+    name = shlex.quote(str(output))
+    graphs = TASKS[document["task"]].graphs
+    out.line(f"Wrote {output}. Next: " + (f"comp export {name} --onnx" if graphs else f"comp bench {name} --backend torch"))
 
 
 def model_card(document: dict[str, Any]) -> str:

@@ -44,7 +44,8 @@ class Dense:
     @property
     def collate(self) -> data.Collator:
         """Makes batches of pairs for this model."""
-        return collator(self.family, self.processor, self.reference.tokens.get("language", 0), self.task)
+        longest = self.reference.tokens.get("language", 0)
+        return collator(self.family, self.processor, longest, self.task, self.hf_config)
 
     def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
         """Noise that the model takes; see `data.random_inputs`."""
@@ -101,7 +102,7 @@ def open_dense(
     processor = loading.load_processor(source.folder, family.inputs)
     dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
     check_fits(dense, family, processor, chosen, source.name)
-    state = dense.requires_grad_(False).to(device or "cpu").state_dict()
+    state = loading.own_state(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
     longest = loading.cut_at(processor, text_tokens)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -119,8 +120,11 @@ def open_dense(
     )
 
 
-def collator(family: Family, processor: Any, max_text: int, task: tasks.Task) -> data.Collator:
-    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels)
+def collator(
+    family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
+) -> data.Collator:
+    generated = family.generated and (family.generated, getattr(config, family.tower("language").config).bos_token_id)
+    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, generated)
 
 
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
@@ -137,7 +141,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
             if tokens > text["vocab_size"]:
                 problem = f"the tokenizer has {tokens} tokens, the model {text['vocab_size']}"
     try:
-        batch = collator(family, processor, 4, task)([data.Pair(Image.new("RGB", (32, 32)), "a")])
+        batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a")])
         with torch.inference_mode():
             model(**batch.inputs)
     except Exception as error:

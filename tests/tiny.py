@@ -90,6 +90,12 @@ def blip_model():
     return transformers.BlipForImageTextRetrieval(blip_config())
 
 
+def blip_caption():
+    config = blip_config()
+    config.architectures = ["BlipForConditionalGeneration"]
+    return transformers.BlipForConditionalGeneration(config)
+
+
 def sharpened(model, factor: float = 20):
     """Random weights make nearly even attention, whose ranking rounding would decide: queries and keys are made larger."""
     with torch.no_grad():
@@ -101,6 +107,7 @@ def sharpened(model, factor: float = 20):
 
 FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "blip": (blip_model, blip_processor),
+    "blip-caption": (blip_caption, blip_processor),
     "clip": (clip_model, clip_processor),
     "clip-vision": (clip_vision, clip_images),
     "clip-text": (clip_language, word_tokenizer),
@@ -117,8 +124,8 @@ def write(family: str, folder: Path) -> Path:
     return folder
 
 
-def uneven(plan):
-    """Another number of heads, channels and tokens in every layer of a plan."""
+def uneven(plan, family=None):
+    """Another number of heads, channels and tokens in every layer of a plan, but the tokens of towers that keep theirs."""
     from dataclasses import replace
 
     generator = torch.Generator().manual_seed(2)
@@ -133,6 +140,7 @@ def uneven(plan):
         return replace(layer, attention=attention, cross=cross, ffn=some(200, 8), keep=keep)
 
     keeps = {"vision": [30, None, 19, 11, None], "language": [None, 9, None, 6]}
+    keeps |= {tower.name: [None] * 4 for tower in (family.towers if family else ()) if not tower.tokens}
     towers = tuple(
         replace(tower, layers=tuple(cut(layer, keep) for layer, keep in zip(tower.layers, keeps[tower.name], strict=True)))
         for tower in plan.towers

@@ -1,4 +1,9 @@
-"""BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens."""
+"""BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
+
+For captions the BERT is causal and generates.
+"""
+
+from dataclasses import replace
 
 from .base import Attention, Family, Tower
 
@@ -30,4 +35,16 @@ BLIP = Family(
     vision="vision_model",
     image_embeds="last_hidden_state",
     fixed={"vision_model.embeddings.patch_embedding": "patches", "itm_head": "once"},
+)
+
+# The head's large matrix is the word embeddings, which it shares.
+HEAD = {"text_decoder.cls.predictions.transform.dense": "tokens", "text_decoder.bert.embeddings.word_embeddings": "tokens"}
+DECODER = replace(LANGUAGE, encoder="text_decoder.bert.encoder", tokens=False, protected=(), causal=True, score_rule="even")
+BLIP_CAPTION = replace(
+    BLIP,
+    name="blip_caption",
+    architectures={"BlipForConditionalGeneration": ("caption",)},
+    towers=(VISION, DECODER),
+    generated="input_ids",
+    fixed={"vision_model.embeddings.patch_embedding": "patches"} | HEAD,
 )
