@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,11 +16,13 @@ from torch import Tensor
 from . import scenes
 from .errors import REFUSED, USAGE, CompError
 from .families import Family
+from .families.base import ANSWER_INPUTS, ANSWER_TOKENS
 
 COLUMN_NAMES = {
     "image": "image img picture photo image_path img_path image_file file_name filename file_path filepath path".split(),
     "text": "text texts caption captions sentence sentences question description".split(),
     "label": "label labels match matches matched is_match is_matched".split(),
+    "answer": "answer multiple_choice_answer".split(),
 }
 LABELS = dict.fromkeys("1 true yes match matched matching positive".split(), 1)
 LABELS |= dict.fromkeys("0 false no mismatch mismatched unmatched negative".split(), 0)
@@ -34,21 +37,24 @@ Purpose = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image share its id."""
+    """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image share its id. A
+    text that is a question has an answer."""
 
     image: Image.Image
     text: str
     label: int | None = None
     image_id: int = 0
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None to find one by its common names, "" for no labels."""
+    """Names of a table's columns; None to find one by its common names, "" for no labels or answers."""
 
     image: str | None = None
     text: str | None = None
     label: str | None = None
+    answer: str | None = None
 
 
 Takes = Callable[[Pair], bool]  # whether a pair is of use
@@ -108,13 +114,15 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
             candidates = [column for column in found if column.lower() in common]
             if role == "image":  # stored images before file names
                 candidates = [column for column, kind in found.items() if isinstance(kind, ImageType)] or candidates
+            if role == "answer":
+                candidates = candidates[:1]
             if len(candidates) > 1:
                 several = " or ".join(candidates)
                 raise CompError(f"{owner}: is the {role} in {several}?", code=USAGE, hint=f"{listed} Name one with {flag}.")
             name = candidates[0] if candidates else ""
         elif name and name not in found:
             raise CompError(f"{owner} has no column {name!r}.", code=USAGE, hint=f"{listed} Name one with {flag}.")
-        if not name and role != "label":
+        if not name and role not in ("label", "answer"):
             hint = f"{listed} Name the one with the {role} with {flag}."
             raise CompError(f"{owner}: no {role} column found.", code=USAGE, hint=hint)
         taken[role] = name or None
@@ -162,7 +170,9 @@ def read_row(row: Mapping[str, Any], columns: Columns, folder: Path | None) -> l
         raise BadRow("no match or mismatch as label", repr(row[columns.label]))
     image = read_image(row[columns.image], folder)
     number = int.from_bytes(image_digest(row[columns.image])[:7], "big")
-    return [Pair(image, text, label, number) for text in texts]
+    answer = row[columns.answer] if columns.answer else None
+    answer = answer.strip() or None if isinstance(answer, str) else None
+    return [Pair(image, text, label, number, answer) for text in texts]
 
 
 def read_image(value: Any, folder: Path | None) -> Image.Image:
@@ -252,6 +262,13 @@ def described_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
         yield Pair(scenes.render(scene, background), scenes.describe(scene), image_id=number)
 
 
+def asked_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
+    """Generated scenes, each with a question about it and the answer."""
+    for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
+        question, answer = scenes.ask(random.Random(background), scene)
+        yield Pair(scenes.render(scene, background), question, image_id=number, answer=answer)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes batches of pairs: what the processor makes of them that the model takes, and the labels.
@@ -275,6 +292,10 @@ class Collator:
             parts["text"] = [pair.text for pair in pairs]
             parts |= {"padding": self.padding, "truncation": True, "max_length": self.max_text}
         made = self.processor(**parts, return_tensors="pt")
+        if ANSWER_INPUTS[0] in self.inputs:
+            options = {"padding": True, "truncation": True, "max_length": self.max_text, "return_tensors": "pt"}
+            answers = self.processor.tokenizer([pair.answer for pair in pairs], **options)
+            made |= zip(ANSWER_INPUTS, (answers["input_ids"], answers["attention_mask"]), strict=True)
         inputs = {name: made[name] for name in self.inputs}
         if self.generated:
             name, begin = self.generated
@@ -301,7 +322,8 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 def random_inputs(config, family: Family, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
     """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding. Every text
-    ends with the model's end-of-text token, where it is read there."""
+    ends with the model's end-of-text token, where it is read there. The last answer is a token shorter, if anything is padded.
+    """
     generator = torch.Generator().manual_seed(seed)
     parts = {tower.name: getattr(config, tower.config) if tower.config else config for tower in family.towers}
     made = {}
@@ -317,6 +339,12 @@ def random_inputs(config, family: Family, batch: int, text_tokens: int, *, padde
             end = last if text.eos_token_id == 2 else text.eos_token_id
             ids = torch.where(ids == end, end - 1, ids).scatter(1, mask.sum(1, keepdim=True) - 1, end)
         made = {"input_ids": ids * mask, "attention_mask": mask}
+    if "answer" in parts:
+        last = parts["answer"].vocab_size - 1
+        mask = torch.ones(batch, ANSWER_TOKENS, dtype=torch.long)
+        mask[-1, ANSWER_TOKENS - min(padded, 1) :] = 0
+        ids = torch.randint(min(5, last), last, mask.shape, generator=generator)
+        made |= zip(ANSWER_INPUTS, (ids * mask, mask), strict=True)
     if "vision" in parts:
         side = parts["vision"].image_size
         made["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)

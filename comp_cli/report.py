@@ -103,7 +103,7 @@ def comparison_rows(document: dict[str, Any]) -> list[list[str]]:
 
 def reference_input(document: dict[str, Any]) -> str:
     """ "577 image tokens, 35 text tokens"."""
-    kinds = {"vision": "image", "language": "text"}
+    kinds = {"vision": "image", "language": "text", "answer": "answer"}
     return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in document["reference"]["tokens"].items())
 
 

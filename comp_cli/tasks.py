@@ -54,6 +54,7 @@ class Task:
     graphs = True
     mismatches = False  # whether pairs that do not match are of use
     paired = False  # whether the model takes one text for each image
+    answered = False  # whether texts are questions, and pairs need their answers
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         """Run a model over a batch, and take of it what the questions are made of."""
@@ -86,7 +87,7 @@ class Task:
         return outputs[self.outputs[0]]
 
     def takes(self, pair: Pair) -> bool:
-        return self.mismatches or pair.label != 0
+        return (self.mismatches or pair.label != 0) and (not self.answered or pair.answer is not None)
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class Wording(Task):
     outputs: tuple[str, ...]
     head: str = "text_decoder.cls"
     metric: str = "token accuracy"
+    answered: bool = False
     graphs = False
 
     @property
@@ -270,6 +272,7 @@ TASKS = {
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
         Wording("caption", "input_ids", "attention_mask", ("logits",)),
+        Wording("vqa", "decoder_input_ids", "decoder_attention_mask", ("image_embeds",), answered=True),
     )
 }
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from comp_cli import bench, export, graphs, load, tasks
 from comp_cli.engine import flops
-from comp_cli.engine.scoring import layer_parts, tower_layers
 from comp_cli.errors import REFUSED, CompError
 from comp_cli.loading import load_model
 from comp_cli.output import Output
@@ -80,23 +79,7 @@ def test_nothing_pruned_says_what_the_stock_model_says(case):
 
 def test_masked_is_sliced(case):
     """Heads and channels that are multiplied with zero in the dense model, tokens pruned alike; padded text."""
-    dense, hooks = case.dense, []
-    keeps = tuple(
-        replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
-        for t, u in zip(dense.plan.towers, case.plan.towers, strict=True)
-    )
-    model = dense.build(replace(dense.plan, towers=keeps), dense.state)
-    for tower in dense.family.towers:
-        for layer, plan in zip(tower_layers(model, tower), case.plan.tower(tower.name).layers, strict=True):
-            for part, path in layer_parts(tower).items():
-                linear, kept = layer.get_submodule(path), plan.kept(part)
-                units = 200 if part == "ffn" else 6
-                mask = torch.zeros(units).index_fill(0, torch.tensor(kept), 1).repeat_interleave(linear.in_features // units)
-                hooks.append(linear.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,)))
-                if part == "attention":
-                    heads = torch.zeros(6).index_fill(0, torch.tensor(kept), 1)
-                    layer.get_submodule(tower.attention.module).head_mask = heads
-    same(case.read(dense.runtime(case.plan), case.inputs), case.read(model, case.inputs))
+    same(case.read(case.dense.runtime(case.plan), case.inputs), case.read(tiny.masked(case.dense, case.plan), case.inputs))
 
 
 def test_results_do_not_depend_on_the_batch(case):
@@ -108,6 +91,8 @@ def test_results_do_not_depend_on_the_batch(case):
 
 def test_padding_changes_nothing(case):
     """The last text, alone and without its padding."""
+    if case.name == "blip-vqa":
+        pytest.skip("transformers does not mask the padding of questions, and comp says what it says")
     if "attention_mask" not in case.inputs:
         pytest.skip("texts of this family are always as long")
     short = {name: tensor[2:, :7] if tensor.ndim == 2 else tensor[2:] for name, tensor in case.inputs.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..families import Family, tower_config
+from ..families.base import ANSWER_TOKENS
 from ..plan import LayerPlan, Plan, TowerPlan
 
 TEXT_TOKENS = 35
@@ -71,7 +72,9 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
     if "language" in parts:
         longest = parts["language"]["max_position_embeddings"]
         tokens["language"] = longest if family.padding == "max_length" else min(text_tokens, longest)
-        times["tokens"] = tokens["language"]
+    if "answer" in parts:
+        tokens["answer"] = ANSWER_TOKENS
+    times |= tokens
     fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
     if family.text_embeds:  # the cosine of an image with a text
         fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import DeadEnd
 from ..plan import Plan
 from . import flops
-from .methods import KINDS, MODES, TOKEN_MODES
+from .methods import KINDS, MODES, PARAMETER_MODES, TOKEN_MODES
 from .schedule import Floors, prune_to
 from .scoring import Scores
 
@@ -275,13 +275,11 @@ def out_of_reach(ratio: float, reached: float) -> DeadEnd:
 def mode_shares(counted: flops.Flops, whole: Sequence[str] = ()) -> dict[str, float]:
     """FLOPs of the dense model that each of its modes could touch; orders the first visits and bounds the steps. whole:
     towers whose tokens all stay."""
-    vision, language = counted.tower("vision"), counted.tower("language")
-    cross = counted.part("language", "cross")
-    shares = {
-        "vision_params": vision,
-        "vision_tokens": vision + cross,
-        "cross_params": cross,
-        "language_params": language - cross,
-        "language_tokens": language - cross,
+    parameters = {
+        mode: sum(counted.part(tower, part) for tower in towers for part in parts)
+        for mode, (towers, parts) in PARAMETER_MODES.items()
     }
+    cross = counted.part("language", "cross")
+    tokens = {"vision_tokens": counted.tower("vision") + cross, "language_tokens": counted.tower("language") - cross}
+    shares = parameters | tokens
     return {mode: share for mode, share in shares.items() if share and TOKEN_MODES.get(mode) not in whole}

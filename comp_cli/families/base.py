@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ANSWER_TOKENS = 4  # of an answer in the reference input: start, two words, end
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
+ANSWER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Family:
     encoders: tuple[str, str] | None = None
     text_embeds: str | None = None
     generated: str | None = None  # the input that is a generated text: it begins with the text config's bos_token_id
-    fixed: dict[str, str] = field(default_factory=dict)  # matmuls outside the towers: path -> "patches", "tokens" or "once"
+    # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
+    fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
 
     def tower(self, name: str) -> Tower:

@@ -1,11 +1,12 @@
 """BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
 
-For captions the BERT is causal and generates.
+For captions the BERT is causal and generates. For answers there are two: one reads the question beside the image, the other
+generates and reads the states of the question. All of these: transformers (5.23) applies no mask to them.
 """
 
 from dataclasses import replace
 
-from .base import Attention, Family, Tower
+from .base import ANSWER_INPUTS, INPUTS, Attention, Family, Tower
 
 VISION = Tower(
     name="vision",
@@ -28,17 +29,18 @@ LANGUAGE = Tower(
     ffn=("intermediate.dense", "output.dense"),
     protected=("first", "last"),  # [CLS] ([ENC]) and [SEP]
 )
+PATCHES = {"vision_model.embeddings.patch_embedding": "patches"}
 BLIP = Family(
     name="blip",
     architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
     vision="vision_model",
     image_embeds="last_hidden_state",
-    fixed={"vision_model.embeddings.patch_embedding": "patches", "itm_head": "once"},
+    fixed=PATCHES | {"itm_head": "once"},
 )
 
-# The head's large matrix is the word embeddings, which it shares.
-HEAD = {"text_decoder.cls.predictions.transform.dense": "tokens", "text_decoder.bert.embeddings.word_embeddings": "tokens"}
+# Of the head that makes words: its large matrix is that of the word embeddings.
+HEAD = ("text_decoder.cls.predictions.transform.dense", "text_decoder.bert.embeddings.word_embeddings")
 DECODER = replace(LANGUAGE, encoder="text_decoder.bert.encoder", tokens=False, protected=(), causal=True, score_rule="even")
 BLIP_CAPTION = replace(
     BLIP,
@@ -46,5 +48,14 @@ BLIP_CAPTION = replace(
     architectures={"BlipForConditionalGeneration": ("caption",)},
     towers=(VISION, DECODER),
     generated="input_ids",
-    fixed={"vision_model.embeddings.patch_embedding": "patches"} | HEAD,
+    fixed=PATCHES | dict.fromkeys(HEAD, "language"),
+)
+BLIP_VQA = replace(
+    BLIP,
+    name="blip_vqa",
+    architectures={"BlipForQuestionAnswering": ("vqa",)},
+    towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
+    inputs=(*INPUTS, *ANSWER_INPUTS),
+    generated="decoder_input_ids",
+    fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )
