@@ -115,7 +115,9 @@ def build_compact(config: transformers.PretrainedConfig, architecture: str, stat
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model by name, without those that are others under a second name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    state, sources = model.state_dict(), model.all_tied_weights_keys
+    second = {name for name, source in sources.items() if state[name].data_ptr() == state[source].data_ptr()}
+    return {name: tensor for name, tensor in state.items() if name not in second}
 
 
 def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:

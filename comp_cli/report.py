@@ -147,6 +147,11 @@ def model_card(document: dict[str, Any]) -> str:
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # modeling_comp.py lies beside the weights',
         'processor = AutoProcessor.from_pretrained("FOLDER")',
         "```",
+        *(
+            []
+            if TASKS[document["task"]].graphs
+            else ["", "`model.generate` writes texts, with a cache, as that of the dense model."]
+        ),
         "",
         'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
         "and channel, the measurements, and hashes of the files.",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .data import Batch, Pair
 from .errors import USAGE, CompError
+from .families.base import ANSWER_INPUTS
 
 # What a task reads of a model's outputs, each (rows, ...): a row for each sample, or for each token that is predicted.
 # Batches can be joined.
@@ -241,8 +242,8 @@ class Wording(Task):
         rows, most = len(parts[0]), REMEMBERED * samples
         if rows <= most:
             return parts
-        evenly = torch.linspace(0, rows - 1, most, device=parts[0].device).round().long()
-        return tuple(part[evenly] for part in parts)
+        evenly = torch.arange(most) * rows // most  # in integers: the same on every device
+        return tuple(part[evenly.to(part.device)] for part in parts)
 
     def features(self, read: Read) -> Tensor:
         return read[1]
@@ -272,7 +273,7 @@ TASKS = {
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
         Wording("caption", "input_ids", "attention_mask", ("logits",)),
-        Wording("vqa", "decoder_input_ids", "decoder_attention_mask", ("image_embeds",), answered=True),
+        Wording("vqa", *ANSWER_INPUTS, ("image_embeds",), answered=True),
     )
 }
 

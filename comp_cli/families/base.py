@@ -5,7 +5,7 @@ from typing import Any
 
 ANSWER_TOKENS = 4  # of an answer in the reference input: start, two words, end
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
-ANSWER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+ANSWER_INPUTS = ("labels", "decoder_attention_mask")  # labels: what the decoder reads; so the loss is an output
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
 
-For captions the BERT is causal and generates. For answers there are two: one reads the question beside the image, the other
-generates and reads the states of the question. All of these: transformers (5.23) applies no mask to them.
+For captions the BERT is causal and generates. For answers there are two: one encodes the question, the other generates and
+attends to the states of the question: to all of them, for transformers (5.23) does not mask the question's padding. As they
+are read by position, none may go.
 """
 
 from dataclasses import replace
@@ -56,6 +57,6 @@ BLIP_VQA = replace(
     architectures={"BlipForQuestionAnswering": ("vqa",)},
     towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
     inputs=(*INPUTS, *ANSWER_INPUTS),
-    generated="decoder_input_ids",
+    generated="labels",
     fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )
