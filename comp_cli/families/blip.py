@@ -1,8 +1,8 @@
 """BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
 
 For captions the BERT is causal and generates. For answers there are two: one encodes the question, the other generates and
-attends to the states of the question: to all of them, for transformers (5.23) does not mask the question's padding. As they
-are read by position, none may go.
+attends to the states of the question: to all of them, for transformers (5.23) does not mask the question's padding. None of
+them may go, because the mask that the decoder is given would not follow.
 """
 
 from dataclasses import replace
