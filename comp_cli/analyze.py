@@ -103,7 +103,7 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
         for index in range(len(dense.plan.tower(tower.name).layers)):
             tokens = scores.tokens[tower.name, index]
             per_sample = [importance.gini(row[row.isfinite()]) for row in tokens]
-            row = {"tower": tower.name, "layer": index, "tokens": sum(per_sample) / len(per_sample)}
+            row = {"tower": tower.name, "layer": index, "tokens": sum(per_sample) / len(per_sample) if tower.tokens else None}
             for part in ("attention", "cross", "ffn"):
                 found = scores.units.get((tower.name, index, part))
                 row[part] = None if found is None else importance.gini(found)
@@ -114,7 +114,7 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
 def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> dict[str, Any]:
     """CoMP's two findings per layer, with the shares that define them."""
     layers = []
-    for tower in dense.plan.towers:
+    for tower in (tower for tower in dense.plan.towers if dense.family.tower(tower.name).tokens):
         for index in range(len(tower.layers)):
             parts = [part for part in ("attention", "cross", "ffn") if (tower.name, index, part) in found.overlap]
             influence = found.influence.get((tower.name, index))

@@ -31,8 +31,8 @@ class Calibration:
     def __init__(self, dense: Dense, batches: list[Batch], grams: Grams | None, rule: str, seed: int = 0):
         self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
         self.fitted: Fitted = {}
-        labels = [batch.labels for batch in batches]
-        self.labels = torch.cat(labels) if all(label is not None for label in labels) else None
+        self.known = [tasks.remembered_labels(dense.task, batch) for batch in batches]
+        self.labels = torch.cat(self.known) if all(label is not None for label in self.known) else None
         self.expected: list[tasks.Read] = []  # of every batch what was read of the first plan: the dense one
 
     def look(self, plan: Plan) -> stages.Sight:
@@ -43,13 +43,14 @@ class Calibration:
         """What any model of a plan shows. The first one is taken for the dense model."""
         task, heard = self.dense.task, []
 
-        def hear(outputs: object) -> Tensor:
-            read, number = task.read(model, outputs), len(heard)
+        def run(inputs: dict[str, Tensor]) -> Tensor:
+            number = len(heard)
+            read = task.remembered(task.read(model, inputs), self.batches[number].samples)
             heard.append(tuple(part.detach().cpu() for part in read))
             return tasks.loss(task.questions(read, self._right(number, heard[-1]).to(read[0].device)))
 
         batches = self.dense.on_device(self.batches)
-        scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, hear=hear)
+        scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, run=run)
         self.expected = self.expected or heard
         dense, found = tasks.joined(self.expected), tasks.joined(heard)
         strayed = tasks.distance(task.features(dense), task.features(found)).item()
@@ -62,5 +63,5 @@ class Calibration:
     def _right(self, number: int, read: tasks.Read) -> Tensor:
         """The right answers to a batch; without labels what the dense model decides, because the divergence from it has no
         slope where pruning begins."""
-        known = self.batches[number].labels
+        known = self.known[number]
         return self.dense.task.guesses(self.expected[number] if self.expected else read) if known is None else known

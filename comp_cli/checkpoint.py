@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import modeling_comp, report
 from .data import Batch
 from .errors import FAILED, CompError
-from .loading import load_model, load_processor, quiet_libraries
+from .loading import load_model, load_processor, own_state, quiet_libraries
 from .plan import Plan
 from .store import read_tensors_header, save_tensors, sha256
 from .workbench import Dense
@@ -28,7 +28,7 @@ def write_checkpoint(
     config = dense.config | {"comp": block, "auto_map": auto_map, "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in compact.state_dict().items()}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own_state(compact).items()}
     save_tensors(tensors, folder / "model.safetensors")
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
@@ -57,7 +57,7 @@ def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[st
     again = written.to(weight.device, weight.dtype)
     inputs = Batch(inputs, None).to(weight.device, weight.dtype).inputs
     with torch.inference_mode():
-        reads = (dense.task.read(model, model(**inputs)) for model in (compact, again))
+        reads = (dense.task.read(model, inputs) for model in (compact, again))
         expected, found = map(dense.task.features, reads)
     if not torch.allclose(expected, found, atol=1e-5):
         raise _differs(f"the features behind its decisions differ by {(expected - found).abs().max():.2e}")

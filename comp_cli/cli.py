@@ -45,6 +45,7 @@ ImageColumn = Annotated[str | None, typer.Option(help="Column of --data with ima
 TextColumn = Annotated[str | None, typer.Option(help="Column of --data with texts.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for; else what its architecture usually is.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of --data that says whether they match.")]
+AnswerColumn = Annotated[str | None, typer.Option(help="Column of --data with the answers to questions.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that comp wrote before.")]
 Format = Annotated[str, typer.Option("--format", help="human, json or quiet.")]
@@ -106,6 +107,7 @@ def analyze(
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    answer_column: AnswerColumn = None,
     num_samples: NumSamples = 32,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
@@ -136,7 +138,7 @@ def analyze(
         options = {"num_samples": num_samples, "batch_size": batch_size, "text_tokens": text_tokens, "seed": seed}
         options |= {"score_rows": score_rows}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
-        pairs = command.DataOptions(data, split, image_column, text_column, label_column)
+        pairs = command.DataOptions(data, split, image_column, text_column, label_column, answer_column)
         return command.analyze(model, out, device=device, data=pairs, task=task, **options, **where), None
 
     _run(out, work)
@@ -153,6 +155,7 @@ def prune(
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    answer_column: AnswerColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
     steps: Annotated[int, typer.Option(min=0, help="Fine-tune what was pruned for so many steps.")] = 0,
@@ -239,7 +242,7 @@ def prune(
             score_rows=score_rows,
             device=device,
             dtype=dtype,
-            data=command.DataOptions(data, split, image_column, text_column, label_column),
+            data=command.DataOptions(data, split, image_column, text_column, label_column, answer_column),
             task=task,
             training=command.Training(
                 steps=steps,

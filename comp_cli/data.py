@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from torch import Tensor
 from . import scenes
 from .errors import REFUSED, USAGE, CompError
 from .families import Family
+from .families.base import ANSWER_INPUTS, ANSWER_TOKENS
 
 COLUMN_NAMES = {
     "image": "image img picture photo image_path img_path image_file file_name filename file_path filepath path".split(),
     "text": "text texts caption captions sentence sentences question description".split(),
     "label": "label labels match matches matched is_match is_matched".split(),
+    "answer": "answer multiple_choice_answer".split(),
 }
 LABELS = dict.fromkeys("1 true yes match matched matching positive".split(), 1)
 LABELS |= dict.fromkeys("0 false no mismatch mismatched unmatched negative".split(), 0)
@@ -36,21 +39,23 @@ Purpose = Literal["calibration", "evaluation"]
 @dataclass(frozen=True)
 class Pair:
     """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image (one file,
-    or the same content in a table) share its id."""
+    or the same content in a table) share its id. A text that is a question has an answer."""
 
     image: Image.Image
     text: str
     label: int | None = None
     image_id: int = 0
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None to find one by its common names, "" for no labels."""
+    """Names of a table's columns; None to find one by its common names, "" for no labels or answers."""
 
     image: str | None = None
     text: str | None = None
     label: str | None = None
+    answer: str | None = None
 
 
 Takes = Callable[[Pair], bool]  # whether a pair is of use
@@ -82,10 +87,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs, each (batch, ...), and the labels (batch,) where they are known."""
+    """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         inputs = {
@@ -106,13 +115,15 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
             candidates = [column for column in found if column.lower() in common and column not in taken.values()]
             if role == "image":  # stored images before file names
                 candidates = [column for column, kind in found.items() if isinstance(kind, ImageType)] or candidates
+            if role == "answer":
+                candidates = candidates[:1]
             if len(candidates) > 1:
                 several = " or ".join(candidates)
                 raise CompError(f"{owner}: is the {role} in {several}?", code=USAGE, hint=f"{listed} Name one with {flag}.")
             name = candidates[0] if candidates else ""
         elif name and name not in found:
             raise CompError(f"{owner} has no column {name!r}.", code=USAGE, hint=f"{listed} Name one with {flag}.")
-        if not name and role != "label":
+        if not name and role not in ("label", "answer"):
             hint = f"{listed} Name the one with the {role} with {flag}."
             raise CompError(f"{owner}: no {role} column found.", code=USAGE, hint=hint)
         taken[role] = name or None
@@ -160,7 +171,9 @@ def read_row(row: Mapping[str, Any], columns: Columns, folder: Path | None) -> l
         raise BadRow("no match or mismatch as label", repr(row[columns.label]))
     image = read_image(row[columns.image], folder)
     number = int.from_bytes(image_digest(row[columns.image])[:7], "big")
-    return [Pair(image, text, label, number) for text in texts]
+    answer = row[columns.answer] if columns.answer else None
+    answer = answer.strip() or None if isinstance(answer, str) else None
+    return [Pair(image, text, label, number, answer) for text in texts]
 
 
 def read_image(value: Any, folder: Path | None) -> Image.Image:
@@ -251,19 +264,28 @@ def described_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
         yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()))
 
 
+def asked_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
+    """Generated scenes, each with a question about it and the answer."""
+    for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
+        question, answer = scenes.ask(random.Random(background), scene)
+        yield Pair(scenes.render(scene, background), question, image_id=number, answer=answer)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes batches of pairs: what the processor makes of them that the model takes, and the labels.
 
     inputs: names of the model's inputs. padding: "longest" or "max_length"; texts are cut at `max_text` tokens.
+    generated: the input that is a generated text, and the token it begins with in place of the tokenizer's.
     """
 
     processor: Any
     inputs: tuple[str, ...]
     padding: str
     max_text: int
-    labels: Callable[[Sequence[Pair]], Tensor | None]
+    labels: Callable[[Sequence[Pair], Mapping[str, Tensor]], Tensor | None]
     prompt: str = "{}"  # what a text is put into
+    generated: tuple[str, int] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         parts = {}
@@ -273,7 +295,15 @@ class Collator:
             parts["text"] = [self.prompt.format(pair.text) for pair in pairs]
             parts |= {"padding": self.padding, "truncation": True, "max_length": self.max_text}
         made = self.processor(**parts, return_tensors="pt")
-        return Batch({name: made[name] for name in self.inputs}, self.labels(pairs))
+        if ANSWER_INPUTS[0] in self.inputs:
+            options = {"padding": True, "truncation": True, "max_length": self.max_text, "return_tensors": "pt"}
+            answers = self.processor.tokenizer([pair.answer for pair in pairs], **options)
+            made |= zip(ANSWER_INPUTS, (answers["input_ids"], answers["attention_mask"]), strict=True)
+        inputs = {name: made[name] for name in self.inputs}
+        if self.generated:
+            name, begin = self.generated
+            inputs[name][:, 0] = begin
+        return Batch(inputs, self.labels(pairs, inputs))
 
     def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the pairs."""
@@ -295,7 +325,8 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 
 def random_inputs(config, family: Family, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0) -> dict[str, Tensor]:
     """Noise of the sizes that a model of this config takes; the last text ends with `padded` tokens of padding. Every text
-    ends with the model's end-of-text token, where it is read there."""
+    ends with the model's end-of-text token, where it is read there. The last answer is a token shorter, if anything is padded.
+    """
     generator = torch.Generator().manual_seed(seed)
     parts = {tower.name: getattr(config, tower.config) if tower.config else config for tower in family.towers}
     made = {}
@@ -311,6 +342,12 @@ def random_inputs(config, family: Family, batch: int, text_tokens: int, *, padde
             end = last if text.eos_token_id == 2 else text.eos_token_id
             ids = torch.where(ids == end, end - 1, ids).scatter(1, mask.sum(1, keepdim=True) - 1, end)
         made = {"input_ids": ids * mask, "attention_mask": mask}
+    if "answer" in parts:
+        last = parts["answer"].vocab_size - 1
+        mask = torch.ones(batch, ANSWER_TOKENS, dtype=torch.long)
+        mask[-1, ANSWER_TOKENS - min(padded, 1) :] = 0
+        ids = torch.randint(min(5, last), last, mask.shape, generator=generator)
+        made |= zip(ANSWER_INPUTS, (ids * mask, mask), strict=True)
     if "vision" in parts:
         side = parts["vision"].image_size
         made["pixel_values"] = torch.randn(batch, 3, side, side, generator=generator)

@@ -91,7 +91,9 @@ class PairSet:
         kind = found[columns.image]
         if isinstance(kind, datasets.Image):
             dataset = dataset.decode(False)  # a cast would come too late: hub images are decoded ahead, by threads
-        dataset = dataset.select_columns([name for name in (columns.image, columns.text, columns.label) if name])
+        dataset = dataset.select_columns(
+            [name for name in (columns.image, columns.text, columns.label, columns.answer) if name]
+        )
         for column in filter(None, {columns.text, columns.label}):
             if names := getattr(found[column], "names", None):  # of a ClassLabel
                 dataset = dataset.map(_name_label, fn_kwargs={"column": column, "names": names})
@@ -116,7 +118,9 @@ class PairSet:
         for given, pair in enumerate(read_rows(rows, columns, folder, limit, tally, takes), start=1):  # noqa: B007
             yield pair
         if tally.looked > tally.skipped and not given:
-            raise CompError(f"{where}: no pairs that match.", code=REFUSED, hint="Is the label column the right one?")
+            raise CompError(
+                f"{where}: no pairs that match.", code=REFUSED, hint="Are the columns of labels and answers the right ones?"
+            )
         if not tally.looked:
             hint = "Give more pairs, or a split for each purpose: train and validation."
             raise CompError(f"{where}: no pairs.", code=REFUSED, hint=hint)

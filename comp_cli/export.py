@@ -68,6 +68,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     config = read_config(folder)
     family, architecture = find_family(config)
     task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
+    check_graphs(task, architecture)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and not can_split(family):
         raise CompError(f"--split: {architecture} encodes only one of images and texts.", code=USAGE)
@@ -127,6 +128,12 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             refuse(problem, partial, failed if options.keep_failed else None)
     print_export(document, output, out)
     return document
+
+
+def check_graphs(task: tasks.Task, architecture: str, hint: str | None = None) -> None:
+    """Exit 4 for a model that generates."""
+    if not task.graphs:
+        raise CompError(f"{architecture}: generation graphs are not written yet.", code=REFUSED, hint=hint)
 
 
 def check_options(options: Options) -> None:

@@ -103,8 +103,21 @@ def build_compact(config: transformers.PretrainedConfig, architecture: str, stat
     """The compact model of `config.comp` around the given weights, which are shared, not copied."""
     with no_init_weights():
         model = compact_class(architecture)(config)
-    model.load_state_dict(state, strict=True, assign=True)
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
+    found = model.load_state_dict(state, strict=False, assign=True)
+    if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:
+        raise ValueError(f"weights that are not those of {architecture}: {_few(wrong)}")
+    for name, source in tied.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter(source))
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model by name, without those that are others under a second name."""
+    state, sources = model.state_dict(), model.all_tied_weights_keys
+    second = {name for name, source in sources.items() if state[name].data_ptr() == state[source].data_ptr()}
+    return {name: tensor for name, tensor in state.items() if name not in second}
 
 
 def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 
@@ -124,10 +125,11 @@ def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
 
 
-# How tokens are ranked. All but the first two are baselines.
+# How tokens are ranked. "even" is for towers that keep all of theirs; those behind it are baselines.
 TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "attention": token_scores,
     "last": last_attention,
+    "even": by_position(torch.ones_like),
     "cls": class_attention,
     "stride": by_position(bit_reversed),
     "random": by_position(hashed),
@@ -204,6 +206,8 @@ def share_images(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 class CompactAttention(nn.Module):
     """Self- or cross-attention with any number of heads, on the fused kernel; keeps the stock names of its weights.
 
+    While a model generates, keys and values are cached, (batch, 1, tokens, heads * head_dim) in each layer.
+
     Returns the attended tokens (batch, tokens, dim) — before the output projection where the stock module has it
     elsewhere — and the token scores (batch, tokens), None unless `score_rows` is set (0: all rows).
     """
@@ -212,6 +216,7 @@ class CompactAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.layout = layout
+        self.layer_idx: int | None = getattr(stock, "layer_idx", None)  # place in the cache of a tower that generates
         self.skip_first, self.causal = True, False
         self.score_rows: int | None = None
         self.score_rule = "attention"
@@ -235,13 +240,15 @@ class CompactAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if encoder_hidden_states is not None:
-            attention_mask = None  # as in the stock model: image tokens have no padding
+            attention_mask = None  # as in the stock model: whatever mask it is given for what it attends across to
         else:
-            attention_mask = self.complete(attention_mask, hidden_states)
-        query, key, value = self.project(hidden_states, encoder_hidden_states)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            attention_mask = self.complete(attention_mask, hidden_states, past)
+        query, key, value = self.project(hidden_states, encoder_hidden_states, past_key_values)
         if self.share_images and encoder_hidden_states is not None and torch.onnx.is_in_onnx_export():
             key, value = share_images(key, query), share_images(value, query)
         if self.fused_node and torch.onnx.is_in_onnx_export():
@@ -259,20 +266,38 @@ class CompactAttention(nn.Module):
             scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
-    def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The mask of a causal tower where transformers left it out, which it does where nothing is padded."""
+    def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, past: int = 0) -> torch.Tensor | None:
+        """The mask of a causal tower where transformers left it out, which it does where nothing is padded. past: tokens in
+        the cache. (batch, 1, tokens, past + tokens)."""
         if attention_mask is not None or not self.causal:
             return attention_mask
         batch, tokens, _ = hidden_states.shape
-        return hidden_states.new_ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+        return hidden_states.new_ones(tokens, past + tokens, dtype=torch.bool).tril(past).expand(batch, 1, -1, -1)
 
-    def project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
-        """Queries, keys and values, each (batch, tokens, heads * head_dim)."""
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> list[torch.Tensor]:
+        """Queries, keys and values, each (batch, tokens, heads * head_dim); of a cache the keys and values of all tokens."""
         names = self.layout["qkv"]
         if len(names) == 1:
             return list(getattr(self, names[0])(hidden_states).chunk(3, dim=-1))
-        other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return [getattr(self, name)(source) for name, source in zip(names, (hidden_states, other, other), strict=True)]
+        crosses = encoder_hidden_states is not None
+        query = getattr(self, names[0])(hidden_states)
+        if past_key_values is not None and crosses and past_key_values.is_updated.get(self.layer_idx):
+            known = past_key_values.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
+            return [query, known.keys.squeeze(1), known.values.squeeze(1)]
+        other = encoder_hidden_states if crosses else hidden_states
+        key, value = (getattr(self, name)(other) for name in names[1:])
+        if past_key_values is not None:
+            cache = past_key_values.cross_attention_cache if crosses else past_key_values.self_attention_cache
+            # As one wide head, so that nothing is rearranged at any step.
+            key, value = (t.squeeze(1) for t in cache.update(key.unsqueeze(1), value.unsqueeze(1), self.layer_idx))
+            if crosses:
+                past_key_values.is_updated[self.layer_idx] = True
+        return [query, key, value]
 
     def split(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""
@@ -315,19 +340,21 @@ class PreNormLayer(TokenPruning):
 
 
 class PostNormLayer(TokenPruning):
-    """Layer of a BERT-like tower with cross-attention (BLIP's text tower). Mixed in before the stock class."""
+    """Layer of a BERT-like tower with cross-attention (BLIP's text towers). Mixed in before the stock class."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ):
-        hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask)
+        past = {"past_key_values": past_key_values}
+        hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask, **past)
         hidden_states, attention_mask, kept = self.hand_on(hidden_states, scores, attention_mask)
         if encoder_hidden_states is not None:
-            hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states)
+            hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states, **past)
         hidden_states = self.feed_forward_chunk(hidden_states)
         return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
 

@@ -7,6 +7,7 @@ from typing import Any
 from .engine import flops
 from .output import Output
 from .plan import AttentionPlan
+from .tasks import TASKS
 
 
 def millions(number: float) -> str:
@@ -102,7 +103,7 @@ def comparison_rows(document: dict[str, Any]) -> list[list[str]]:
 
 def reference_input(document: dict[str, Any]) -> str:
     """ "577 image tokens, 35 text tokens"."""
-    kinds = {"vision": "image", "language": "text"}
+    kinds = {"vision": "image", "language": "text", "answer": "answer"}
     return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in document["reference"]["tokens"].items())
 
 
@@ -116,7 +117,9 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     if "cost" in document:
         passes = document["cost"]["dense_passes"]
         out.line(f"The search took as long as {passes:.1f} dense passes over the calibration pairs.")
-    out.line(f"Wrote {output}. Next: comp export {shlex.quote(str(output))} --onnx")
+    name = shlex.quote(str(output))
+    graphs = TASKS[document["task"]].graphs
+    out.line(f"Wrote {output}. Next: " + (f"comp export {name} --onnx" if graphs else f"comp bench {name} --backend torch"))
 
 
 def model_card(document: dict[str, Any]) -> str:
@@ -144,6 +147,11 @@ def model_card(document: dict[str, Any]) -> str:
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # modeling_comp.py lies beside the weights',
         'processor = AutoProcessor.from_pretrained("FOLDER")',
         "```",
+        *(
+            []
+            if TASKS[document["task"]].graphs
+            else ["", "`model.generate` writes texts, with a cache, as that of the dense model."]
+        ),
         "",
         'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
         "and channel, the measurements, and hashes of the files.",

@@ -213,6 +213,17 @@ def describe(scene: Scene) -> str:
     return ", ".join(named[:-1]) + " and " + named[-1]
 
 
+def ask(rng: random.Random, scene: Scene) -> tuple[str, str]:
+    """A question about a scene, of a colour or a number, and its answer."""
+    thing = rng.choice(scene)
+    alike = len(Caption.matching(scene, (None, None, thing.shape)))
+    if alike == 1 and rng.random() < 0.5:
+        return f"what colour is the {thing.shape}?", thing.colour
+    if rng.random() < 0.5:
+        return f"how many {plural(thing.shape)} are there?", NUMBERS[alike]
+    return f"how many {thing.colour} shapes are there?", NUMBERS[len(Caption.matching(scene, (None, thing.colour, None)))]
+
+
 def render(scene: Scene, background: int) -> Image.Image:
     """The scene as an RGB image of IMAGE_SIZE px on a side."""
     noise = np.random.default_rng(background)

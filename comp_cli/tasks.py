@@ -14,54 +14,68 @@ from torch.nn import functional as F
 
 from .data import Batch, Pair
 from .errors import USAGE, CompError
+from .families.base import ANSWER_INPUTS
 
-Read = tuple[Tensor, ...]  # what a task reads of a model's outputs, each (batch, ...): batches can be joined
+# What a task reads of a model's outputs, each (rows, ...): a row for each sample, or for each token that is predicted.
+# Batches can be joined.
+Read = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Question:
-    """logits (rows, candidates); right (rows, candidates), booleans, at least one in a row, or None where nobody said."""
+    """logits (rows, candidates); right (rows, candidates), booleans, at least one in a row, or (rows,), the one candidate that
+    is right; None where nobody said."""
 
     logits: Tensor
     right: Tensor | None = None
 
     def loss(self) -> Tensor:
         """Mean surprise, in nats, that a right candidate is chosen."""
+        if self.right.ndim == 1:
+            return F.cross_entropy(self.logits, self.right)
         return -self.logits.log_softmax(-1).masked_fill(~self.right, -torch.inf).logsumexp(-1).mean()
 
     def hits(self, first: int = 1) -> float:
         """Share of the rows with a right candidate among the `first` best."""
         found = self.logits.topk(min(first, self.logits.shape[-1]), dim=-1).indices
-        return self.right.gather(-1, found).any(-1).float().mean().item()
+        right = self.right.unsqueeze(-1) == found if self.right.ndim == 1 else self.right.gather(-1, found)
+        return right.any(-1).float().mean().item()
 
 
 class Task:
     """Names of outputs are those of the transformers class; they are the names in ONNX graphs as well.
 
-    outputs: what a graph hands out. judged: those that an export must get right. metric: the one that counts.
+    outputs: what a graph hands out. judged: those that an export must get right. metric: the one that counts. graphs: whether
+    comp writes any.
     """
 
     name: str
     outputs: tuple[str, ...]
     judged: tuple[str, ...]
     metric: str
+    graphs = True
     mismatches = False  # whether pairs that do not match are of use
     paired = False  # whether the model takes one text for each image
     prompt = "{}"  # what a text is put into
+    answered = False  # whether texts are questions, and pairs need their answers
 
-    def read(self, model: nn.Module, outputs: object) -> Read:
-        """Of the outputs of a model what the questions are made of."""
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
+        """Run a model over a batch, and take of it what the questions are made of."""
         raise NotImplementedError
 
+    def remembered(self, parts: Read, samples: int) -> Read:
+        """Of what was read of so many samples, and of their labels, the rows that are kept when batches are joined."""
+        return parts
+
     def features(self, read: Read) -> Tensor:
-        """What the decisions are made of, (batch, dim)."""
+        """What the decisions are made of, (rows, dim)."""
         raise NotImplementedError
 
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         raise NotImplementedError
 
-    def labels(self, pairs: Sequence[Pair]) -> Tensor | None:
-        """(batch,) integers; None where nobody said."""
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """(rows,) integers, of pairs and the inputs made of them; None where nobody said."""
         raise NotImplementedError
 
     def guesses(self, read: Read) -> Tensor:
@@ -76,7 +90,7 @@ class Task:
         return outputs[self.outputs[0]]
 
     def takes(self, pair: Pair) -> bool:
-        return self.mismatches or pair.label != 0
+        return (self.mismatches or pair.label != 0) and (not self.answered or pair.answer is not None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ class Matching(Task):
     feature: str = "question_embeds"  # (batch, tokens, dim), of which the first decides
     mismatches = paired = True
 
-    def read(self, model: nn.Module, outputs: object) -> Read:
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
+        outputs = model(**inputs)
         return getattr(outputs, self.outputs[0]).float(), getattr(outputs, self.feature)[:, 0].float()
 
     def features(self, read: Read) -> Tensor:
@@ -100,7 +115,7 @@ class Matching(Task):
         logits = read[0]
         return [Question(logits, None if labels is None else F.one_hot(labels, logits.shape[-1]).bool())]
 
-    def labels(self, pairs: Sequence[Pair]) -> Tensor | None:
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor | None:
         known = all(pair.label is not None for pair in pairs)
         return torch.tensor([pair.label for pair in pairs]) if known else None
 
@@ -120,10 +135,11 @@ class Retrieval(Task):
     judged: tuple[str, ...] = ("text_embeds", "image_embeds")
     metric: str = "recall@1"
 
-    def read(self, model: nn.Module, outputs: object) -> Read:
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         """Embeddings of length 1, and the scale of the logits (a bias changes no choice)."""
+        outputs = model(**inputs)
         images, texts = (F.normalize(getattr(outputs, name).float(), dim=-1) for name in ("image_embeds", "text_embeds"))
-        return images, texts, model.logit_scale.float().exp().expand(len(images))
+        return images, texts, unwrapped(model).logit_scale.float().exp().expand(len(images))
 
     def features(self, read: Read) -> Tensor:
         return torch.cat(read[:2], dim=-1)
@@ -136,7 +152,7 @@ class Retrieval(Task):
         right = labels[:, None] == labels
         return [Question(logits[first], right[first]), Question(logits.T[:, first], right[:, first])]
 
-    def labels(self, pairs: Sequence[Pair]) -> Tensor:
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([pair.image_id for pair in pairs])
 
     def metrics(self, questions: list[Question]) -> dict[str, float]:
@@ -165,7 +181,7 @@ class ZeroShot(Retrieval):
         first = firsts(labels)
         return [Question((images * scale.unsqueeze(-1)) @ texts[first].T, labels[:, None] == labels[first])]
 
-    def labels(self, pairs: Sequence[Pair]) -> Tensor:
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([zlib.crc32(pair.text.encode()) for pair in pairs])
 
     def metrics(self, questions: list[Question]) -> dict[str, float]:
@@ -188,8 +204,8 @@ class Embedding(Task):
     def judged(self) -> tuple[str, ...]:
         return (self.output,)
 
-    def read(self, model: nn.Module, outputs: object) -> Read:
-        return (F.normalize(getattr(outputs, self.output).float(), dim=-1),)
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
+        return (F.normalize(getattr(model(**inputs), self.output).float(), dim=-1),)
 
     def features(self, read: Read) -> Tensor:
         return read[0]
@@ -200,7 +216,7 @@ class Embedding(Task):
         rows = torch.arange(len(logits), device=logits.device)
         return [Question(logits, None if labels is None else labels[:, None] == rows)]
 
-    def labels(self, pairs: Sequence[Pair]) -> None:
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> None:
         return None
 
     def guesses(self, read: Read) -> Tensor:
@@ -213,6 +229,63 @@ class Embedding(Task):
         return self.questions((F.normalize(outputs[self.output], dim=-1),), None)[0].logits
 
 
+@dataclass(frozen=True)
+class Wording(Task):
+    """Which token comes next in a text, after those before it as they should be (teacher forcing)? A row for each token that
+    is predicted. Labels: the tokens of the text.
+
+    text, mask: the inputs that hold it. head: path of the module that makes logits of its states.
+    """
+
+    name: str
+    text: str
+    mask: str
+    outputs: tuple[str, ...]
+    head: str = "text_decoder.cls"
+    metric: str = "token accuracy"
+    answered: bool = False
+    graphs = False
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        return self.outputs
+
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
+        heard = []
+        head = unwrapped(model).get_submodule(self.head)
+        hook = head.register_forward_hook(lambda module, args, output: heard.extend((output, args[0])))
+        try:
+            model(**inputs)
+        finally:
+            hook.remove()
+        wanted = inputs[self.mask][:, 1:].bool()
+        return tuple(part[:, :-1][wanted].float() for part in heard)
+
+    def remembered(self, parts: Read, samples: int) -> Read:
+        rows, most = len(parts[0]), REMEMBERED * samples
+        if rows <= most:
+            return parts
+        evenly = torch.arange(most) * rows // most  # in integers: the same on every device
+        return tuple(part[evenly.to(part.device)] for part in parts)
+
+    def features(self, read: Read) -> Tensor:
+        return read[1]
+
+    def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
+        return [Question(read[0], labels)]
+
+    def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
+        return inputs[self.text][:, 1:][inputs[self.mask][:, 1:].bool()]
+
+    def guesses(self, read: Read) -> Tensor:
+        return read[0].argmax(-1)
+
+    def metrics(self, questions: list[Question]) -> dict[str, float]:
+        return {self.metric: questions[0].hits()}
+
+
+REMEMBERED = 4  # tokens of a text on average: each is as many numbers as the vocabulary has words, 120 kB for BERT's
+CHUNK = 1024  # rows of logits that are compared at once
 SHARPNESS = 20.0  # what a cosine counts where a model has no scale of its own
 
 TASKS = {
@@ -223,8 +296,15 @@ TASKS = {
         ZeroShot(),
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
+        Wording("caption", "input_ids", "attention_mask", ("logits",)),
+        Wording("vqa", *ANSWER_INPUTS, ("image_embeds",), answered=True),
     )
 }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model out of DistributedDataParallel."""
+    return getattr(model, "module", model)
 
 
 def choose(tasks: Sequence[str], wanted: str | None = None) -> Task:
@@ -264,20 +344,26 @@ class Evaluation:
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None) -> Evaluation:
     """Run a model over batches. Deterministic for a given order of the batches."""
     weight = next(model.parameters())
-    reads, labels = [], []
+    reads, labels, samples = [], [], 0
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(weight.device, weight.dtype)
-            reads.append(tuple(part.cpu() for part in task.read(model, model(**batch.inputs))))
-            labels.append(None if batch.labels is None else batch.labels.cpu())
+            samples += batch.samples
+            reads.append(tuple(part.cpu() for part in task.remembered(task.read(model, batch.inputs), batch.samples)))
+            labels.append(remembered_labels(task, batch))
             advance()
     read = joined(reads)
     if any(label is None for label in labels):
-        return Evaluation(read, None, len(read[0]), None, None)
+        return Evaluation(read, None, samples, None, None)
     target = torch.cat(labels)
     questions = task.questions(read, target)
-    return Evaluation(read, target, len(target), task.metrics(questions), loss(questions).item())
+    return Evaluation(read, target, samples, task.metrics(questions), loss(questions).item())
+
+
+def remembered_labels(task: Task, batch: Batch) -> Tensor | None:
+    """The labels of the rows that a task remembers."""
+    return None if batch.labels is None else task.remembered((batch.labels.cpu(),), batch.samples)[0]
 
 
 def loss(questions: list[Question]) -> Tensor:
@@ -287,10 +373,14 @@ def loss(questions: list[Question]) -> Tensor:
 
 def divergence(dense: list[Question], compact: list[Question]) -> Tensor:
     """Mean KL(dense || compact) of the decisions, in nats."""
-    found = [
-        F.kl_div(c.logits.log_softmax(-1), d.logits.log_softmax(-1), reduction="batchmean", log_target=True)
-        for d, c in zip(dense, compact, strict=True)
-    ]
+
+    def summed(dense: Tensor, compact: Tensor) -> Tensor:
+        return F.kl_div(compact.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
+
+    found = []
+    for d, c in zip(dense, compact, strict=True):
+        parts = zip(d.logits.split(CHUNK), c.logits.split(CHUNK), strict=True)
+        found.append(torch.stack([summed(*part) for part in parts]).sum() / len(d.logits))
     return torch.stack(found).mean()
 
 

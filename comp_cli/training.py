@@ -27,7 +27,7 @@ from .engine import flops, stages
 from .engine.fading import fade_at, fading, forget_head_masks
 from .engine.slicing import slice_state
 from .errors import FAILED, USAGE, CompError, DeadEnd
-from .loading import pick_device
+from .loading import own_state, pick_device
 from .output import Output
 from .plan import Plan
 from .workbench import Dense, Pairs, ScenePairs
@@ -167,7 +167,7 @@ class Trainer:
 
     def take(self, plan: Plan, model: nn.Module) -> None:
         """Go on with a plan and a model that were found without training."""
-        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach().clone() for name, tensor in own_state(model).items()}
         self.plan, self.state = plan, broadcast(state)
 
     def _fade_into(self, plan: Plan) -> None:
@@ -246,7 +246,7 @@ class Trainer:
             driver.zero_grad()
         if not math.isfinite(loss.item()):
             raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
-        self.state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.state = {name: tensor.detach() for name, tensor in own_state(model).items()}
         self.moments = {
             kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
         }
@@ -258,11 +258,11 @@ class Trainer:
         batch = batch.to(weight.device, weight.dtype)
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
-        task, own = self.dense.task, self.accelerator.unwrap_model(model)
+        task = self.dense.task
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            read = task.read(own, model(**batch.inputs))
+            read = task.read(model, batch.inputs)
             with torch.no_grad(), self.accelerator.autocast():
-                wanted = task.read(self.teacher, self.teacher(**batch.inputs))
+                wanted = task.read(self.teacher, batch.inputs)
         questions = task.questions(read, batch.labels)
         decisions = tasks.divergence(task.questions(wanted, batch.labels), questions)
         features = tasks.distance(task.features(wanted), task.features(read))

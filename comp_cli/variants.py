@@ -23,7 +23,7 @@ def on_own_kernels(stock: nn.Module) -> nn.Module:
     family, architecture = find_family(described)
     config = copy.deepcopy(stock.config)
     config.comp = dense_plan(described, family, architecture).comp_block(family)
-    return loading.build_compact(config, architecture, stock.state_dict())
+    return loading.build_compact(config, architecture, loading.own_state(stock))
 
 
 def torch_runner(model: nn.Module, device: torch.device) -> Runner:

@@ -44,7 +44,8 @@ class Dense:
     @property
     def collate(self) -> data.Collator:
         """Makes batches of pairs for this model."""
-        return collator(self.family, self.processor, self.reference.tokens.get("language", 0), self.task)
+        longest = self.reference.tokens.get("language", 0)
+        return collator(self.family, self.processor, longest, self.task, self.hf_config)
 
     def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
         """Noise that the model takes; see `data.random_inputs`."""
@@ -105,7 +106,7 @@ def open_dense(
     processor = loading.load_processor(source.folder, family.inputs)
     dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
     check_fits(dense, family, processor, chosen, source.name)
-    state = dense.requires_grad_(False).to(device or "cpu").state_dict()
+    state = loading.own_state(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
     longest = loading.cut_at(processor, text_tokens)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -123,8 +124,11 @@ def open_dense(
     )
 
 
-def collator(family: Family, processor: Any, max_text: int, task: tasks.Task) -> data.Collator:
-    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt)
+def collator(
+    family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
+) -> data.Collator:
+    generated = family.generated and (family.generated, config.text_config.bos_token_id)
+    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt, generated)
 
 
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
@@ -141,7 +145,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
             if tokens > text["vocab_size"]:
                 problem = f"the tokenizer has {tokens} tokens, the model {text['vocab_size']}"
     try:
-        batch = collator(family, processor, 4, task)([data.Pair(Image.new("RGB", (32, 32)), "a")])
+        batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answer="a")])
         with torch.inference_mode():
             model(**batch.inputs)
     except Exception as error:
@@ -177,10 +181,11 @@ def with_score_rows(plan: Plan, rows: int) -> Plan:
 @dataclass(frozen=True)
 class ScenePairs:
     """Generated scenes as a set of pairs: with captions that match or do not, labelled for the one model that was trained on
-    them, or (`described`) with descriptions that match."""
+    them, or (`described`) with descriptions that match, or (`asked`) with questions and answers."""
 
     labelled: bool
     described: bool = False
+    asked: bool = False
 
     SPLITS: ClassVar = {"calibration": "train", "evaluation": "test"}
 
@@ -192,6 +197,8 @@ class ScenePairs:
     ) -> Iterator[data.Pair]:
         """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
         count = 10**8 if limit is None else limit
+        if self.asked:
+            return data.asked_scenes(self.SPLITS[purpose], count, seed)
         if self.described:
             return data.described_scenes(self.SPLITS[purpose], count, seed)
         return data.scene_pairs(self.SPLITS[purpose], count, seed, self.labelled)
@@ -209,16 +216,18 @@ class DataOptions:
     image_column: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    answer_column: str | None = None
 
 
 def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Path | None = None) -> Pairs:
     """The user's pairs, or generated scenes with a warning for models that do not know them."""
     if options.data is not None:
-        columns = data.Columns(options.image_column, options.text_column, options.label_column)
+        columns = data.Columns(options.image_column, options.text_column, options.label_column, options.answer_column)
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    return ScenePairs(labelled=dense.source.kind == "demo", described=not dense.task.mismatches)
+    task = dense.task
+    return ScenePairs(labelled=dense.source.kind == "demo", described=not task.mismatches, asked=task.answered)
 
 
 def batches_of(

@@ -151,7 +151,7 @@ def config_of(folder, tmp_path, **changes):
 def test_an_unknown_architecture(tiny_folder, tmp_path):
     folder = config_of(tiny_folder, tmp_path, architectures=["BlipForImageTextRetrievalX"])
     result = comp("prune", folder, "--ratio", 0.5, "-o", tmp_path / "c")
-    assert result.exit_code == 4 and "Supported: BlipForImageTextRetrieval" in result.stderr
+    assert result.exit_code == 4 and "Supported: BlipForConditionalGeneration" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["prune", "analyze"])

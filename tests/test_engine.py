@@ -254,7 +254,10 @@ def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
     def loss(outputs):
         return F.cross_entropy(outputs.itm_score.float(), labels)
 
-    found = scoring.collect(model, dense.family, dense.plan, [inputs], rule="taylor", hear=loss).units["vision", 2, "ffn"]
+    def run(batch):
+        return loss(model(**batch))
+
+    found = scoring.collect(model, dense.family, dense.plan, [inputs], rule="taylor", run=run).units["vision", 2, "ffn"]
     linear = model.vision_model.encoder.layers[2].mlp.fc2
     slopes = []
     for channel in range(3):
@@ -269,7 +272,7 @@ def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
         slopes.append(abs(losses[0] - losses[1]) / 2e-2)
     expected = torch.tensor(slopes) / slopes[0]
     torch.testing.assert_close(found[:3] / found[0], expected, rtol=0.05, atol=0.02)
-    signed = scoring.collect(model, dense.family, dense.plan, [inputs], rule="upop", hear=loss).units
+    signed = scoring.collect(model, dense.family, dense.plan, [inputs], rule="upop", run=run).units
     whole = torch.cat([scores for key, scores in signed.items() if key[2] == "ffn"])
     assert whole.mean().abs() < 1e-5 and whole.std() == pytest.approx(1.0, abs=1e-4)
 

@@ -51,7 +51,7 @@ def test_an_image_with_several_texts_is_one_candidate():
 def test_zero_shot_chooses_among_the_classes_that_occur(read):
     images, _, scale = read
     task = TASKS["zero-shot"]
-    labels = task.labels([Pair(None, name) for name in ("cat", "dog", "cat", "dog")])
+    labels = task.labels([Pair(None, name) for name in ("cat", "dog", "cat", "dog")], {})
     texts = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     (question,) = task.questions((images, texts, scale), labels)
     assert question.logits.shape == (4, 2) and question.logits.argmax(-1).tolist()[:2] == [0, 1]

@@ -90,6 +90,14 @@ def blip_model():
     return transformers.BlipForImageTextRetrieval(blip_config())
 
 
+def blip_caption():
+    return transformers.BlipForConditionalGeneration(blip_config(text={"eos_token_id": END}))
+
+
+def blip_vqa():
+    return transformers.BlipForQuestionAnswering(blip_config())
+
+
 def sharpened(model, factor: float = 20):
     """Random weights make nearly even attention, whose ranking rounding would decide: queries and keys are made larger."""
     with torch.no_grad():
@@ -101,6 +109,8 @@ def sharpened(model, factor: float = 20):
 
 FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "blip": (blip_model, blip_processor),
+    "blip-caption": (blip_caption, blip_processor),
+    "blip-vqa": (blip_vqa, blip_processor),
     "clip": (clip_model, clip_processor),
     "clip-vision": (clip_vision, clip_images),
     "clip-text": (clip_language, word_tokenizer),
@@ -117,8 +127,8 @@ def write(family: str, folder: Path) -> Path:
     return folder
 
 
-def uneven(plan):
-    """Another number of heads, channels and tokens in every layer of a plan."""
+def uneven(plan, family=None):
+    """Another number of heads, channels and tokens in every layer of a plan, but the tokens of towers that keep theirs."""
     from dataclasses import replace
 
     generator = torch.Generator().manual_seed(2)
@@ -133,8 +143,33 @@ def uneven(plan):
         return replace(layer, attention=attention, cross=cross, ffn=some(200, 8), keep=keep)
 
     keeps = {"vision": [30, None, 19, 11, None], "language": [None, 9, None, 6]}
+    keeps |= {tower.name: [None] * 4 for tower in (family.towers if family else ()) if not tower.tokens}
     towers = tuple(
         replace(tower, layers=tuple(cut(layer, keep) for layer, keep in zip(tower.layers, keeps[tower.name], strict=True)))
         for tower in plan.towers
     )
     return replace(plan, towers=towers)
+
+
+def masked(dense, plan):
+    """The dense model with the tokens pruned as in a plan, and the heads and channels that it removes multiplied by zero."""
+    from dataclasses import replace
+
+    from comp_cli.engine.scoring import layer_parts, tower_layers
+
+    keeps = tuple(
+        replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
+        for t, u in zip(dense.plan.towers, plan.towers, strict=True)
+    )
+    model = dense.build(replace(dense.plan, towers=keeps), dense.state)
+    for tower in dense.family.towers:
+        for layer, wanted in zip(tower_layers(model, tower), plan.tower(tower.name).layers, strict=True):
+            for part, path in layer_parts(tower).items():
+                linear, kept = layer.get_submodule(path), wanted.kept(part)
+                units = 200 if part == "ffn" else 6
+                mask = torch.zeros(units).index_fill(0, torch.tensor(kept), 1).repeat_interleave(linear.in_features // units)
+                linear.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,))
+                if part == "attention":
+                    heads = torch.zeros(6).index_fill(0, torch.tensor(kept), 1)
+                    layer.get_submodule(tower.attention.module).head_mask = heads
+    return model

@@ -113,7 +113,8 @@ def diagnose(
     batches: Iterable[dict[str, Tensor]],
     advance: Callable[[], None] = lambda: None,
 ) -> Diagnosis:
-    """Both findings on batches of model inputs. Attention maps live for one layer of one batch at a time.
+    """Both findings on batches of model inputs, in towers whose tokens may go. Attention maps live for one layer of one batch
+    at a time.
 
     The top tokens of a part are those that CIP weights it by: the layer's own scores for attention, else the next layer's.
     """
@@ -126,6 +127,8 @@ def diagnose(
             model(**batch)
             for key, activations in recorder.inputs.items():
                 tower = family.tower(key[0])
+                if not tower.tokens:
+                    continue
                 valid, weights = (scoring.weights_of(recorder, tower, plan, key, weighted) for weighted in (False, True))
                 ordinary = valid > 0
                 ordinary[:, : int("first" in tower.protected)] = False
@@ -175,7 +178,7 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
         return hook
 
     hooks = []
-    for tower in family.towers:
+    for tower in (tower for tower in family.towers if tower.tokens):
         for index, layer in enumerate(scoring.tower_layers(model, tower)):
             attention: CompactAttention = layer.get_submodule(tower.attention.module)
             if attention.num_heads > 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..families import Family, tower_config
+from ..families.base import ANSWER_TOKENS
 from ..plan import LayerPlan, Plan, TowerPlan
 
 TEXT_TOKENS = 35
@@ -23,6 +24,8 @@ class Reference:
     ffn: dict[str, int]  # tower -> feed-forward channels of the dense model
     class_token: dict[str, bool]  # tower -> whether token 0 is [CLS], which casts no vote on the others
     fixed: int  # FLOPs outside the towers: patch embedding, heads
+    reads: dict[str, str]  # tower -> the one whose tokens its cross-attention reads
+    whole: tuple[str, ...] = ()  # towers whose tokens all stay
     pooling: tuple[int, int] = (0, 0)  # of an attention pooling head over the image tokens: FLOPs, and those of a token
 
 
@@ -69,6 +72,9 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
     if "language" in parts:
         longest = parts["language"]["max_position_embeddings"]
         tokens["language"] = longest if family.padding == "max_length" else min(text_tokens, longest)
+    if "answer" in parts:
+        tokens["answer"] = ANSWER_TOKENS
+    times |= tokens
     fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
     if family.text_embeds:  # the cosine of an image with a text
         fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]
@@ -78,7 +84,9 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
     if family.pooling:  # one query; its keys and values are made of every token
         square = 2 * width["vision"] ** 2
         pooling = (2 * square + 4 * width["vision"] * ffn["vision"], 2 * square + 4 * width["vision"])
-    return Reference(tokens, width, ffn, class_token, fixed, pooling)
+    reads = {tower.name: tower.reads for tower in family.towers if tower.cross}
+    whole = tuple(tower.name for tower in family.towers if not tower.tokens)
+    return Reference(tokens, width, ffn, class_token, fixed, reads, whole, pooling)
 
 
 def count(plan: Plan, ref: Reference) -> Flops:
@@ -88,7 +96,7 @@ def count(plan: Plan, ref: Reference) -> Flops:
     for tower in plan.towers:
         tokens, width = ref.tokens[tower.name], ref.width[tower.name]
         for index, layer in enumerate(tower.layers):
-            rows.append(_layer(tower, index, layer, tokens, width, handed_on.get("vision"), ref))
+            rows.append(_layer(tower, index, layer, tokens, width, handed_on.get(ref.reads.get(tower.name)), ref))
             tokens = rows[-1].tokens_out
         handed_on[tower.name] = tokens
     pooling = ref.pooling[0] + ref.pooling[1] * handed_on.get("vision", 0)
@@ -96,7 +104,7 @@ def count(plan: Plan, ref: Reference) -> Flops:
 
 
 def _layer(
-    tower: TowerPlan, index: int, layer: LayerPlan, tokens: int, width: int, image: int | None, ref: Reference
+    tower: TowerPlan, index: int, layer: LayerPlan, tokens: int, width: int, read: int | None, ref: Reference
 ) -> LayerFlops:
     inner = len(layer.attention.heads) * layer.attention.head_dim
     attention = 2 * tokens * width * inner * 4 + 4 * tokens * tokens * inner
@@ -107,7 +115,8 @@ def _layer(
     cross = 0
     if layer.cross is not None:
         cross_inner = len(layer.cross.heads) * layer.cross.head_dim
-        cross = 4 * out * width * cross_inner + 4 * image * ref.width["vision"] * cross_inner + 4 * out * image * cross_inner
+        other = ref.width[ref.reads[tower.name]]
+        cross = 4 * out * width * cross_inner + 4 * read * other * cross_inner + 4 * out * read * cross_inner
     return LayerFlops(tower.name, index, attention, cross, 4 * out * width * len(layer.ffn), tokens, out)
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
-# The five modes: what one of them removes. A parameter mode is (tower, parts of its layers), a token mode a tower.
+# The five modes: what one of them removes. A parameter mode is (towers, parts of their layers), a token mode a tower. A model
+# has some of the towers.
+TEXT = ("language", "answer")
 PARAMETER_MODES = {
-    "vision_params": ("vision", ("attention", "ffn")),
-    "language_params": ("language", ("attention", "ffn")),
-    "cross_params": ("language", ("cross",)),
+    "vision_params": (("vision",), ("attention", "ffn")),
+    "language_params": (TEXT, ("attention", "ffn")),
+    "cross_params": (TEXT, ("cross",)),
 }
 TOKEN_MODES = {"vision_tokens": "vision", "language_tokens": "language"}
 MODES = (*PARAMETER_MODES, *TOKEN_MODES)

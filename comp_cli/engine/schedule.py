@@ -14,7 +14,7 @@ import torch
 from ..plan import LayerPlan, Plan, TowerPlan
 from . import flops
 from .methods import PARAMETER_MODES, TOKEN_MODES
-from .scoring import Scores
+from .scoring import Key, Scores
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Floors:
 class Unit:
     score: float
     cost: int  # FLOPs
-    layer: int
-    part: str
+    key: Key
     index: int  # into the kept heads or channels of the current plan
 
 
@@ -78,39 +77,44 @@ def _highest(scores: Scores, mode: str) -> float:
 
 def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, quantile: float, floors: Floors) -> Plan:
     """Remove the units of a mode with the lowest scores, until they hold `quantile` of the mode's FLOPs."""
-    tower_name, parts = PARAMETER_MODES[mode]
-    tower = plan.tower(tower_name)
-    units = _units(plan, tower, scores, ref, parts)
+    names, parts = PARAMETER_MODES[mode]
+    towers = [tower for tower in plan.towers if tower.name in names]
+    units = _units(plan, towers, scores, ref, parts)
     budget = quantile * sum(unit.cost for unit in units)
-    doomed: set[tuple[int, str, int]] = set()
-    left = {(layer, part): len(tower.layers[layer].kept(part)) for layer, part in {(u.layer, u.part) for u in units}}
-    least = {(layer, part): _least(ref.ffn[tower_name], part, floors) for layer, part in left}
+    doomed: set[tuple[Key, int]] = set()
+    left = {unit.key: 0 for unit in units}
+    for unit in units:
+        left[unit.key] += 1
+    least = {key: _least(ref.ffn[key[0]], key[2], floors) for key in left}
     spent = 0
-    for unit in sorted(units, key=lambda unit: (unit.score, unit.layer, unit.part, unit.index)):
+    for unit in sorted(units, key=lambda unit: (unit.score, unit.key[1:], unit.index, unit.key[0])):
         if spent + unit.cost > budget:
             break
-        if left[unit.layer, unit.part] > least[unit.layer, unit.part]:
-            left[unit.layer, unit.part] -= 1
+        if left[unit.key] > least[unit.key]:
+            left[unit.key] -= 1
             spent += unit.cost
-            doomed.add((unit.layer, unit.part, unit.index))
-    layers = list(tower.layers)
-    for index, part in left:
-        survivors = [i for i in range(len(layers[index].kept(part))) if (index, part, i) not in doomed]
-        if part == "ffn":
-            survivors = _rounded(survivors, scores.units[tower_name, index, part], least[index, part], floors.ffn_multiple)
-        layers[index] = _keeping(layers[index], part, survivors)
-    return plan.with_tower(replace(tower, layers=tuple(layers)))
+            doomed.add((unit.key, unit.index))
+    for tower in towers:
+        layers = list(tower.layers)
+        for key in (key for key in left if key[0] == tower.name):
+            _, index, part = key
+            survivors = [i for i in range(len(layers[index].kept(part))) if (key, i) not in doomed]
+            if part == "ffn":
+                survivors = _rounded(survivors, scores.units[key], least[key], floors.ffn_multiple)
+            layers[index] = _keeping(layers[index], part, survivors)
+        plan = plan.with_tower(replace(tower, layers=tuple(layers)))
+    return plan
 
 
-def _units(plan: Plan, tower: TowerPlan, scores: Scores, ref: flops.Reference, parts: Sequence[str]) -> list[Unit]:
-    rows = {row.layer: row for row in flops.count(plan, ref).layers if row.tower == tower.name}
+def _units(plan: Plan, towers: Sequence[TowerPlan], scores: Scores, ref: flops.Reference, parts: Sequence[str]) -> list[Unit]:
+    rows = {(row.tower, row.layer): row for row in flops.count(plan, ref).layers}
     units = []
-    for layer, layer_plan in enumerate(tower.layers):
-        for part in parts:
-            kept = layer_plan.kept(part)
-            cost = getattr(rows[layer], part) // len(kept)
-            found = scores.units[tower.name, layer, part].tolist()
-            units += [Unit(score, cost, layer, part, i) for i, score in enumerate(found)]
+    for tower in towers:
+        for layer, layer_plan in enumerate(tower.layers):
+            for part in parts:
+                key = (tower.name, layer, part)
+                cost = getattr(rows[tower.name, layer], part) // len(layer_plan.kept(part))
+                units += [Unit(score, cost, key, i) for i, score in enumerate(scores.units[key].tolist())]
     return units
 
 

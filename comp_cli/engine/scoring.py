@@ -113,13 +113,13 @@ def collect(
     *,
     rule: str = "cip",
     seed: int = 0,
-    hear: Callable[[object], Tensor | None] = lambda outputs: None,
+    run: Callable[[dict[str, Tensor]], Tensor | None] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Importance of heads, channels and tokens on calibration batches of model inputs.
 
-    `rule` is one of PARAMETER_RULES. `hear` gets the model's outputs for each batch; for rules that read gradients it
-    returns the loss.
+    `rule` is one of PARAMETER_RULES. `run` runs the model over a batch in place of the model itself; for rules that read
+    gradients it returns the loss.
     """
     how = PARAMETER_RULES[rule]
     found: dict[Key, Tensor] = {}
@@ -129,7 +129,7 @@ def collect(
     # The recorder's hooks come first: what they see is not gated.
     with recording(model, family, plan) as recorder, differentiated as gates, torch.inference_mode(gates is None):
         for batch in batches:
-            loss = hear(model(**batch))
+            loss = run(batch) if run else model(**batch)
             if gates is not None:
                 for key, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                     found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import DeadEnd
 from ..plan import Plan
 from . import flops
-from .methods import KINDS, MODES
+from .methods import KINDS, MODES, PARAMETER_MODES, TOKEN_MODES
 from .schedule import Floors, prune_to
 from .scoring import Scores
 
@@ -164,7 +164,7 @@ def search(
     seed of `progress`.
     """
     counted = flops.count(dense, ref)
-    shares, total = mode_shares(counted), counted.total
+    shares, total = mode_shares(counted, ref.whole), counted.total
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
     memory = progress.memory
     sight = look(progress.plan)
@@ -222,7 +222,7 @@ def march(
     """
     total = flops.count(dense, ref).total
     ends = [total * (1 - ratio) ** (number / len(phases)) for number in range(len(phases) + 1)]
-    modes = mode_shares(flops.count(dense, ref))
+    modes = mode_shares(flops.count(dense, ref), ref.whole)
     steps = [
         (kind, start + (end - start) * part / each)
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
@@ -272,15 +272,14 @@ def out_of_reach(ratio: float, reached: float) -> DeadEnd:
     return DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)
 
 
-def mode_shares(counted: flops.Flops) -> dict[str, float]:
-    """FLOPs of the dense model that each of its modes could touch; orders the first visits and bounds the steps."""
-    vision, language = counted.tower("vision"), counted.tower("language")
-    cross = counted.part("language", "cross")
-    shares = {
-        "vision_params": vision,
-        "vision_tokens": vision + cross,
-        "cross_params": cross,
-        "language_params": language - cross,
-        "language_tokens": language - cross,
+def mode_shares(counted: flops.Flops, whole: Sequence[str] = ()) -> dict[str, float]:
+    """FLOPs of the dense model that each of its modes could touch; orders the first visits and bounds the steps. whole:
+    towers whose tokens all stay."""
+    parameters = {
+        mode: sum(counted.part(tower, part) for tower in towers for part in parts)
+        for mode, (towers, parts) in PARAMETER_MODES.items()
     }
-    return {mode: share for mode, share in shares.items() if share}
+    cross = counted.part("language", "cross")
+    tokens = {"vision_tokens": counted.tower("vision") + cross, "language_tokens": counted.tower("language") - cross}
+    shares = parameters | tokens
+    return {mode: share for mode, share in shares.items() if share and TOKEN_MODES.get(mode) not in whole}

@@ -5,11 +5,11 @@ from typing import Any
 
 from ..errors import REFUSED, CompError
 from .base import Attention, Family, Tower
-from .blip import BLIP
+from .blip import BLIP, BLIP_CAPTION, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
 from .siglip import SIGLIP
 
-FAMILIES = {family.name: family for family in (BLIP, CLIP, CLIP_VISION, CLIP_TEXT, SIGLIP)}
+FAMILIES = {family.name: family for family in (BLIP, BLIP_CAPTION, BLIP_VQA, CLIP, CLIP_VISION, CLIP_TEXT, SIGLIP)}
 
 __all__ = ["FAMILIES", "Attention", "Family", "Tower", "find_family", "supported", "tower_config"]
 

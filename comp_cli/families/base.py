@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ANSWER_TOKENS = 4  # of an answer in the reference input: start, two words, end
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
+ANSWER_INPUTS = ("labels", "decoder_attention_mask")  # labels: what the decoder reads; so the loss is an output
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class Attention:
 class Tower:
     """One stack of layers."""
 
-    name: str  # "vision" or "language"
+    name: str  # "vision", "language", or "answer" for what decodes where "language" encodes
     config: str  # attribute of the model's config with hidden_size, num_attention_heads, ...; "" for the config itself
     encoder: str  # path of the module that runs the layers
     layers: str  # name of the list of layers in it
     order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS
     attention: Attention
     ffn: tuple[str, str]  # paths of the first and second matrix inside a layer
-    cross: Attention | None = None  # attention to the tokens that the vision tower hands out
+    cross: Attention | None = None  # attention to the tokens that another tower hands out
+    reads: str = "vision"  # that tower
+    tokens: bool = True  # whether tokens may go; not where a text is generated, for every one is predicted from
     protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last" (behind it is padding), "end" (padding or not)
     class_token: str | None = "first"  # where the token is that the model reads: "first", "last", or None for all alike
     causal: bool = False  # a token sees those before it only
@@ -58,7 +62,9 @@ class Family:
     # matrix that texts end with.
     encoders: tuple[str, str] | None = None
     text_embeds: str | None = None
-    fixed: dict[str, str] = field(default_factory=dict)  # matmuls outside the towers: path -> "patches" or "once"
+    generated: str | None = None  # the input that is a generated text: it begins with the text config's bos_token_id
+    # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
+    fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
 
     def tower(self, name: str) -> Tower:

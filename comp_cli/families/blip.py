@@ -1,6 +1,13 @@
-"""BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens."""
+"""BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
 
-from .base import Attention, Family, Tower
+For captions the BERT is causal and generates. For answers there are two: one encodes the question, the other generates and
+attends to the states of the question: to all of them, for transformers (5.23) does not mask the question's padding. None of
+them may go, because the mask that the decoder is given would not follow.
+"""
+
+from dataclasses import replace
+
+from .base import ANSWER_INPUTS, INPUTS, Attention, Family, Tower
 
 VISION = Tower(
     name="vision",
@@ -23,11 +30,35 @@ LANGUAGE = Tower(
     ffn=("intermediate.dense", "output.dense"),
     protected=("first", "last"),  # [CLS] ([ENC]) and [SEP]
 )
+PATCHES = {"vision_model.embeddings.patch_embedding": "patches"}
 BLIP = Family(
     name="blip",
     architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
     vision="vision_model",
     image_embeds="last_hidden_state",
-    fixed={"vision_model.embeddings.patch_embedding": "patches", "itm_head": "once"},
+    fixed=PATCHES | {"itm_head": "once"},
+)
+
+# Of the head that makes words: its large matrix is that of the word embeddings.
+HEAD = ("text_decoder.cls.predictions.transform.dense", "text_decoder.bert.embeddings.word_embeddings")
+DECODER = replace(
+    LANGUAGE, encoder="text_decoder.bert.encoder", tokens=False, protected=(), class_token=None, causal=True, score_rule="even"
+)
+BLIP_CAPTION = replace(
+    BLIP,
+    name="blip_caption",
+    architectures={"BlipForConditionalGeneration": ("caption",)},
+    towers=(VISION, DECODER),
+    generated="input_ids",
+    fixed=PATCHES | dict.fromkeys(HEAD, "language"),
+)
+BLIP_VQA = replace(
+    BLIP,
+    name="blip_vqa",
+    architectures={"BlipForQuestionAnswering": ("vqa",)},
+    towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
+    inputs=(*INPUTS, *ANSWER_INPUTS),
+    generated="labels",
+    fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )
