@@ -154,7 +154,8 @@ def test_a_torn_journal_is_refused_and_can_be_thrown_away(tiny_folder, tmp_path)
 def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
     """A real SIGINT in the middle of the stages."""
     output = tmp_path / "compact"
-    command = [sys.executable, "-m", "comp_cli", *arguments(tiny_folder, output, "--stages", 200)]
+    long = ["--stages", 200, "--num-samples", 256, "--stage-samples", 256]  # a minute, of which seconds are waited for
+    command = [sys.executable, "-m", "comp_cli", *arguments(tiny_folder, output, *long)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     journal = tmp_path / ".compact.journal"
     for _ in range(600):
