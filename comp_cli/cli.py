@@ -175,7 +175,7 @@ def prune(
     history: Annotated[bool, typer.Option(help="Remember what a mode cost before (Eq. 10).")] = True,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[
-        int | None, typer.Option(min=1, help="Pairs of the calibration that a stage is judged on: 256; large models 8 (retrieval 32).")
+        int | None, typer.Option(min=1, help="Pairs that judge a stage: 256; large models 8 (retrieval 32).")
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(min=1, help="Image-text pairs for calibration: 256; large models 64.")
