@@ -193,16 +193,16 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def read_runs(path: Path) -> list[dict]:
-    """The results with today's settings; a line that a kill has torn is none."""
-    runs = []
+    """The results with today's settings, one of each: two processes may make the same. A line that a kill has torn is none."""
+    runs = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             run = json.loads(line)
         except ValueError:
             continue
         if run.get("settings") == identity()["settings"]:
-            runs.append(run)
-    return runs
+            runs.setdefault(tuple(run[key] for key in ("name", "ratio", "seed", "steps")), run)
+    return list(runs.values())
 
 
 if __name__ == "__main__":
