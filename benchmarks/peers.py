@@ -147,7 +147,9 @@ def torch_pruning(importance: str) -> Callable[[Path, float], nn.Module]:
 
 def flops_of(model: nn.Module) -> int:
     """FLOPs of one pair, at 35 text tokens or as many as the model has places for."""
-    return bench.count_flops(model, min(prepared.TEXT_TOKENS, model.config.text_config.max_position_embeddings))
+    return bench.count_flops(
+        model, prepared.FAMILY, min(prepared.TEXT_TOKENS, model.config.text_config.max_position_embeddings)
+    )
 
 
 # The others --------------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def accuracy(made: nn.Module | Path, batches: list) -> float:
 
 
 def demo_work(work: Path, ratio: float) -> Path:
-    """The demo model in a work folder of its own, and comp's joint method on it with its own defaults."""
+    """The demo model in a work folder of its own, and comp on it with its own defaults."""
     folder = work / "demo"
     if not (folder / "dense").exists():
         shutil.copytree(DEMO, folder / "dense")
