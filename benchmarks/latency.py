@@ -99,7 +99,7 @@ def table(work: Path, lines: list[dict], clock: str) -> str:
     where = lines[-1]["machine"]
     rounds = ", ".join(f"{len(times[b]['torch stock'])} at batch {b}" for b in batches)
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers", "onnxruntime"))
-    out += ["", f"{where['name']}, {where['threads']} thread, {versions}; medians of {clock} time, rounds: {rounds}."]
+    out += ["", f"{where['name']}, threads: {where['threads']}, {versions}; medians of {clock} time, rounds: {rounds}."]
     return "\n".join(out) + "\n"
 
 
@@ -115,10 +115,10 @@ def complete(arguments: argparse.Namespace, build: Callable[[], dict[str, timing
 
 
 def settle(arguments: argparse.Namespace) -> None:
-    """One thread, on the core that was asked for; the folders that are written to."""
+    """One thread (or --threads), on the core that was asked for; the folders that are written to."""
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})
-    torch.set_num_threads(1)
+    torch.set_num_threads(getattr(arguments, "threads", 1))
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -138,5 +138,6 @@ if __name__ == "__main__":
     parser.add_argument("--batches", nargs="+", type=int, default=list(ROUNDS))
     parser.add_argument("--rounds", type=int, help="per batch; else 11 at batch 1, 5 at batch 8")
     parser.add_argument("--core", type=int, help="CPU core to stay on (Linux)")
+    parser.add_argument("--threads", type=int, default=1, help="take --clock wall for more than one")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     main(parser.parse_args())

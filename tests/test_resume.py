@@ -156,7 +156,9 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
     output = tmp_path / "compact"
     long = ["--stages", 200, "--num-samples", 256, "--stage-samples", 256]  # a minute, of which seconds are waited for
     command = [sys.executable, "-m", "comp_cli", *arguments(tiny_folder, output, *long)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ}
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
+    process = subprocess.Popen(command, **pipes, **heard)
     journal = tmp_path / ".compact.journal"
     for _ in range(600):
         if journal.exists() or process.poll() is not None:
