@@ -47,7 +47,7 @@ def analyze(
         "inequality": inequality(dense, scores),
         "diagnostics": diagnosis(dense, found),
         "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
-        "samples": sum(len(next(iter(batch.inputs.values()))) for batch in batches),
+        "samples": sum(batch.samples for batch in batches),
         "data": pairs.describe("calibration"),
     }
     print_analysis(document, model, out)

@@ -76,10 +76,10 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     task = tasks.choose(family.architectures[architecture], config["comp"].get("task"))
     if "onnx" in options.backends:
         check_graphs(task, architecture, hint="comp bench --backend torch measures the forward pass.")
-    source, folders, models = open_models(folder, baseline, out, hub_options)
+    source, folders, models = open_models(folder, config, baseline, out, hub_options)
     described = models["dense"].config
     longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
-    text_tokens = longest if family.padding == "max_length" else min(options.text_tokens, longest)
+    text_tokens = family.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
     document = {
         "comp_version": __version__,
@@ -136,10 +136,10 @@ def check(options: Options) -> torch.device:
 
 
 def open_models(
-    folder: Path, baseline: str | None, out: Output, hub_options: dict[str, Any]
+    folder: Path, config: dict[str, Any], baseline: str | None, out: Output, hub_options: dict[str, Any]
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
-    """The baseline's source, the folders of the dense and the compact model, and the models of all sides."""
-    config = read_config(folder)
+    """The baseline's source, the folders of the dense and the compact model, and the models of all sides. `config` is that of
+    the compact one."""
     baseline = baseline or config["comp"].get("base_address")
     if baseline is None:
         raise CompError(

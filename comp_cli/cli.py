@@ -224,7 +224,6 @@ def prune(
     def work():
         from . import prune as command
 
-        command.check_ratio(ratio)
         named = model.split("@")[0] if model.startswith("hf://") else model
         folder = output or Path(f"{Path(named).name or 'model'}-comp-{ratio:g}".lstrip("-@"))
         options = command.Options(

@@ -71,9 +71,10 @@ class BadRow(ValueError):
 
 @dataclass
 class Tally:
-    """How many rows were looked at, and which of them are bad: problem -> what they hold."""
+    """How many rows were looked at, how many pairs they gave, and which rows are bad: problem -> what they hold."""
 
     looked: int = 0
+    given: int = 0
     bad: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -145,17 +146,16 @@ def read_rows(
 ) -> Iterator[Pair]:
     """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them end the
     reading."""
-    given = 0
     for row in rows:
         tally.looked += 1
         try:
-            pairs = [pair for pair in read_row(row, columns, folder) if takes(pair)][: limit - given]
+            pairs = [pair for pair in read_row(row, columns, folder) if takes(pair)][: limit - tally.given]
         except BadRow as bad:
             tally.bad.setdefault(bad.problem, []).append(bad.found)
             pairs = []
+        tally.given += len(pairs)
         yield from pairs
-        given += len(pairs)
-        if given >= limit or tally.skipped > limit:
+        if tally.given >= limit or tally.skipped > limit:
             return
 
 

@@ -114,10 +114,8 @@ class PairSet:
         self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int, takes: Takes
     ) -> Iterator[Pair]:
         folder, where, tally = self.folders.get(self.split(purpose)), self.describe(purpose), Tally()
-        given = 0
-        for given, pair in enumerate(read_rows(rows, columns, folder, limit, tally, takes), start=1):  # noqa: B007
-            yield pair
-        if tally.looked > tally.skipped and not given:
+        yield from read_rows(rows, columns, folder, limit, tally, takes)
+        if tally.looked > tally.skipped and not tally.given:
             raise CompError(
                 f"{where}: no pairs that match.", code=REFUSED, hint="Are the columns of labels and answers the right ones?"
             )

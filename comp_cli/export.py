@@ -76,7 +76,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
-    checked = longest if family.padding == "max_length" else min(TEXT_TOKENS, longest)
+    checked = family.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None

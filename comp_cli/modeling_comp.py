@@ -61,16 +61,26 @@ def token_scores(
     return received.sum(1)
 
 
+def row_attention(query: torch.Tensor, key: torch.Tensor, scale: float, valid: torch.Tensor) -> torch.Tensor:
+    """What one query row pays to every token that is not padding: (batch, heads, 1, head_dim) -> (batch, heads, tokens)."""
+    logits = (query * scale) @ key.transpose(-1, -2)
+    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+    return logits.softmax(-1, dtype=torch.float32)[:, :, 0]
+
+
+def valid_tokens(key: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens are not padding: those that the last row sees. (batch, tokens), booleans."""
+    if attention_mask is None:
+        return key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
+    return unmasked(attention_mask)[:, 0, -1]
+
+
 def class_attention(
     query: torch.Tensor, key: torch.Tensor, scale: float, *, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> torch.Tensor:
     """How much attention [CLS] pays to each token, mean over heads (the score of EViT). Shapes as in `token_scores`."""
-    logits = (query[:, :, :1] * scale) @ key.transpose(-1, -2)
-    if attention_mask is None:
-        return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0]
-    valid = unmasked(attention_mask)[:, 0, -1]
-    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
-    return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0].masked_fill(~valid, -1.0)
+    valid = valid_tokens(key, attention_mask)
+    return row_attention(query[:, :, :1], key, scale, valid).mean(1).masked_fill(~valid, -1.0)
 
 
 def last_attention(
@@ -86,16 +96,13 @@ def last_attention(
 
     For causal towers, whose last token is all that is read. Their other rows cannot be summed: a later token is seen by fewer.
     """
-    if attention_mask is None:
-        attention_mask = key.new_ones(key.shape[0], 1, 1, key.shape[2], dtype=torch.bool)
-    valid = unmasked(attention_mask)[:, 0, -1]
+    valid = valid_tokens(key, attention_mask)
     last = torch.where(valid, torch.arange(key.shape[2], device=key.device), -1).amax(-1).view(-1, 1, 1, 1)
-    query = query.gather(2, last.expand(query.shape[0], query.shape[1], 1, query.shape[3]))
-    logits = ((query * scale) @ key.transpose(-1, -2)).masked_fill(~valid[:, None, None], torch.finfo(query.dtype).min)
-    attention = logits.softmax(-1, dtype=torch.float32)
+    row = query.gather(2, last.expand(query.shape[0], query.shape[1], 1, query.shape[3]))
+    attention = row_attention(row, key, scale, valid)
     if head_mask is not None:
-        attention = attention * head_mask.view(1, -1, 1, 1)
-    return attention.amax(1)[:, 0].masked_fill(~valid, -1.0)
+        attention = attention * head_mask.view(1, -1, 1)
+    return attention.amax(1).masked_fill(~valid, -1.0)
 
 
 def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import data, tasks
 from .families import Family
 from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, OnnxModel, encode_images
-from .workbench import Pairs
+from .workbench import Pairs, collator
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
 LONG = 5  # captions in a row make a long text
@@ -80,7 +80,7 @@ def make_cases(
     # Where all samples of a batch are candidates, the decisions of many are asked for together.
     size = 8 if task.paired else len(pairs)
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
-    collate = data.Collator(processor, family.inputs, family.padding, longest, task.labels, task.prompt)
+    collate = collator(family, processor, longest, task, model.config)
     given = [("real", collate(part).inputs) for part in parts]
     if split or (len(family.towers) > 1 and not task.paired):
         inputs = given[2][1]

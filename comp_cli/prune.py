@@ -12,7 +12,7 @@ from . import __version__, report, tasks
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
 from .engine import flops
 from .engine.methods import METHODS
-from .errors import FAILED, GATE, USAGE, CompError
+from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
 from .journal import Journal
 from .loading import pick_dtype
 from .output import Output
@@ -25,14 +25,43 @@ from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose
 __all__ = ["DataOptions", "Options", "Training", "prune"]
 
 
-def check_ratio(ratio: float) -> None:
-    """Exit 2 unless 0 < ratio < 1."""
-    if not 0 < ratio < 1:
+def check(options: Options, max_drop: float | None, dry_run: bool) -> None:
+    """Exit 2 where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
+    if not 0 < options.ratio < 1:
         raise CompError(
-            f"--ratio {ratio}: expected a number between 0 and 1.",
+            f"--ratio {options.ratio}: expected a number between 0 and 1.",
             code=USAGE,
             hint="The ratio is the share of the FLOPs that goes: 0.5 halves them.",
         )
+    if options.method not in METHODS:
+        raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
+    check_training(options.training)
+    if options.method != "comp" and not (options.cip and options.explore and options.history):
+        raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
+    if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
+        hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
+        raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise CompError(f"--max-drop {max_drop:g}: expected points from 0 to 100.", code=USAGE)
+    if max_drop is not None and dry_run:
+        raise CompError("--max-drop needs a model to judge, which --dry-run does not make.", code=USAGE)
+    if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
+        raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
+
+
+def settle(dense: Dense, pairs: Pairs, options: Options, out: Output) -> Options:
+    """The options with a number wherever the model decides it: less work for a large one."""
+    num_samples = options.num_samples or max(affordable(dense, 256, 64), options.stage_samples or 0)
+    training = count_steps(options.training, dense.task, pairs, out)
+    return replace(
+        options,
+        stages=options.stages or affordable(dense, 40, 10),
+        num_samples=num_samples,
+        # Where every sample is a candidate for every other, few are no question.
+        stage_samples=min(options.stage_samples or affordable(dense, 256, 8 if dense.task.paired else 32), num_samples),
+        eval_samples=options.eval_samples or affordable(dense, 1000, 64 if dense.task.paired else 256),
+        training=replace(training, lr=training.lr or affordable(dense, 1e-4, 1e-5)),
+    )
 
 
 def prune(
@@ -51,68 +80,44 @@ def prune(
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Exit 3 where the
     metric falls by more than `max_drop` points: then nothing is left.
     """
-    check_ratio(options.ratio)
-    if options.method not in METHODS:
-        raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
-    check_training(options.training)
-    if options.method != "comp" and not (options.cip and options.explore and options.history):
-        raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
-    if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
-        hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
-        raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise CompError(f"--max-drop {max_drop:g}: expected points from 0 to 100.", code=USAGE)
-    if max_drop is not None and dry_run:
-        raise CompError("--max-drop needs a model to judge, which --dry-run does not make.", code=USAGE)
-    if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
-        raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
+    check(options, max_drop, dry_run)
     device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
     if not dry_run:
         check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
     started = time.perf_counter()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     dense = open_dense(options.model, out, device=device, task=options.task, **sizes, **hub_options)
-    num_samples = options.num_samples or max(affordable(dense, 256, 64), options.stage_samples or 0)
-    options = replace(
-        options,
-        stages=options.stages or affordable(dense, 40, 10),
-        num_samples=num_samples,
-        # Where every sample is a candidate for every other, few are no question.
-        stage_samples=min(options.stage_samples or affordable(dense, 256, 8 if dense.task.paired else 32), num_samples),
-        eval_samples=options.eval_samples or affordable(dense, 1000, 64 if dense.task.paired else 256),
-    )
     save_dtype = wanted_dtype or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
-    training = count_steps(options.training, dense.task, pairs, out)
-    options = replace(options, training=replace(training, lr=training.lr or affordable(dense, 1e-4, 1e-5)))
-    if dry_run and training.steps:
+    options = settle(dense, pairs, options, out)
+    if dry_run and options.training.steps:
         out.say("--dry-run: without the training.")
         options = replace(options, training=Training())
     journal = None if dry_run else Journal(output, settings_of(dense, options))
     if journal and not resume:
         journal.remove()
-    found = find(dense, pairs, options, journal, out)
-    plan = found.plan
-    document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
-    if dry_run:
-        report.print_plan(document, out)
-        return document
-    compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
-    if not leads():
-        return document
-    quality, per_pair = compare(dense, compact, pairs, options, out)
-    document |= {"quality": quality}
     try:
+        found = find(dense, pairs, options, journal, out)
+        document = describe(dense, found.plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
+        if dry_run:
+            report.print_plan(document, out)
+            return document
+        compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
+        if not leads():
+            return document
+        quality, per_pair = compare(dense, compact, pairs, options, out)
+        document |= {"quality": quality}
         check_drop(quality, max_drop, out)
-    except CompError:
-        journal.remove()
+    except DeadEnd:
+        if journal:
+            journal.remove()
         raise
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
-        write_checkpoint(folder, dense, compact, plan, document, save_dtype)
+        write_checkpoint(folder, dense, compact, found.plan, document, save_dtype)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
-        write_report(folder, document, plan)
+        write_report(folder, document, found.plan)
     journal.remove()
     # Not in the folder: a run that was resumed ends with the same bytes.
     document |= {"seconds": round(time.perf_counter() - started, 1)}
@@ -180,7 +185,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
 
 
 def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> None:
-    """Exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
+    """A dead end with exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
     if allowed is None:
         return
     if allowed < 100 / quality["samples"]:
@@ -190,7 +195,7 @@ def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> N
     if not 100 * (before - after) <= allowed:
         said = f"{name if metrics else 'agreement'} falls from {100 * before:.1f} to {100 * after:.1f} %"
         hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
-        raise CompError(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
+        raise DeadEnd(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
 
 
 def cost(searched: float, dense_pass: float) -> dict[str, float]:

@@ -11,7 +11,6 @@ from .calibration import Calibration, gather_grams
 from .data import Batch, fingerprint
 from .engine import flops, schedule, stages
 from .engine.methods import METHODS
-from .errors import DeadEnd
 from .journal import Journal
 from .output import Output
 from .plan import Plan
@@ -99,12 +98,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     if not (tuning and trainer.done > training.stage_steps):
         if saved and leads():
             calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
-        try:
-            run_stages(dense, options, look, progress, save, out)
-        except DeadEnd:
-            if journal:
-                journal.remove()
-            raise
+        run_stages(dense, options, look, progress, save, out)
     if trainer is None or not trainer.done:
         model = dense.runtime(progress.plan, grams)
     seconds = None if saved else time.perf_counter() - begin

@@ -112,8 +112,7 @@ class Matching(Task):
         return read[1]
 
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
-        logits = read[0]
-        return [Question(logits, None if labels is None else F.one_hot(labels, logits.shape[-1]).bool())]
+        return [Question(read[0], labels)]
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor | None:
         known = all(pair.label is not None for pair in pairs)
@@ -213,8 +212,7 @@ class Embedding(Task):
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         logits = SHARPNESS * read[0] @ read[0].T
         logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), -1e4)
-        rows = torch.arange(len(logits), device=logits.device)
-        return [Question(logits, None if labels is None else labels[:, None] == rows)]
+        return [Question(logits, labels)]
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> None:
         return None

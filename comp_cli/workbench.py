@@ -108,9 +108,8 @@ def open_dense(
     check_fits(dense, family, processor, chosen, source.name)
     state = loading.own_state(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
-    longest = loading.cut_at(processor, text_tokens)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    reference = flops.reference(full, family, shapes, min(text_tokens, longest))
+    reference = flops.reference(full, family, shapes, loading.cut_at(processor, text_tokens))
     return Dense(
         source=source,
         config=config,

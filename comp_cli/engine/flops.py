@@ -70,8 +70,7 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
         times["patches"] = (parts["vision"]["image_size"] // parts["vision"]["patch_size"]) ** 2
         tokens["vision"] = times["patches"] + class_token["vision"]
     if "language" in parts:
-        longest = parts["language"]["max_position_embeddings"]
-        tokens["language"] = longest if family.padding == "max_length" else min(text_tokens, longest)
+        tokens["language"] = family.text_length(text_tokens, parts["language"]["max_position_embeddings"])
     if "answer" in parts:
         tokens["answer"] = ANSWER_TOKENS
     times |= tokens

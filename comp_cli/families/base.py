@@ -67,5 +67,9 @@ class Family:
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
 
+    def text_length(self, wanted: int, longest: int) -> int:
+        """Tokens of a text: as many as wanted if the model takes so many, or all that it takes where texts are padded so."""
+        return longest if self.padding == "max_length" else min(wanted, longest)
+
     def tower(self, name: str) -> Tower:
         return next(tower for tower in self.towers if tower.name == name)

@@ -4,25 +4,21 @@ from dataclasses import replace
 
 from .base import Attention, Family, Tower
 
-ATTENTION = Attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj")
 VISION = Tower(
     name="vision",
     config="vision_config",
     encoder="vision_model.encoder",
     layers="layers",
     order="pre_norm",
-    attention=ATTENTION,
+    attention=Attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj"),
     ffn=("mlp.fc1", "mlp.fc2"),
     protected=("first",),  # [CLS]
 )
-LANGUAGE = Tower(
+LANGUAGE = replace(
+    VISION,
     name="language",
     config="text_config",
     encoder="text_model.encoder",
-    layers="layers",
-    order="pre_norm",
-    attention=ATTENTION,
-    ffn=("mlp.fc1", "mlp.fc2"),
     protected=("first", "last"),  # start and end of text
     class_token="last",
     causal=True,
