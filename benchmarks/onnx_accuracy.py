@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from comp_cli import load, tasks
-from comp_cli.graphs import OnnxModel
 from comp_cli.output import Output
 from comp_cli.report import mib, percent
+from comp_cli.sessions import OnnxModel
 from comp_cli.store import folder_size
 from comp_cli.workbench import ScenePairs, batches_of, open_dense
 

@@ -24,7 +24,7 @@ from accuracy import TEST_SEED
 from torch import nn
 from torch.nn import functional as F
 
-from comp_cli import bench, graphs, loading, tasks, timing, variants
+from comp_cli import bench, graphs, loading, sessions, tasks, timing, variants
 from comp_cli.data import random_inputs
 from comp_cli.engine import flops
 from comp_cli.output import Output
@@ -239,8 +239,8 @@ PEERS = {
 def logits_of(made: nn.Module | Path) -> Callable[[timing.Inputs], torch.Tensor]:
     if isinstance(made, nn.Module):
         return lambda inputs: made(**inputs).itm_score
-    session = graphs.open_session(made, threads=1)
-    return lambda inputs: torch.from_numpy(session.run(["itm_score"], graphs.feeds(inputs))[0])
+    session = sessions.open_session(made, threads=1)
+    return lambda inputs: torch.from_numpy(session.run(["itm_score"], sessions.feeds(inputs))[0])
 
 
 def accuracy(made: nn.Module | Path, batches: list) -> float:

@@ -14,3 +14,14 @@ def load(folder: str | Path, *, dtype: str | None = None, device: str = "cpu"):
     from . import loading
 
     return loading.load_model(Path(folder), dtype=loading.pick_dtype(dtype)).to(loading.pick_device(device))
+
+
+def load_onnx(folder: str | Path, *, device: str = "cpu"):
+    """A captioning or question-answering model whose `generate` runs the ONNX graphs that `comp export` wrote into a folder.
+
+    Takes what the stock `generate` takes: prompts, beams, sampling. Raises `comp_cli.errors.CompError` for graphs that write
+    no texts, or a device that ONNX Runtime does not have.
+    """
+    from . import generation
+
+    return generation.load_writer(Path(folder), device)

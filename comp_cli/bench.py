@@ -20,7 +20,7 @@ from . import __version__, bench_report, gates, hub, providers, tasks, timing, v
 from .data import random_inputs
 from .engine import flops
 from .errors import GATE, REFUSED, USAGE, CompError
-from .export import check_graphs, longest_text
+from .export import longest_text
 from .families import Family, find_family, tower_config
 from .gates import Gates
 from .graphs import write_graph
@@ -74,8 +74,6 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     config = read_config(folder)
     family, architecture = find_family(config)
     task = tasks.choose(family.architectures[architecture], config["comp"].get("task"))
-    if "onnx" in options.backends:
-        check_graphs(task, architecture, hint="comp bench --backend torch measures the forward pass.")
     source, folders, models = open_models(folder, config, baseline, out, hub_options)
     described = models["dense"].config
     longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import modeling_comp, report
+from . import modeling_comp
+from .cards import model_card
 from .data import Batch
 from .errors import FAILED, CompError
 from .loading import load_model, load_processor, own_state, quiet_libraries
@@ -34,7 +35,7 @@ def write_checkpoint(
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
         load_processor(dense.source.folder, dense.family.inputs).save_pretrained(folder)
-    (folder / "README.md").write_text(report.model_card(document))
+    (folder / "README.md").write_text(model_card(document))
 
 
 def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:

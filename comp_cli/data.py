@@ -23,7 +23,7 @@ COLUMN_NAMES = {
     "image": "image img picture photo image_path img_path image_file file_name filename file_path filepath path".split(),
     "text": "text texts caption captions sentence sentences question description".split(),
     "label": "label labels match matches matched is_match is_matched".split(),
-    "answer": "answer multiple_choice_answer".split(),
+    "answer": "answers answer multiple_choice_answer".split(),
 }
 LABELS = dict.fromkeys("1 true yes match matched matching positive".split(), 1)
 LABELS |= dict.fromkeys("0 false no mismatch mismatched unmatched negative".split(), 0)
@@ -39,13 +39,22 @@ Purpose = Literal["calibration", "evaluation"]
 @dataclass(frozen=True)
 class Pair:
     """An image, a text, and whether they match (1), do not (0), or nobody said (None). Pairs with one image (one file,
-    or the same content in a table) share its id. A text that is a question has an answer."""
+    or the same content in a table) share its id. A text that is a question has answers, of one person or of several.
+
+    known: whether the model was made for such pairs; if not, nothing in them is a label.
+    """
 
     image: Image.Image
     text: str
     label: int | None = None
     image_id: int = 0
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
+    known: bool = True
+
+    @property
+    def answer(self) -> str | None:
+        """The answer that most people gave."""
+        return max(self.answers, key=self.answers.count, default=None)
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,8 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
             candidates = [column for column in found if column.lower() in common and column not in taken.values()]
             if role == "image":  # stored images before file names
                 candidates = [column for column, kind in found.items() if isinstance(kind, ImageType)] or candidates
-            if role == "answer":
-                candidates = candidates[:1]
+            if role == "answer":  # those of all people before the one that was chosen
+                candidates = sorted(candidates, key=lambda column: common.index(column.lower()))[:1]
             if len(candidates) > 1:
                 several = " or ".join(candidates)
                 raise CompError(f"{owner}: is the {role} in {several}?", code=USAGE, hint=f"{listed} Name one with {flag}.")
@@ -171,9 +180,17 @@ def read_row(row: Mapping[str, Any], columns: Columns, folder: Path | None) -> l
         raise BadRow("no match or mismatch as label", repr(row[columns.label]))
     image = read_image(row[columns.image], folder)
     number = int.from_bytes(image_digest(row[columns.image])[:7], "big")
-    answer = row[columns.answer] if columns.answer else None
-    answer = answer.strip() or None if isinstance(answer, str) else None
-    return [Pair(image, text, label, number, answer) for text in texts]
+    answers = read_answers(row[columns.answer]) if columns.answer else ()
+    return [Pair(image, text, label, number, answers) for text in texts]
+
+
+def read_answers(value: Any) -> tuple[str, ...]:
+    """The answers of a row: a text, or a list of texts or of records that hold one each under "answer", as VQA v2 has them."""
+    if isinstance(value, dict):  # a list of records may come as a record of lists
+        value = value.get("answer")
+    parts = value if isinstance(value, list) else [value]
+    texts = [part.get("answer") if isinstance(part, dict) else part for part in parts]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def read_image(value: Any, folder: Path | None) -> Image.Image:
@@ -257,18 +274,18 @@ def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) ->
         yield Pair(scenes.render(example.scene, example.background), example.caption.text, label)
 
 
-def described_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
+def described_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
     """Generated scenes, each with a description of all that is in it."""
     for scene, background in scenes.images(split, count, seed):
         text = scenes.describe(scene)  # what is described alike counts as one image
-        yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()))
+        yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()), known=labelled)
 
 
-def asked_scenes(split: str, count: int, seed: int = 0) -> Iterator[Pair]:
+def asked_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
     """Generated scenes, each with a question about it and the answer."""
     for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
         question, answer = scenes.ask(random.Random(background), scene)
-        yield Pair(scenes.render(scene, background), question, image_id=number, answer=answer)
+        yield Pair(scenes.render(scene, background), question, image_id=number, answers=(answer,), known=labelled)
 
 
 @dataclass(frozen=True)
@@ -276,7 +293,7 @@ class Collator:
     """Makes batches of pairs: what the processor makes of them that the model takes, and the labels.
 
     inputs: names of the model's inputs. padding: "longest" or "max_length"; texts are cut at `max_text` tokens.
-    generated: the input that is a generated text, and the token it begins with in place of the tokenizer's.
+    written: the input that is a text as the model writes it, and the token it begins with in place of the tokenizer's.
     """
 
     processor: Any
@@ -285,7 +302,7 @@ class Collator:
     max_text: int
     labels: Callable[[Sequence[Pair], Mapping[str, Tensor]], Tensor | None]
     prompt: str = "{}"  # what a text is put into
-    generated: tuple[str, int] | None = None
+    written: tuple[str, int] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         parts = {}
@@ -300,10 +317,10 @@ class Collator:
             answers = self.processor.tokenizer([pair.answer for pair in pairs], **options)
             made |= zip(ANSWER_INPUTS, (answers["input_ids"], answers["attention_mask"]), strict=True)
         inputs = {name: made[name] for name in self.inputs}
-        if self.generated:
-            name, begin = self.generated
+        if self.written:
+            name, begin = self.written
             inputs[name][:, 0] = begin
-        return Batch(inputs, self.labels(pairs, inputs))
+        return Batch(inputs, self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None)
 
     def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the pairs."""

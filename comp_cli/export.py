@@ -9,16 +9,19 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import transformers
 
 from . import __version__, parity, rewrite, tasks
+from .cards import graphs_card
 from .data import Columns
 from .datafiles import open_pairs
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
-from .families import Family, find_family, tower_config
-from .graphs import OPSET, TARGETS, VISION, OnnxModel, can_split, check_target, write_graphs
+from .families import Decoder, Family, find_family, tower_config
+from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .report import mib, percent
+from .sessions import OnnxModel, open_graphs
 from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
@@ -48,6 +51,10 @@ class Check:
     task: tasks.Task
     device: str
     tolerance: parity.Tolerance
+    text: str | None = None  # see `sessions.open_graphs`
+
+    def open(self, folder: Path, names: list[str]) -> OnnxModel:
+        return open_graphs(folder, names, self.device, self.text)
 
     def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
         with out.progress("checking parity with torch", len(self.cases)) as bar:
@@ -68,10 +75,10 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     config = read_config(folder)
     family, architecture = find_family(config)
     task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
-    check_graphs(task, architecture)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and not can_split(family):
-        raise CompError(f"--split: {architecture} encodes only one of images and texts.", code=USAGE)
+        why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
+        raise CompError(f"--split: {architecture} {why}.", code=USAGE)
     source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, dtype=torch.float32)
@@ -82,13 +89,13 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         rounded = options.dtype != "fp32" or options.quantize is not None
         pairs = parity.real_pairs(source, task, rounded)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split)
-        check = Check(cases, task, options.device, tolerance)
+        check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
         names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
         fused = optimize(partial, names, check, options, out) if options.optimize else {}
         left_out = quantize(partial, names, check, out) if options.quantize else []
-        graphs = OnnxModel(partial, names, options.device)
+        graphs = check.open(partial, names)
         rows = check.rows(graphs, out)
         problem = parity.problem(rows, tolerance)
         with quiet_libraries():
@@ -97,6 +104,9 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
                 tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
             processor.save_pretrained(partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
+        generation = family.decoder and generation_config(model.config.text_config, family.decoder)
+        if generation:
+            generation.save_pretrained(partial)
         document = {
             "comp_version": __version__,
             "versions": _versions(),
@@ -121,19 +131,13 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "size_bytes": folder_size(partial),
             "seconds": round(perf_counter() - started, 1),
         }
-        (partial / "README.md").write_text(_card(document))
+        (partial / "README.md").write_text(graphs_card(document, generation))
         document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None)
     print_export(document, output, out)
     return document
-
-
-def check_graphs(task: tasks.Task, architecture: str, hint: str | None = None) -> None:
-    """Exit 4 for a model that generates."""
-    if not task.graphs:
-        raise CompError(f"{architecture}: generation graphs are not written yet.", code=REFUSED, hint=hint)
 
 
 def check_options(options: Options) -> None:
@@ -163,7 +167,7 @@ def optimize(folder: Path, names: list[str], check: Check, options: Options, out
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
         allowed = parity.tolerance(check.task, options.dtype, None)
-        problem = parity.problem(check.rows(OnnxModel(trial, names, check.device), out), allowed)
+        problem = parity.problem(check.rows(check.open(trial, names), out), allowed)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
     if problem:
@@ -183,17 +187,26 @@ def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[
     noise: dict[str, float] = {}
     for share in LEFT_OUT:
         if share and not noise:
-            values = OnnxModel(floats, names).run(check.cases[0].inputs)
-            noise = {node: error for name in names for node, error in rewrite.int8_noise(floats / name, values).items()}
+            graphs = check.open(floats, names)
+            graphs.run(check.cases[0].inputs)
+            noise = {n: error for name in names for n, error in rewrite.int8_noise(floats / name, graphs.given[name]).items()}
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
         for name in names:
             rewrite.quantize(floats / name, folder / name, left_out)
-        problem = parity.problem(check.rows(OnnxModel(folder, names, check.device), out), check.tolerance)
+        problem = parity.problem(check.rows(check.open(folder, names), out), check.tolerance)
         if not problem:
             break
         out.say(f"int8 with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
+
+
+def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -> transformers.GenerationConfig:
+    """How a text begins and ends, in the file where it is looked for."""
+    begin, end = getattr(config, decoder.begin), getattr(config, decoder.end)
+    return transformers.GenerationConfig(
+        bos_token_id=begin, decoder_start_token_id=begin, eos_token_id=end, pad_token_id=config.pad_token_id
+    )
 
 
 def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
@@ -273,17 +286,3 @@ def _versions() -> dict[str, str]:
     import onnxruntime
 
     return found | {"onnxruntime": onnxruntime.__version__}
-
-
-def _card(document: dict[str, Any]) -> str:
-    def listed(values: dict[str, Any]) -> str:
-        return ", ".join(f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items())
-
-    lines = [f"- `{name}`: {listed(g['inputs'])} to {listed(g['outputs'])}" for name, g in document["graphs"].items()]
-    if VISION in document["graphs"]:
-        lines.append("\nEncode an image once, and match it against any number of texts: `images` is 1, or as many as texts.")
-    return (
-        f"# {document['source'].get('base_model', 'model')} as ONNX\n\n" + "\n".join(lines) + "\n\n"
-        f"Opset {document['opset']}. Token pruning is inside the graph; batch and text length are free. "
-        "`export.json` holds versions, kept tokens and the differences from torch.\n"
-    )

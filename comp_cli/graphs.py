@@ -1,19 +1,18 @@
-"""ONNX graphs: the model as tensors in, tensors out, written by torch and run by ONNX Runtime."""
+"""ONNX graphs: the model as tensors in, tensors out, written by torch. `sessions` runs them."""
 
 from ast import literal_eval
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .data import random_inputs
-from .errors import DEVICE, USAGE, CompError
+from .errors import USAGE, CompError
 from .families import Family
+from .families.base import ANSWER_INPUTS
 from .loading import quiet_libraries
 from .modeling_comp import CompactAttention
 from .tasks import Task
@@ -22,7 +21,9 @@ OPSET = 20
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 WHOLE, VISION, TEXT = "model.onnx", "vision_model.onnx", "text_model.onnx"
+ENCODER, DECODER, PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 IMAGE_EMBEDS, TEXT_EMBEDS = "image_embeds", "text_embeds"
+HIDDEN, STATES = "last_hidden_state", "encoder_hidden_states"  # the same: what the encoder hands out, and the decoder reads
 TOKEN_PRUNING = "token_pruning"  # in the names of nodes that score and drop tokens
 
 
@@ -39,7 +40,7 @@ class Graph(nn.Module):
         self.outputs = task.outputs
         images, texts = ("batch", "batch") if task.paired else ("images", "texts")
         dynamic = {"pixel_values": {0: images}, "input_ids": {0: texts, 1: "tokens"}, "attention_mask": {0: texts, 1: "tokens"}}
-        self.dynamic = {name: dynamic[name] for name in family.inputs}
+        self.dynamic = {name: dynamic[name] for name in family.inputs if name in dynamic}
 
     def forward(
         self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -49,6 +50,11 @@ class Graph(nn.Module):
             given["pixel_values"] = pixel_values.to(self.dtype)
         outputs = self.model(**{name: tensor for name, tensor in given.items() if tensor is not None})
         return tuple(getattr(outputs, name).float() for name in self.outputs)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs."""
+        return list(self.dynamic)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,6 +121,111 @@ class CrossGraph(Graph):
         return {name: made[name] for name in self.dynamic}
 
 
+class WholeWriter(Graph):
+    """The forward pass of a model that writes texts, over texts that are there: the inputs of the family -> logits (batch,
+    tokens, vocabulary)."""
+
+    def __init__(self, model: nn.Module, task: Task, family: Family):
+        super().__init__(model, task, family)
+        self.dynamic |= {name: {0: "batch", 1: "answer_tokens"} for name in ANSWER_INPUTS if name in family.inputs}
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        states = encode(self.model, self.family, pixel_values.to(self.dtype), input_ids, attention_mask)
+        text = (input_ids, attention_mask) if labels is None else (labels, decoder_attention_mask)
+        return (decode(self.model, self.family, states, *text).logits.float(),)
+
+
+class EncoderGraph(Graph):
+    """What is done once for a text that is written: pixel_values, and input_ids and attention_mask of a question ->
+    last_hidden_state (batch, tokens, dim)."""
+
+    def __init__(self, model: nn.Module, task: Task, family: Family):
+        super().__init__(model, task, family)
+        self.outputs = (HIDDEN,)
+        asked = ("input_ids", "attention_mask") if family.decoder.question else ()
+        self.dynamic = {name: dims for name, dims in self.dynamic.items() if name in ("pixel_values", *asked)}
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return (encode(self.model, self.family, pixel_values.to(self.dtype), input_ids, attention_mask).float(),)
+
+
+class DecoderGraph(Graph):
+    """The beginning of a text: input_ids (batch, tokens), encoder_hidden_states -> logits (batch, tokens, vocabulary), and keys
+    and values of every layer, (batch, heads, tokens, head_dim): `present.0.decoder.key`, ..., `present.0.encoder.value`."""
+
+    def __init__(self, model: nn.Module, task: Task, family: Family, states: Tensor):
+        super().__init__(model, task, family)
+        self.states = states  # an example of what the encoder hands out
+        tower = family.towers[-1]
+        self.layers = len(getattr(model.get_submodule(tower.encoder), tower.layers))
+        self.outputs = ("logits", *self.cached("present", "decoder", "encoder"))
+        self.dynamic = {"input_ids": {0: "batch", 1: "tokens"}, STATES: self.attended(1)}
+
+    def attended(self, axis: int) -> dict[int, str]:
+        """Dimensions of what is attended to; its tokens vary where they are those of a question."""
+        return {0: "batch", axis: "encoder_tokens"} if self.family.decoder.question else {0: "batch"}
+
+    def cached(self, prefix: str, *parts: str) -> list[str]:
+        return [f"{prefix}.{i}.{part}.{kind}" for i in range(self.layers) for part in parts for kind in ("key", "value")]
+
+    def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        found = decode(self.model, self.family, encoder_hidden_states.to(self.dtype), input_ids, cache=cache)
+        return (found.logits.float(), *kept(cache.self_attention_cache, cache.cross_attention_cache))
+
+    def example(self) -> dict[str, Any]:
+        batch = len(self.states)
+        return {"input_ids": torch.arange(7 * batch).view(batch, 7) % self.vocabulary, STATES: self.states}
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.text_config.vocab_size
+
+
+class PastGraph(DecoderGraph):
+    """The rest of a text: the tokens that come next, and keys and values as the decoder, or this graph, hands them out
+    (`past_key_values.0.decoder.key`, ...) -> their logits, and the keys and values of the text with them. Those of what is
+    attended to do not change, and are not handed out again."""
+
+    def __init__(self, model: nn.Module, task: Task, family: Family, states: Tensor):
+        super().__init__(model, task, family, states)
+        self.outputs = ("logits", *self.cached("present", "decoder"))
+        grows, stays = {0: "batch", 2: "past_tokens"}, self.attended(2)
+        self.dynamic = {"input_ids": {0: "batch", 1: "tokens"}, "past": [grows, grows, stays, stays] * self.layers}
+
+    @property
+    def names(self) -> list[str]:
+        return ["input_ids", *self.cached("past_key_values", "decoder", "encoder")]
+
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        past = [tensor.to(self.dtype) for tensor in past]
+        own, across = (DynamicCache(list(zip(past[i::4], past[i + 1 :: 4], strict=True))) for i in (0, 2))
+        # Layers want to be told that there is something to attend to; what they read of it is in the cache.
+        found = decode(self.model, self.family, past[2], input_ids, cache=EncoderDecoderCache(own, across))
+        return (found.logits.float(), *kept(own))
+
+    def example(self) -> dict[str, Any]:
+        begun = super().example()
+        with torch.no_grad():
+            _, *past = super().forward(**begun)
+        return {"input_ids": begun["input_ids"][:, :3], "past": past}
+
+
+def kept(*caches: DynamicCache) -> list[Tensor]:
+    """Keys and values of caches, layer by layer."""
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return [tensor.float() for parts in layers for layer in parts for tensor in (layer.keys, layer.values)]
+
+
 class Encoded(nn.Module):
     """Stands for the vision tower where the images are encoded already."""
 
@@ -133,16 +244,60 @@ def encode_images(model: nn.Module, family: Family, pixel_values: Tensor) -> Ten
     return getattr(getattr(model, family.vision)(pixel_values), family.image_embeds)
 
 
+def encode(
+    model: nn.Module,
+    family: Family,
+    pixel_values: Tensor,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """What a decoder attends to: the tokens of the image, or those of the question that is asked of it."""
+    states = encode_images(model, family, pixel_values)
+    if family.decoder.question is None:
+        return states
+    asked = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return model.get_submodule(family.decoder.question)(**asked, encoder_hidden_states=states).last_hidden_state
+
+
+def decode(
+    model: nn.Module,
+    family: Family,
+    states: Tensor,
+    text: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: EncoderDecoderCache | None = None,
+) -> Any:
+    """What the decoder says behind every token of a text, as transformers hands it out."""
+    decoder = model.get_submodule(family.decoder.module)
+    return decoder(
+        input_ids=text,
+        attention_mask=attention_mask,
+        encoder_hidden_states=states,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+
+
 def can_split(family: Family) -> bool:
-    """Whether images can be encoded apart from texts."""
-    return family.encoders is not None or family.vision is not None
+    """Whether images can be encoded apart from texts, and are not so anyway."""
+    return family.decoder is None and (family.encoders is not None or family.vision is not None)
 
 
 def write_graphs(
     model: nn.Module, task: Task, family: Family, folder: Path, *, split: bool, opset: int, target: str
 ) -> list[str]:
-    """Write model.onnx, or the pair of vision_model.onnx and text_model.onnx; returns their names in the order they run."""
+    """Write model.onnx, or the pair of vision_model.onnx and text_model.onnx; encoder and decoders of a model that writes
+    texts. Returns their names in the order they run."""
     how = {"opset": opset, "target": target}
+    if family.decoder:
+        encoder = EncoderGraph(model, task, family)
+        with torch.no_grad():
+            (states,) = encoder(**encoder.example())
+        parts = {ENCODER: encoder}
+        parts |= {name: kind(model, task, family, states) for name, kind in ((DECODER, DecoderGraph), (PAST, PastGraph))}
+        for name, graph in parts.items():
+            write(graph, folder / name, **how)
+        return list(parts)
     if not split:
         write_graph(model, task, family, folder / WHOLE, **how)
         return [WHOLE]
@@ -162,7 +317,8 @@ def write_graph(
     model: nn.Module, task: Task, family: Family, path: Path, *, opset: int = OPSET, target: str = TARGETS[0]
 ) -> None:
     """Write the whole model as one graph."""
-    write(Graph(model, task, family), path, opset=opset, target=target)
+    graph = WholeWriter if family.decoder else Graph
+    write(graph(model, task, family), path, opset=opset, target=target)
 
 
 def write(graph: Graph, path: Path, *, opset: int, target: str) -> None:
@@ -176,7 +332,7 @@ def write(graph: Graph, path: Path, *, opset: int, target: str) -> None:
             graph.eval(),
             kwargs=graph.example(),
             dynamo=True,
-            input_names=list(graph.dynamic),
+            input_names=graph.names,
             output_names=list(graph.outputs),
             dynamic_shapes=graph.dynamic,
             opset_version=opset,
@@ -211,78 +367,3 @@ def check_target(target: str, opset: int) -> None:
         raise CompError(f"--target {target}: unknown.", code=USAGE, hint=f"Use one of {', '.join(TARGETS)}.")
     if not 18 <= opset <= 23:
         raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
-
-
-def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none.
-
-    With `profile` the session times its nodes into a file that begins so.
-    """
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)
-    wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    # Idle threads that spin take the cores from what runs next: in `comp bench` that is torch.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if wanted.startswith("CUDA"):
-        preload_cuda()
-    cuda = {"device_id": int(device.partition(":")[2] or 0), "use_tf32": int(tf32)}
-    providers = [wanted] if wanted.startswith("CPU") else [(wanted, cuda), "CPUExecutionProvider"]
-    try:
-        with quiet_libraries():
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CompError(f"ONNX Runtime cannot run {path.name} on {device}: {reason}", code=DEVICE) from error
-    first = session.get_providers()[0]
-    if first != wanted:
-        raise CompError(
-            f"ONNX Runtime runs on {first}, not on {wanted}.",
-            code=DEVICE,
-            hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
-        )
-    return session
-
-
-def preload_cuda() -> None:
-    """Let ONNX Runtime find the CUDA libraries that pip installed. It prints what it misses on stdout: not ours to say."""
-    import onnxruntime
-
-    if hasattr(onnxruntime, "preload_dlls"):
-        with redirect_stdout(StringIO()):
-            onnxruntime.preload_dlls()
-
-
-def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-class OnnxModel:
-    """The graphs of a folder, run one after the other: what one hands out is an input of the next."""
-
-    def __init__(self, folder: Path, names: list[str], device: str = "cpu"):
-        self.sessions = {name: open_session(folder / name, device, tf32=False) for name in names}
-
-    def run(self, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Inputs and outputs of all graphs by name."""
-        values = feeds(inputs)
-        for session in self.sessions.values():
-            needed = {value.name: values[value.name] for value in session.get_inputs()}
-            values |= zip((value.name for value in session.get_outputs()), session.run(None, needed), strict=True)
-        return values
-
-    def signature(self) -> dict[str, Any]:
-        """Names, types and shapes of what goes in and comes out, for each file."""
-
-        def shapes(values) -> dict[str, Any]:
-            return {v.name: {"type": v.type.removeprefix("tensor(").removesuffix(")"), "shape": v.shape} for v in values}
-
-        return {
-            name: {"inputs": shapes(session.get_inputs()), "outputs": shapes(session.get_outputs())}
-            for name, session in self.sessions.items()
-        }

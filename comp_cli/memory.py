@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import graphs
+from . import sessions
 from .errors import CompError
 from .output import Output
 from .timing import Inputs
@@ -29,7 +29,7 @@ def peak_memory(
     rows = []
     with tempfile.TemporaryDirectory() as scratch, out.progress("measuring peak memory", len(places)) as bar:
         example = Path(scratch) / "inputs.npz"
-        np.savez(example, **graphs.feeds(inputs))
+        np.savez(example, **sessions.feeds(inputs))
         for (backend, side), path in places.items():
             command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device)]
             command += ["--allow-pickle"] if allow_pickle and side == "dense" else []

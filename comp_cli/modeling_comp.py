@@ -188,7 +188,8 @@ def fused_attention(
     scale: float,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """ONNX Runtime's MultiHeadAttention node, for export only. All (batch, tokens, heads * head_dim)."""
+    """ONNX Runtime's MultiHeadAttention node, for export only. All (batch, tokens, heads * head_dim); keys and values of a
+    cache (batch, heads, tokens, head_dim)."""
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     bias = () if attention_mask is None else (None, None, attention_mask)
@@ -213,7 +214,7 @@ def share_images(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 class CompactAttention(nn.Module):
     """Self- or cross-attention with any number of heads, on the fused kernel; keeps the stock names of its weights.
 
-    While a model generates, keys and values are cached, (batch, 1, tokens, heads * head_dim) in each layer.
+    While a model generates, keys and values are cached, (batch, heads, tokens, head_dim) in each layer.
 
     Returns the attended tokens (batch, tokens, dim) — before the output projection where the stock module has it
     elsewhere — and the token scores (batch, tokens), None unless `score_rows` is set (0: all rows).
@@ -287,7 +288,8 @@ class CompactAttention(nn.Module):
         encoder_hidden_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> list[torch.Tensor]:
-        """Queries, keys and values, each (batch, tokens, heads * head_dim); of a cache the keys and values of all tokens."""
+        """Queries, keys and values, each (batch, tokens, heads * head_dim); with a cache the keys and values of all tokens, as
+        they lie there."""
         names = self.layout["qkv"]
         if len(names) == 1:
             return list(getattr(self, names[0])(hidden_states).chunk(3, dim=-1))
@@ -295,19 +297,20 @@ class CompactAttention(nn.Module):
         query = getattr(self, names[0])(hidden_states)
         if past_key_values is not None and crosses and past_key_values.is_updated.get(self.layer_idx):
             known = past_key_values.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
-            return [query, known.keys.squeeze(1), known.values.squeeze(1)]
+            return [query, known.keys, known.values]
         other = encoder_hidden_states if crosses else hidden_states
         key, value = (getattr(self, name)(other) for name in names[1:])
         if past_key_values is not None:
             cache = past_key_values.cross_attention_cache if crosses else past_key_values.self_attention_cache
-            # As one wide head, so that nothing is rearranged at any step.
-            key, value = (t.squeeze(1) for t in cache.update(key.unsqueeze(1), value.unsqueeze(1), self.layer_idx))
+            key, value = cache.update(self.split(key), self.split(value), self.layer_idx)
             if crosses:
                 past_key_values.is_updated[self.layer_idx] = True
         return [query, key, value]
 
     def split(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""
+        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim); what comes from a cache is so already."""
+        if states.dim() == 4:
+            return states
         return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from . import data, tasks
 from .families import Family
-from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, OnnxModel, encode_images
-from .workbench import Pairs, collator
+from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
+from .sessions import OnnxModel
+from .workbench import Pairs, collator, generated_pairs
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
 LONG = 5  # captions in a row make a long text
@@ -32,8 +33,8 @@ TOLERANCES = {
     "bf16": Tolerance(1.0, 0.95),
     "int8": Tolerance(2.0, 0.95),
 }
-# For embeddings, in units of their largest number.
-OF_EMBEDDINGS = {
+# For embeddings and logits of words, in units of their largest number.
+RELATIVE = {
     "fp32": Tolerance(5e-4, 1.0),
     "fp16": Tolerance(0.02, 0.98),
     "bf16": Tolerance(0.1, 0.95),
@@ -43,7 +44,7 @@ OF_EMBEDDINGS = {
 
 def tolerance(task: tasks.Task, rounding: str, atol: float | None) -> Tolerance:
     """What is allowed to differ; `atol` instead of the usual, where it is given."""
-    usual = (TOLERANCES if task.paired else OF_EMBEDDINGS)[rounding]
+    usual = (RELATIVE if task.relative else TOLERANCES)[rounding]
     return usual if atol is None else replace(usual, atol=atol)
 
 
@@ -93,9 +94,9 @@ def make_cases(
 def real_pairs(source: Pairs | None, task: tasks.Task, rounded: bool) -> list[data.Pair]:
     """Pairs for the cases, from a set of pairs or generated: more of them where weights are rounded."""
     count = 8 + DECISIONS * rounded
-    if source is None and task.paired:
-        return list(data.scene_pairs("train", count, labelled=False))
-    found = list(source.read("evaluation", count, takes=task.takes) if source else data.described_scenes("train", count))
+    if source is None:
+        return list(generated_pairs(task, labelled=False).read("calibration", count))
+    found = list(source.read("evaluation", count, takes=task.takes))
     return list(islice(cycle(found), max(8, len(found))))
 
 
@@ -110,6 +111,10 @@ def expected(
         if split and family.encoders:
             texts = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
             return found | {TEXT_EMBEDS: getattr(model, family.encoders[1])(**texts).pooler_output}
+        if family.decoder:
+            text = inputs[family.decoder.text]
+            asked = (inputs[name] for name in ("pixel_values", "input_ids", "attention_mask"))
+            return {"logits": decode(model, family, encode(model, family, *asked), text).logits}
         if task.paired:
             every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)
             inputs = inputs | {"pixel_values": every}
@@ -129,7 +134,9 @@ def check(
         judged = [name for name in found if name in task.judged]
         for name in found:
             same = agreed if name == judged[-1] else None
-            size = None if name not in judged else 1.0 if task.paired else case.expected[name].abs().max().item()
+            size = None
+            if name in judged:
+                size = case.expected[name].abs().max().item() if task.relative else 1.0
             rows.append(compare(case, name, case.expected[name], found[name], size, same))
         advance()
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import graphs
+from . import sessions
 from .errors import DEVICE, CompError
 from .timing import Inputs
 
@@ -54,9 +54,9 @@ def profile(path: Path, inputs: Inputs, device: str = "cpu", runs: int = 2) -> P
     Profiling slows small nodes a little: these times are for shares, never for latency.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        session = graphs.open_session(path, device, torch.get_num_threads(), profile=Path(scratch) / "profile")
+        session = sessions.open_session(path, device, torch.get_num_threads(), profile=Path(scratch) / "profile")
         for _ in range(1 + runs):
-            session.run(None, graphs.feeds(inputs))
+            session.run(None, sessions.feeds(inputs))
         events = json.loads(Path(session.end_profiling()).read_text())
     first = session.get_providers()[0]
     tf32 = session.get_provider_options()[first].get("use_tf32") == "1"
@@ -91,7 +91,7 @@ def check_cuda() -> None:
 
 def missing_library(folder: Path) -> str | None:
     """What the loader says when it loads the CUDA provider of the onnxruntime in `folder`; None where it loads."""
-    graphs.preload_cuda()
+    sessions.preload_cuda()
     for name in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
         library = folder / name
         if library.exists():

@@ -7,7 +7,6 @@ from typing import Any
 from .engine import flops
 from .output import Output
 from .plan import AttentionPlan
-from .tasks import TASKS
 
 
 def millions(number: float) -> str:
@@ -24,6 +23,11 @@ def mib(number: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def metric_value(name: str, value: float) -> str:
+    """A share in percent; CIDEr, which is none, in points as papers have it."""
+    return f"{100 * value:.1f}" if name == "CIDEr" else percent(value)
 
 
 def change(before: float, after: float) -> str:
@@ -96,7 +100,8 @@ def comparison_rows(document: dict[str, Any]) -> list[list[str]]:
     quality = document["quality"]
     for name, found in (quality["metrics"] or {}).items():
         points = f"{100 * (found['compact'] - found['dense']):+.1f} points"
-        rows.append([f"{name} ({quality['samples']} pairs)", percent(found["dense"]), percent(found["compact"]), points])
+        shown = [metric_value(name, found[side]) for side in ("dense", "compact")]
+        rows.append([f"{name} ({quality['samples']} pairs)", *shown, points])
     rows.append([f"same decision ({quality['samples']} pairs)", "", percent(quality["agreement"]), ""])
     return rows
 
@@ -118,43 +123,4 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
         passes = document["cost"]["dense_passes"]
         out.line(f"The search took as long as {passes:.1f} dense passes over the calibration pairs.")
     name = shlex.quote(str(output))
-    graphs = TASKS[document["task"]].graphs
-    out.line(f"Wrote {output}. Next: " + (f"comp export {name} --onnx" if graphs else f"comp bench {name} --backend torch"))
-
-
-def model_card(document: dict[str, Any]) -> str:
-    """README.md of a compact checkpoint."""
-    base, options = document["base_model"], document["options"]
-    trained = f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
-    lines = [
-        "---",
-        *([f"base_model: {base}"] if "/" in base else []),
-        "library_name: transformers",
-        "tags: [comp, pruned, structured-pruning, token-pruning]",
-        "---",
-        "",
-        f"# {base}, compact at ratio {document['ratio']:.2f}",
-        "",
-        f"Made by comp {document['comp_version']} with `comp prune {options['model']} --ratio {options['ratio']} "
-        f"--method {options['method']} --seed {options['seed']}{trained}`: attention heads, feed-forward channels and tokens "
-        f"are removed for real. Parameters {millions(document['params']['dense'])} -> "
-        f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
-        f"{gflops(document['flops']['compact'])} per image-text pair.",
-        "",
-        "```python",
-        "from transformers import AutoModel, AutoProcessor",
-        "",
-        'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # modeling_comp.py lies beside the weights',
-        'processor = AutoProcessor.from_pretrained("FOLDER")',
-        "```",
-        *(
-            []
-            if TASKS[document["task"]].graphs
-            else ["", "`model.generate` writes texts, with a cache, as that of the dense model."]
-        ),
-        "",
-        'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
-        "and channel, the measurements, and hashes of the files.",
-        "",
-    ]
-    return "\n".join(lines)
+    out.line(f"Wrote {output}. Next: comp export {name} --onnx")

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .graphs import EXTERNAL_DATA_FROM, open_session
+from .graphs import EXTERNAL_DATA_FROM
+from .sessions import open_session
 
 QUANTIZED = {"MatMul": 1, "Gather": 0}  # operator -> which of its inputs is the matrix that becomes int8
 

@@ -45,17 +45,16 @@ class Question:
 class Task:
     """Names of outputs are those of the transformers class; they are the names in ONNX graphs as well.
 
-    outputs: what a graph hands out. judged: those that an export must get right. metric: the one that counts. graphs: whether
-    comp writes any.
+    outputs: what a graph hands out. judged: those that an export must get right. metric: the one that counts.
     """
 
     name: str
     outputs: tuple[str, ...]
     judged: tuple[str, ...]
     metric: str
-    graphs = True
     mismatches = False  # whether pairs that do not match are of use
     paired = False  # whether the model takes one text for each image
+    relative = True  # whether an export's errors are judged in units of the largest number
     prompt = "{}"  # what a text is put into
     answered = False  # whether texts are questions, and pairs need their answers
 
@@ -87,7 +86,7 @@ class Task:
 
     def decisions(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Logits (rows, candidates) of the outputs of exported graphs."""
-        return outputs[self.outputs[0]]
+        return outputs[self.outputs[0]].flatten(0, -2)
 
     def takes(self, pair: Pair) -> bool:
         return (self.mismatches or pair.label != 0) and (not self.answered or pair.answer is not None)
@@ -103,6 +102,7 @@ class Matching(Task):
     metric: str = "accuracy"
     feature: str = "question_embeds"  # (batch, tokens, dim), of which the first decides
     mismatches = paired = True
+    relative = False
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         outputs = model(**inputs)
@@ -153,6 +153,10 @@ class Retrieval(Task):
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([pair.image_id for pair in pairs])
+
+    def guesses(self, read: Read) -> Tensor:
+        """No guess: every text belongs to its image."""
+        return torch.arange(len(read[0]))
 
     def metrics(self, questions: list[Question]) -> dict[str, float]:
         to_text, to_image = questions
@@ -238,11 +242,11 @@ class Wording(Task):
     name: str
     text: str
     mask: str
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ("logits",)
     head: str = "text_decoder.cls"
     metric: str = "token accuracy"
     answered: bool = False
-    graphs = False
+    paired = True
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -294,8 +298,8 @@ TASKS = {
         ZeroShot(),
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
-        Wording("caption", "input_ids", "attention_mask", ("logits",)),
-        Wording("vqa", *ANSWER_INPUTS, ("image_embeds",), answered=True),
+        Wording("caption", "input_ids", "attention_mask"),
+        Wording("vqa", *ANSWER_INPUTS, answered=True),
     )
 }
 

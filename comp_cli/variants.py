@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import graphs, loading
+from . import loading, sessions
 from .errors import DEVICE, CompError
 from .families import find_family
 from .plan import dense_plan
@@ -45,8 +45,8 @@ def compiled_runner(model: nn.Module, device: torch.device) -> Runner:
 
 def onnx_runner(path: Path, task: Task, device: str) -> Runner:
     """ONNX Runtime with as many threads as torch has."""
-    session = graphs.open_session(path, device, torch.get_num_threads())
-    return lambda inputs: session.run([task.outputs[0]], graphs.feeds(inputs))
+    session = sessions.open_session(path, device, torch.get_num_threads())
+    return lambda inputs: session.run([task.outputs[0]], sessions.feeds(inputs))
 
 
 def check_compiler(device: torch.device) -> None:

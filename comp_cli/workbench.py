@@ -126,8 +126,9 @@ def open_dense(
 def collator(
     family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
 ) -> data.Collator:
-    generated = family.generated and (family.generated, config.text_config.bos_token_id)
-    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt, generated)
+    decoder = family.decoder
+    written = decoder and (decoder.text, getattr(config.text_config, decoder.begin))
+    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt, written)
 
 
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
@@ -144,7 +145,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
             if tokens > text["vocab_size"]:
                 problem = f"the tokenizer has {tokens} tokens, the model {text['vocab_size']}"
     try:
-        batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answer="a")])
+        batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
         with torch.inference_mode():
             model(**batch.inputs)
     except Exception as error:
@@ -179,8 +180,8 @@ def with_score_rows(plan: Plan, rows: int) -> Plan:
 
 @dataclass(frozen=True)
 class ScenePairs:
-    """Generated scenes as a set of pairs: with captions that match or do not, labelled for the one model that was trained on
-    them, or (`described`) with descriptions that match, or (`asked`) with questions and answers."""
+    """Generated scenes as a set of pairs: with captions that match or do not, or (`described`) with descriptions that match, or
+    (`asked`) with questions and answers. Labelled for models that were trained on them only."""
 
     labelled: bool
     described: bool = False
@@ -196,11 +197,8 @@ class ScenePairs:
     ) -> Iterator[data.Pair]:
         """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
         count = 10**8 if limit is None else limit
-        if self.asked:
-            return data.asked_scenes(self.SPLITS[purpose], count, seed)
-        if self.described:
-            return data.described_scenes(self.SPLITS[purpose], count, seed)
-        return data.scene_pairs(self.SPLITS[purpose], count, seed, self.labelled)
+        make = data.asked_scenes if self.asked else data.described_scenes if self.described else data.scene_pairs
+        return make(self.SPLITS[purpose], count, seed, self.labelled)
 
 
 Pairs = ScenePairs | datafiles.PairSet
@@ -225,8 +223,12 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    task = dense.task
-    return ScenePairs(labelled=dense.source.kind == "demo", described=not task.mismatches, asked=task.answered)
+    return generated_pairs(dense.task, labelled=dense.source.kind == "demo")
+
+
+def generated_pairs(task: tasks.Task, labelled: bool) -> ScenePairs:
+    """Scenes with the texts that a task reads."""
+    return ScenePairs(labelled, described=not task.mismatches, asked=task.answered)
 
 
 def batches_of(

@@ -4,14 +4,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import REFUSED, CompError
-from .base import Attention, Family, Tower
+from .base import Attention, Decoder, Family, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
 from .siglip import SIGLIP
 
 FAMILIES = {family.name: family for family in (BLIP, BLIP_CAPTION, BLIP_VQA, CLIP, CLIP_VISION, CLIP_TEXT, SIGLIP)}
 
-__all__ = ["FAMILIES", "Attention", "Family", "Tower", "find_family", "supported", "tower_config"]
+__all__ = ["FAMILIES", "Attention", "Decoder", "Family", "Tower", "find_family", "supported", "tower_config"]
 
 
 def tower_config(config: dict[str, Any], tower: Tower) -> dict[str, Any]:

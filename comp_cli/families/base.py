@@ -47,6 +47,20 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """What writes texts, token by token.
+
+    text: the input of the model that is such a text. begin, end: names of its first and last token's id in the text config.
+    """
+
+    text: str
+    module: str  # path of the language model
+    question: str | None = None  # path of the text encoder that it attends to; None where it attends to the image
+    begin: str = "bos_token_id"
+    end: str = "sep_token_id"
+
+
+@dataclass(frozen=True)
 class Family:
     """A group of architectures that are built alike."""
 
@@ -62,7 +76,7 @@ class Family:
     # matrix that texts end with.
     encoders: tuple[str, str] | None = None
     text_embeds: str | None = None
-    generated: str | None = None  # the input that is a generated text: it begins with the text config's bos_token_id
+    decoder: Decoder | None = None
     # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned

@@ -7,7 +7,7 @@ them may go, because the mask that the decoder is given would not follow.
 
 from dataclasses import replace
 
-from .base import ANSWER_INPUTS, INPUTS, Attention, Family, Tower
+from .base import ANSWER_INPUTS, INPUTS, Attention, Decoder, Family, Tower
 
 VISION = Tower(
     name="vision",
@@ -50,7 +50,7 @@ BLIP_CAPTION = replace(
     name="blip_caption",
     architectures={"BlipForConditionalGeneration": ("caption",)},
     towers=(VISION, DECODER),
-    generated="input_ids",
+    decoder=Decoder("input_ids", "text_decoder"),
     fixed=PATCHES | dict.fromkeys(HEAD, "language"),
 )
 BLIP_VQA = replace(
@@ -59,6 +59,6 @@ BLIP_VQA = replace(
     architectures={"BlipForQuestionAnswering": ("vqa",)},
     towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
     inputs=(*INPUTS, *ANSWER_INPUTS),
-    generated="labels",
+    decoder=Decoder("labels", "text_decoder", question="text_encoder"),
     fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )
