@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__, report, tasks
+from . import __version__, report, tasks, writing
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
 from .engine import flops
 from .engine.methods import METHODS
@@ -173,15 +173,31 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     before, after = found["dense"], found["compact"]
     both = [task.questions(evaluation.read, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
+    metric = task.metric
+    if dense.family.decoder and before.metrics:
+        written = judge_texts(dense, compact, pairs, options, out)
+        metric, metrics = next(iter(written), metric), written | metrics
     quality = {
         "samples": before.samples,
         "data": pairs.describe("evaluation"),
-        "metric": task.metric,
+        "metric": metric,
         "metrics": metrics or None,
         "agreement": tasks.agreements(*both),
         "divergence": tasks.divergence(*both).item(),
     }
     return quality, seconds["dense"] / before.samples
+
+
+def judge_texts(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> dict[str, dict[str, float]]:
+    """Metrics of the captions or answers that both models write on the evaluation pairs; the one that counts first."""
+    read = list(pairs.read("evaluation", options.eval_samples, takes=dense.task.takes))
+    found = {}
+    with out.progress("writing texts", 2 * len(writing.subjects(dense.task, read)[0])) as bar:
+        for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
+            found[name] = writing.judge(model, dense, read, options.batch_size, lambda done: bar.advance(by=done))
+    if not found["dense"]:
+        out.say("CIDEr needs pycocoevalcap: pip install 'comp-cli[caption]'")
+    return {name: {side: values[name] for side, values in found.items()} for name in found["dense"]}
 
 
 def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> None:
@@ -193,7 +209,8 @@ def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> N
     name, metrics = quality["metric"], quality["metrics"]
     before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
     if not 100 * (before - after) <= allowed:
-        said = f"{name if metrics else 'agreement'} falls from {100 * before:.1f} to {100 * after:.1f} %"
+        name = name if metrics else "agreement"
+        said = f"{name} falls from {report.metric_value(name, before)} to {report.metric_value(name, after)}"
         hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
         raise DeadEnd(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
 

@@ -372,7 +372,7 @@ def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
     given = ["prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--method", "joint", *FAST]
     result = comp(*given, "--max-drop", "1", "--json")
     assert result.exit_code == 3 and not (tmp_path / "compact").exists()
-    assert "accuracy falls from 90.0 to 88.0 %" in json.loads(result.stdout)["error"]["message"]
+    assert "accuracy falls from 90.0 % to 88.0 %" in json.loads(result.stdout)["error"]["message"]
     assert "less than one of 8 pairs" in result.stderr
     assert not list(tmp_path.iterdir())
     given[3] = "0.4"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from comp_cli import export, graphs, parity, rewrite, tasks
+from comp_cli import export, graphs, parity, rewrite, sessions, tasks
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
 from comp_cli.loading import load_model, load_processor
@@ -85,7 +85,7 @@ def test_token_pruning_is_inside_with_sorted_topk(exported):
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (1, 24), (2, 9), (5, 12), (8, 17)])
 def test_any_batch_and_text_length(compact_folder, exported, batch, tokens):
-    model, session = load_model(compact_folder, dtype=torch.float32), graphs.open_session(exported / "model.onnx")
+    model, session = load_model(compact_folder, dtype=torch.float32), sessions.open_session(exported / "model.onnx")
     generator = torch.Generator().manual_seed(batch)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, tokens // 2 + 1 :] = 0
@@ -144,9 +144,9 @@ def test_an_image_is_encoded_once_for_many_texts(compact_folder, pair, images, t
     with torch.inference_mode():
         model = load_model(compact_folder, dtype=torch.float32)
         expected = model(pixel_values=pixels.expand(texts, -1, -1, -1), **text).itm_score.numpy()
-    (embeds,) = graphs.open_session(pair / "vision_model.onnx").run(None, {"pixel_values": pixels.numpy()})
-    feeds = {"image_embeds": embeds, **graphs.feeds(text)}
-    (found,) = graphs.open_session(pair / "text_model.onnx").run(None, feeds)
+    (embeds,) = sessions.open_session(pair / "vision_model.onnx").run(None, {"pixel_values": pixels.numpy()})
+    feeds = {"image_embeds": embeds, **sessions.feeds(text)}
+    (found,) = sessions.open_session(pair / "text_model.onnx").run(None, feeds)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -182,8 +182,9 @@ def test_matrices_that_cost_decisions_stay_float(graph_pair, judge, monkeypatch,
     verdicts = iter(["decisions suffer", None])
     monkeypatch.setattr(parity, "problem", lambda rows, tolerance: next(verdicts))
     names = [graphs.VISION, graphs.TEXT]
-    values = graphs.OnnxModel(graph_pair, names).run(cases[0].inputs)
-    noise = {node: share for name in names for node, share in rewrite.int8_noise(graph_pair / name, values).items()}
+    floats = sessions.OnnxModel(graph_pair, names)
+    floats.run(cases[0].inputs)
+    noise = {n: share for name in names for n, share in rewrite.int8_noise(graph_pair / name, floats.given[name]).items()}
     for probe in graph_pair.glob("*.probe.onnx"):
         probe.unlink()
     left_out = export.quantize(graph_pair, names, judge, Output("quiet"))
@@ -211,7 +212,7 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
     onnx.save(model, tmp_path / "one.onnx")
     rewrite.quantize(tmp_path / "one.onnx", tmp_path / "int8.onnx")
     inputs = {"states": states.astype(np.float32)}
-    (found,) = graphs.open_session(tmp_path / "int8.onnx").run(None, inputs)
+    (found,) = sessions.open_session(tmp_path / "int8.onnx").run(None, inputs)
     real = np.linalg.norm(found - states @ weight) / np.linalg.norm(states @ weight)
     assert rewrite.int8_noise(tmp_path / "one.onnx", inputs)["product"] == pytest.approx(real, rel=0.3)
 
@@ -249,7 +250,7 @@ def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_pa
     files = {path.name for path in (tmp_path / "large").iterdir()}
     assert {"model.onnx", "model.onnx.data"} <= files and {"model.onnx", "model.onnx.data"} <= set(document["files"])
     assert not [name for name in files if "plain" in name or "probe" in name]
-    graphs.open_session(tmp_path / "large/model.onnx")
+    sessions.open_session(tmp_path / "large/model.onnx")
 
 
 # The gate ------------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_a_session_on_another_provider_is_refused(exported):
     if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has a GPU")
     with pytest.raises(CompError) as caught:
-        graphs.open_session(exported / "model.onnx", "cuda")
+        sessions.open_session(exported / "model.onnx", "cuda")
     assert caught.value.code == 5
 
 

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 
+import onnx
 import pytest
 import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 
-from comp_cli import tasks
-from comp_cli.data import asked_scenes, described_scenes
+from comp_cli import export, load_onnx, tasks, writing
+from comp_cli.data import Pair, asked_scenes, described_scenes, read_answers
 from comp_cli.errors import REFUSED, CompError
 from comp_cli.loading import load_model
 from comp_cli.output import Output
@@ -115,6 +117,65 @@ def pruned(writer, tmp_path_factory):
     return folder, prune(Options(str(writer.dense.source.folder), 0.6, **SIZES), folder, QUIET)
 
 
+@pytest.fixture(scope="module")
+def served(pruned):
+    """The graphs, exported."""
+    folder = pruned[0].with_name("served")
+    export.export(pruned[0], folder, QUIET, export.Options(), overwrite=False)
+    return folder
+
+
+def test_graphs_write_what_torch_writes(pruned, served, writer, way):
+    same(write(load_onnx(served), writer.prompted, **way), write(load_model(pruned[0]), writer.prompted, **way))
+
+
+def test_graphs_caption_without_a_prompt_and_without_a_cache(pruned, served, writer, way):
+    """Questions stay, for without them there is no answer."""
+    inputs = {name: writer.prompted[name] for name in ("pixel_values", "input_ids")}
+    if writer.dense.task.name == "caption":
+        del inputs["input_ids"]
+    same(write(load_onnx(served), inputs, **way), write(load_model(pruned[0]), inputs, **way))
+    same(write(load_onnx(served), inputs, use_cache=False, **way), write(load_model(pruned[0]), inputs, **way))
+
+
+def test_graphs_are_laid_out_as_optimum_has_them(writer, served):
+    inputs, outputs = {}, {}
+    for name in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+        graph = onnx.load(served / f"{name}.onnx").graph
+        inputs[name], outputs[name] = ([value.name for value in values] for values in (graph.input, graph.output))
+        if name != "encoder_model":  # attention is one node, also behind a cache
+            assert sum(node.op_type == "MultiHeadAttention" for node in graph.node) == 2 * 4
+    asked = ["input_ids", "attention_mask"] if writer.dense.task.name == "vqa" else []
+    assert inputs["encoder_model"] == ["pixel_values", *asked] and outputs["encoder_model"] == ["last_hidden_state"]
+    assert inputs["decoder_model"] == ["input_ids", "encoder_hidden_states"]
+    cache = [f"{i}.{part}.{kind}" for i in range(4) for part in ("decoder", "encoder") for kind in ("key", "value")]
+    assert outputs["decoder_model"] == ["logits", *(f"present.{name}" for name in cache)]
+    assert inputs["decoder_with_past_model"] == ["input_ids", *(f"past_key_values.{name}" for name in cache)]
+    own = [f"present.{name}" for name in cache if "decoder" in name]
+    assert outputs["decoder_with_past_model"] == ["logits", *own]
+
+
+def test_the_card_of_graphs_holds_a_loop_that_runs(writer, pruned, served):
+    """With ONNX Runtime and NumPy alone."""
+    one = {name: tensor[:1] for name, tensor in writer.prompted.items()}
+    if writer.dense.task.name == "caption":
+        one = {"pixel_values": one["pixel_values"]}
+    script = (served / "README.md").read_text().split("```python")[2].split("```")[0].replace("FOLDER", str(served))
+    assert "comp_cli" not in script and "torch" not in script
+    names = {"inputs": {name: tensor.numpy() for name, tensor in one.items()}}
+    exec(script, names)
+    expected = load_model(pruned[0]).generate(**one, max_new_tokens=19)
+    assert names["tokens"] == expected[0].tolist() and len(names["tokens"]) > 3
+    config = GenerationConfig.from_pretrained(served)
+    assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (tiny.START, tiny.END, tiny.PAD)
+
+
+def test_folders_without_such_graphs_are_refused(writer, pruned, tmp_path):
+    with pytest.raises(CompError, match="no graphs that write texts") as refused:
+        load_onnx(pruned[0])
+    assert refused.value.code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
+
+
 def test_a_pruned_checkpoint_writes_without_comp(writer, pruned, tmp_path):
     torch.save(writer.prompted, tmp_path / "inputs.pt")
     script = (
@@ -171,7 +232,7 @@ def test_the_loss_is_that_of_the_stock_model(writer):
     """What it says of labels whose padding it ignores."""
     dense, task = writer.dense, writer.dense.task
     first, *others = scenes(task, 3)
-    batch = dense.collate([replace(first, text="two red", answer="two red"), *others])
+    batch = dense.collate([replace(first, text="two red", answers=("two red",)), *others])
     text, mask = batch.inputs[task.text], batch.inputs[task.mask]
     assert (text[:, 0] == tiny.START).all() and not mask.all()
     given = batch.inputs | {"labels": text.masked_fill(mask == 0, -100)}
@@ -230,3 +291,76 @@ def test_questions_of_ones_own(writer, tmp_path):
     with pytest.raises(CompError, match="no pairs that match") as refused:
         list(choose_pairs(writer.dense, DataOptions(str(tmp_path / "plain.jsonl")), QUIET).read("calibration", takes=takes))
     assert refused.value.code == REFUSED and "answers" in refused.value.hint
+
+
+def own_pairs(writer, folder, **columns):
+    """A table of twelve pictures, each with a text and what else is given."""
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 99)).save(folder / f"{number}.png")
+    rows = [{"image": f"{n}.png", **{name: value(n) for name, value in columns.items()}} for n in range(12)]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return DataOptions(str(folder / "own.jsonl"))
+
+
+def test_texts_that_are_written_are_scored(writer, tmp_path):
+    """On the user's pairs: what the dense and the compact model write at the end, first the metric that counts."""
+    asked = {"question": lambda n: "two circle", "answers": lambda n: ["red", "red", f"blue {n}"]}
+    told = {"caption": lambda n: "a large red circle and two small squares" if n % 2 else "three blue circle above a square"}
+    data = own_pairs(writer, tmp_path, **(asked if writer.dense.task.answered else told))
+    source = str(writer.dense.source.folder)
+    report = prune(Options(source, 0.5, method="joint", data=data, **SIZES), tmp_path / "compact", QUIET)
+    metric = "soft accuracy" if writer.dense.task.answered else "CIDEr"
+    assert report["quality"]["metric"] == metric == next(iter(report["quality"]["metrics"]))
+    pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, takes=writer.dense.task.takes))
+    found = writing.judge(load_model(tmp_path / "compact"), writer.dense, pairs, 3)
+    assert found[metric] == report["quality"]["metrics"][metric]["compact"]
+
+
+def test_what_is_written_does_not_depend_on_the_batch(writer):
+    """Questions of several lengths among them."""
+    pairs = list(scenes(writer.dense.task, 9))
+    together = writing.write(writer.stock, writer.dense, pairs, 4, lambda done: None)
+    assert together == [writing.write(writer.stock, writer.dense, [pair], 1, lambda done: None)[0] for pair in pairs]
+    assert len(set(together)) > 1
+
+
+def test_pairs_that_a_model_was_not_made_for_hold_no_labels(writer, pruned):
+    _, report = pruned
+    assert report["quality"]["metrics"] is None and 0 <= report["quality"]["agreement"] <= 1
+
+
+def test_captions_of_one_image_are_its_references():
+    task = tasks.TASKS["caption"]
+    picture = Image.new("RGB", (8, 8))
+    pairs = [Pair(picture, text, image_id=n) for n, text in ((1, "a red circle"), (2, "two blue squares"), (1, "one circle"))]
+    about, known = writing.subjects(task, pairs)
+    assert [pair.image_id for pair in about] == [1, 2] and known == [("a red circle", "one circle"), ("two blue squares",)]
+    right, wrong = ["a red circle", "Two blue squares."], ["two blue squares", "a red circle"]
+    assert writing.score(task, right, known)["CIDEr"] > 1 > 0.1 > writing.score(task, wrong, known)["CIDEr"]
+
+
+def test_answers_are_scored_as_the_challenge_does():
+    """Ten people: right in full if three others said so; of the two who said cat each sees one other."""
+    answers = ["dog"] * 8 + ["cat"] * 2
+    assert writing.soft("dog", answers) == 1.0 and writing.soft("bird", answers) == 0.0
+    assert writing.soft("cat", answers) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert writing.soft("dog", ["dog"]) == writing.soft("dog", ["dog", "cat"]) == 1.0
+    assert writing.plain("The two dogs, on 1,000 mats.") == "2 dogs on 1000 mats" and writing.plain("It's 3.5") == "its 3.5"
+    known = [tuple(answers), ("two",)]
+    assert writing.score(tasks.TASKS["vqa"], ["a Cat", "2"], known) == {
+        "soft accuracy": pytest.approx((0.6 + 1) / 2),
+        "accuracy": 0.5,
+    }
+
+
+def test_without_its_library_cider_is_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    assert writing.score(tasks.TASKS["caption"], ["a", "b"], [("a",), ("b",)]) == {}
+
+
+@pytest.mark.parametrize(
+    "value", [["red", "blue"], [{"answer": "red"}, {"answer": "blue", "answer_id": 2}], {"answer": ["red", "blue"]}, "red"]
+)
+def test_answers_as_data_sets_hold_them(value):
+    assert read_answers(value) == (("red",) if value == "red" else ("red", "blue"))
+    assert read_answers(None) == read_answers([""]) == read_answers(3) == ()
