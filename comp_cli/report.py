@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import flops
+from .families import Family
 from .output import Output
 from .plan import AttentionPlan
 from .tasks import TASKS
@@ -122,10 +123,11 @@ def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
     out.line(f"Wrote {output}. Next: " + (f"comp export {name} --onnx" if graphs else f"comp bench {name} --backend torch"))
 
 
-def model_card(document: dict[str, Any]) -> str:
+def model_card(document: dict[str, Any], family: Family) -> str:
     """README.md of a compact checkpoint."""
     base, options = document["base_model"], document["options"]
-    trained = f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
+    more = f" --task {options['task']}" if options["task"] else ""
+    more += f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
     lines = [
         "---",
         *([f"base_model: {base}"] if "/" in base else []),
@@ -136,7 +138,7 @@ def model_card(document: dict[str, Any]) -> str:
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"Made by comp {document['comp_version']} with `comp prune {options['model']} --ratio {options['ratio']} "
-        f"--method {options['method']} --seed {options['seed']}{trained}`: attention heads, feed-forward channels and tokens "
+        f"--method {options['method']} --seed {options['seed']}{more}`: attention heads, feed-forward channels and tokens "
         f"are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
         f"{gflops(document['flops']['compact'])} per image-text pair.",
@@ -152,6 +154,7 @@ def model_card(document: dict[str, Any]) -> str:
             if TASKS[document["task"]].graphs
             else ["", "`model.generate` writes texts, with a cache, as that of the dense model."]
         ),
+        *(["", f"Made for `model(..., {family.dual.asked})`."] if family.dual else []),
         "",
         'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
         "and channel, the measurements, and hashes of the files.",

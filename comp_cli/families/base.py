@@ -47,8 +47,19 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Dual:
+    """The halves of a dual encoder in a class that is none by itself (see dual.py): of images and of texts the module and its
+    projection, both read at the first token."""
+
+    images: tuple[str, str]
+    texts: tuple[str, str]
+    temperature: float  # cosines are divided by it
+    asked: str  # what the class itself is asked with, for the model card
+
+
+@dataclass(frozen=True)
 class Family:
-    """A group of architectures that are built alike."""
+    """A group of architectures that are built alike, for tasks that go through the same parts of them."""
 
     name: str
     architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
@@ -62,6 +73,7 @@ class Family:
     # matrix that texts end with.
     encoders: tuple[str, str] | None = None
     text_embeds: str | None = None
+    dual: Dual | None = None
     generated: str | None = None  # the input that is a generated text: it begins with the text config's bos_token_id
     # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
     fixed: dict[str, str] = field(default_factory=dict)
