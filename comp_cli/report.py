@@ -154,10 +154,10 @@ def model_card(document: dict[str, Any], family: Family) -> str:
             if TASKS[document["task"]].graphs
             else ["", "`model.generate` writes texts, with a cache, as that of the dense model."]
         ),
-        *(["", f"Made for `model(..., {family.dual.asked})`."] if family.dual else []),
         "",
         'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
         "and channel, the measurements, and hashes of the files.",
+        *(["", f"It was pruned for `model(..., {family.dual.asked})`."] if family.dual else []),
         "",
     ]
     return "\n".join(lines)

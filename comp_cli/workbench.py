@@ -227,6 +227,8 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
+    elif not dense.task.mismatches:
+        out.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
     task = dense.task
     return ScenePairs(labelled=dense.source.kind == "demo", described=not task.mismatches, asked=task.answered)
 
