@@ -17,11 +17,11 @@ class DualEncoder:
     dual: Dual
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """(images, 3, side, side) -> pooler_output (images, dim), of any length."""
+        """(images, 3, side, side) -> pooler_output (images, dim), not normalised."""
         return self._pooled(*self.dual.images, pixel_values=pixel_values)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """(texts, tokens) each -> pooler_output (texts, dim), of any length."""
+        """(texts, tokens) each -> pooler_output (texts, dim), not normalised."""
         return self._pooled(*self.dual.texts, input_ids=input_ids, attention_mask=attention_mask)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> CLIPOutput:

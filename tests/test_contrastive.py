@@ -1,6 +1,7 @@
 """BLIP without its matching head: the model of either task against what the stock class says with and without it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,8 +72,6 @@ def test_pruned_for_one_task_it_answers_the_other(task, dense, contrastive, inpu
 
 
 def test_the_first_token_of_a_text_is_read_whatever_it_was_pruned_for(dense, stock, inputs):
-    from dataclasses import replace
-
     tower = dense.plan.tower("language")
     last = replace(tower.layers[-1], keep=2)
     model = dense.runtime(dense.plan.with_tower(replace(tower, layers=(*tower.layers[:-1], last))))
