@@ -42,6 +42,7 @@ def analyze(
         "model": dense.source.name,
         "revision": dense.source.revision,
         "architecture": dense.architecture,
+        "task": dense.task.name,
         "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one sample"},
         **costs(dense),
         "inequality": inequality(dense, scores),
@@ -50,7 +51,7 @@ def analyze(
         "samples": sum(batch.samples for batch in batches),
         "data": pairs.describe("calibration"),
     }
-    print_analysis(document, model, out)
+    print_analysis(document, model, task, out)
     return document
 
 
@@ -136,7 +137,7 @@ def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> dict[str, Any]:
     }
 
 
-def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
+def print_analysis(document: dict[str, Any], model: str, task: str | None, out: Output) -> None:
     """Three tables: towers, layers with their inequality, diagnostics."""
     total_flops, total_params = document["flops"]["total"], document["params"]["total"]
     sums: dict[tuple[str, str], list[int]] = {}
@@ -172,7 +173,8 @@ def print_analysis(document: dict[str, Any], model: str, out: Output) -> None:
     columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
     print_diagnosis(document["diagnostics"], out)
-    out.line(f"Next: comp prune {shlex.quote(model)} --ratio 0.5 -o compact")
+    again = f" --task {task}" if task else ""
+    out.line(f"Next: comp prune {shlex.quote(model)} --ratio 0.5{again} -o compact")
 
 
 def print_diagnosis(found: dict[str, Any], out: Output) -> None:

@@ -21,7 +21,7 @@ from .data import random_inputs
 from .engine import flops
 from .errors import GATE, REFUSED, USAGE, CompError
 from .export import longest_text
-from .families import Family, find_family, tower_config
+from .families import Family, find_architecture, find_family, tower_config
 from .gates import Gates
 from .graphs import write_graph
 from .loading import load_model, load_processor, pick_device
@@ -72,8 +72,8 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     if options.threads:
         torch.set_num_threads(options.threads)
     config = read_config(folder)
-    family, architecture = find_family(config)
-    task = tasks.choose(family.architectures[architecture], config["comp"].get("task"))
+    family, architecture, name = find_family(config)
+    task = tasks.TASKS[name]
     source, folders, models = open_models(folder, config, baseline, out, hub_options)
     described = models["dense"].config
     longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
@@ -102,7 +102,7 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
         places = {("torch", side): path for side, path in folders.items()} if "torch" in options.backends else {}
         places |= {("onnx", side): path for side, path in graphs.items()}
         pickled = hub_options.get("allow_pickle", False)
-        document["peak_memory_bytes"] = peak_memory(places, inputs[max(inputs)], device, pickled, out)
+        document["peak_memory_bytes"] = peak_memory(places, inputs[max(inputs)], family, device, pickled, out)
     document |= figures(taken, document["flops"]["dense"] / document["flops"]["compact"], options.seed)
     document["gates"] = gates.outcomes(options.gates, document)
     bench_report.show(document, out)
@@ -143,24 +143,24 @@ def open_models(
         raise CompError(
             f"{folder} does not say what it was made of.", code=USAGE, hint="Name the dense model: --baseline MODEL"
         )
-    source = hub.resolve(baseline, out=out, accepts=find_family, **hub_options)
+    source = hub.resolve(baseline, out=out, accepts=find_architecture, **hub_options)
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
         raise CompError(f"--baseline {baseline} is a compact model.", code=REFUSED, hint="Name the dense model.")
-    family, architecture = find_family(config)
-    if find_family(dense_config)[1] != architecture:
+    family, architecture, _ = find_family(config)
+    if find_architecture(dense_config) != architecture:
         raise CompError(f"--baseline {baseline} is not a {architecture}.", code=REFUSED)
     out.say(f"loading {source.name} and {folder} ...")
     pickled = hub_options.get("allow_pickle", False)
-    dense = load_model(source.folder, dtype=torch.float32, allow_pickle=pickled)
-    compact = load_model(folder, dtype=torch.float32)
+    dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
+    compact = load_model(folder, family=family, dtype=torch.float32)
     parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:
         raise CompError(
             f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.", code=REFUSED
         )
-    models = {"dense": dense, "own_dense": variants.on_own_kernels(dense), "compact": compact}
+    models = {"dense": dense, "own_dense": variants.on_own_kernels(dense, family), "compact": compact}
     folders = {"dense": source.folder, "compact": folder}
     return source, folders, models
 

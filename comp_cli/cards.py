@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .families import Family
 from .graphs import VISION
 from .report import gflops, millions
-from .tasks import TASKS, Wording
 
 # How graphs write texts.
 WRITING = """
@@ -45,11 +45,11 @@ while len(tokens) < 20:
 """
 
 
-def model_card(document: dict[str, Any]) -> str:
+def model_card(document: dict[str, Any], family: Family) -> str:
     """README.md of a compact checkpoint."""
     base, options = document["base_model"], document["options"]
-    trained = f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
-    writes = isinstance(TASKS[document["task"]], Wording)
+    more = f" --task {options['task']}" if options["task"] else ""
+    more += f" --steps {options['training']['steps']}" if options["training"]["steps"] else ""
     lines = [
         "---",
         *([f"base_model: {base}"] if "/" in base else []),
@@ -60,7 +60,7 @@ def model_card(document: dict[str, Any]) -> str:
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"Made by comp {document['comp_version']} with `comp prune {options['model']} --ratio {options['ratio']} "
-        f"--method {options['method']} --seed {options['seed']}{trained}`: attention heads, feed-forward channels and tokens "
+        f"--method {options['method']} --seed {options['seed']}{more}`: attention heads, feed-forward channels and tokens "
         f"are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
         f"{gflops(document['flops']['compact'])} per image-text pair.",
@@ -71,10 +71,11 @@ def model_card(document: dict[str, Any]) -> str:
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # modeling_comp.py lies beside the weights',
         'processor = AutoProcessor.from_pretrained("FOLDER")',
         "```",
-        *(["", "`model.generate` writes texts, with a cache, as that of the dense model."] if writes else []),
+        *(["", "`model.generate` writes texts, with a cache, as that of the dense model."] if family.decoder else []),
         "",
         'or `comp_cli.load("FOLDER")`, which needs no remote code. `comp_report.json` holds the plan with every kept head',
         "and channel, the measurements, and hashes of the files.",
+        *(["", f"It was pruned for `model(..., {family.dual.asked})`."] if family.dual else []),
         "",
     ]
     return "\n".join(lines)

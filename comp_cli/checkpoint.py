@@ -35,7 +35,7 @@ def write_checkpoint(
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
         load_processor(dense.source.folder, dense.family.inputs).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(document))
+    (folder / "README.md").write_text(model_card(document, dense.family))
 
 
 def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
@@ -49,7 +49,7 @@ def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
 
 def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:
     """The written folder must load, hold the weights in memory (which its precision can hold), and say what they say."""
-    written = load_model(folder)
+    written = load_model(folder, family=dense.family)
     for name, tensor in written.state_dict().items():
         expected = compact.state_dict()[name].to(tensor.dtype).cpu()
         if not torch.equal(tensor, expected):

@@ -73,15 +73,15 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         check_output(failed, overwrite=True, source=folder)
     started = perf_counter()
     config = read_config(folder)
-    family, architecture = find_family(config)
-    task = tasks.choose(family.architectures[architecture], config.get("comp", {}).get("task"))
+    family, architecture, name = find_family(config)
+    task = tasks.TASKS[name]
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and not can_split(family):
         why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
         raise CompError(f"--split: {architecture} {why}.", code=USAGE)
     source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
     processor = load_processor(folder, family.inputs)
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, family=family, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
     checked = family.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:

@@ -23,7 +23,7 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
     `generate` takes what it always takes: prompts, beams, sampling. Exit 4 for graphs that write no texts, or a folder without.
     """
     config = read_config(folder)
-    family, architecture = find_family(config)
+    family, architecture, _ = find_family(config)
     names = [ENCODER, DECODER, PAST]
     if family.decoder is None or not all((folder / name).exists() for name in names):
         raise CompError(f"{folder}: no graphs that write texts.", code=REFUSED, hint=f"Needed: {', '.join(names)}.")

@@ -15,8 +15,9 @@ import transformers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
+from .dual import speaking_as  # noqa: E402
 from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
-from .families import find_family  # noqa: E402
+from .families import Family, find_architecture  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
 from .store import read_config  # noqa: E402
@@ -67,13 +68,16 @@ def quiet_libraries():
         onnx_log.setLevel(onnx_level)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False) -> nn.Module:
-    """The model of a checkpoint folder, dense or compact, in eval mode on the CPU.
+def load_model(
+    folder: Path, *, family: Family | None = None, dtype: torch.dtype | None = None, allow_pickle: bool = False
+) -> nn.Module:
+    """The model of a checkpoint folder, dense or compact, in eval mode on the CPU; it answers as its class does, or as the
+    family is described.
 
     Exit 4 where weights are missing, left over, of another size than the config says, or not finite.
     """
     config = read_config(folder)
-    _, architecture = find_family(config)
+    architecture = find_architecture(config)
     model_class = compact_class(architecture) if "comp" in config else getattr(transformers, architecture)
     options = {"use_safetensors": not _only_pickle(folder) or not allow_pickle, "local_files_only": True}
     try:
@@ -96,11 +100,14 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, allow_pickle: 
             hint="comp loads nothing by halves: transformers would fill the gaps with random numbers.",
         )
     check_finite(model.state_dict(), folder)
-    return model.eval()
+    return speaking_as(model.eval(), family)
 
 
-def build_compact(config: transformers.PretrainedConfig, architecture: str, state: Mapping[str, Tensor]) -> nn.Module:
-    """The compact model of `config.comp` around the given weights, which are shared, not copied."""
+def build_compact(
+    config: transformers.PretrainedConfig, family: Family, architecture: str, state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The compact model of `config.comp` around the given weights, which are shared, not copied; it answers as the family is
+    described."""
     with no_init_weights():
         model = compact_class(architecture)(config)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
@@ -110,6 +117,7 @@ def build_compact(config: transformers.PretrainedConfig, architecture: str, stat
     for name, source in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, model.get_parameter(source))
+    model = speaking_as(model, family)
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 

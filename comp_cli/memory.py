@@ -13,12 +13,13 @@ import torch
 
 from . import sessions
 from .errors import CompError
+from .families import Family
 from .output import Output
 from .timing import Inputs
 
 
 def peak_memory(
-    places: dict[tuple[str, str], Path], inputs: Inputs, device: torch.device, allow_pickle: bool, out: Output
+    places: dict[tuple[str, str], Path], inputs: Inputs, family: Family, device: torch.device, allow_pickle: bool, out: Output
 ) -> list[dict[str, Any]]:
     """Bytes, per (backend, side): peak resident memory (on CUDA: peak allocated) of a process that loads and runs the model.
 
@@ -31,7 +32,7 @@ def peak_memory(
         example = Path(scratch) / "inputs.npz"
         np.savez(example, **sessions.feeds(inputs))
         for (backend, side), path in places.items():
-            command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device)]
+            command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device), family.name]
             command += ["--allow-pickle"] if allow_pickle and side == "dense" else []
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
             if done.returncode:

@@ -1,6 +1,6 @@
 """Peak memory of one model in a process of its own.
 
-python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE [--allow-pickle]
+python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE FAMILY [--allow-pickle]
 """
 
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 
-def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, allow_pickle: bool) -> int:
+def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, family: str, allow_pickle: bool) -> int:
     import torch
 
+    from .families import FAMILIES
     from .loading import load_model
 
-    model = load_model(path, dtype=torch.float32, allow_pickle=allow_pickle).to(device)
+    model = load_model(path, family=FAMILIES[family], dtype=torch.float32, allow_pickle=allow_pickle).to(device)
     with torch.inference_mode():
         model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
@@ -42,10 +43,10 @@ def resident_peak() -> int:
 
 
 if __name__ == "__main__":
-    backend, path, example, device = sys.argv[1:5]
+    backend, path, example, device, family = sys.argv[1:6]
     inputs = dict(np.load(example))
     if backend == "torch":
-        peak = run_torch(Path(path), inputs, device, "--allow-pickle" in sys.argv)
+        peak = run_torch(Path(path), inputs, device, family, "--allow-pickle" in sys.argv)
     else:
         peak = run_onnx(Path(path), inputs)
     print(json.dumps({"bytes": peak}))

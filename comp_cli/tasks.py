@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import Batch, Pair
-from .errors import USAGE, CompError
 from .families.base import ANSWER_INPUTS
 
 # What a task reads of a model's outputs, each (rows, ...): a row for each sample, or for each token that is predicted.
@@ -307,13 +306,6 @@ TASKS = {
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model out of DistributedDataParallel."""
     return getattr(model, "module", model)
-
-
-def choose(tasks: Sequence[str], wanted: str | None = None) -> Task:
-    """The usual one of an architecture's tasks, or the one that was asked for. Exit 2 where it is none of them."""
-    if wanted is not None and wanted not in tasks:
-        raise CompError(f"--task {wanted}: this model is for {', '.join(tasks)}.", code=USAGE)
-    return TASKS[wanted or tasks[0]]
 
 
 def firsts(labels: Tensor) -> Tensor:

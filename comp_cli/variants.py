@@ -9,7 +9,7 @@ from torch import nn
 
 from . import loading, sessions
 from .errors import DEVICE, CompError
-from .families import find_family
+from .families import Family, find_family
 from .plan import dense_plan
 from .tasks import Task
 from .timing import Inputs, Runner
@@ -17,13 +17,15 @@ from .timing import Inputs, Runner
 SIDES = ("dense", "own_dense", "compact")  # the stock model; the same weights on comp's kernels; what is left of them
 
 
-def on_own_kernels(stock: nn.Module) -> nn.Module:
-    """The stock model's weights, shared, in comp's runtime with a plan that keeps everything: kernels without pruning."""
+def on_own_kernels(stock: nn.Module, family: Family | None = None) -> nn.Module:
+    """The stock model's weights, shared, in comp's runtime with a plan that keeps everything: kernels without pruning. As its
+    family, or the usual one of its architecture, is described."""
     described = stock.config.to_dict()
-    family, architecture = find_family(described)
+    usual, architecture, _ = find_family(described)
+    family = family or usual
     config = copy.deepcopy(stock.config)
     config.comp = dense_plan(described, family, architecture).comp_block(family)
-    return loading.build_compact(config, architecture, loading.own_state(stock))
+    return loading.build_compact(config, family, architecture, loading.own_state(stock))
 
 
 def torch_runner(model: nn.Module, device: torch.device) -> Runner:

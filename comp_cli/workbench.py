@@ -73,7 +73,7 @@ class Dense:
         """The model of a plan around weights that have its sizes."""
         config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
         config.comp = plan.comp_block(self.family)
-        return loading.build_compact(config, self.architecture, state)
+        return loading.build_compact(config, self.family, self.architecture, state)
 
 
 def open_dense(
@@ -89,22 +89,24 @@ def open_dense(
     """Resolve, check and load a dense model in fp32, for its usual task or another. Exit 4 for a model that is compact
     already."""
 
-    def described(config: dict[str, Any]) -> tuple[Family, str, tasks.Task]:
-        family, architecture = find_family(config)
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
         if "comp" in config:
             raise CompError(
                 f"{model} is a compact model already.",
                 code=REFUSED,
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
-        return family, architecture, tasks.choose(family.architectures[architecture], task)
+        return found
 
     source = hub.resolve(model, out=out, accepts=described, **hub_options)
     config = read_config(source.folder)
-    family, architecture, chosen = described(config)
+    family, architecture, name = described(config)
+    chosen = tasks.TASKS[name]
     out.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder, family.inputs)
-    dense = loading.load_model(source.folder, dtype=torch.float32, allow_pickle=hub_options.get("allow_pickle", False))
+    pickled = hub_options.get("allow_pickle", False)
+    dense = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
     check_fits(dense, family, processor, chosen, source.name)
     state = loading.own_state(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
@@ -223,7 +225,9 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    return generated_pairs(dense.task, labelled=dense.source.kind == "demo")
+    elif not dense.task.mismatches:
+        out.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
+    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.mismatches)
 
 
 def generated_pairs(task: tasks.Task, labelled: bool) -> ScenePairs:

@@ -380,6 +380,12 @@ def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
     assert comp(*given, "--overwrite", "--max-drop", "-1").exit_code == 2
 
 
+def test_the_demo_model_was_trained_for_one_task():
+    result = comp("analyze", "demo", "--task", "retrieval", "--num-samples", "2", "--device", "cpu")
+    assert result.exit_code == 0 and "never trained for retrieval" in result.stderr
+    assert "comp prune demo --ratio 0.5 --task retrieval" in result.stdout
+
+
 def test_a_task_that_the_model_is_not_for(tiny_folder, tmp_path):
-    result = comp("prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--task", "retrieval")
-    assert result.exit_code == 2 and "this model is for itm" in result.stderr
+    result = comp("prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--task", "caption")
+    assert result.exit_code == 2 and "this model is for itm, retrieval, zero-shot" in result.stderr

@@ -7,7 +7,6 @@ import torch
 
 from comp_cli import tasks
 from comp_cli.data import Pair
-from comp_cli.errors import CompError
 from comp_cli.tasks import TASKS, Question
 
 
@@ -70,10 +69,3 @@ def test_divergence_and_agreement_of_a_model_from_itself(read):
     questions = TASKS["retrieval"].questions(read, None)
     assert tasks.divergence(questions, questions).item() == pytest.approx(0, abs=1e-6)
     assert tasks.agreements(questions, questions) == 1.0
-
-
-def test_the_usual_task_and_others():
-    assert tasks.choose(("retrieval", "zero-shot")).name == "retrieval"
-    assert tasks.choose(("retrieval", "zero-shot"), "zero-shot").name == "zero-shot"
-    with pytest.raises(CompError, match="this model is for retrieval, zero-shot"):
-        tasks.choose(("retrieval", "zero-shot"), "itm")

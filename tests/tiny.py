@@ -109,6 +109,7 @@ def sharpened(model, factor: float = 20):
 
 FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "blip": (blip_model, blip_processor),
+    "blip-contrastive": (blip_model, blip_processor),
     "blip-caption": (blip_caption, blip_processor),
     "blip-vqa": (blip_vqa, blip_processor),
     "clip": (clip_model, clip_processor),
@@ -116,6 +117,7 @@ FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "clip-text": (clip_language, word_tokenizer),
     "siglip": (siglip_model, siglip_processor),
 }
+TASKS = {"blip-contrastive": "retrieval"}  # where it is not the usual one of the architecture
 
 
 def write(family: str, folder: Path) -> Path:

@@ -61,8 +61,19 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class Dual:
+    """The halves of a dual encoder in a class that is none by itself (see dual.py): of images and of texts the module and its
+    projection, both read at the first token."""
+
+    images: tuple[str, str]
+    texts: tuple[str, str]
+    temperature: float  # cosines are divided by it
+    asked: str  # what the class itself is asked with, for the model card
+
+
+@dataclass(frozen=True)
 class Family:
-    """A group of architectures that are built alike."""
+    """A group of architectures that are built alike, for tasks that go through the same parts of them."""
 
     name: str
     architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
@@ -77,6 +88,7 @@ class Family:
     encoders: tuple[str, str] | None = None
     text_embeds: str | None = None
     decoder: Decoder | None = None
+    dual: Dual | None = None
     # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned

@@ -1,13 +1,13 @@
 """BLIP: a ViT whose fused qkv is eager in transformers, and a BERT with cross-attention to the image tokens.
 
-For captions the BERT is causal and generates. For answers there are two: one encodes the question, the other generates and
-attends to the states of the question: to all of them, for transformers (5.23) does not mask the question's padding. None of
-them may go, because the mask that the decoder is given would not follow.
+Without the cross-attention the two are a dual encoder. For captions the BERT is causal and generates. For answers there are
+two: one encodes the question, the other generates and attends to the states of the question: to all of them, for transformers
+(5.23) does not mask the question's padding. None of them may go, because the mask that the decoder is given would not follow.
 """
 
 from dataclasses import replace
 
-from .base import ANSWER_INPUTS, INPUTS, Attention, Decoder, Family, Tower
+from .base import ANSWER_INPUTS, INPUTS, Attention, Decoder, Dual, Family, Tower
 
 VISION = Tower(
     name="vision",
@@ -38,6 +38,23 @@ BLIP = Family(
     vision="vision_model",
     image_embeds="last_hidden_state",
     fixed=PATCHES | {"itm_head": "once"},
+)
+BLIP_CONTRASTIVE = replace(
+    BLIP,
+    name="blip_contrastive",
+    architectures={"BlipForImageTextRetrieval": ("retrieval", "zero-shot")},
+    towers=(VISION, replace(LANGUAGE, cross=None)),
+    vision=None,
+    image_embeds=None,
+    encoders=("get_image_features", "get_text_features"),
+    text_embeds="text_proj",
+    dual=Dual(
+        images=("vision_model", "vision_proj"),
+        texts=("text_encoder", "text_proj"),
+        temperature=0.07,  # which BLIP began its training with; what it learned is not in transformers' checkpoints
+        asked="use_itm_head=False",
+    ),
+    fixed=PATCHES | {"vision_proj": "once", "text_proj": "once"},
 )
 
 # Of the head that makes words: its large matrix is that of the word embeddings.
