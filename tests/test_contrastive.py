@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import masked, uneven
+from tiny import WORDS, masked, table, uneven
 from transformers import AutoModel, BlipForImageTextRetrieval
 
 from comp_cli import load
@@ -14,7 +14,7 @@ from comp_cli.loading import load_model
 from comp_cli.output import Output
 from comp_cli.prune import Options, prune
 from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import open_dense
+from comp_cli.workbench import DataOptions, open_dense
 
 QUIET = Output("quiet")
 
@@ -37,10 +37,11 @@ def contrastive(tiny_folder):
 @pytest.fixture(scope="module")
 def retriever(tiny_folder, tmp_path_factory):
     """The tiny model, compact for retrieval."""
-    folder = tmp_path_factory.mktemp("retriever") / "compact"
-    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
-    prune(Options(str(tiny_folder), 0.7, task="retrieval", method="joint", device="cpu", **sizes), folder, QUIET)
-    return folder
+    place = tmp_path_factory.mktemp("retriever")
+    data = DataOptions(table(place, caption=lambda number: " ".join(WORDS[number:])))
+    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "data": data}
+    prune(Options(str(tiny_folder), 0.7, task="retrieval", method="joint", device="cpu", **sizes), place / "compact", QUIET)
+    return place / "compact"
 
 
 def test_the_halves_say_what_the_stock_class_says(tiny_folder, stock, inputs):
@@ -114,7 +115,8 @@ def test_what_retrieval_does_not_run_is_left_alone(retriever, stock):
 
 
 def test_zero_shot(tiny_folder, tmp_path):
-    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
+    data = DataOptions(table(tmp_path, label=lambda number: WORDS[number % 3]), text_column="label")
+    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "data": data}
     options = Options(str(tiny_folder), 0.5, task="zero-shot", method="joint", device="cpu", **sizes)
     report = prune(options, tmp_path / "compact", QUIET)
     assert report["task"] == "zero-shot" and "top-5 accuracy" in report["quality"]["metrics"]

@@ -1,6 +1,5 @@
 """Generated texts: what compact models write, with caches and without, greedily and in beams."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -280,33 +279,22 @@ def test_answers_hold():
 def test_questions_of_ones_own(writer, tmp_path):
     if writer.dense.task.name != "vqa":
         pytest.skip("captions have no answers")
-    for number in range(12):
-        Image.new("RGB", (8, 8), (20 * number, 0, 99)).save(tmp_path / f"{number}.png")
-    rows = [{"image": f"{n}.png", "question": "two circle", "answer": "red" if n % 4 else ""} for n in range(12)]
-    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if k != "answer"}) for r in rows))
+    asked = {"question": lambda n: "two circle", "answer": lambda n: "red" if n % 4 else ""}
+    (tmp_path / "plain").mkdir()
+    tables = tiny.table(tmp_path, **asked), tiny.table(tmp_path / "plain", question=asked["question"])
     takes = writer.dense.task.takes
-    pairs = choose_pairs(writer.dense, DataOptions(str(tmp_path / "asked.jsonl")), QUIET).read("calibration", takes=takes)
+    pairs = choose_pairs(writer.dense, DataOptions(tables[0]), QUIET).read("calibration", takes=takes)
     assert {pair.answer for pair in pairs} == {"red"}
     with pytest.raises(CompError, match="no pairs that match") as refused:
-        list(choose_pairs(writer.dense, DataOptions(str(tmp_path / "plain.jsonl")), QUIET).read("calibration", takes=takes))
+        list(choose_pairs(writer.dense, DataOptions(tables[1]), QUIET).read("calibration", takes=takes))
     assert refused.value.code == REFUSED and "answers" in refused.value.hint
-
-
-def own_pairs(writer, folder, **columns):
-    """A table of twelve pictures, each with a text and what else is given."""
-    for number in range(12):
-        Image.new("RGB", (8, 8), (20 * number, 0, 99)).save(folder / f"{number}.png")
-    rows = [{"image": f"{n}.png", **{name: value(n) for name, value in columns.items()}} for n in range(12)]
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return DataOptions(str(folder / "own.jsonl"))
 
 
 def test_texts_that_are_written_are_scored(writer, tmp_path):
     """On the user's pairs: what the dense and the compact model write at the end, first the metric that counts."""
     asked = {"question": lambda n: "two circle", "answers": lambda n: ["red", "red", f"blue {n}"]}
     told = {"caption": lambda n: "a large red circle and two small squares" if n % 2 else "three blue circle above a square"}
-    data = own_pairs(writer, tmp_path, **(asked if writer.dense.task.answered else told))
+    data = DataOptions(tiny.table(tmp_path, **(asked if writer.dense.task.answered else told)))
     source = str(writer.dense.source.folder)
     report = prune(Options(source, 0.5, method="joint", data=data, **SIZES), tmp_path / "compact", QUIET)
     metric = "soft accuracy" if writer.dense.task.answered else "CIDEr"

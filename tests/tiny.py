@@ -1,10 +1,12 @@
 """Tiny models of the real classes with their processors: 72 wide, 6 heads, FFN 200, towers of unequal depth."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 
 WORDS = "a an red blue circle square and left right of above two three small large".split()
 COMMON = {"hidden_size": 72, "num_attention_heads": 6, "intermediate_size": 200}
@@ -127,6 +129,15 @@ def write(family: str, folder: Path) -> Path:
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def table(folder: Path, **columns: Callable) -> str:
+    """A file with twelve pictures, and of each what the columns say: number of the row -> value."""
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 99)).save(folder / f"{number}.png")
+    rows = [{"image": f"{n}.png", **{name: value(n) for name, value in columns.items()}} for n in range(12)]
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "table.jsonl")
 
 
 def uneven(plan, family=None):
