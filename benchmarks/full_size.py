@@ -43,4 +43,6 @@ if __name__ == "__main__":
     parser.add_argument("--large", action="store_true", help="a ViT-L for images; texts stay as large")
     parser.add_argument("--image-size", type=int, default=384)
     arguments = parser.parse_args()
+    if arguments.large and arguments.task == "vqa":
+        parser.error("transformers' BLIP for questions takes images and texts of one width: there is no large one")
     write(arguments.folder, arguments.task, arguments.large, arguments.image_size)
