@@ -190,7 +190,7 @@ def main(arguments: argparse.Namespace) -> None:
         if name in METHODS or (ratio == ABLATED_AT and seed < TRAINED_SEEDS)
     ]
     for name, ratio, seed in wanted:
-        steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS else 0
+        steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS and not arguments.training_free else 0
         done = {(run["name"], run["ratio"], run["seed"], run["steps"]) for run in read_runs(output, subject)}
         if all((name, ratio, seed, s) in done for s in wanted_steps(name, steps)):
             continue
@@ -241,6 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--training-free", action="store_true", help="make no fine-tuned results")
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
     parsed = parser.parse_args()
     if parsed.model != "demo" and not Path(parsed.model).is_dir():
