@@ -201,15 +201,14 @@ def main(arguments: argparse.Namespace) -> None:
             print(name, ratio, seed, run["steps"], run["accuracy"], run.get("seconds"), flush=True)
     runs = read_runs(output, subject)
     whole, at = [run for run in runs if run["name"] in METHODS], [run for run in runs if run["ratio"] == ABLATED_AT]
-    ablated, fading = ({name.split(" ")[0] for name in names} | set(names) for names in (ABLATIONS, FADING))
     switched = f"With one part switched off, at {ABLATED_AT:g}"
     parts = {
         "Training-free": [run for run in whole if run["steps"] == 0],
         f"Fine-tuned for {STEPS} steps of 32 pairs": [run for run in whole if run["steps"] == STEPS],
-        f"{switched}, training-free": [run for run in at if run["steps"] == 0 and run["name"] in ablated],
-        f"{switched}, {STEPS} steps (`--stage-share`: half of them in the stages)": [
-            run for run in at if run["steps"] == STEPS and run["name"] in fading
-        ],
+        f"{switched}, training-free": beside(ABLATIONS, [run for run in at if run["steps"] == 0]),
+        f"{switched}, {STEPS} steps (`--stage-share`: half of them in the stages)": beside(
+            FADING, [run for run in at if run["steps"] == STEPS]
+        ),
     }
     tables = [f"{what}:\n\n{table(summary(part))}" for what, part in parts.items() if part]
     commits = ", ".join(sorted({run["commit"] for run in runs}))
@@ -219,6 +218,13 @@ def main(arguments: argparse.Namespace) -> None:
     output.with_suffix(".md").write_text(text)
     plot(runs, subject, dense_accuracy, output.with_suffix(".png"))
     print(text)
+
+
+def beside(names: list[str], runs: list[dict]) -> list[dict]:
+    """The runs of these variants and, if there are any, of the methods that they are variants of."""
+    variants = [run for run in runs if run["name"] in names]
+    whole = {name.split(" ")[0] for name in names}
+    return variants and variants + [run for run in runs if run["name"] in whole]
 
 
 def read_runs(path: Path, subject: Subject) -> list[dict]:
