@@ -2,9 +2,9 @@
 
     python benchmarks/train_clip.py --output CLIP --log benchmarks/results/clip_training.jsonl
 
-From scratch, the contrastive loss alone stays at chance for a long time. Helper heads, thrown away in the end, make it learn:
-image patches say what covers them and how manyth from the left it is, and both embeddings name all things from left to right.
-Every scene comes with a twin that differs in one thing. Same seed, threads, versions: same weights.
+From scratch, with the contrastive loss and helper heads that are thrown away in the end: image patches say what covers them
+and how manyth from the left that is, and both embeddings name all things from left to right. Every scene comes with a twin that
+differs in one thing. Same seed, threads, versions: same weights.
 """
 
 import argparse
