@@ -1,6 +1,7 @@
 """Accuracy of the methods on the demo task, on equal terms: same model, same calibration pairs, same test pairs, same steps.
 
     python benchmarks/accuracy.py
+    python benchmarks/accuracy.py --model CLIP      # recall@1 among all test pairs; made by benchmarks/train_clip.py
 
 Every method prunes without training; the main ones are then fine-tuned, each for as many steps on the same pairs. One JSON
 line a result, with the commit that made it; those that are in the file already are skipped, so it can be stopped and started at
@@ -17,7 +18,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,7 +33,6 @@ from comp_cli.search import Options, find
 from comp_cli.training import Trainer, Training, training_batches
 from comp_cli.workbench import Dense, ScenePairs, affordable, batches_of, open_dense
 
-SCENES = ScenePairs(labelled=True)
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
 ABLATED_AT = 0.8  # where parts of a method are switched off
@@ -43,6 +43,38 @@ TRAINED = ["comp", "sjp", "taylor", "token", "random", *FADING]
 STEPS, TRAINED_SEEDS = 100, 3  # of 32 pairs, at the default rate
 TEST_SEED = 7  # of the scenes: seed 0 has been looked at while comp was made
 SETTINGS = {"samples": SAMPLES, "stages": 40, "steps": STEPS, "batch": 32, "share": 0.5, "test seed": TEST_SEED}
+TEXT_TOKENS = 21  # of a text at most: a description of four things. One scene in a hundred has five, and its text is cut
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the scenes that it is calibrated, tuned and judged on, and the settings that its results depend on."""
+
+    dense: Dense
+    scenes: ScenePairs
+    settings: dict[str, int | float | str]
+
+    @classmethod
+    def open(cls, model: str) -> "Subject":
+        """`demo`, which matches captions, or a folder with a dual encoder, which retrieves descriptions."""
+        dense = open_dense(model, Output("quiet"), text_tokens=TEXT_TOKENS)
+        if model == "demo":
+            return cls(dense, ScenePairs(labelled=True), SETTINGS)
+        weights = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()
+        own = {"task": dense.task.name, "text tokens": TEXT_TOKENS, "weights": weights}
+        return cls(dense, ScenePairs(labelled=False, described=True), SETTINGS | own)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a line was made with: a hash of the settings, by which finished runs are known, and the commit."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return {"settings": digest, "commit": commit()}
+
+
+@cache
+def commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def options_of(name: str, ratio: float, seed: int, training: Training) -> Options:
@@ -53,15 +85,15 @@ def options_of(name: str, ratio: float, seed: int, training: Training) -> Option
     return Options("demo", ratio, method=method, seed=seed, training=training, **samples, **off)
 
 
-def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs: list) -> Iterator[dict]:
+def measure(subject: Subject, name: str, ratio: float, seed: int, steps: int, pairs: list) -> Iterator[dict]:
     """Prune, then decide every test pair; the same again after fine-tuning for `steps`, if any."""
-    begin = time.perf_counter()
+    begin, dense = time.perf_counter(), subject.dense
     share = SETTINGS["share"] if name in FADING else 0.0
     training = Training(
         steps=steps, lr=affordable(dense, 1e-4, 1e-5), stage_share=share, batch_size=SETTINGS["batch"], mixed_precision="bf16"
     )
     options = options_of(name, ratio, seed, training if share else Training())
-    key = {"name": name, "ratio": ratio, "seed": seed, **identity()}
+    key = {"name": name, "ratio": ratio, "seed": seed, **subject.identity}
 
     def result(model: nn.Module, steps: int) -> dict:
         scored = tasks.evaluate(model, dense.task, pairs)
@@ -71,11 +103,12 @@ def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs:
 
     reported = set()
     try:
-        found = find(dense, SCENES, options, None, Output("quiet"))
+        found = find(dense, subject.scenes, options, None, Output("quiet"))
         reported.add(steps if share else 0)
         yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages]}
         if steps and not share:
-            trainer = Trainer(dense, training, ratio, partial(training_batches, dense, SCENES, training, seed), seed=seed)
+            batches = partial(training_batches, dense, subject.scenes, training, seed)
+            trainer = Trainer(dense, training, ratio, batches, seed=seed)
             trainer.take(found.plan, found.model)
             tuned = trainer.tune(Output("quiet"), lambda: None)
             yield result(tuned, steps)
@@ -87,14 +120,6 @@ def measure(dense: Dense, name: str, ratio: float, seed: int, steps: int, pairs:
 def wanted_steps(name: str, steps: int) -> set[int]:
     """Fine-tuning steps of the results that a run gives."""
     return {steps} if name in FADING else {0, steps}
-
-
-@cache
-def identity() -> dict[str, str]:
-    """What a line was made with: a hash of the settings, by which finished runs are known, and the commit."""
-    digest = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:8]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return {"settings": digest, "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"}
 
 
 def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]]:
@@ -119,7 +144,7 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
+def plot(runs: list[dict], subject: Subject, dense_accuracy: float, path: Path) -> None:
     """Accuracy over the FLOPs that are left, training-free and fine-tuned side by side."""
     import matplotlib
 
@@ -138,21 +163,24 @@ def plot(runs: list[dict], dense_accuracy: float, path: Path) -> None:
             left = [100 * (1 - r) for r in ratios]
             axes.errorbar(left, means, spread, marker="o", markersize=3, capsize=2, label=method, **style)
         axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")
-        axes.axhline(50, color="grey", linestyle="--", linewidth=0.8, label="chance")
+        if subject.dense.task.mismatches:
+            axes.axhline(50, color="grey", linestyle="--", linewidth=0.8, label="chance")
         axes.invert_xaxis()
         axes.set_xlabel("FLOPs left, %")
         axes.set_title(f"fine-tuned, {steps} steps" if steps else "training-free")
-    panels[0].set_ylabel("accuracy on test pairs, %")
+    panels[0].set_ylabel(f"{subject.dense.task.metric} on test pairs, %")
     panels[0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    dense = open_dense("demo", Output("quiet"))
-    pairs = batches_of(dense, SCENES, "evaluation", arguments.pairs, 32, TEST_SEED)
+    subject = Subject.open(arguments.model)
+    dense = subject.dense
+    pairs = batches_of(dense, subject.scenes, "evaluation", arguments.pairs, 32, TEST_SEED)
     dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).metric(dense.task)
-    output = arguments.output
+    usual = "accuracy" if arguments.model == "demo" else f"accuracy_{dense.family.name}"
+    output = arguments.output or Path(__file__).parent / "results" / f"{usual}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     wanted = [
         (name, ratio, seed)
@@ -162,37 +190,44 @@ def main(arguments: argparse.Namespace) -> None:
         if name in METHODS or (ratio == ABLATED_AT and seed < TRAINED_SEEDS)
     ]
     for name, ratio, seed in wanted:
-        steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS else 0
-        done = {(run["name"], run["ratio"], run["seed"], run["steps"]) for run in read_runs(output)}
+        steps = STEPS if name in TRAINED and seed < TRAINED_SEEDS and not arguments.training_free else 0
+        done = {(run["name"], run["ratio"], run["seed"], run["steps"]) for run in read_runs(output, subject)}
         if all((name, ratio, seed, s) in done for s in wanted_steps(name, steps)):
             continue
-        for run in measure(dense, name, ratio, seed, steps, pairs):
+        for run in measure(subject, name, ratio, seed, steps, pairs):
             if (name, ratio, seed, run["steps"]) not in done:
                 with output.open("a") as file:
                     file.write(json.dumps(run) + "\n")
             print(name, ratio, seed, run["steps"], run["accuracy"], run.get("seconds"), flush=True)
-    runs = read_runs(output)
+    runs = read_runs(output, subject)
     whole, at = [run for run in runs if run["name"] in METHODS], [run for run in runs if run["ratio"] == ABLATED_AT]
-    ablated, fading = ({name.split(" ")[0] for name in names} | set(names) for names in (ABLATIONS, FADING))
     switched = f"With one part switched off, at {ABLATED_AT:g}"
     parts = {
         "Training-free": [run for run in whole if run["steps"] == 0],
         f"Fine-tuned for {STEPS} steps of 32 pairs": [run for run in whole if run["steps"] == STEPS],
-        f"{switched}, training-free": [run for run in at if run["steps"] == 0 and run["name"] in ablated],
-        f"{switched}, {STEPS} steps (`--stage-share`: half of them in the stages)": [
-            run for run in at if run["steps"] == STEPS and run["name"] in fading
-        ],
+        f"{switched}, training-free": beside(ABLATIONS, [run for run in at if run["steps"] == 0]),
+        f"{switched}, {STEPS} steps (`--stage-share`: half of them in the stages)": beside(
+            FADING, [run for run in at if run["steps"] == STEPS]
+        ),
     }
     tables = [f"{what}:\n\n{table(summary(part))}" for what, part in parts.items() if part]
     commits = ", ".join(sorted({run["commit"] for run in runs}))
-    said = f"Dense: {100 * dense_accuracy:.1f} % of {arguments.pairs} test pairs. Mean ± standard deviation (seeds)."
+    dense_says = f"Dense: {dense.task.metric} {100 * dense_accuracy:.1f} %, {arguments.pairs} test pairs."
+    said = f"{dense_says} Mean ± standard deviation (seeds)."
     text = f"{said}\nMade by {commits}.\n\n" + "\n".join(tables)
     output.with_suffix(".md").write_text(text)
-    plot(runs, dense_accuracy, output.with_suffix(".png"))
+    plot(runs, subject, dense_accuracy, output.with_suffix(".png"))
     print(text)
 
 
-def read_runs(path: Path) -> list[dict]:
+def beside(names: list[str], runs: list[dict]) -> list[dict]:
+    """The runs of these variants and, if there are any, of the methods that they are variants of."""
+    variants = [run for run in runs if run["name"] in names]
+    whole = {name.split(" ")[0] for name in names}
+    return variants and variants + [run for run in runs if run["name"] in whole]
+
+
+def read_runs(path: Path, subject: Subject) -> list[dict]:
     """The results with today's settings, one of each: two processes may make the same. A line that a kill has torn is none."""
     runs = {}
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -200,16 +235,21 @@ def read_runs(path: Path) -> list[dict]:
             run = json.loads(line)
         except ValueError:
             continue
-        if run.get("settings") == identity()["settings"]:
+        if run.get("settings") == subject.identity["settings"]:
             runs.setdefault(tuple(run[key] for key in ("name", "ratio", "seed", "steps")), run)
     return list(runs.values())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
+    parser.add_argument("--model", default="demo", help="demo (the default), or the folder of train_clip.py")
+    parser.add_argument("--output", type=Path, help="default: accuracy.jsonl or accuracy_clip.jsonl in benchmarks/results")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--training-free", action="store_true", help="make no fine-tuned results")
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
-    main(parser.parse_args())
+    parsed = parser.parse_args()
+    if parsed.model != "demo" and not Path(parsed.model).is_dir():
+        parser.error(f"no folder {parsed.model}: make it with python benchmarks/train_clip.py --output {parsed.model}")
+    main(parsed)
