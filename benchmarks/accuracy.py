@@ -62,7 +62,7 @@ class Subject:
             return cls(dense, ScenePairs(labelled=True), SETTINGS)
         weights = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()
         own = {"task": dense.task.name, "text tokens": TEXT_TOKENS, "weights": weights}
-        return cls(dense, ScenePairs(labelled=False, described=True), SETTINGS | own)
+        return cls(dense, ScenePairs(labelled=True, described=True), SETTINGS | own)
 
     @property
     def identity(self) -> dict[str, str]:
