@@ -76,11 +76,20 @@ def valid_tokens(key: torch.Tensor, attention_mask: torch.Tensor | None) -> torc
 
 
 def class_attention(
-    query: torch.Tensor, key: torch.Tensor, scale: float, *, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """How much attention [CLS] pays to each token, mean over heads (the score of EViT). Shapes as in `token_scores`."""
+    """How much attention [CLS] pays to each token, mean over heads (the score of EViT), with CIT as in `token_scores`."""
     valid = valid_tokens(key, attention_mask)
-    return row_attention(query[:, :, :1], key, scale, valid).mean(1).masked_fill(~valid, -1.0)
+    attention = row_attention(query[:, :, :1], key, scale, valid)
+    if head_mask is not None:
+        attention = attention * head_mask.view(1, -1, 1)
+    return attention.mean(1).masked_fill(~valid, -1.0)
 
 
 def last_attention(
@@ -132,7 +141,7 @@ def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
 
 
-# How tokens are ranked. "even" is for towers that keep all of theirs; those behind it are baselines.
+# How tokens are ranked. "even" is for towers that keep all of theirs; "stride" and "random" are baselines.
 TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "attention": token_scores,
     "last": last_attention,
@@ -319,12 +328,13 @@ class TokenPruning:
 
     keep: int | None = None
     protected: tuple[str, ...] = ()
+    fuse = False
 
     def hand_on(
         self, hidden_states: torch.Tensor, scores: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer; also returns the mask of
-        those and their indices (batch, keep), None where all stay."""
+        those and their indices (batch, keep), None where all stay. With `fuse` see `fuse_others`."""
         if self.keep is None:
             return hidden_states, attention_mask, None
         if torch.compiler.is_exporting():
@@ -333,10 +343,34 @@ class TokenPruning:
             return hidden_states, attention_mask, None
         else:
             keep = self.keep
+        if self.fuse and self.keep > 2:
+            return self.fuse_others(hidden_states, scores, attention_mask, keep)
         kept = kept_tokens(scores, keep, self.protected)
         if attention_mask is not None:
             attention_mask = select_mask(attention_mask, kept)
         return select_tokens(hidden_states, kept), attention_mask, kept
+
+    def fuse_others(
+        self, hidden_states: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, keep: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keep the `keep` - 1 best tokens; the last one stands for all others: it is their mean, and attention counts it as
+        often as there are tokens in it.
+
+        bias: what that adds to attention logits, (1, 1, tokens, tokens): the logarithm of how many tokens each column stands
+        for; None before any are fused. The logits of n equal tokens are that of one plus log(n), so nothing is lost where
+        those that go are alike. For towers without padding.
+        """
+        stands_for = hidden_states.new_ones(1, hidden_states.shape[1])
+        if bias is not None:
+            stands_for = bias[:, 0, 0].exp()
+            last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
+            scores = scores.masked_fill(last, -1.0)
+        kept = kept_tokens(scores, keep - 1, self.protected)
+        gone = stands_for.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
+        mean = (hidden_states * gone).sum(1, keepdim=True) / gone.sum(1, keepdim=True)
+        weight = (stands_for.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
+        bias = torch.cat([hidden_states.new_zeros(1, 1, keep, keep - 1), weight], dim=-1)
+        return torch.cat([select_tokens(hidden_states, kept), mean], dim=1), bias, kept
 
 
 class PreNormLayer(TokenPruning):
@@ -435,7 +469,7 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
     layer.set_submodule(layout["ffn"][0], resized(fc1, fc1.in_features, sizes["ffn"]))
     layer.set_submodule(layout["ffn"][1], resized(fc2, sizes["ffn"], fc2.out_features))
     if sizes["keep"] is not None:
-        layer.keep, layer.protected = sizes["keep"], tuple(layout["protected"])
+        layer.keep, layer.protected, layer.fuse = sizes["keep"], tuple(layout["protected"]), layout.get("fuse", False)
         attention = layer.get_submodule(layout["attention"]["module"])
         attention.score_rows, attention.score_rule = tower["score_rows"], tower.get("score_rule", "attention")
     return layer

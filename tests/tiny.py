@@ -100,7 +100,7 @@ def blip_vqa():
     return transformers.BlipForQuestionAnswering(blip_config())
 
 
-def sharpened(model, factor: float = 20):
+def sharpened(model, factor: float = 5):
     """Random weights make nearly even attention, whose ranking rounding would decide: queries and keys are made larger."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():

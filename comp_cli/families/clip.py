@@ -13,6 +13,8 @@ VISION = Tower(
     attention=Attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj"),
     ffn=("mlp.fc1", "mlp.fc2"),
     protected=("first",),  # [CLS]
+    score_rule="cls",
+    fuse=True,
 )
 LANGUAGE = replace(
     VISION,
@@ -24,6 +26,7 @@ LANGUAGE = replace(
     causal=True,
     text_end="text_model",
     score_rule="last",
+    fuse=False,
 )
 CLIP = Family(
     name="clip",

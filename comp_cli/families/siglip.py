@@ -9,7 +9,7 @@ SIGLIP = Family(
     name="siglip",
     architectures={"SiglipModel": ("retrieval", "zero-shot")},
     towers=(
-        replace(VISION, protected=(), class_token=None),
+        replace(VISION, protected=(), class_token=None, score_rule="attention", fuse=False),
         replace(LANGUAGE, protected=("end",), causal=False, text_end=None, score_rule="attention"),
     ),
     inputs=("pixel_values", "input_ids"),
