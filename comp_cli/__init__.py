@@ -22,6 +22,6 @@ def load_onnx(folder: str | Path, *, device: str = "cpu"):
     Takes what the stock `generate` takes: prompts, beams, sampling. Raises `comp_cli.errors.CompError` for graphs that write
     no texts, or a device that ONNX Runtime does not have.
     """
-    from . import generation
+    from . import generation, loading
 
-    return generation.load_writer(Path(folder), device)
+    return generation.load_writer(Path(folder), str(loading.pick_device(device)))

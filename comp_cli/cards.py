@@ -5,7 +5,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .families import Family
-from .graphs import VISION
+from .graphs import ENCODER, VISION
 from .report import gflops, millions
 
 # How graphs write texts.
@@ -15,7 +15,7 @@ import comp_cli
 from transformers import AutoProcessor
 
 model, processor = comp_cli.load_onnx("FOLDER"), AutoProcessor.from_pretrained("FOLDER")
-tokens = model.generate(**processor(image, return_tensors="pt"), num_beams=3)
+tokens = model.generate(**processor(image, {asked}return_tensors="pt"), num_beams=3)
 print(processor.decode(tokens[0], skip_special_tokens=True))
 ```
 
@@ -93,7 +93,9 @@ def graphs_card(document: dict[str, Any], generation: GenerationConfig | None) -
     if VISION in document["graphs"]:
         lines.append("\nEncode an image once, and match it against any number of texts: `images` is 1, or as many as texts.")
     if generation:
-        lines.append(WRITING.format(begin=generation.decoder_start_token_id, end=generation.eos_token_id))
+        asked = "question, " if "input_ids" in document["graphs"][ENCODER]["inputs"] else ""
+        ids = {"begin": generation.decoder_start_token_id, "end": generation.eos_token_id}
+        lines.append(WRITING.format(asked=asked, **ids))
     return (
         f"# {document['source'].get('base_model', 'model')} as ONNX\n\n" + "\n".join(lines) + "\n\n"
         f"Opset {document['opset']}. Token pruning is inside the graph; batch and text length are free. "

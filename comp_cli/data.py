@@ -189,7 +189,8 @@ def read_answers(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):  # a list of records may come as a record of lists
         value = value.get("answer")
     parts = value if isinstance(value, list) else [value]
-    texts = [part.get("answer") if isinstance(part, dict) else part for part in parts]
+    found = [part.get("answer") if isinstance(part, dict) else part for part in parts]
+    texts = [f"{part:g}" if isinstance(part, int | float) and part == part else part for part in found]  # a NaN is no answer
     return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 

@@ -117,7 +117,9 @@ class PairSet:
         yield from read_rows(rows, columns, folder, limit, tally, takes)
         if tally.looked > tally.skipped and not tally.given:
             raise CompError(
-                f"{where}: no pairs that match.", code=REFUSED, hint="Are the columns of labels and answers the right ones?"
+                f"{where}: no pairs that match, or none with an answer.",
+                code=REFUSED,
+                hint="Are the columns of labels and answers the right ones?",
             )
         if not tally.looked:
             hint = "Give more pairs, or a split for each purpose: train and validation."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions
 
-from .errors import REFUSED, CompError
+from .errors import REFUSED, USAGE, CompError
 from .families import find_family
 from .graphs import DECODER, ENCODER, HIDDEN, PAST
 from .loading import quiet_libraries
@@ -73,6 +73,7 @@ class OnnxEncoder(nn.Module):
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             given |= {"input_ids": input_ids, "attention_mask": mask}
+        given["pixel_values"] = given["pixel_values"].float()
         made = self.graphs.step(ENCODER, {name: tensor.numpy() for name, tensor in given.items()})
         return BaseModelOutput(last_hidden_state=torch.from_numpy(made[HIDDEN]))
 
@@ -87,10 +88,13 @@ class OnnxDecoder:
         input_ids: Tensor,
         encoder_hidden_states: Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,  # all ones; generate() asks whether there is a place for it
         use_cache: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
+        if attention_mask is not None and not attention_mask.all():
+            raise CompError("the graphs take prompts of one length in a batch: no padding.", code=USAGE)
         text = input_ids.numpy()
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             made = self.graphs.begin(text, encoder_hidden_states.numpy())

@@ -62,7 +62,8 @@ def token_scores(
 
 
 def row_attention(query: torch.Tensor, key: torch.Tensor, scale: float, valid: torch.Tensor) -> torch.Tensor:
-    """What one query row pays to every token that is not padding: (batch, heads, 1, head_dim) -> (batch, heads, tokens)."""
+    """What one query row pays to every token that is not padding: (batch, heads, 1, head_dim) -> (batch, heads, tokens). One
+    that stands for others counts as one."""
     logits = (query * scale) @ key.transpose(-1, -2)
     logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
     return logits.softmax(-1, dtype=torch.float32)[:, :, 0]
@@ -343,7 +344,7 @@ class TokenPruning:
             return hidden_states, attention_mask, None
         else:
             keep = self.keep
-        if self.fuse and self.keep > 2:
+        if self.fuse and self.keep > 1:
             return self.fuse_others(hidden_states, scores, attention_mask, keep)
         kept = kept_tokens(scores, keep, self.protected)
         if attention_mask is not None:
@@ -367,7 +368,7 @@ class TokenPruning:
             scores = scores.masked_fill(last, -1.0)
         kept = kept_tokens(scores, keep - 1, self.protected)
         gone = stands_for.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
-        mean = (hidden_states * gone).sum(1, keepdim=True) / gone.sum(1, keepdim=True)
+        mean = (hidden_states * (gone / gone.sum(1, keepdim=True))).sum(1, keepdim=True)  # a sum could overflow fp16
         weight = (stands_for.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
         bias = torch.cat([hidden_states.new_zeros(1, 1, keep, keep - 1), weight], dim=-1)
         return torch.cat([select_tokens(hidden_states, kept), mean], dim=1), bias, kept

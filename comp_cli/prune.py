@@ -191,12 +191,14 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
 def judge_texts(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> dict[str, dict[str, float]]:
     """Metrics of the captions or answers that both models write on the evaluation pairs; the one that counts first."""
     read = list(pairs.read("evaluation", options.eval_samples, takes=dense.task.takes))
+    about, _ = writing.subjects(dense.task, read)
+    if why := writing.missing(dense.task, about):
+        out.warn(f"{why}; {dense.task.metric} is what counts")
+        return {}
     found = {}
-    with out.progress("writing texts", 2 * len(writing.subjects(dense.task, read)[0])) as bar:
+    with out.progress("writing texts", 2 * len(about)) as bar:
         for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
             found[name] = writing.judge(model, dense, read, options.batch_size, lambda done: bar.advance(by=done))
-    if not found["dense"]:
-        out.say("CIDEr needs pycocoevalcap: pip install 'comp-cli[caption]'")
     return {name: {side: values[name] for side, values in found.items()} for name in found["dense"]}
 
 
@@ -204,9 +206,9 @@ def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> N
     """A dead end with exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
     if allowed is None:
         return
-    if allowed < 100 / quality["samples"]:
-        out.warn(f"--max-drop {allowed:g} is less than one of {quality['samples']} pairs: --eval-samples gives it more.")
     name, metrics = quality["metric"], quality["metrics"]
+    if allowed < 100 / quality["samples"] and name != "CIDEr":  # which is no share of the pairs
+        out.warn(f"--max-drop {allowed:g} is less than one of {quality['samples']} pairs: --eval-samples gives it more.")
     before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
     if not 100 * (before - after) <= allowed:
         name = name if metrics else "agreement"

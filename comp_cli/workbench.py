@@ -161,12 +161,12 @@ def affordable(dense: Dense, many: float, few: float) -> float:
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
 
-def with_score_rule(plan: Plan, rule: str, family: Family) -> Plan:
-    """Images are ranked by another rule; texts, which have no patches, by their own as ever. Exit 2 where that is no rule for
-    the model."""
-    if rule == "attention":
-        return plan
+def with_score_rule(plan: Plan, rule: str | None, family: Family) -> Plan:
+    """Images are ranked by another rule, if any; texts, which have no patches, by their own as ever. Exit 2 where that is no
+    rule for the model."""
     classes = {tower.name: tower.class_token for tower in family.towers}
+    if rule is None or (rule == "attention" and "vision" not in classes):
+        return plan
     if "vision" not in classes or (rule == "cls" and classes["vision"] is None):
         lacks = "has no images to rank so" if "vision" not in classes else "has no [CLS] to ask"
         raise CompError(f"token scores by {rule}: a {family.name} model {lacks}.", code=USAGE, hint="Use --method token.")

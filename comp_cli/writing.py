@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -53,9 +54,9 @@ def subjects(task: Task, pairs: Sequence[Pair]) -> tuple[list[Pair], list[tuple[
 
 
 def score(task: Task, written: Sequence[str], known: Sequence[tuple[str, ...]]) -> dict[str, float]:
-    """Metrics of written texts, the one that counts first; none where the library of CIDEr is not installed."""
+    """Metrics of written texts, the one that counts first."""
     if not task.answered:
-        return cider(written, known)
+        return {"CIDEr": cider(written, known)}
     written = [plain(text) for text in written]
     known = [[plain(answer) for answer in answers] for answers in known]
     pairs = list(zip(written, known, strict=True))
@@ -78,30 +79,37 @@ def soft(text: str, answers: Sequence[str]) -> float:
 
 def plain(text: str) -> str:
     """An answer as the VQA challenge compares it: lower case, no punctuation, no articles, numbers in digits."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("'", ""))
+    text = re.sub(r"(?<=\d),(?=\d)", "", re.sub("['’]", "", text.lower()))
     words = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", " ", text).split()
-    return " ".join(DIGITS.get(word, word) for word in words if word not in ARTICLES)
+    kept = [word for word in words if word not in ARTICLES] or words  # "A" may be the answer
+    return " ".join(DIGITS.get(word, word) for word in kept)
 
 
-def cider(written: Sequence[str], known: Sequence[tuple[str, ...]]) -> dict[str, float]:
+def missing(task: Task, subjects: Sequence[Pair]) -> str | None:
+    """Why what a model writes about these cannot be scored; None where it can."""
+    if task.answered:
+        return None
+    if find_spec("pycocoevalcap") is None:
+        return "CIDEr needs pycocoevalcap: pip install 'comp-cli[caption]'"
+    return None if len(subjects) > 1 else "CIDEr needs two images: --eval-samples gives it more"
+
+
+def cider(written: Sequence[str], known: Sequence[tuple[str, ...]]) -> float:
     """CIDEr-D, 1.0 is what papers call 100. Texts are split into words by a rule, not by the Java tokenizer of COCO."""
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        return {}
+    from pycocoevalcap.cider.cider import Cider
 
     def words(text: str) -> str:
         return " ".join(re.findall(r"[\w']+", text.lower()))
 
     references = {number: [words(text) for text in texts] for number, texts in enumerate(known)}
     value, _ = Cider().compute_score(references, {number: [words(text)] for number, text in enumerate(written)})
-    return {"CIDEr": float(value)}
+    return float(value)
 
 
 def judge(
     model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int, advance: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
     """Write about all pairs, and score it."""
+    about, known = subjects(dense.task, pairs)
     with torch.inference_mode():
-        about, known = subjects(dense.task, pairs)
         return score(dense.task, write(model, dense, about, batch_size, advance), known)

@@ -165,8 +165,23 @@ def test_the_card_of_graphs_holds_a_loop_that_runs(writer, pruned, served):
     exec(script, names)
     expected = load_model(pruned[0]).generate(**one, max_new_tokens=19)
     assert names["tokens"] == expected[0].tolist() and len(names["tokens"]) > 3
+    shown = (served / "README.md").read_text().split("```python")[1].split("```")[0].replace("FOLDER", str(served))
+    names = {"image": Image.new("RGB", (48, 48)), "question": "two circle"}
+    exec(shown, names)
+    assert len(names["tokens"]) == 1
     config = GenerationConfig.from_pretrained(served)
     assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (tiny.START, tiny.END, tiny.PAD)
+
+
+def test_prompts_of_several_lengths_are_refused(writer, served):
+    """The graphs have no mask for them. Questions may be padded."""
+    inputs = writer.prompted | {"attention_mask": writer.prompted["attention_mask"].clone()}
+    inputs["attention_mask"][0, -2:] = 0
+    if writer.dense.task.answered:
+        assert len(load_onnx(served).generate(**inputs, max_new_tokens=3)) == 3
+        return
+    with pytest.raises(CompError, match="prompts of one length"):
+        load_onnx(served).generate(**inputs, max_new_tokens=3)
 
 
 def test_folders_without_such_graphs_are_refused(writer, pruned, tmp_path):
@@ -333,7 +348,8 @@ def test_answers_are_scored_as_the_challenge_does():
     assert writing.soft("dog", answers) == 1.0 and writing.soft("bird", answers) == 0.0
     assert writing.soft("cat", answers) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
     assert writing.soft("dog", ["dog"]) == writing.soft("dog", ["dog", "cat"]) == 1.0
-    assert writing.plain("The two dogs, on 1,000 mats.") == "2 dogs on 1000 mats" and writing.plain("It's 3.5") == "its 3.5"
+    assert writing.plain("The two dogs, on 1,000 mats.") == "2 dogs on 1000 mats" and writing.plain("It’s 3.5") == "its 3.5"
+    assert writing.plain("A") == "a" != writing.plain("")
     known = [tuple(answers), ("two",)]
     assert writing.score(tasks.TASKS["vqa"], ["a Cat", "2"], known) == {
         "soft accuracy": pytest.approx((0.6 + 1) / 2),
@@ -341,9 +357,21 @@ def test_answers_are_scored_as_the_challenge_does():
     }
 
 
-def test_without_its_library_cider_is_left_out(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
-    assert writing.score(tasks.TASKS["caption"], ["a", "b"], [("a",), ("b",)]) == {}
+@pytest.mark.parametrize(("installed", "images", "reason"), [(False, 2, "pycocoevalcap"), (True, 1, "two images")])
+def test_what_cannot_be_scored_is_not_written(writer, tmp_path, monkeypatch, installed, images, reason):
+    """Then the tokens count, and a warning says so."""
+    if writer.dense.task.answered:
+        pytest.skip("answers need no library")
+    if not installed:
+        monkeypatch.setattr(writing, "find_spec", lambda name: None)
+    monkeypatch.setattr(writing, "write", None)
+    out = Output("quiet")
+    told = tiny.table(tmp_path, caption=lambda n: "two red circle")
+    options = Options(
+        str(writer.dense.source.folder), 0.3, method="joint", data=DataOptions(told), **SIZES | {"eval_samples": images}
+    )
+    report = prune(options, tmp_path / "compact", out)
+    assert report["quality"]["metric"] == "token accuracy" and any(reason in told for told in out.warnings)
 
 
 @pytest.mark.parametrize(
@@ -351,4 +379,5 @@ def test_without_its_library_cider_is_left_out(monkeypatch):
 )
 def test_answers_as_data_sets_hold_them(value):
     assert read_answers(value) == (("red",) if value == "red" else ("red", "blue"))
-    assert read_answers(None) == read_answers([""]) == read_answers(3) == ()
+    assert read_answers(None) == read_answers([""]) == read_answers(float("nan")) == ()
+    assert read_answers(3) == read_answers(3.0) == ("3",)

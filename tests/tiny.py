@@ -71,7 +71,8 @@ def clip_vision():
 
 
 def clip_language():
-    return sharpened(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**clip_text(), projection_dim=24)))
+    config = transformers.CLIPTextConfig(**clip_text(), projection_dim=24)
+    return sharpened(transformers.CLIPTextModelWithProjection(config), 20)
 
 
 def siglip_model():

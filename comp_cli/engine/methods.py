@@ -19,14 +19,15 @@ KINDS = {"parameters": tuple(PARAMETER_MODES), "tokens": tuple(TOKEN_MODES)}
 class Method:
     """How scores become a plan.
 
-    params: the rule behind parameter scores (see scoring.PARAMETER_RULES), tokens: the one behind token scores (see
-    modeling_comp.TOKEN_RULES). phases: kinds of modes in their order, which share the logarithm of the FLOPs left equally
-    and raise the thresholds of their modes together; None for CoMP, which chooses a mode in every stage.
+    params: the rule behind parameter scores (see scoring.PARAMETER_RULES). tokens: the one behind token scores of images (see
+    modeling_comp.TOKEN_RULES), None for the family's own. phases: kinds of modes in their order, which share the logarithm
+    of the FLOPs left equally and raise the thresholds of their modes together; None for CoMP, which chooses a mode in every
+    stage.
     """
 
     about: str
     params: str = "cip"
-    tokens: str = "attention"
+    tokens: str | None = None
     phases: tuple[str, ...] | None = None
 
     def removes(self, kind: str) -> bool:
@@ -44,7 +45,7 @@ METHODS = {
     "taylor": Method("parameters: loss that a unit's removal adds, to first order", "taylor", phases=("parameters",)),
     "upop": Method("parameters: signed gradients of the masks, standardised over all layers", "upop", phases=("parameters",)),
     "random": Method("parameters: chance", "random", phases=("parameters",)),
-    "token": Method("tokens: attention received", phases=("tokens",)),
+    "token": Method("tokens: attention received", tokens="attention", phases=("tokens",)),
     "cls": Method("tokens: attention from [CLS]", tokens="cls", phases=("tokens",)),
     "stride": Method("tokens: evenly spread, blind to the image", tokens="stride", phases=("tokens",)),
     "random-token": Method("tokens: chance", tokens="random", phases=("tokens",)),

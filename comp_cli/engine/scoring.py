@@ -216,7 +216,7 @@ def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted:
         if following is not None:
             scores = following
         elif keep is not None and keep < scores.shape[1]:
-            fused = int(tower.fuse)  # the last token, which stands for the others and is nobody's in the last layer
+            fused = int(tower.fuse and keep > 1)  # the last token, which stands for the others
             scores = scores.gather(1, kept_tokens(scores, keep - fused, tower.protected))
             scores = nn.functional.pad(scores, (0, fused))
     return importance.token_weights(scores, *special_tokens(scores, tower)) if weighted else (scores >= 0).float()
