@@ -470,7 +470,7 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
     layer.set_submodule(layout["ffn"][0], resized(fc1, fc1.in_features, sizes["ffn"]))
     layer.set_submodule(layout["ffn"][1], resized(fc2, sizes["ffn"], fc2.out_features))
     if sizes["keep"] is not None:
-        layer.keep, layer.protected, layer.fuse = sizes["keep"], tuple(layout["protected"]), layout.get("fuse", False)
+        layer.keep, layer.protected, layer.fuse = sizes["keep"], tuple(layout["protected"]), tower.get("fuse", False)
         attention = layer.get_submodule(layout["attention"]["module"])
         attention.score_rows, attention.score_rule = tower["score_rows"], tower.get("score_rule", "attention")
     return layer

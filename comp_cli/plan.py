@@ -36,6 +36,7 @@ class TowerPlan:
     layers: tuple[LayerPlan, ...]
     score_rows: int = 0  # query rows behind the token scores; 0 for all
     score_rule: str = "attention"  # see modeling_comp.TOKEN_RULES
+    fuse: bool = False  # whether tokens that go stay as one, see modeling_comp.TokenPruning
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Plan:
             return LayerPlan(attention(part["attention"]), attention(part["cross"]), tuple(part["ffn"]), part["keep"])
 
         towers = (
-            TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"], t["score_rule"]) for t in found["towers"]
+            TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"], t["score_rule"], t.get("fuse", False))
+            for t in found["towers"]
         )
         return cls(found["architecture"], tuple(towers))
 
@@ -90,6 +92,7 @@ class Plan:
                 "layout": family.tower(tower.name).layout(),
                 "score_rows": tower.score_rows,
                 "score_rule": tower.score_rule,
+                "fuse": tower.fuse,
                 "layers": [_layer_sizes(layer) for layer in tower.layers],
             }
             for tower in self.towers
@@ -120,5 +123,6 @@ def dense_plan(config: dict[str, Any], family: Family, architecture: str) -> Pla
         attention = AttentionPlan(tuple(range(heads)), width // heads, (width // heads) ** -0.5)
         ffn = tuple(range(part["intermediate_size"]))
         layer = LayerPlan(attention, attention if tower.cross else None, ffn)
-        towers.append(TowerPlan(tower.name, (layer,) * part["num_hidden_layers"], score_rule=tower.score_rule))
+        layers = (layer,) * part["num_hidden_layers"]
+        towers.append(TowerPlan(tower.name, layers, score_rule=tower.score_rule, fuse=tower.fuse))
     return Plan(architecture, tuple(towers))

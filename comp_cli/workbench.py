@@ -162,16 +162,17 @@ def affordable(dense: Dense, many: float, few: float) -> float:
 
 
 def with_score_rule(plan: Plan, rule: str | None, family: Family) -> Plan:
-    """Images are ranked by another rule, if any; texts, which have no patches, by their own as ever. Exit 2 where that is no
-    rule for the model."""
+    """Images are ranked by another rule, if any, and what goes by it is dropped; texts, which have no patches, by their own as
+    ever. Exit 2 where that is no rule for the model."""
     classes = {tower.name: tower.class_token for tower in family.towers}
     if rule is None or (rule == "attention" and "vision" not in classes):
         return plan
     if "vision" not in classes or (rule == "cls" and classes["vision"] is None):
         lacks = "has no images to rank so" if "vision" not in classes else "has no [CLS] to ask"
         raise CompError(f"token scores by {rule}: a {family.name} model {lacks}.", code=USAGE, hint="Use --method token.")
-    towers = (replace(tower, score_rule=rule) if tower.name == "vision" else tower for tower in plan.towers)
-    return replace(plan, towers=tuple(towers))
+    if rule == family.tower("vision").score_rule:
+        return plan
+    return plan.with_tower(replace(plan.tower("vision"), score_rule=rule, fuse=False))
 
 
 def with_score_rows(plan: Plan, rows: int) -> Plan:

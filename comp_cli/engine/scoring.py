@@ -212,11 +212,12 @@ def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted:
     scores = recorder.scores[tower.name, index]
     if part != "attention":
         following = recorder.scores.get((tower.name, index + 1))
-        keep = plan.tower(tower.name).layers[index].keep
+        planned = plan.tower(tower.name)
+        keep = planned.layers[index].keep
         if following is not None:
             scores = following
         elif keep is not None and keep < scores.shape[1]:
-            fused = int(tower.fuse and keep > 1)  # the last token, which stands for the others
+            fused = int(planned.fuse and keep > 1)  # the last token, which stands for the others
             scores = scores.gather(1, kept_tokens(scores, keep - fused, tower.protected))
             scores = nn.functional.pad(scores, (0, fused))
     return importance.token_weights(scores, *special_tokens(scores, tower)) if weighted else (scores >= 0).float()

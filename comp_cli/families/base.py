@@ -39,11 +39,11 @@ class Tower:
     causal: bool = False  # a token sees those before it only
     text_end: str | None = None  # path of the text model that is read at the end-of-text token; None where none is
     score_rule: str = "attention"  # how tokens are ranked, see modeling_comp.TOKEN_RULES
-    fuse: bool = False  # whether the tokens that go stay as one, see modeling_comp.TokenPruning; one tower must read them alone
+    fuse: bool = False  # whether tokens that go by this rule stay as one; for towers whose tokens nothing else reads
 
     def layout(self) -> dict[str, Any]:
         """The part of the description that the runtime needs; goes into config.json."""
-        names = ("encoder", "layers", "order", "attention", "cross", "ffn", "protected", "causal", "text_end", "fuse")
+        names = ("encoder", "layers", "order", "attention", "cross", "ffn", "protected", "causal", "text_end")
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
