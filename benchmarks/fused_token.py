@@ -2,9 +2,9 @@
 
     python benchmarks/fused_token.py CLIP           # the folder of train_clip.py
 
-Behind the attention of one layer half of the patches stay. The others are dropped, as comp does, or stay as one token, their
-mean (as in EViT), or as one that later attention counts as often as there are tokens in it: log(number) is added to its logits
-(as in ToMe). Recall@1 among scenes of the validation split, a column for each layer; nothing else is pruned.
+Behind the attention of one layer half of the patches stay. The others are dropped, or stay as one token, their mean (as in
+EViT), or as one that later attention counts as often as there are tokens in it: log(number) is added to its logits (as in ToMe,
+and now in comp). Recall@1 among scenes of the validation split, a column for each layer; nothing else is pruned.
 """
 
 import argparse
