@@ -8,20 +8,19 @@ and the three graphs in ONNX Runtime through `comp_cli.load_onnx`.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import time
 from pathlib import Path
 
 import full_size
+import latency
+import prepared
 import torch
 
 from comp_cli import graphs, load, load_onnx, tasks
 from comp_cli.data import random_inputs
 from comp_cli.families import FAMILIES
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
 from comp_cli.variants import on_own_kernels
 
 FAMILY, TASK = FAMILIES["blip_caption"], tasks.TASKS["caption"]
@@ -51,10 +50,7 @@ def writers(work: Path) -> dict[str, torch.nn.Module]:
         f"{onnx}, dense on comp's kernels": load_onnx(exported(work / "own-onnx", dense, on_own_kernels(stock))),
     }
     for ratio in RATIOS:
-        folder = work / f"compact-{ratio:g}"
-        if not folder.exists():
-            few = {"num_samples": 4, "eval_samples": 2, "batch_size": 2}
-            prune(Options(str(dense), ratio, method="joint", recover=False, device="cpu", **few), folder, Output())
+        folder = prepared.compact_folder(work, ratio, dense)
         model = load(folder)
         found[f"torch, compact at {ratio:g}"] = model
         found[f"{onnx}, compact at {ratio:g}"] = load_onnx(exported(work / f"compact-{ratio:g}-onnx", folder, model))
@@ -91,10 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--core", type=int, help="pin to this core")
     arguments = parser.parse_args()
-    if arguments.core is not None:
-        os.sched_setaffinity(0, {arguments.core})
-    torch.set_num_threads(1)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    latency.settle(arguments)
     taken = measure(writers(arguments.work), arguments.rounds)
     arguments.output.write_text(json.dumps(taken, indent=1) + "\n")
     print(table(taken))

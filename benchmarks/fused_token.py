@@ -104,10 +104,8 @@ def main(arguments: argparse.Namespace) -> None:
             cells = [recall(embeds(layer, rule, afterwards)) for layer in layers]
             lines.append(f"| {rule} | {afterwards} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    text = f"Dense: recall@1 {recall(expected)} % among {arguments.scenes} scenes of the validation split.\n\n" + "\n".join(
-        lines
-    )
-    arguments.output.write_text(text + "\n")
+    said = f"Dense: recall@1 {recall(expected)} % among {arguments.scenes} scenes of the validation split."
+    arguments.output.write_text("\n".join([said, "", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCro
 
 from .errors import REFUSED, USAGE, CompError
 from .families import find_family
-from .graphs import DECODER, ENCODER, HIDDEN, PAST
+from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
 from .loading import quiet_libraries
 from .sessions import OnnxWriter, Values
 from .store import read_config
@@ -42,16 +42,9 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
     if family.decoder.question is None:
         model.add_module(family.vision, encoder)
     else:
-        model.add_module(family.vision, HandsOn())
+        model.add_module(family.vision, Encoded(family.image_embeds))  # the encoder graph does its work, with the question's
         model.add_module(family.decoder.question, encoder)
     return model
-
-
-class HandsOn(nn.Module):
-    """Stands for a vision tower whose work the encoder graph does together with the question's."""
-
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=pixel_values)
 
 
 class OnnxEncoder(nn.Module):

@@ -184,11 +184,8 @@ class DecoderGraph(Graph):
 
     def example(self) -> dict[str, Any]:
         batch = len(self.states)
-        return {"input_ids": torch.arange(7 * batch).view(batch, 7) % self.vocabulary, STATES: self.states}
-
-    @property
-    def vocabulary(self) -> int:
-        return self.model.config.text_config.vocab_size
+        vocabulary = self.model.config.text_config.vocab_size
+        return {"input_ids": torch.arange(7 * batch).view(batch, 7) % vocabulary, STATES: self.states}
 
 
 class PastGraph(DecoderGraph):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import data, tasks
 from .families import Family
+from .families.base import INPUTS
 from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
 from .sessions import OnnxModel
 from .workbench import Pairs, collator, generated_pairs
@@ -113,7 +114,7 @@ def expected(
             return found | {TEXT_EMBEDS: getattr(model, family.encoders[1])(**texts).pooler_output}
         if family.decoder:
             text = inputs[family.decoder.text]
-            asked = (inputs[name] for name in ("pixel_values", "input_ids", "attention_mask"))
+            asked = (inputs[name] for name in INPUTS)
             return {"logits": decode(model, family, encode(model, family, *asked), text).logits}
         if task.paired:
             every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)

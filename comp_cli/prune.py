@@ -10,6 +10,7 @@ from torch import nn
 
 from . import __version__, report, tasks, writing
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
+from .data import Pair
 from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
@@ -20,7 +21,7 @@ from .plan import Plan
 from .search import Options, find
 from .store import atomic_folder, check_output, folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes
-from .workbench import DataOptions, Dense, Pairs, affordable, batches_of, choose_pairs, open_dense
+from .workbench import DataOptions, Dense, Pairs, affordable, choose_pairs, open_dense
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
 
@@ -163,10 +164,14 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
 def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> tuple[dict[str, Any], float]:
     """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
     And the seconds that the dense model took for a pair."""
-    batches = batches_of(dense, pairs, "evaluation", options.eval_samples, options.batch_size)
     found, seconds, task = {}, {}, dense.task
+    models = {"dense": dense.runtime(dense.plan), "compact": compact}
+    read = pairs.read("evaluation", options.eval_samples, takes=task.takes)
+    if dense.family.decoder:
+        read = list(read)  # which are written about as well
+    batches = list(dense.collate.batches(read, options.batch_size))
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
-        for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
+        for name, model in models.items():
             begin = time.perf_counter()
             found[name] = tasks.evaluate(model, task, batches, bar.advance)
             seconds[name] = time.perf_counter() - begin
@@ -175,7 +180,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
     metric = task.metric
     if dense.family.decoder and before.metrics:
-        written = judge_texts(dense, compact, pairs, options, out)
+        written = judge_texts(dense, models, read, options.batch_size, out)
         metric, metrics = next(iter(written), metric), written | metrics
     quality = {
         "samples": before.samples,
@@ -188,17 +193,18 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     return quality, seconds["dense"] / before.samples
 
 
-def judge_texts(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> dict[str, dict[str, float]]:
-    """Metrics of the captions or answers that both models write on the evaluation pairs; the one that counts first."""
-    read = list(pairs.read("evaluation", options.eval_samples, takes=dense.task.takes))
-    about, _ = writing.subjects(dense.task, read)
+def judge_texts(
+    dense: Dense, models: dict[str, nn.Module], pairs: list[Pair], batch_size: int, out: Output
+) -> dict[str, dict[str, float]]:
+    """Metrics of the captions or answers that the models write on the pairs, for each; the one that counts first."""
+    about, known = writing.subjects(dense.task, pairs)
     if why := writing.missing(dense.task, about):
         out.warn(f"{why}; {dense.task.metric} is what counts")
         return {}
     found = {}
     with out.progress("writing texts", 2 * len(about)) as bar:
-        for name, model in (("dense", dense.runtime(dense.plan)), ("compact", compact)):
-            found[name] = writing.judge(model, dense, read, options.batch_size, lambda done: bar.advance(by=done))
+        for name, model in models.items():
+            found[name] = writing.judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done))
     return {name: {side: values[name] for side, values in found.items()} for name in found["dense"]}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .data import Pair
+from .families.base import INPUTS
 from .tasks import Task
 from .workbench import Dense
 
@@ -25,7 +26,7 @@ def write(model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int
     Questions of a batch are of one length: transformers does not mask the padding of others (see families/blip.py).
     """
     task, processor = dense.task, dense.processor
-    names = [name for name in ("pixel_values", "input_ids", "attention_mask") if task.answered or name == "pixel_values"]
+    names = INPUTS if task.answered else ("pixel_values",)
     weight, room = next(model.parameters()), model.config.text_config.max_position_embeddings - 1
     lengths = [len(processor.tokenizer(pair.text)["input_ids"]) if task.answered else 0 for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
@@ -107,9 +108,13 @@ def cider(written: Sequence[str], known: Sequence[tuple[str, ...]]) -> float:
 
 
 def judge(
-    model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int, advance: Callable[[int], None] = lambda done: None
+    model: nn.Module,
+    dense: Dense,
+    about: Sequence[Pair],
+    known: Sequence[tuple[str, ...]],
+    batch_size: int,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """Write about all pairs, and score it."""
-    about, known = subjects(dense.task, pairs)
+    """Write about `subjects`, and score it."""
     with torch.inference_mode():
         return score(dense.task, write(model, dense, about, batch_size, advance), known)

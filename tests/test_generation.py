@@ -315,7 +315,7 @@ def test_texts_that_are_written_are_scored(writer, tmp_path):
     metric = "soft accuracy" if writer.dense.task.answered else "CIDEr"
     assert report["quality"]["metric"] == metric == next(iter(report["quality"]["metrics"]))
     pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, takes=writer.dense.task.takes))
-    found = writing.judge(load_model(tmp_path / "compact"), writer.dense, pairs, 3)
+    found = writing.judge(load_model(tmp_path / "compact"), writer.dense, *writing.subjects(writer.dense.task, pairs), 3)
     assert found[metric] == report["quality"]["metrics"][metric]["compact"]
 
 
