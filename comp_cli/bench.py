@@ -5,7 +5,6 @@ Dense means what a user would otherwise run: the stock transformers model in tor
 what pruning brings.
 """
 
-import platform
 import re
 import tempfile
 import time
@@ -19,6 +18,7 @@ from torch import nn
 from . import __version__, bench_report, gates, hub, providers, tasks, timing, variants
 from .data import random_inputs
 from .engine import flops
+from .environment import processor_name
 from .errors import GATE, REFUSED, USAGE, CompError
 from .export import longest_text
 from .families import Family, find_architecture, find_family, tower_config
@@ -247,15 +247,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     import onnxruntime
     import transformers
 
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda" and torch.cuda.is_available():
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    gpu = device.type == "cuda" and torch.cuda.is_available()
     return {
         "device": str(device),
-        "name": name,
+        "name": torch.cuda.get_device_name(device) if gpu else processor_name(),
         "threads": torch.get_num_threads(),
         "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,

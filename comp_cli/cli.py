@@ -406,6 +406,26 @@ def bench(
     _run(out, work)
 
 
+@app.command()
+def env(form: Format = "human", as_json: Json = False, quiet: Quiet = False) -> None:
+    """Show versions, devices and providers, and what would fail here: for bug reports.
+
+    Examples:
+
+    `comp env`
+
+    `comp env --json`
+    """
+    out = _output(form, as_json, quiet, no_progress=True)
+
+    def work():
+        from .environment import environment
+
+        return environment(out), None
+
+    _run(out, work)
+
+
 def run() -> None:
     """The console script. What the parser itself refuses is a document too, where one was asked for."""
     try:

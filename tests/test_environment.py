@@ -1,0 +1,80 @@
+"""`comp env`: what a bug report needs, also where a library is missing or broken."""
+
+import json
+import platform
+from importlib import metadata
+
+import pytest
+from typer.testing import CliRunner
+
+from comp_cli import environment
+from comp_cli.cli import app
+
+
+@pytest.fixture
+def document():
+    result = CliRunner().invoke(app, ["env", "--json"])
+    assert result.exit_code == 0
+    return json.loads(result.stdout)
+
+
+def test_versions_are_those_that_are_installed(document):
+    assert document["python"] == platform.python_version()
+    for name in ("torch", "transformers", "safetensors", "onnx", "datasets"):
+        assert document["packages"][name] == metadata.version(name)
+    assert "pytest" not in document["packages"]  # what developers need is no part of it
+
+
+def test_people_read_lines_with_what_would_fail():
+    import torch
+
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0 and f"transformers: {metadata.version('transformers')}" in result.stdout
+    if torch.version.cuda is None:
+        assert f"- --device cuda: torch {torch.__version__} is built without CUDA" in result.stdout
+
+
+def test_a_token_is_never_printed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    result = CliRunner().invoke(app, ["env"])
+    assert "hf_secret" not in result.output and "HF_TOKEN: (set)" in result.stdout
+
+
+def test_a_package_that_is_missing_or_too_old_is_said(monkeypatch):
+    installed = {"pillow": None, "transformers": "4.57.0"}
+    real = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: installed[name] if name in installed else real(name))
+    versions, problems = environment.read_packages()
+    said = [f"{problem['what']}: {problem['why']}" for problem in problems]
+    assert versions["pillow"] is None and "everything: pillow is not installed" in said
+    assert any(line.startswith("everything: transformers 4.57.0 is installed, needed is") for line in said)
+
+
+def test_two_wheels_of_one_module_are_said(monkeypatch):
+    monkeypatch.setattr(environment, "_version", lambda name: "1.31.1")
+    _, problems = environment.read_packages()
+    assert any("onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in problem["why"] for problem in problems)
+
+
+def test_a_library_that_cannot_be_imported_is_a_finding_not_a_failure(monkeypatch, document):
+    real = environment.import_module
+
+    def broken(name):
+        if name in ("torch", "onnxruntime"):
+            raise OSError(f"lib{name}.so: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(environment, "import_module", broken)
+    devices, problems = environment.read_devices()
+    assert [device["device"] for device in devices] == ["cpu"]
+    assert problems[0]["why"] == "torch cannot be imported: OSError: libtorch.so: cannot open shared object file"
+    assert environment.read_providers() == (
+        [],
+        [{"what": "everything", "why": problems[0]["why"].replace("torch", "onnxruntime")}],
+    )
+
+
+def test_little_room_for_downloads_is_said(monkeypatch):
+    monkeypatch.setattr(environment, "LITTLE_SPACE", 2**70)
+    cache, problems = environment.read_cache()
+    assert cache["free_bytes"] > 0 and "are free at" in problems[0]["why"]
