@@ -12,6 +12,7 @@ from typing import Literal
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
 from .store import read_json
+from .vetting import check_folder, shown
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -152,22 +153,41 @@ def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> l
 
 
 def check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
-    """Exit 4 where `pick_weights` refuses the folder's files, or a shard is missing or lies outside."""
-    for name in pick_weights(os.listdir(folder), allow_pickle=allow_pickle, owner=str(folder)):
-        path = folder / name
-        for needed in check_shards(read_json(path), path) if path.suffix == ".json" else [name]:
-            if not (folder / needed).is_file():
-                raise CompError(f"{folder}: the weight file {needed!r} is missing.", code=REFUSED)
+    """Exit 4 where `pick_weights` refuses the folder's files, a shard is missing or lies outside, or `vetting` finds what no
+    library should read."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise CompError(f"{folder}: {error.strerror}.", code=REFUSED) from error
+    weights = pick_weights(names, allow_pickle=allow_pickle, owner=str(folder))
+    check_folder(folder)
+    weight_files(folder, weights)
+
+
+def weight_files(folder: Path, weights: list[str]) -> list[str]:
+    """The files that hold the weights, of what `pick_weights` found: the shards that an index names. Exit 4 for one that is
+    missing."""
+    if not weights[0].endswith(".json"):
+        found = weights
+    else:
+        found = check_shards(read_json(folder / weights[0]), folder / weights[0])
+    for name in found:
+        if not os.path.isfile(folder / name):
+            raise CompError(f"{folder}: the weight file {shown(name)} is missing.", code=REFUSED)
+    return found
 
 
 def check_shards(index: dict, path: Path) -> list[str]:
-    """The file names of a shard index, sorted. Exit 4 where one is more than a plain name: it could lead anywhere."""
-    shards = index.get("weight_map")
+    """The file names of a shard index, sorted. Exit 4 where one is more than a plain name: it could lead anywhere; or of
+    another kind than the index: it could be a pickle."""
+    shards, kind = index.get("weight_map"), Path(path.name.removesuffix(".index.json")).suffix
     if not isinstance(shards, dict) or not shards:
         raise CompError(f"{path}: expected a weight_map from tensors to files.", code=REFUSED)
     for name in shards.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\]", name):
-            raise CompError(f"{path}: {name!r} is not the name of a file beside it.", code=REFUSED)
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise CompError(f"{path}: {shown(name)} is not the name of a file beside it.", code=REFUSED)
+        if not name.endswith(kind):
+            raise CompError(f"{path}: {shown(name)} is no {kind} file.", code=REFUSED)
     return sorted(set(shards.values()))
 
 

@@ -17,11 +17,26 @@ from transformers.initialization import no_init_weights  # noqa: E402
 
 from .dual import speaking_as  # noqa: E402
 from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
-from .families import Family, find_architecture  # noqa: E402
+from .families import Family, compact_block, find_family, tower_config  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
+from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
+from .hub import check_checkpoint, pick_weights, weight_files  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
-from .store import read_config  # noqa: E402
+from .plan import dense_plan  # noqa: E402
+from .plan_check import check_block  # noqa: E402
+from .store import TensorHeader, read_config  # noqa: E402
+from .vetting import check_report, shown  # noqa: E402
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,14 +89,23 @@ def load_model(
     """The model of a checkpoint folder, dense or compact, in eval mode on the CPU; it answers as its class does, or as the
     family is described.
 
-    Exit 4 where weights are missing, left over, of another size than the config says, or not finite.
+    Exit 4 for a folder that `hub.check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over, of
+    another size than the config says, not finite, or not those of comp's own report. Sizes are compared before anything is
+    built.
     """
+    check_checkpoint(folder, allow_pickle=allow_pickle)
     config = read_config(folder)
-    architecture = find_architecture(config)
-    model_class = compact_class(architecture) if "comp" in config else getattr(transformers, architecture)
-    options = {"use_safetensors": not _only_pickle(folder) or not allow_pickle, "local_files_only": True}
+    described, architecture, _ = find_family(config)
+    stock = getattr(transformers, architecture)
+    model_class = compact_class(architecture) if compact_block(config) is not None else stock
+    weights = pick_weights(os.listdir(folder), allow_pickle=allow_pickle, owner=str(folder))
+    headers = read_headers(folder, weight_files(folder, weights))
+    options = {"use_safetensors": not weights[0].startswith("pytorch_model"), "local_files_only": True}
     try:
         with quiet_libraries():
+            parsed = stock.config_class.from_pretrained(folder, local_files_only=True)
+            check_sizes(parsed, described, architecture, headers, folder)
+            check_shapes(headers, on_meta(model_class, parsed), folder)
             model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except CompError:
         raise
@@ -93,14 +117,36 @@ def load_model(
         ) from error
     problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
     if problems:
-        said = "; ".join(f"{name.replace('_', ' ')}: {_few(keys)}" for name, keys in problems.items())
+        said = "; ".join(f"{name.replace('_', ' ')}: {few(keys)}" for name, keys in problems.items())
         raise CompError(
             f"{folder}: weights and config.json do not agree ({said}).",
             code=REFUSED,
             hint="comp loads nothing by halves: transformers would fill the gaps with random numbers.",
         )
     check_finite(model.state_dict(), folder)
+    check_report(folder)  # last: what is above says more exactly what is wrong
     return speaking_as(model.eval(), family)
+
+
+def check_sizes(
+    config: transformers.PretrainedConfig,
+    family: Family,
+    architecture: str,
+    headers: Mapping[str, TensorHeader],
+    folder: Path,
+) -> None:
+    """Exit 4 where the numbers of a config.json, defaults filled in, cannot be: layers that the weights do not have, sizes
+    below one, heads that do not divide, a plan that does not follow from them."""
+    whole = config.to_dict()
+    for tower in family.towers:
+        for name, value in tower_config(whole, tower).items():
+            if name in SIZES and not (type(value) is int and value >= 1):
+                place = f"{tower.config}.{name}".removeprefix(".")
+                raise CompError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.", code=REFUSED)
+    check_depth(headers, whole, family, folder)
+    dense_plan(whole, family, architecture)
+    if (block := compact_block(whole)) is not None:
+        check_block(block, whole, family, architecture)
 
 
 def build_compact(
@@ -113,7 +159,7 @@ def build_compact(
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
     found = model.load_state_dict(state, strict=False, assign=True)
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:
-        raise ValueError(f"weights that are not those of {architecture}: {_few(wrong)}")
+        raise ValueError(f"weights that are not those of {architecture}: {few(wrong)}")
     for name, source in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, model.get_parameter(source))
@@ -173,15 +219,6 @@ def facts(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.get("comp", {}).items() if key != "towers"}
 
 
-def _only_pickle(folder: Path) -> bool:
-    return not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _few(keys: Any) -> str:
-    names = [str(key[0] if isinstance(key, tuple) else key) for key in keys]
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

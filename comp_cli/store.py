@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MARKERS = ("comp_report.json", "export.json")  # a folder with one of them was written by comp
 WEIGHT_SUFFIXES = ({".safetensors"}, {".onnx", ".data"}, {".bin"})  # the first kind that a folder holds is its weights
 SEARCH_DEPTH = 3
+JSON_LIMIT = 64 * 2**20  # bytes; the largest tokenizers take a quarter
 
 
 class TensorHeader(NamedTuple):
@@ -31,9 +32,16 @@ class TensorHeader(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Exit 4 where the file is missing, is not JSON, or holds something else than an object."""
+    """A JSON object. Exit 4 where the file is missing, is no plain file of up to 64 MiB (a device, a pipe), is not JSON, or
+    holds something else than an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CompError(f"{path}: not a plain file (a device, a pipe or a socket).", code=REFUSED)
+        with path.open("rb") as file:
+            read = file.read(JSON_LIMIT + 1)
+        if len(read) > JSON_LIMIT:
+            raise CompError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.", code=REFUSED)
+        content = json.loads(read.decode("utf-8"))
     except OSError as error:
         raise CompError(f"{path}: cannot be read ({error.strerror}).", code=REFUSED) from error
     except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ __all__ = [
     "Dual",
     "Family",
     "Tower",
+    "compact_block",
     "find_architecture",
     "find_family",
     "supported",
@@ -38,14 +39,28 @@ def supported() -> list[str]:
     return sorted({name for family in FAMILIES.values() for name in family.architectures})
 
 
+def compact_block(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The block `comp` of a config.json; None for a dense model. Exit 4 where it is none."""
+    if "comp" not in config:
+        return None
+    if not isinstance(config["comp"], dict):
+        said = f"config.json: comp is {type(config['comp']).__name__}, expected what comp prune writes there."
+        raise CompError(said, code=REFUSED, hint="Without that key the model is a dense one.")
+    return config["comp"]
+
+
 def find_family(config: dict[str, Any], wanted: str | None = None) -> tuple[Family, str, str]:
     """Family, architecture and task of a config.json: of the wanted task, that of a compact model, or the usual one.
 
-    Exit 4 for an architecture that comp does not know, 2 for a task that it is not for.
+    Exit 4 for an architecture that comp does not know or a task that a compact model cannot be for, 2 for a wanted one.
     """
     architecture = find_architecture(config)
     families = {task: family for family in FAMILIES.values() for task in family.architectures.get(architecture, ())}
-    task = wanted or config.get("comp", {}).get("task") or next(iter(families))
+    made_for = (compact_block(config) or {}).get("task")
+    if made_for is not None and (not isinstance(made_for, str) or made_for not in families):
+        said = f"config.json: comp.task is {made_for!r}; a {architecture} is for {', '.join(families)}."
+        raise CompError(said, code=REFUSED)
+    task = wanted or made_for or next(iter(families))
     if task not in families:
         raise CompError(f"--task {task}: this model is for {', '.join(families)}.", code=USAGE)
     return families[task], architecture, task
@@ -54,16 +69,35 @@ def find_family(config: dict[str, Any], wanted: str | None = None) -> tuple[Fami
 def find_architecture(config: dict[str, Any]) -> str:
     """The transformers class that a config.json names. Exit 4 for one that comp does not know."""
     named = config.get("architectures")
-    named = named if isinstance(named, list) and named else ["(none named)"]
+    named = [str(name) for name in named] if isinstance(named, list) else []
     known = supported()
-    for architecture in map(str, named):
+    for architecture in named:
         stock = architecture.removeprefix("Compact")  # what save_pretrained of a compact model writes
         if stock in known:
             return stock
-    spelled = {name.lower(): name for name in known}
-    nearest = get_close_matches(str(named[0]).lower(), spelled, n=1, cutoff=0.4)
+    kind = config.get("model_type")
+    alike = same_kind(kind)
+    if not named:
+        fits = f'Add "architectures": ["{alike[0]}"] to it' if alike else "Add the class of the model to it"
+        others = f", or what the model is of {', '.join(alike[1:])}" if alike[1:] else ""
+        said = f"config.json names no architectures (model_type {kind!r}), so what the model is for is not known."
+        raise CompError(said, code=REFUSED, hint=f"{fits}{others}.")
+    if not alike:
+        spelled = {name.lower(): name for name in known}
+        alike = [spelled[name] for name in get_close_matches(named[0].lower(), spelled, n=1, cutoff=0.4)]
+    nearest = f" The nearest is {alike[0]}." if alike else ""
     raise CompError(
-        f"comp does not know the architecture {named[0]} (model_type {config.get('model_type')!r}).",
+        f"comp does not know the architecture {named[0]} (model_type {kind!r}).",
         code=REFUSED,
-        hint=f"Supported: {', '.join(known)}." + (f" The nearest is {spelled[nearest[0]]}." if nearest else ""),
+        hint=f"Supported: {', '.join(known)}.{nearest}",
     )
+
+
+def same_kind(model_type: Any) -> list[str]:
+    """The architectures of a model_type that comp prunes, the usual one first; of its parts those of the whole."""
+    if not isinstance(model_type, str):
+        return []
+    for found in (model_type, model_type.split("_")[0]):
+        if names := [name for family in FAMILIES.values() if family.model_type == found for name in family.architectures]:
+            return list(dict.fromkeys(names))
+    return []

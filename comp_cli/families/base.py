@@ -77,6 +77,7 @@ class Family:
     """A group of architectures that are built alike, for tasks that go through the same parts of them."""
 
     name: str
+    model_type: str  # what transformers calls the kind in config.json
     architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
     towers: tuple[Tower, ...]
     inputs: tuple[str, ...] = INPUTS  # what the model takes of what its processor makes

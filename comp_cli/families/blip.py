@@ -33,6 +33,7 @@ LANGUAGE = Tower(
 PATCHES = {"vision_model.embeddings.patch_embedding": "patches"}
 BLIP = Family(
     name="blip",
+    model_type="blip",
     architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
     vision="vision_model",

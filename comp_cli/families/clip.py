@@ -30,6 +30,7 @@ LANGUAGE = replace(
 )
 CLIP = Family(
     name="clip",
+    model_type="clip",
     architectures={"CLIPModel": ("retrieval", "zero-shot")},
     towers=(VISION, LANGUAGE),
     encoders=("get_image_features", "get_text_features"),
@@ -39,6 +40,7 @@ CLIP = Family(
 CLIP_VISION = replace(
     CLIP,
     name="clip_vision",
+    model_type="clip_vision_model",
     architectures={"CLIPVisionModelWithProjection": ("image-embedding",)},
     towers=(replace(VISION, config=""),),
     inputs=("pixel_values",),
@@ -49,6 +51,7 @@ CLIP_VISION = replace(
 CLIP_TEXT = replace(
     CLIP,
     name="clip_text",
+    model_type="clip_text_model",
     architectures={"CLIPTextModelWithProjection": ("text-embedding",)},
     towers=(replace(LANGUAGE, config=""),),
     inputs=("input_ids", "attention_mask"),

@@ -7,6 +7,7 @@ from .clip import LANGUAGE, VISION
 
 SIGLIP = Family(
     name="siglip",
+    model_type="siglip",
     architectures={"SiglipModel": ("retrieval", "zero-shot")},
     towers=(
         replace(VISION, protected=(), class_token=None, score_rule="attention", fuse=False),
