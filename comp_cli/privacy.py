@@ -1,4 +1,4 @@
-"""No telemetry: libraries that comp uses report to their makers unless the environment says otherwise, before they are imported.
+"""No telemetry: libraries report to their makers unless the environment, when they are imported, tells them not to.
 
 Whoever sets one of these variables decides; processes that comp starts inherit them.
 """

@@ -22,7 +22,7 @@ def run_at_home(home: Path, code: str, **variables: str) -> str:
 
 
 def test_telemetry_of_every_library_is_off_before_it_is_imported(tmp_path):
-    code = "import comp_cli, os, sys; print([os.environ[n] for n in %r], 'onnxruntime' in sys.modules)" % list(SILENT)
+    code = f"import comp_cli, os, sys; print([os.environ[n] for n in {list(SILENT)}], 'onnxruntime' in sys.modules)"
     assert run_at_home(tmp_path, code).strip() == f"{list(SILENT.values())} False"
 
 
