@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from .privacy import be_silent
+
+be_silent()  # before anything is imported that would report
+
 __version__ = "0.1.0"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import onnx
 import torch
 import transformers
 
@@ -19,6 +20,7 @@ from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import Decoder, Family, find_family, tower_config
 from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
+from .onnx_checks import least_runtime, require_runtime
 from .output import Output
 from .report import mib, percent
 from .sessions import OnnxModel, open_graphs
@@ -95,6 +97,8 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
         fused = optimize(partial, names, check, options, out) if options.optimize else {}
         left_out = quantize(partial, names, check, out) if options.quantize else []
+        least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
+        require_runtime(least, partial)
         graphs = check.open(partial, names)
         rows = check.rows(graphs, out)
         problem = parity.problem(rows, tolerance)
@@ -110,6 +114,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         document = {
             "comp_version": __version__,
             "versions": _versions(),
+            "min_onnxruntime": least,
             "source": facts(config),
             "architecture": architecture,
             "opset": options.opset,
@@ -129,13 +134,13 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "agreement": parity.agreement(rows),
             "parity": [vars(row) for row in rows],
             "size_bytes": folder_size(partial),
-            "seconds": round(perf_counter() - started, 1),
         }
         (partial / "README.md").write_text(graphs_card(document, generation))
         document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None)
+    document |= {"seconds": round(perf_counter() - started, 1)}  # not in the folder: two exports are the same bytes
     print_export(document, output, out)
     return document
 

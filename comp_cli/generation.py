@@ -13,6 +13,7 @@ from .errors import REFUSED, USAGE, CompError
 from .families import find_family
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
 from .loading import quiet_libraries
+from .onnx_checks import check_files, check_signature, writer_signatures
 from .sessions import OnnxWriter, Values
 from .store import read_config
 
@@ -25,10 +26,14 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
     config = read_config(folder)
     family, architecture, _ = find_family(config)
     names = [ENCODER, DECODER, PAST]
-    if family.decoder is None or not all((folder / name).exists() for name in names):
+    if family.decoder is None or not all((folder / name).is_file() for name in names):
         raise CompError(f"{folder}: no graphs that write texts.", code=REFUSED, hint=f"Needed: {', '.join(names)}.")
-    graphs = OnnxWriter(folder, names, device, family.decoder.text)
+    check_files(folder, ["config.json", *names])
     stock = getattr(transformers, architecture)
+    expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
+    graphs = OnnxWriter(folder, names, device, family.decoder.text)
+    for name, session in graphs.sessions.items():
+        check_signature(folder / name, session, expected[name])
     with quiet_libraries(), torch.device("meta"):
         model = stock(stock.config_class.from_pretrained(folder)).eval()
     decoder = model.get_submodule(family.decoder.module)

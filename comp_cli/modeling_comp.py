@@ -202,6 +202,9 @@ def fused_attention(
     cache (batch, heads, tokens, head_dim)."""
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    if attention_mask is not None and attention_mask.shape[0] != 1:
+        # A mask of its own for every head: ONNX Runtime 1.20 reads past the end of (batch, 1, ...), up to 1.19 refuses it.
+        attention_mask = attention_mask.expand(query.shape[0], num_heads, -1, -1)
     bias = () if attention_mask is None else (None, None, attention_mask)
     return torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .errors import DEVICE, CompError
+from .errors import DEVICE, REFUSED, CompError
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
 from .loading import quiet_libraries
 
 
 def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none.
+    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none; 4 where
+    the file holds no graph that could run.
 
     With `profile` the session times its nodes into a file that begins so.
     """
@@ -38,8 +39,7 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
         with quiet_libraries():
             session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CompError(f"ONNX Runtime cannot run {path.name} on {device}: {reason}", code=DEVICE) from error
+        raise _refused(path, device, error) from error
     first = session.get_providers()[0]
     if first != wanted:
         raise CompError(
@@ -48,6 +48,15 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
             hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
         )
     return session
+
+
+def _refused(path: Path, device: str, error: Exception) -> CompError:
+    """A sentence for what ONNX Runtime says about a file: broken, or in order but too much for the device."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if type(error).__name__ in ("NotImplemented", "EPFail", "RuntimeException", "MemoryError"):
+        return CompError(f"ONNX Runtime cannot run {path.name} on {device}: {lines[0]}", code=DEVICE)
+    hint = "It is cut off, damaged, no ONNX graph, or of a newer kind than this ONNX Runtime knows. Export the model again."
+    return CompError(f"{path}: ONNX Runtime refuses it: {lines[0]}", code=REFUSED, hint=hint)
 
 
 def preload_cuda() -> None:
