@@ -1,3 +1,3 @@
-from .cli import run
+from .main import run_module
 
-run()
+run_module()

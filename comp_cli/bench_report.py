@@ -6,11 +6,13 @@ from typing import Any
 from .errors import USAGE, CompError
 from .gates import sentence
 from .output import Output
+from .outputs import atomic_file, check_file, resolve
 from .report import change, gflops, mib, millions, percent
 
 BACKEND_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "compile": "torch.compile"}
 STOCK = {"torch": "stock transformers", "onnx": "plain export", "compile": "stock transformers"}
 PICTURES = (".png", ".svg", ".pdf")
+MARK = b"drawn by comp bench"  # in the pictures that comp drew, which it may replace
 
 
 def side_name(backend: str, side: str) -> str:
@@ -92,8 +94,13 @@ def check_plot(path: Path) -> None:
     """Exit 2 where the picture could not be written in the end."""
     if path.suffix.lower() not in PICTURES:
         raise CompError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}.", code=USAGE)
-    if not path.absolute().parent.is_dir():
+    path = resolve(path, "--plot")
+    if not path.parent.is_dir():
         raise CompError(f"--plot {path}: no such folder.", code=USAGE, hint="Create the folder first.")
+    check_file(path)
+    if path.exists() and MARK not in path.read_bytes():
+        hint = "Choose another name, or remove it yourself."
+        raise CompError(f"--plot {path}: exists, and is no picture that comp drew.", code=USAGE, hint=hint)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -135,4 +142,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=7)
     where = document["machine"]
     figure.suptitle(f"{Path(document['compact']).name} on {where['name']}, threads: {where['threads']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    name = "Software" if path.suffix.lower() == ".png" else "Creator"
+    with atomic_file(resolve(path, "--plot")) as partial:
+        figure.savefig(partial, dpi=150, metadata={name: MARK.decode()})

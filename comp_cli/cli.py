@@ -1,26 +1,35 @@
 """The command line. Options and wording only; heavy imports live inside the commands."""
 
 import os
+import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, streams
 from .engine.methods import METHODS
-from .errors import FAILED, INTERRUPTED, USAGE, CompError
-from .output import MODES, Output
+from .errors import FAILED, USAGE, CompError, explain
+from .output import Output, Unprintable
+from .parsing import Command, Commands
+from .signals import Interrupted
 
 app = typer.Typer(
     name="comp",
+    cls=Commands,
     help="Make vision-language models smaller and faster: prune heads, channels and tokens together, export, measure.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
 
 Model = Annotated[str, typer.Argument(help="A hub id, hf:// URI, folder, or `demo` (shipped with comp).", show_default=False)]
 Folder = Annotated[
@@ -31,11 +40,13 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept; else where HF_HOME says.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Load pytorch_model.bin where there is no safetensors.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. Never falls back.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-NumSamples = Annotated[int, typer.Option(min=1, help="Image-text pairs for calibration.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pairs in one forward pass.")]
-TextTokens = Annotated[int, typer.Option(min=4, help="Text length of the reference input.")]
-ScoreRows = Annotated[int, typer.Option(min=0, help="Query rows that score image tokens; 0 for all, CoMP's full form.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+NumSamples = Annotated[int, typer.Option(min=1, max=MOST, help="Image-text pairs for calibration.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Pairs in one forward pass.")]
+TextTokens = Annotated[int, typer.Option(min=4, max=MOST, help="Text length of the reference input.")]
+ScoreRows = Annotated[
+    int, typer.Option(min=0, max=MOST, help="Query rows that score image tokens; 0 for all, CoMP's full form.")
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Your image-text pairs: jsonl, csv, parquet, imagefolder, or a hub data set. Else generated scenes."),
@@ -56,33 +67,40 @@ NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar
 
 def _output(form: str, as_json: bool, quiet: bool, no_progress: bool) -> Output:
     mode = "json" if as_json else "quiet" if quiet else form
-    if mode not in MODES:
-        Output().error(CompError(f"--format {form}: unknown.", hint=f"Use one of {', '.join(MODES)}."))
-        raise typer.Exit(USAGE)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` started
     return Output(mode if first else "mute", progress=not no_progress)
 
 
-def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]]) -> None:
-    """Do the work and end with its result, or with one sentence and the right exit code."""
+def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]], *, resumes: bool = False) -> None:
+    """Do the work and end with its result, or with one sentence and the right exit code. `resumes`: it has a journal."""
     try:
-        document, path = work()
-    except CompError as error:
-        if os.environ.get("COMP_DEBUG"):
-            raise
-        out.error(error)
-        raise typer.Exit(error.code) from None
-    except KeyboardInterrupt:
-        out.error(CompError("interrupted.", code=INTERRUPTED, hint="The same command goes on where it was, if it was pruning."))
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if os.environ.get("COMP_DEBUG"):
-            raise
-        text = str(error).strip().splitlines()
-        hint = "This is a defect of comp or of a library. COMP_DEBUG=1 shows where it happened."
-        out.error(CompError(f"{type(error).__name__}: {text[0] if text else 'no message'}", code=FAILED, hint=hint))
-        raise typer.Exit(FAILED) from None
-    out.result(document, str(path) if path else None)
+        with redirect_stdout(sys.stderr):
+            document, path = work()
+        out.result(document, str(path) if path else None)
+        return
+    except CompError as found:
+        error = found
+        _trace()
+    except (Interrupted, KeyboardInterrupt) as found:
+        error = _interruption(found, resumes)
+    except Exception as found:
+        error = explain(found)
+        _trace()
+    out.error(error)
+    raise typer.Exit(error.code)
+
+
+def _trace() -> None:
+    if os.environ.get("COMP_DEBUG"):
+        traceback.print_exc()
+
+
+def _interruption(end: BaseException, resumes: bool) -> CompError:
+    """With the command line that goes on."""
+    end = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
+    again = " ".join(word for word in Output.command.split(" ") if word != "--no-resume")
+    hint = f"The same command goes on where it was: {again}" if resumes else f"Start it again: {again}"
+    return CompError(f"{end.said}.", code=end.code, hint=hint)
 
 
 def _version(wanted: bool) -> None:
@@ -98,7 +116,7 @@ def main(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def analyze(
     model: Model,
     task: TaskName = None,
@@ -144,7 +162,9 @@ def analyze(
     _run(out, work)
 
 
-@app.command(epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.about}" for name, method in METHODS.items()))
+@app.command(
+    cls=Command, epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.about}" for name, method in METHODS.items())
+)
 def prune(
     model: Model,
     ratio: Annotated[float, typer.Option(help="Share of the FLOPs that goes, 0 to 1: 0.5 halves them.", show_default=False)],
@@ -158,10 +178,10 @@ def prune(
     answer_column: AnswerColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
-    steps: Annotated[int, typer.Option(min=0, help="Fine-tune what was pruned for so many steps.")] = 0,
-    epochs: Annotated[float | None, typer.Option(min=0, help="The same in passes over --data.")] = None,
+    steps: Annotated[int, typer.Option(min=0, max=MOST, help="Fine-tune what was pruned for so many steps.")] = 0,
+    epochs: Annotated[float | None, typer.Option(min=0, max=MOST, help="The same in passes over --data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate: 1e-4; large models 1e-5.", show_default=False)] = None,
-    train_batch_size: Annotated[int, typer.Option(min=1, help="Pairs of one step, over all processes.")] = 32,
+    train_batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Pairs of one step, over all processes.")] = 32,
     stage_share: Annotated[
         float, typer.Option(help="Share of the steps that train inside the stages, while units fade (the paper: 0.5).")
     ] = 0.0,
@@ -173,15 +193,16 @@ def prune(
     cit: Annotated[bool, typer.Option(help="Weigh tokens by the heads that stay (Eq. 7); while units fade.")] = True,
     explore: Annotated[bool, typer.Option(help="Look at other modes now and then (Eq. 9).")] = True,
     history: Annotated[bool, typer.Option(help="Remember what a mode cost before (Eq. 10).")] = True,
-    stages: Annotated[int | None, typer.Option(min=1, help="Stages of the method comp: 40; large models 10.")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, max=MOST, help="Stages of the method comp: 40; large models 10.")] = None,
     stage_samples: Annotated[
-        int | None, typer.Option(min=1, help="Pairs that judge a stage: 256; large models 8 (retrieval 32).")
+        int | None, typer.Option(min=1, max=MOST, help="Pairs that judge a stage: 256; large models 8 (retrieval 32).")
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(min=1, help="Image-text pairs for calibration: 256; large models 64.")
+        int | None, typer.Option(min=1, max=MOST, help="Image-text pairs for calibration: 256; large models 64.")
     ] = None,
     eval_samples: Annotated[
-        int | None, typer.Option(min=1, help="Pairs for the comparison at the end: 1000; large models 64 (retrieval 256).")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Pairs for the comparison at the end: 1000; large models 64 (retrieval 256)."),
     ] = None,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
@@ -262,10 +283,10 @@ def prune(
         document = command.prune(options, folder, out, **how, **where)
         return document | {"output": None if dry_run else str(folder)}, None if dry_run else folder
 
-    _run(out, work)
+    _run(out, work, resumes=not dry_run)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     folder: Folder = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the only format so far).")] = False,
@@ -340,16 +361,18 @@ def export(
     _run(out, work)
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     folder: Folder = None,
     baseline: Annotated[str | None, typer.Option(help="Dense model to compare with; else the one it was made of.")] = None,
     device: Device = "auto",
     backend: Annotated[str, typer.Option(help="Some of torch, onnx and compile (torch.compile), with commas.")] = "torch,onnx",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
-    iterations: Annotated[int, typer.Option(min=1, help="At least so many timed runs of each variant.")] = 10,
-    duration: Annotated[float, typer.Option(min=0, help="And at least so many seconds of timed runs for each batch size.")] = 5,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")] = 0,
+    iterations: Annotated[int, typer.Option(min=1, max=MOST, help="At least so many timed runs of each variant.")] = 10,
+    duration: Annotated[
+        float, typer.Option(min=0, max=MOST, help="And at least so many seconds of timed runs for each batch size.")
+    ] = 5,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 for all cores.")] = 0,
     text_tokens: TextTokens = 35,
     min_speedup: Annotated[
         float | None, typer.Option(min=0, help="Exit 3 unless every row is so many times faster than stock on its backend.")
@@ -426,11 +449,43 @@ def env(form: Format = "human", as_json: Json = False, quiet: Quiet = False) -> 
     _run(out, work)
 
 
-def run() -> None:
-    """The console script. What the parser itself refuses is a document too, where one was asked for."""
+def run_command(has_stdout: bool = True) -> None:
+    """The command of this process's arguments, in streams that are settled. Exit 1 where stdout takes nothing."""
+    code: Any = 0
     try:
+        if not has_stdout:
+            raise Unprintable(
+                "stdout is closed: the result could not be told.", hint="Lead it somewhere, if only to /dev/null."
+            )
         app(prog_name="comp")
     except SystemExit as end:
-        if end.code == USAGE and "--json" in sys.argv and not Output.spoke:
-            Output("json").error(CompError("wrong usage: see stderr.", code=USAGE, hint="comp --help"), say=False)
-        raise
+        code = end.code
+    except Unprintable as error:
+        code = error.code
+        Output().error(error)
+    except OSError as error:  # of help texts; commands end well
+        code = FAILED
+        Output().error(explain(error))
+    except Interrupted as end:
+        end_early(end)
+    if (failed := streams.close_stdout()) is not None and code in (0, None):
+        code = FAILED
+        Output().error(CompError(f"stdout: {failed.strerror}."))
+    raise SystemExit(code)
+
+
+def end_early(end: Interrupted) -> None:
+    """A signal before a command began, or behind its end."""
+    mode = "json" if streams.wants_json(sys.argv[1:]) and not Output.spoke else "human"
+    Output.command = shlex.join(["comp", *sys.argv[1:]])
+    error = _interruption(end, False)
+    Output(mode).error(error)
+    streams.close_stdout()
+    raise SystemExit(error.code)
+
+
+def run() -> None:
+    """The console script that version 0.1.0 installed."""
+    from . import main
+
+    main.run()

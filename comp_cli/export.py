@@ -22,9 +22,10 @@ from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .onnx_checks import least_runtime, require_runtime
 from .output import Output
+from .outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from .report import mib, percent
 from .sessions import OnnxModel, open_graphs
-from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
+from .store import count_weights, find_last, folder_size, read_config, sha256
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
@@ -69,10 +70,21 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
     Exit 3 above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
     """
     check_options(options)
+    typed, output = output, resolve(output)
     failed = output.with_name(f"{output.name}.failed")
-    check_output(output, overwrite=overwrite, source=folder)
-    if options.keep_failed:
-        check_output(failed, overwrite=True, source=folder)
+    with reserve(output, source=folder):
+        check_replaceable(output, overwrite)
+        if options.keep_failed:
+            check_output(failed, overwrite=True, source=folder)
+        times = 1.25 if options.quantize else 2 if options.optimize else 1  # floats and int8, plain and fused graphs
+        check_room(output, times * count_weights(folder) * pick_dtype(options.dtype).itemsize, "the graphs")
+        document = _export(folder, output, failed, out, options, overwrite)
+    print_export(document, typed, out)
+    return document
+
+
+def _export(folder: Path, output: Path, failed: Path, out: Output, options: Options, overwrite: bool) -> dict[str, Any]:
+    """The work, with the output reserved."""
     started = perf_counter()
     config = read_config(folder)
     family, architecture, name = find_family(config)
@@ -140,9 +152,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None)
-    document |= {"seconds": round(perf_counter() - started, 1)}  # not in the folder: two exports are the same bytes
-    print_export(document, output, out)
-    return document
+    return document | {"seconds": round(perf_counter() - started, 1)}  # not in the folder: the same graphs, the same bytes
 
 
 def check_options(options: Options) -> None:

@@ -17,6 +17,16 @@ from .families import Family
 from .output import Output
 from .timing import Inputs
 
+# -P: what lies in the current folder is no library. This very comp, wherever Python found it.
+START = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import comp_cli
+del sys.path[0]
+from comp_cli import peak
+peak.main()
+"""
+
 
 def peak_memory(
     places: dict[tuple[str, str], Path], inputs: Inputs, family: Family, device: torch.device, allow_pickle: bool, out: Output
@@ -32,12 +42,25 @@ def peak_memory(
         example = Path(scratch) / "inputs.npz"
         np.savez(example, **sessions.feeds(inputs))
         for (backend, side), path in places.items():
-            command = [sys.executable, "-m", "comp_cli.peak", backend, str(path), str(example), str(device), family.name]
-            command += ["--allow-pickle"] if allow_pickle and side == "dense" else []
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-            if done.returncode:
-                raise CompError(f"measuring the memory of {path} failed: {done.stderr.strip().splitlines()[-1:]}")
+            given = [backend, str(path), str(example), str(device), family.name]
+            given += ["--allow-pickle"] if allow_pickle and side == "dense" else []
             batch = len(next(iter(inputs.values())))
-            rows.append({"backend": backend, "side": side, "batch": batch, "bytes": json.loads(done.stdout)["bytes"]})
+            rows.append({"backend": backend, "side": side, "batch": batch, "bytes": measure(given)})
             bar.advance()
     return rows
+
+
+def measure(given: list[str]) -> int:
+    """What peak.py says about its arguments. Its stdin is a pipe that ends with this process, whatever ends that."""
+    command = [sys.executable, "-P", "-c", START, str(Path(__file__).parent.parent), *given]
+    ending, lifeline = os.pipe()
+    try:
+        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, stdin=ending, capture_output=True, text=True, env=environment)
+    finally:
+        os.close(ending)
+        os.close(lifeline)
+    if done.returncode:
+        why = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
+        raise CompError(f"measuring the memory of {given[1]} failed: {why}")
+    return json.loads(done.stdout.splitlines()[-1])["bytes"]

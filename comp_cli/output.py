@@ -1,10 +1,11 @@
 """The one sink: results go to stdout, everything else to stderr. Modes are human, json and quiet."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -19,16 +20,22 @@ MODES = ("human", "json", "quiet")
 LINE_SECONDS = 15  # at least between two lines of progress where stderr is no terminal
 
 
+class Unprintable(CompError):
+    """stdout does not take the result: it is full, or its reader is gone."""
+
+
 class Output:
     """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path; with
     "mute" nothing goes anywhere (all processes but the first)."""
 
-    spoke = False  # whether a document was printed in this process
+    spoke = False  # whether a document was printed for the command that runs
+    command = "comp"  # the command line that runs
 
     def __init__(self, mode: str = "human", progress: bool = True):
         self.mode = mode
         self.console = Console(stderr=True, highlight=False)
-        self.stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self.results = sys.stdout  # while a command works, what others print goes to stderr
+        self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
         self.show_progress = progress and mode == "human"
         self.warnings: list[str] = []
 
@@ -63,29 +70,49 @@ class Output:
             table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(printable(str(cell))) for cell in row))
-        self.stdout.print(table)
+        self._print(table)
 
     def line(self, message: str) -> None:
         """A line of the result for people."""
         if self.mode == "human":
-            self.stdout.print(printable(message), markup=False, soft_wrap=True)
+            self._print(printable(message), markup=False, soft_wrap=True)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, or in quiet mode the path that was written."""
         if self.mode == "json":
             self._document(document)
         elif self.mode == "quiet" and path:
-            print(path)
+            self._write(os.fsdecode(path) + "\n", exactly=True)
 
     def _document(self, content: dict[str, Any]) -> None:
         Output.spoke = True
-        print(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}))
+        self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
+
+    def _print(self, what: Any, **style: bool) -> None:
+        with self.stdout.capture() as captured:
+            self.stdout.print(what, **style)
+        self._write(captured.get())
+
+    def _write(self, text: str, exactly: bool = False) -> None:
+        """Exit 1 where stdout fails. `exactly`: as the bytes of the file system, whatever the encoding of the terminal."""
+        try:
+            if exactly:
+                self.results.flush()
+                self.results.buffer.write(os.fsencode(text))
+            else:
+                self.results.write(text)
+            self.results.flush()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            hint = "What the command wrote to disk is complete; only the words about it are lost."
+            raise Unprintable(f"the result cannot be written to stdout: {why}.", hint=hint) from error
 
     def error(self, error: CompError, say: bool = True) -> None:
         """One sentence, and what to do next. In JSON mode the document says the same, beside the report if there is one."""
         if self.mode == "json":
             told = {"code": error.code, "message": error.message, "hint": error.hint}
-            self._document(error.document | {"error": told})
+            with suppress(Unprintable):  # it is said on stderr
+                self._document(error.document | {"error": told})
         if not say or self.mode == "mute":
             return
         self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)

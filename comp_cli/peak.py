@@ -1,11 +1,13 @@
-"""Peak memory of one model in a process of its own.
+"""Peak memory of one model in a process of its own (see memory.measure).
 
-python -m comp_cli.peak torch|onnx PATH INPUTS.npz DEVICE FAMILY [--allow-pickle]
+Arguments: torch|onnx PATH INPUTS.npz DEVICE FAMILY [--allow-pickle]. It ends when its stdin does, that is with its parent.
 """
 
 import json
+import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +44,17 @@ def resident_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-if __name__ == "__main__":
+def main() -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     backend, path, example, device, family = sys.argv[1:6]
     inputs = dict(np.load(example))
     if backend == "torch":
         peak = run_torch(Path(path), inputs, device, family, "--allow-pickle" in sys.argv)
     else:
         peak = run_onnx(Path(path), inputs)
-    print(json.dumps({"bytes": peak}))
+    print(json.dumps({"bytes": peak}), flush=True)
+
+
+def end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)

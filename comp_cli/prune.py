@@ -17,9 +17,10 @@ from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
 from .journal import Journal
 from .loading import pick_dtype
 from .output import Output
+from .outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from .plan import Plan
 from .search import Options, find
-from .store import atomic_folder, check_output, folder_size, sha256
+from .store import folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes
 from .workbench import DataOptions, Dense, Pairs, affordable, choose_pairs, open_dense
 
@@ -79,24 +80,64 @@ def prune(
     """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Exit 3 where the
-    metric falls by more than `max_drop` points: then nothing is left.
+    metric falls by more than `max_drop` points: then nothing is left. Exit 1 while another process prunes into the folder.
     """
     check(options, max_drop, dry_run)
-    device, wanted_dtype = own_device(options.device), pick_dtype(options.dtype)
-    if not dry_run:
-        check_output(output, overwrite=overwrite, source=Path(options.model) if Path(options.model).is_dir() else None)
+    own_device(options.device)
+    pick_dtype(options.dtype)
+    if dry_run:
+        return _prune(options, output, None, out, overwrite, max_drop, hub_options)
+    typed, output = output, resolve(output)
+    if not leads():  # of several processes one writes
+        return _prune(options, output, Journal(output, {}) if resume else None, out, overwrite, max_drop, hub_options)
+    source = Path(options.model).expanduser()
+    with reserve(output, source=source if source.is_dir() else None):
+        journal = Journal(output, {})
+        if not resume:
+            journal.remove()
+        finished = drop_finished(journal, output)
+        if finished and not overwrite:
+            message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
+            raise CompError(message, code=USAGE, hint="Use it, or replace it with --overwrite.")
+        check_replaceable(output, overwrite)
+        journal.compare(early_settings(options))
+        document = _prune(options, output, journal, out, overwrite, max_drop, hub_options)
+    report.print_pruned(document, typed, out)
+    return document
+
+
+def drop_finished(journal: Journal, output: Path) -> bool:
+    """Whether the journal's run was killed when all was done but removing the journal; it is removed then."""
+    written = output / "comp_report.json"
+    if not written.is_file() or journal.finished() != sha256(written):
+        return False
+    journal.remove()
+    return True
+
+
+def _prune(
+    options: Options,
+    output: Path,
+    journal: Journal | None,
+    out: Output,
+    overwrite: bool,
+    max_drop: float | None,
+    hub_options: dict[str, Any],
+) -> dict[str, Any]:
+    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
     started = time.perf_counter()
+    dry_run = journal is None and leads()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
-    dense = open_dense(options.model, out, device=device, task=options.task, **sizes, **hub_options)
-    save_dtype = wanted_dtype or own_dtype(dense)
+    dense = open_dense(options.model, out, device=own_device(options.device), task=options.task, **sizes, **hub_options)
+    save_dtype = pick_dtype(options.dtype) or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
     options = settle(dense, pairs, options, out)
     if dry_run and options.training.steps:
         out.say("--dry-run: without the training.")
         options = replace(options, training=Training())
-    journal = None if dry_run else Journal(output, settings_of(dense, options))
-    if journal and not resume:
-        journal.remove()
+    if journal:
+        journal.settings = settings_of(dense, options)
+        check_disk(dense, options, save_dtype, output)
     try:
         found = find(dense, pairs, options, journal, out)
         document = describe(dense, found.plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
@@ -110,21 +151,21 @@ def prune(
         document |= {"quality": quality}
         check_drop(quality, max_drop, out)
     except DeadEnd:
-        if journal:
+        if journal and leads():
             journal.remove()
         raise
     with atomic_folder(output, overwrite=overwrite) as folder:
-        out.say(f"writing {output} ...")
+        out.say("writing ...")
         write_checkpoint(folder, dense, compact, found.plan, document, save_dtype)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
         write_report(folder, document, found.plan)
+        journal.finish(folder / "comp_report.json")
     journal.remove()
     # Not in the folder: a run that was resumed ends with the same bytes.
     document |= {"seconds": round(time.perf_counter() - started, 1)}
     if found.seconds:
         document |= {"cost": cost(found.seconds, per_pair * options.num_samples)}
-    report.print_pruned(document, output, out)
     return document
 
 
@@ -133,9 +174,39 @@ def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
     weights = [sha256(path) for path in sorted(dense.source.folder.glob("*.safetensors"))]
     config = sha256(dense.source.folder / "config.json")
     device = next(iter(dense.state.values())).device
-    where = {"device": str(device), "threads": torch.get_num_threads(), "processes": processes()}
-    versions = {"comp": __version__, "torch": str(torch.__version__), "precision of the training": precision(options.training)}
-    return {**asdict(options), "weights": [config, *weights], **where, **versions}
+    return {**asdict(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
+
+
+def surroundings(options: Options) -> dict[str, Any]:
+    """What of the place and the versions is known at once."""
+    where = {"threads": torch.get_num_threads(), "processes": processes()}
+    return {
+        **where,
+        "comp": __version__,
+        "torch": str(torch.__version__),
+        "precision of the training": precision(options.training),
+    }
+
+
+def early_settings(options: Options) -> dict[str, Any]:
+    """What of `settings_of` is known before model and data are read, and is compared then already: what was given."""
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    given["training"] = {name: value for name, value in given["training"].items() if value is not None}
+    if options.training.epochs is not None:
+        del given["training"]["steps"]  # still to be counted
+    for name in ("stage_samples", "device"):  # still to be settled
+        given.pop(name, None)
+    return given | surroundings(options)
+
+
+def check_disk(dense: Dense, options: Options, dtype: torch.dtype, output: Path) -> None:
+    """Exit 1 where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and two
+    moments, as it is and as it was at the last step."""
+    left = (1 - options.ratio) * dense.params(dense.plan)
+    if options.training.steps:
+        check_room(output, left * (dtype.itemsize + 2 * 3 * 4), "the compact model, with the journal of its training,")
+    else:
+        check_room(output, left * dtype.itemsize, "the compact model")
 
 
 def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from comp_cli import store
 from comp_cli.errors import CompError
-from comp_cli.store import atomic_folder, check_output, find_last, folder_size, read_config, read_tensors_header, sha256
+from comp_cli.outputs import atomic_folder, check_output
+from comp_cli.store import find_last, folder_size, read_config, read_tensors_header, sha256
 
 ROOT = Path(__file__).parent.parent
 DEAD = 2**22 + 1  # above the largest process id that Linux hands out
@@ -30,17 +31,17 @@ def code_of(call, *args, **options) -> int:
 
 
 def our_folder(folder: Path, content: str = "old") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "comp_report.json").write_text("{}")
+    """As `comp prune` leaves it: a report that lists what else there is, with hashes."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights").write_text(content)
+    files = {"weights": {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}}
+    (folder / "comp_report.json").write_text(json.dumps({"schema_version": 1, "comp_version": "0.1.0", "files": files}))
     return folder
 
 
 def fill(output: Path, content: str = "new", *, overwrite: bool = False) -> None:
     with atomic_folder(output, overwrite=overwrite) as partial:
-        our_folder(partial / "inside")
-        (partial / "comp_report.json").write_text("{}")
-        (partial / "weights").write_text(content)
+        our_folder(partial, content)
 
 
 def names(folder: Path) -> list[str]:
@@ -178,8 +179,6 @@ def test_outputs_that_exist(tmp_path):
     assert code_of(check_output, precious, overwrite=True, source=None) == 2
     assert code_of(fill, precious, overwrite=True) == 2
     assert names(precious) == ["thesis.tex"]
-    (precious / "export.json").touch()
-    check_output(precious, overwrite=True, source=None)
 
 
 def test_output_that_cannot_be_written(tmp_path):
@@ -236,7 +235,6 @@ def test_a_failure_leaves_nothing(error, tmp_path):
 
 def test_overwrite_keeps_the_old_until_the_new_is_complete(tmp_path):
     output = our_folder(tmp_path / "out")
-    (output / "stale").touch()
     with atomic_folder(output, overwrite=True) as partial:
         (partial / "weights").write_text("new")
         assert (output / "weights").read_text() == "old"
@@ -287,18 +285,11 @@ def test_a_swap_cut_in_the_middle_gives_the_old_back(tmp_path):
     assert names(tmp_path) == ["out"] and (tmp_path / "out/weights").read_text() == "old"
 
 
-def test_a_living_process_keeps_its_folder(tmp_path):
-    alive = our_folder(tmp_path / f".out.partial-{os.getppid()}")
-    with pytest.raises(CompError, match=str(os.getppid())) as caught:
-        fill(tmp_path / "out")
-    assert caught.value.code == 1 and str(alive) in caught.value.hint
-    assert names(tmp_path) == [alive.name]
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from comp_cli import store
+from comp_cli.outputs import atomic_folder
+from comp_cli.store import sha256
 moment, output = sys.argv[1], Path(sys.argv[2])
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 def rename(self, target, rename=Path.rename):
@@ -307,9 +298,10 @@ def rename(self, target, rename=Path.rename):
     rename(self, target)
     if moment == "before cleaning" and last: kill()
 Path.rename = rename
-with store.atomic_folder(output, overwrite=True) as partial:
-    (partial / "comp_report.json").touch()
+with atomic_folder(output, overwrite=True) as partial:
+    report = (output / "comp_report.json").read_text()
     (partial / "weights").write_text("new")
+    (partial / "comp_report.json").write_text(report.replace(sha256(output / "weights"), sha256(partial / "weights")))
     if moment == "writing": kill()
 """
 
@@ -329,7 +321,8 @@ FULL = """
 import sys, torch
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.store import atomic_folder, save_tensors
+from comp_cli.outputs import atomic_folder
+from comp_cli.store import save_tensors
 torch.set_num_threads(1)
 def with_tensors(partial): save_tensors({"a": torch.zeros(1_000_000)}, partial / "model.safetensors")
 def with_text(partial): (partial / "merges.txt").write_text("x" * 1_000_000)

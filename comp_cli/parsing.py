@@ -1,0 +1,77 @@
+"""What the parser refuses for every command and option, and the document that says so where one was asked for."""
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .errors import FAILED, CompError
+from .output import MODES, Output
+from .streams import wants_json
+
+
+class Command(TyperCommand):
+    """A command whose words are text, whose numbers are finite, and whose mode of output is one. Exit 2 otherwise."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, word in zip(["", *args], args, strict=False):
+            name = word.partition("=")[0] if word.startswith("--") and word.endswith("=") else before
+            about = name if name.startswith("-") else "an argument"
+            if not word or name != before:
+                raise typer.BadParameter(f"{about} is empty.", ctx=ctx)
+            if "\0" in word:
+                raise typer.BadParameter(f"{about} holds a zero byte.", ctx=ctx)
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                raise typer.BadParameter(f"{about} is not valid UTF-8: {word!r}.", ctx=ctx) from None
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number.", ctx=ctx, param=param)
+        _check_mode(ctx)
+        return super().invoke(ctx)
+
+
+class Commands(TyperGroup):
+    """All commands. An end that no command has told gets its document here."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        Output.spoke, Output.command = False, shlex.join(["comp", *words])
+        try:
+            return super().main(args, *rest, **options)
+        except SystemExit as end:
+            untold = end.code and not Output.spoke and os.environ.get("RANK", "0") == "0"
+            if untold and wants_json(words):
+                Output("json").error(_refusal(end), say=False)
+            raise
+
+
+def _check_mode(ctx: Any) -> None:
+    form, given = ctx.params.get("form"), ctx.get_parameter_source("form")
+    if form is None:
+        return
+    if form not in MODES:
+        raise typer.BadParameter(f"--format {form}: unknown. Use one of {', '.join(MODES)}.", ctx=ctx)
+    wanted = {mode for mode, flag in (("json", "as_json"), ("quiet", "quiet")) if ctx.params.get(flag)}
+    wanted |= {form} if given is not None and given.name == "COMMANDLINE" else set()
+    if len(wanted) > 1:
+        raise typer.BadParameter(f"{' and '.join(sorted(wanted))} output at once: choose one.", ctx=ctx)
+
+
+def _refusal(end: SystemExit) -> CompError:
+    """What the parser said before it ended the process."""
+    refused = end.__context__
+    said = refused.format_message() if hasattr(refused, "format_message") else "see stderr."
+    ctx = getattr(refused, "ctx", None)
+    code = end.code if isinstance(end.code, int) else FAILED
+    return CompError(said, code=code, hint=f"{ctx.command_path if ctx else 'comp'} --help")
