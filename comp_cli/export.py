@@ -13,7 +13,6 @@ import transformers
 
 from . import __version__, parity, rewrite, tasks
 from .cards import graphs_card
-from .data import Columns
 from .datafiles import open_pairs
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import Decoder, Family, find_family, tower_config
@@ -21,6 +20,7 @@ from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
 from .report import mib, percent
+from .rows import Columns
 from .sessions import OnnxModel, open_graphs
 from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
 
