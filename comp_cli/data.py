@@ -132,12 +132,12 @@ class Collator:
         made = self.processor(images=[pair.image.convert("RGB")], return_tensors="pt")
         return replace(pair, image=made["pixel_values"][0])
 
-    def count_cut(self, texts: Sequence[str], width: int) -> int:
-        """How many texts have more tokens than are read."""
-        if width < self.max_text:
+    def count_cut(self, texts: Sequence[str], width: int | None = None) -> int:
+        """How many texts have more tokens than are read; `width`: those of the longest one, as far as it is read."""
+        if "input_ids" not in self.inputs or (width is not None and width < self.max_text):
             return 0
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return sum(len(ids) > self.max_text for ids in tokenizer(list(texts))["input_ids"])
+        return sum(len(ids) > self.max_text for ids in tokenizer(list(texts), verbose=False)["input_ids"])
 
     def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the pairs. Of their pictures one at a time is in memory."""
