@@ -10,7 +10,7 @@ from .engine import diagnostics, flops, importance, scoring
 from .loading import pick_device
 from .output import Output
 from .report import gflops, millions, percent, reference_input
-from .workbench import DataOptions, Dense, batches_of, choose_pairs, open_dense
+from .workbench import DataOptions, Dense, batches_of, choose_pairs, cut_texts, open_dense, say_cut
 
 
 def analyze(
@@ -32,6 +32,8 @@ def analyze(
     dense = open_dense(model, out, device=pick_device(device), task=task, **sizes, **hub_options)
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
+    texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
+    say_cut("calibration", texts, out)
     runtime = dense.runtime(dense.plan)
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
@@ -50,6 +52,8 @@ def analyze(
         "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
         "samples": sum(batch.samples for batch in batches),
         "data": pairs.describe("calibration"),
+        "pairs": pairs.counts(),
+        "texts": texts,
     }
     print_analysis(document, model, task, out)
     return document

@@ -20,7 +20,6 @@ from .data import random_inputs
 from .engine import flops
 from .environment import processor_name
 from .errors import GATE, REFUSED, USAGE, CompError
-from .export import longest_text
 from .families import Family, find_architecture, find_family, tower_config
 from .gates import Gates
 from .graphs import write_graph
@@ -29,6 +28,7 @@ from .memory import peak_memory
 from .output import Output
 from .store import folder_size, read_config
 from .variants import SIDES
+from .workbench import longest_text
 
 BACKENDS = ("torch", "onnx", "compile")
 Key = tuple[str, str]  # (backend, side)

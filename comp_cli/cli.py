@@ -55,8 +55,9 @@ Split = Annotated[str | None, typer.Option(help="Split of --data to calibrate on
 ImageColumn = Annotated[str | None, typer.Option(help="Column of --data with images or their paths.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of --data with texts.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for; else what its architecture usually is.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of --data that says whether they match.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of --data that says whether they match; '' for none.")]
 AnswerColumn = Annotated[str | None, typer.Option(help="Column of --data with the answers to questions.")]
+SplitColumn = Annotated[str | None, typer.Option(help="Column of --data that names each row's split; '' for none.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that comp wrote before.")]
 Format = Annotated[str, typer.Option("--format", help="human, json or quiet.")]
@@ -126,6 +127,7 @@ def analyze(
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     answer_column: AnswerColumn = None,
+    split_column: SplitColumn = None,
     num_samples: NumSamples = 32,
     batch_size: BatchSize = 8,
     text_tokens: TextTokens = 35,
@@ -156,7 +158,7 @@ def analyze(
         options = {"num_samples": num_samples, "batch_size": batch_size, "text_tokens": text_tokens, "seed": seed}
         options |= {"score_rows": score_rows}
         where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
-        pairs = command.DataOptions(data, split, image_column, text_column, label_column, answer_column)
+        pairs = command.DataOptions(data, split, image_column, text_column, label_column, answer_column, split_column)
         return command.analyze(model, out, device=device, data=pairs, task=task, **options, **where), None
 
     _run(out, work)
@@ -176,6 +178,7 @@ def prune(
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     answer_column: AnswerColumn = None,
+    split_column: SplitColumn = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; see below.")] = "comp",
     recover: Annotated[bool, typer.Option(help="Refit the output projections in closed form.")] = True,
     steps: Annotated[int, typer.Option(min=0, max=MOST, help="Fine-tune what was pruned for so many steps.")] = 0,
@@ -262,7 +265,7 @@ def prune(
             score_rows=score_rows,
             device=device,
             dtype=dtype,
-            data=command.DataOptions(data, split, image_column, text_column, label_column, answer_column),
+            data=command.DataOptions(data, split, image_column, text_column, label_column, answer_column, split_column),
             task=task,
             training=command.Training(
                 steps=steps,
@@ -311,6 +314,7 @@ def export(
     ] = None,
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
+    split_column: SplitColumn = None,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave refused graphs in OUTPUT.failed.")] = False,
     device: Annotated[str, typer.Option(help="Where the graphs are checked: cpu, cuda or cuda:N.")] = "cpu",
     target: Annotated[
@@ -353,7 +357,7 @@ def export(
             keep_failed=keep_failed,
             device=device,
             data=data,
-            columns=command.Columns(image_column, text_column),
+            columns=command.Columns(image_column, text_column, split=split_column),
         )
         document = command.export(source, folder_out, out, options, overwrite=overwrite)
         return document | {"output": str(folder_out)}, folder_out

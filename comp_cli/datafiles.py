@@ -9,56 +9,68 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from .data import (
-    SPLIT_WORDS,
-    Columns,
-    Pair,
-    Purpose,
-    Takes,
-    Tally,
-    choose_split,
-    every,
-    few,
-    find_columns,
-    is_test,
-    purpose_of,
-    read_label,
-    read_rows,
-)
+from .cells import BadRow, written
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
+from .pictures import Hub, Root, read_content, stored_image
+from .rows import Columns, Pair, Takes, Tally, every, few, find_columns, image_number, purpose_of, read_rows, says_match
+from .splits import (
+    SPLIT_COLUMN,
+    SPLIT_WORDS,
+    Purpose,
+    SplitColumn,
+    choose_split,
+    find_split_columns,
+    is_test,
+    kind_of,
+    split_column,
+    split_value,
+)
+from .tables import BROKEN, TextTable
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-OPTIONS = {".csv": {"keep_default_na": False}, ".tsv": {"keep_default_na": False, "sep": "\t"}}  # "None" may be a caption
+TEXTS = {".jsonl", ".json", ".csv", ".tsv"}  # read by comp itself, see tables.py
 SAVED = {"dataset_info.json", "dataset_dict.json", "state.json"}  # written by save_to_disk beside its .arrow files
-SAMPLE = 32  # rows that tell whether a column holds labels
+SAMPLE = 1_000  # rows that tell which columns there are, and what they hold
+REMOTE_SAMPLE = 100  # of a data set on the hub, whose rows may hold large images
 SHUFFLED_PATHS, SHUFFLED_IMAGES = 100_000, 1_000  # rows in memory while shuffling
+
+Table = Any  # a TextTable or a datasets.IterableDataset
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Opened pairs, by split. Relative image paths start in the split's folder; a hub data set has no folders."""
+    """Opened pairs, by split. Relative image paths start in the split's root; see `pictures.Root`."""
 
     name: str
-    splits: Mapping[str, Any]  # datasets.IterableDataset
-    folders: Mapping[str, Path]
+    splits: Mapping[str, Table]
+    roots: Mapping[str, Root]
     columns: Columns
     wanted: str | None  # the split to calibrate on, where the user named one
     out: Output
+    by_column: SplitColumn | None = None  # what the splits come from, if not from files
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # purpose -> counts of rows, see Tally
+    calibrated: set[int] = field(default_factory=set)  # images that calibration has read
 
     def split(self, purpose: Purpose) -> str:
         """The split that serves a purpose; see `choose_split`."""
-        return choose_split(self.name, list(self.splits), purpose, self.wanted)
+        return choose_split(self.name, list(self.splits), purpose, self._wanted())
 
     def describe(self, purpose: Purpose) -> str:
         """What is read, for reports: "pairs.jsonl, split train, four fifths of the images"."""
         part = {"calibration": "four fifths of the images", "evaluation": "the other fifth of the images"}[purpose]
-        return f"{self.name}, split {self.split(purpose)}" + (f", {part}" if self._shares_split(purpose) else "")
+        split = self.split(purpose)
+        named = self.by_column.describe(split) if self.by_column else split
+        return f"{self.name}, split {named}" + (f", {part}" if self._shares_split(purpose) else "")
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """What became of the rows, for each purpose that was read for; see `Tally.counts`."""
+        return dict(self.told)
 
     def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
         """Up to `limit` pairs that are taken, in an order that the seed decides. No image serves both purposes.
@@ -68,53 +80,74 @@ class PairSet:
         clear, 4 for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so
         that a set that is no good is refused before any work is done.
         """
-        rows, columns = self._open(self.split(purpose), seed)
-        labels = f"labels from {columns.label}" if columns.label else "no labels"
-        self.out.say(f"{purpose} on {self.describe(purpose)}: images from {columns.image}, texts from {columns.text}, {labels}")
-        if self._shares_split(purpose):
-            rows = (row for row in rows if purpose_of(row[columns.image]) in (purpose, None))
-        pairs = self._pairs(rows, columns, purpose, sys.maxsize if limit is None else limit, takes)
+        rows, columns, held = self._open(self.split(purpose), seed)
+        found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
+        found += [f"answers from {columns.answer}"] * bool(columns.answer) + [f"labels from {columns.label}"] * bool(
+            columns.label
+        )
+        self.out.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
+        pairs = self._pairs(rows, columns, purpose, limit, takes)
         return chain([next(pairs)], pairs)
+
+    def _wanted(self) -> str | None:
+        """What --split names, as the splits are called."""
+        if self.wanted is None or self.by_column is None or self.wanted in self.splits:
+            return self.wanted
+        lower = self.wanted.lower()
+        return next((split for split, values in self.by_column.splits.items() if values == {lower}), self.wanted)
 
     def _shares_split(self, purpose: Purpose) -> bool:
         return not is_test(self.split(purpose)) and self.split("calibration") == self.split("evaluation")
 
-    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns]:
-        """The rows in the seed's order, with images as they are stored and labels by name, and their columns."""
+    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
+        """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
+        said of the texts."""
         import datasets
 
-        dataset = self.splits[split]
-        found = dict(dataset.features or dict.fromkeys(next(_rows(dataset, self.name), {})))
+        table = self.splits[split]
+        found = column_types(table, self.name)
         if not found:
             raise CompError(f"{self.name}, split {split}: no pairs.", code=REFUSED)
         columns = find_columns(found, self.columns, self.name)
-        kind = found[columns.image]
-        if isinstance(kind, datasets.Image):
-            dataset = dataset.decode(False)  # a cast would come too late: hub images are decoded ahead, by threads
-        dataset = dataset.select_columns(
-            [name for name in (columns.image, columns.text, columns.label, columns.answer) if name]
-        )
-        for column in filter(None, {columns.text, columns.label}):
-            if names := getattr(found[column], "names", None):  # of a ClassLabel
-                dataset = dataset.map(_name_label, fn_kwargs={"column": column, "names": names})
+        columns = replace(columns, split=self._split_column(found))
+        read = [name for name in (columns.image, columns.text, columns.label, columns.answer, columns.split) if name]
+        read = list(dict.fromkeys(read))
+        sample = list(islice(first_rows(table, found, read, self.name), sample_size(self.roots[split])))
         if columns.label and self.columns.label is None:
-            sample = [row[columns.label] for row in islice(_rows(dataset, self.name), SAMPLE)]
-            present = [value for value in sample if value not in (None, "")]
-            if odd := [value for value in present or [None] if read_label(value) is None]:
-                told = f"{self.name}: {columns.label} holds {odd[0]!r}, not match or mismatch; it is not taken for labels."
+            if odd := says_match(columns.label, (row.get(columns.label) for row in sample), self.name):
+                told = f"{self.name}: {columns.label} holds {odd}, not match or mismatch; it is not taken for labels."
                 if told not in self.out.warnings:
                     self.out.warn(told)
                 columns = replace(columns, label=None)
+        held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
+        kind = found[columns.image]
         buffer = SHUFFLED_PATHS if kind is None or kind == datasets.Value("string") else SHUFFLED_IMAGES
+        if isinstance(table, TextTable):
+            return table.shuffled(read, seed, buffer), columns, held
+        dataset = chosen_columns(table, found, read)
         mixed = min(10, dataset.num_shards)  # files that are read in turns, by threads that `datasets` is slow to end
         dataset = dataset.shuffle(seed=seed, buffer_size=buffer, max_buffer_input_shards=mixed)
-        return _rows(dataset, self.name), columns
+        return _rows(dataset, self.name), columns, held
+
+    def _split_column(self, found: Mapping[str, Any]) -> str | None:
+        """The column to look up a row's split in. Where files have splits, only one that is sure to name them."""
+        if self.by_column:
+            return self.by_column.name
+        named = self.columns.split
+        if named is None and len(self.splits) > 1:
+            return next((name for name in found if name.lower() == SPLIT_COLUMN), None)
+        return named or None
 
     def _pairs(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int, takes: Takes
+        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, takes: Takes
     ) -> Iterator[Pair]:
-        folder, where, tally = self.folders.get(self.split(purpose)), self.describe(purpose), Tally()
-        yield from read_rows(rows, columns, folder, limit, tally, takes)
+        where, tally = self.describe(purpose), Tally()
+        root = self.roots[self.split(purpose)]
+        most = sys.maxsize if limit is None else limit
+        for pair in read_rows(self._of_use(rows, columns, purpose, root, tally), columns, root, most, tally, takes):
+            if purpose == "calibration" and limit is not None:  # training reads as much as it has time for
+                self.calibrated.add(pair.image_id)
+            yield pair
         if tally.looked > tally.skipped and not tally.given:
             raise CompError(
                 f"{where}: no pairs that match, or none with an answer.",
@@ -122,12 +155,125 @@ class PairSet:
                 hint="Are the columns of labels and answers the right ones?",
             )
         if not tally.looked:
+            left_out = f" Left out: {', '.join(f'{n} {why}' for why, n in tally.left_out.items())}." if tally.left_out else ""
             hint = "Give more pairs, or a split for each purpose: train and validation."
-            raise CompError(f"{where}: no pairs.", code=REFUSED, hint=hint)
+            raise CompError(f"{where}: no pairs.{left_out}", code=REFUSED, hint=hint)
         if 2 * tally.skipped > tally.looked:
-            raise CompError(f"{where}: {tally}.", code=REFUSED, hint=f"Relative paths start in {folder}." if folder else None)
+            hint = f"Relative paths start in {root}." if isinstance(root, Path) else None
+            raise CompError(f"{where}: {tally}.", code=REFUSED, hint=hint)
+        self._tell(purpose if limit is not None else "training", where, tally, limit)
+
+    def _of_use(
+        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, root: Root, tally: Tally
+    ) -> Iterator[dict[str, Any]]:
+        """The rows that serve a purpose, with the content of their images; the others are counted."""
+        split, shared = self.split(purpose), self._shares_split(purpose)
+        other = {"calibration": "evaluation", "evaluation": "calibration"}[purpose]
+        for row in rows:
+            if columns.split and BROKEN not in row and (why := self._other_split(row.get(columns.split), split, purpose)):
+                tally.left_out[why] += 1
+                continue
+            try:
+                content = None if BROKEN in row else read_content(row.get(columns.image), root)
+            except BadRow:
+                content = None  # to be read again, and counted
+            if content is None:
+                yield row
+            elif shared and purpose_of(content) != purpose:
+                tally.left_out[f"kept for {other}"] += 1
+            elif purpose == "evaluation" and image_number(content) in self.calibrated:
+                tally.left_out["with an image that calibration has seen"] += 1
+            else:
+                yield row | {columns.image: {"bytes": content, "path": stored_image(row[columns.image])[1]}}
+
+    def _other_split(self, value: Any, split: str, purpose: Purpose) -> str | None:
+        """Why a row that names another split than the one that is read is left out; None where it is not."""
+        named = split_value(value)
+        if self.by_column:
+            inside = named in self.by_column.splits[split]
+        else:  # files have splits as well: a row is left out where it contradicts them
+            kind = kind_of(named) or kind_of(split)
+            inside = kind != "test" if purpose == "calibration" else split == self.split("calibration") or kind != "train"
+        return None if inside else f"of split {named}" if named else "without a split"
+
+    def _tell(self, purpose: str, where: str, tally: Tally, limit: int | None) -> None:
+        """One line for people, once for each purpose, and the counts for the report."""
+        if purpose in self.told:
+            return
+        self.told[purpose] = tally.counts(limit)
+        self.out.say(f"{purpose}: {tally.line(limit)}")
+        if mismatches := tally.left_out["labelled as mismatches"]:
+            of = f"{mismatches} of {mismatches + tally.given} pairs"
+            self.out.warn(f"{where}: {of} are labelled as mismatches and are not used: this task is about those that match.")
         if tally.skipped:
             self.out.warn(f"{where}: {tally}. They are skipped.")
+
+
+def column_types(table: Table, owner: str) -> dict[str, Any]:
+    """The columns of a table and their types; None where they have none, as in a text."""
+    if isinstance(table, TextTable):
+        found: dict[str, Any] = {}
+        for row in islice(table.rows(), SAMPLE):
+            found |= dict.fromkeys(row)
+        found.pop(BROKEN, None)
+        return found
+    return dict(table.features or dict.fromkeys(next(_rows(table, owner), {})))
+
+
+def chosen_columns(table: Table, found: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """A datasets.IterableDataset with some of its columns: images as they are stored, classes by their names."""
+    import datasets
+
+    for column in columns:
+        if isinstance(found[column], datasets.Image):
+            table = table.decode(False)  # a cast would come too late: hub images are decoded ahead, by threads
+    table = table.select_columns(list(columns))
+    for column in columns:
+        if names := getattr(found[column], "names", None):  # of a ClassLabel
+            table = table.map(_name_label, fn_kwargs={"column": column, "names": names})
+    return table
+
+
+def first_rows(table: Table, found: Mapping[str, Any], columns: Sequence[str], owner: str) -> Iterator[dict[str, Any]]:
+    """The rows in the order of the table, with some of the columns."""
+    return table.rows(columns) if isinstance(table, TextTable) else _rows(chosen_columns(table, found, columns), owner)
+
+
+def sample_size(root: Root) -> int:
+    return REMOTE_SAMPLE if isinstance(root, Hub) else SAMPLE
+
+
+def is_list(value: Any) -> bool:
+    """Whether a cell is a text in which a list is written."""
+    try:
+        return isinstance(value, str) and isinstance(written(value), list | tuple)
+    except BadRow:
+        return False
+
+
+def split_by_column(pairs: PairSet) -> PairSet:
+    """The pairs with the splits that a column names, where nothing else names any. All rows of a local table are looked at,
+    and the first ones of a data set on the hub."""
+    if len(pairs.splits) != 1 or pairs.columns.split == "":
+        return pairs
+    ((split, table),) = pairs.splits.items()
+    found = column_types(table, pairs.name)
+    if pairs.columns.split and pairs.columns.split not in found:
+        hint = f"Columns: {', '.join(found)}. Name one with --split-column."
+        raise CompError(f"{pairs.name} has no column {pairs.columns.split!r}.", code=USAGE, hint=hint)
+    used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
+    named = [pairs.columns.split] if pairs.columns.split else [name for name in find_split_columns(found) if name not in used]
+    most = REMOTE_SAMPLE if isinstance(pairs.roots[split], Hub) else None
+    for name in named:
+        rows = islice(first_rows(table, found, [name], pairs.name), most)
+        values = (row[name] for row in rows if BROKEN not in row)
+        certain = bool(pairs.columns.split) or name.lower() == SPLIT_COLUMN
+        if column := split_column(name, values, pairs.wanted, certain):
+            pairs.out.say(f"{pairs.name}: {column}")
+            roots = dict.fromkeys(column.splits, pairs.roots[split])
+            return replace(pairs, splits=dict.fromkeys(column.splits, table), roots=roots, by_column=column)
+        pairs.out.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
+    return pairs
 
 
 def open_pairs(
@@ -149,15 +295,19 @@ def open_pairs(
     if path.exists():
         if revision is not None:
             raise CompError(f"--revision {revision} needs a hub data set; {data} is a local path.", code=USAGE)
-        splits, folders = open_files(path.absolute())
+        splits, roots = open_files(path.absolute())
     elif path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CompError(f"--data {data}: no such file or folder.", code=USAGE)
     else:
-        splits, folders = open_hub(name, revision, cache_dir), {}
-    return PairSet(path.absolute().name if folders else name, splits, folders, columns or Columns(), split, out)
+        splits, root = open_hub(name, revision, cache_dir)
+        roots = dict.fromkeys(splits, root)
+    shown = path.absolute().name if path.exists() else name
+    for between in sorted({found for table in splits.values() if isinstance(table, TextTable) for found in table.separators()}):
+        out.say(f"{shown}: cells are separated by {between!r}")
+    return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, out))
 
 
-def open_files(path: Path) -> tuple[Mapping[str, Any], dict[str, Path]]:
+def open_files(path: Path) -> tuple[Mapping[str, Table], dict[str, Root]]:
     """The splits of a file or folder with tables, and for each the folder in which its image paths start.
 
     Of an imagefolder only the metadata files are read: `datasets` would look for splits in the names of its images.
@@ -171,11 +321,13 @@ def open_files(path: Path) -> tuple[Mapping[str, Any], dict[str, Path]]:
         listed = few([str(file.relative_to(path)) for files in tables.values() for file in files])
         message = f"{path}: which tables hold the pairs? Found {listed}."
         raise CompError(message, code=USAGE, hint="Give one file, or one kind of tables with each split in one folder.")
+    roots = {split: places[0] for split, places in parents.items()}
+    if suffixes[0] in TEXTS:
+        return {split: TextTable(tuple(map(str, files))) for split, files in tables.items()}, roots
     names = {split: [glob.escape(str(file)) for file in files] for split, files in tables.items()}
     try:
         with tempfile.TemporaryDirectory() as scratch:  # for the lock of `datasets`, which keeps nothing when it streams
-            options = {"data_files": names, "streaming": True, "cache_dir": scratch, **OPTIONS.get(suffixes[0], {})}
-            return load_dataset(KINDS[suffixes[0]], **options), {split: places[0] for split, places in parents.items()}
+            return load_dataset(KINDS[suffixes[0]], data_files=names, streaming=True, cache_dir=scratch), roots
     except Exception as error:
         raise unreadable(str(path), error) from error
 
@@ -202,18 +354,24 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
     return dict(tables) if own in tables or not unnamed else {**tables, own: unnamed}
 
 
-def open_hub(address: str, revision: str | None, cache_dir: Path | None) -> Mapping[str, Any]:
+def open_hub(address: str, revision: str | None, cache_dir: Path | None) -> tuple[Mapping[str, Table], Hub]:
     """The splits of a data set on the hub; with HF_HUB_OFFLINE, of one that `datasets` has downloaded as a whole before."""
     import datasets
 
     name, _, config = address.partition(":")
     name, _, tag = name.partition("@")
     place = {"revision": revision or tag or None, "cache_dir": cache_dir and str(cache_dir / "datasets")}
+    kept = place["cache_dir"] or datasets.config.HF_DATASETS_CACHE
+    hub = Hub(name, (Path(kept), Path(datasets.config.DOWNLOADED_DATASETS_PATH)))
     try:
         if not datasets.config.HF_HUB_OFFLINE:
-            return datasets.load_dataset(name, config or None, streaming=True, **place)
+            builder = datasets.load_dataset_builder(name, config or None, **place)
+            if builder.name in ("csv", "json"):
+                files = builder.config.data_files
+                return {split: TextTable(tuple(map(str, found))) for split, found in files.items()}, hub
+            return builder.as_streaming_dataset(), hub
         splits = datasets.load_dataset(name, config or None, **place)
-        return {split: dataset.to_iterable_dataset() for split, dataset in splits.items()}
+        return {split: dataset.to_iterable_dataset() for split, dataset in splits.items()}, hub
     except Exception as error:
         raise unreadable(f"--data {address}", error) from error
 
@@ -244,6 +402,7 @@ def quiet_datasets(out: Output) -> None:
     import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it asks a server on the net, for local files too
     if not out.show_progress:
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
@@ -252,6 +411,8 @@ def quiet_datasets(out: Output) -> None:
 def _rows(dataset: Any, owner: str) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset
+    except CompError:
+        raise
     except Exception as error:
         raise unreadable(owner, error) from error
 

@@ -14,18 +14,19 @@ import transformers
 
 from . import __version__, parity, rewrite, tasks
 from .cards import graphs_card
-from .data import Columns
 from .datafiles import open_pairs
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
-from .families import Decoder, Family, find_family, tower_config
+from .families import Decoder, find_family
 from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
-from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
+from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .onnx_checks import least_runtime, require_runtime
 from .output import Output
 from .outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from .report import mib, percent
+from .rows import Columns
 from .sessions import OnnxModel, open_graphs
 from .store import count_weights, find_last, folder_size, read_config, sha256
+from .workbench import collator, longest_text, say_cut
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
@@ -101,8 +102,11 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
-        pairs = parity.real_pairs(source, task, rounded)
-        cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split)
+        collate = collator(family, processor, longest, task, model.config)
+        pairs = parity.real_pairs(source, task, rounded, collate.seen)
+        texts = {"cut": collate.count_cut([pair.text for pair in pairs]), "of": len(pairs), "at": longest}
+        say_cut("parity", texts, out, "the model takes no more")
+        cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
@@ -141,6 +145,8 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
             **{name: getattr(model, name).item() for name in ("logit_bias",) if hasattr(model, name)},
             "checked_on": options.device,
             "data": source.describe("evaluation") if source else "generated scenes",
+            "pairs": source.counts() if source else {},
+            "texts": texts,
             "passed": problem is None,
             "allowed": vars(tolerance),
             "agreement": parity.agreement(rows),
@@ -222,13 +228,6 @@ def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -
     return transformers.GenerationConfig(
         bos_token_id=begin, decoder_start_token_id=begin, eos_token_id=end, pad_token_id=config.pad_token_id
     )
-
-
-def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
-    """Tokens of the longest text that a model and its tokenizer take; 0 for a model of images."""
-    texts = [tower for tower in family.towers if tower.name == "language"]
-    longest = min([tower_config(config, tower)["max_position_embeddings"] for tower in texts], default=0)
-    return cut_at(processor, min(longest, 512))
 
 
 def refuse(problem: str, partial: Path, failed: Path | None) -> None:

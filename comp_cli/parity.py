@@ -74,16 +74,26 @@ class Parity:
 
 
 def make_cases(
-    model: nn.Module, task: tasks.Task, family: Family, processor, longest: int, pairs: list[data.Pair], *, split: bool
+    model: nn.Module,
+    task: tasks.Task,
+    family: Family,
+    processor,
+    longest: int,
+    pairs: list[data.Pair],
+    *,
+    split: bool,
+    whole: int | None = None,
 ) -> list[Case]:
     """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well. Eight pairs
-    at least; more decide whether decisions agree."""
+    at least; more decide whether decisions agree. Texts that are made long have `longest` tokens, those of the pairs up to
+    `whole`, if it is more."""
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
     # Where all samples of a batch are candidates, the decisions of many are asked for together.
     size = 8 if task.paired else len(pairs)
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
-    collate = collator(family, processor, longest, task, model.config)
-    given = [("real", collate(part).inputs) for part in parts]
+    made_long = collator(family, processor, longest, task, model.config)
+    collate = replace(made_long, max_text=max(longest, whole or 0))
+    given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
     if split or (len(family.towers) > 1 and not task.paired):
         inputs = given[2][1]
         given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
@@ -92,12 +102,14 @@ def make_cases(
     return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
 
 
-def real_pairs(source: Pairs | None, task: tasks.Task, rounded: bool) -> list[data.Pair]:
-    """Pairs for the cases, from a set of pairs or generated: more of them where weights are rounded."""
+def real_pairs(
+    source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[data.Pair], data.Pair] = lambda pair: pair
+) -> list[data.Pair]:
+    """Pairs for the cases, made `ready`, from a set of pairs or generated: more of them where weights are rounded."""
     count = 8 + DECISIONS * rounded
     if source is None:
-        return list(generated_pairs(task, labelled=False).read("calibration", count))
-    found = list(source.read("evaluation", count, takes=task.takes))
+        return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
+    found = list(map(ready, source.read("evaluation", count, takes=task.takes)))
     return list(islice(cycle(found), max(8, len(found))))
 
 

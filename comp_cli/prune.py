@@ -22,7 +22,7 @@ from .plan import Plan
 from .search import Options, find
 from .store import folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes
-from .workbench import DataOptions, Dense, Pairs, affordable, choose_pairs, open_dense
+from .workbench import DataOptions, Dense, Pairs, affordable, choose_pairs, cut_texts, open_dense, say_cut
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
 
@@ -141,6 +141,7 @@ def _prune(
     try:
         found = find(dense, pairs, options, journal, out)
         document = describe(dense, found.plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
+        document |= {"texts": {"calibration": found.texts}, "pairs": counts(pairs, options)}
         if dry_run:
             report.print_plan(document, out)
             return document
@@ -148,7 +149,7 @@ def _prune(
         if not leads():
             return document
         quality, per_pair = compare(dense, compact, pairs, options, out)
-        document |= {"quality": quality}
+        document |= {"quality": quality, "pairs": counts(pairs, options)}
         check_drop(quality, max_drop, out)
     except DeadEnd:
         if journal and leads():
@@ -232,15 +233,23 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
     }
 
 
+def counts(pairs: Pairs, options: Options) -> dict[str, Any]:
+    """What became of the rows of the user's pairs, by purpose. Of the training only where it went through all of them."""
+    return {what: found for what, found in pairs.counts().items() if what != "training" or options.training.epochs}
+
+
 def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> tuple[dict[str, Any], float]:
     """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
     And the seconds that the dense model took for a pair."""
     found, seconds, task = {}, {}, dense.task
     models = {"dense": dense.runtime(dense.plan), "compact": compact}
-    read = pairs.read("evaluation", options.eval_samples, takes=task.takes)
+    collate = dense.collate_whole
+    read = map(collate.seen, pairs.read("evaluation", options.eval_samples, takes=task.takes))
     if dense.family.decoder:
         read = list(read)  # which are written about as well
-    batches = list(dense.collate.batches(read, options.batch_size))
+    batches = list(collate.batches(read, options.batch_size))
+    texts = cut_texts(batches, collate.max_text)
+    say_cut("evaluation", texts, out, "the model takes no more")
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in models.items():
             begin = time.perf_counter()
@@ -260,7 +269,11 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
         "metrics": metrics or None,
         "agreement": tasks.agreements(*both),
         "divergence": tasks.divergence(*both).item(),
+        "texts": texts,
+        "shared_texts": task.shared(before.labels),
     }
+    if shared := quality["shared_texts"]:
+        out.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
     return quality, seconds["dense"] / before.samples
 
 

@@ -15,7 +15,7 @@ from .journal import Journal
 from .output import Output
 from .plan import Plan
 from .training import Trainer, Training, leads, training_batches
-from .workbench import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, with_score_rule
+from .workbench import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, say_cut, with_score_rule
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Found:
     stages: list[stages.Stage]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
+    texts: dict[str, int]  # of the calibration, and how many of them were cut, see workbench.cut_texts
 
 
 def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> Found:
@@ -63,6 +64,8 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     method, training = METHODS[options.method], options.training
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
+    say_cut("calibration", texts, out)
     if method.removes("tokens"):
         say_if_short(dense, batches, out)
     if journal:
@@ -106,7 +109,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
         if not trainer.done:
             trainer.take(progress.plan, model)
         model = trainer.tune(out, save)
-    return Found(progress.plan, progress.stages, model, seconds)
+    return Found(progress.plan, progress.stages, model, seconds, texts)
 
 
 def say_if_short(dense: Dense, batches: list[Batch], out: Output) -> None:

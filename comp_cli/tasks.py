@@ -56,6 +56,7 @@ class Task:
     relative = True  # whether an export's errors are judged in units of the largest number
     prompt = "{}"  # what a text is put into
     answered = False  # whether texts are questions, and pairs need their answers
+    compares = "nothing is labelled: the compact model is compared with the dense one"  # what a user's pairs are good for
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         """Run a model over a batch, and take of it what the questions are made of."""
@@ -75,6 +76,10 @@ class Task:
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor | None:
         """(rows,) integers, of pairs and the inputs made of them; None where nobody said."""
         raise NotImplementedError
+
+    def shared(self, labels: Tensor | None) -> int:
+        """How many samples have a text that is right for several images, where a text is an image's own."""
+        return 0
 
     def guesses(self, read: Read) -> Tensor:
         """The model's own decisions as labels, for pairs that have none."""
@@ -102,6 +107,7 @@ class Matching(Task):
     feature: str = "question_embeds"  # (batch, tokens, dim), of which the first decides
     mismatches = paired = True
     relative = False
+    compares = "where labels say whether image and text match, they count; else the dense model's decisions"
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         outputs = model(**inputs)
@@ -126,12 +132,14 @@ class Matching(Task):
 
 @dataclass(frozen=True)
 class Retrieval(Task):
-    """Which text belongs to an image, which image to a text, among all samples. Labels: numbers of the images."""
+    """Which text belongs to an image, which image to a text, among all samples. Labels: numbers of the images and of the texts,
+    (rows, 2): a text that several images have is right for each of them."""
 
     name: str = "retrieval"
     outputs: tuple[str, ...] = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
     judged: tuple[str, ...] = ("text_embeds", "image_embeds")
     metric: str = "recall@1"
+    compares = "every pair counts as a match: what is compared is which texts and images of all pairs belong together"
 
     def read(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Read:
         """Embeddings of length 1, and the scale of the logits (a bias changes no choice)."""
@@ -144,14 +152,21 @@ class Retrieval(Task):
 
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         images, texts, scale = read
-        labels = torch.arange(len(images), device=images.device) if labels is None else labels
-        first = firsts(labels)  # an image with several texts is one candidate
+        number = torch.arange(len(images), device=images.device)
+        labels = number if labels is None else labels
+        if labels.ndim == 1:  # of images alone: no text is that of another pair
+            labels = torch.stack((labels, number), dim=-1)
+        first = firsts(labels[:, 0])  # an image with several texts is one candidate
         logits = (images * scale.unsqueeze(-1)) @ texts.T
-        right = labels[:, None] == labels
-        return [Question(logits[first], right[first]), Question(logits.T[:, first], right[:, first])]
+        right = belonging(labels)
+        return [Question(logits[first], right[first]), Question(logits.T[:, first], right.T[:, first])]
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.tensor([pair.image_id for pair in pairs])
+        return torch.tensor([(pair.image_id, text_number(pair.text)) for pair in pairs])
+
+    def shared(self, labels: Tensor | None) -> int:
+        images, texts = (column[:, None] == column for column in labels.T)
+        return int((texts & ~images).any(-1).sum())
 
     def guesses(self, read: Read) -> Tensor:
         """No guess: every text belongs to its image."""
@@ -171,11 +186,12 @@ class Retrieval(Task):
 
 @dataclass(frozen=True)
 class ZeroShot(Retrieval):
-    """Which class an image is of: the texts are names of classes, the candidates all that occur. Labels: one per text."""
+    """Which class an image is of: the texts are names of classes, the candidates all that occur. Labels: (rows,), of texts."""
 
     name: str = "zero-shot"
     metric: str = "accuracy"
     prompt = "a photo of a {}."
+    compares = "texts are names of classes: what is compared is the class of an image among all that occur"
 
     def questions(self, read: Read, labels: Tensor | None) -> list[Question]:
         images, texts, scale = read
@@ -184,7 +200,10 @@ class ZeroShot(Retrieval):
         return [Question((images * scale.unsqueeze(-1)) @ texts[first].T, labels[:, None] == labels[first])]
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.tensor([zlib.crc32(pair.text.encode()) for pair in pairs])
+        return torch.tensor([text_number(pair.text) for pair in pairs])
+
+    def shared(self, labels: Tensor | None) -> int:
+        return 0
 
     def metrics(self, questions: list[Question]) -> dict[str, float]:
         return {"accuracy": questions[0].hits(), "top-5 accuracy": questions[0].hits(5)}
@@ -246,6 +265,10 @@ class Wording(Task):
     metric: str = "token accuracy"
     answered: bool = False
     paired = True
+
+    @property
+    def compares(self) -> str:
+        return f"the {'answers' if self.answered else 'texts'} are what should be written"
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -313,6 +336,17 @@ def firsts(labels: Tensor) -> Tensor:
     _, kind = labels.unique(return_inverse=True)
     row = torch.arange(len(labels), device=labels.device)
     return torch.full_like(row, len(row)).scatter_reduce(0, kind, row, "amin")[kind] == row
+
+
+def text_number(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def belonging(labels: Tensor) -> Tensor:
+    """Which texts are right for which images, (rows, rows) booleans, of the numbers of both, (rows, 2): every text that a pair
+    with the same image has, wherever it stands."""
+    images, texts = (column[:, None] == column for column in labels.T)
+    return (images.float() @ texts.float()) > 0
 
 
 def joined(reads: Sequence[Read]) -> Read:

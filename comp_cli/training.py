@@ -30,7 +30,7 @@ from .errors import FAILED, USAGE, CompError, DeadEnd
 from .loading import own_state, pick_device
 from .output import Output
 from .plan import Plan
-from .workbench import Dense, Pairs, ScenePairs
+from .workbench import Dense, Pairs, ScenePairs, say_cut
 
 WARM_UP = 0.05  # of the steps
 CHECKPOINTS = 10  # of the tuning, in the journal
@@ -113,17 +113,18 @@ def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output)
 
 def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, skip: int, part: slice) -> Iterator[data.Batch]:
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
-    passed = 0
+    passed, collate = 0, dense.collate
     for epoch in count(1):
         found = pairs.read("calibration", None, seed + epoch, dense.task.takes)
         first = True
-        while chunk := list(islice(found, training.batch_size)):
+        ready = (collate.seen(pair) if passed >= skip else replace(pair, image=None) for pair in found)  # no picture is kept
+        while chunk := list(islice(ready, training.batch_size)):
             if len(chunk) < training.batch_size and not first:
                 break  # the rest of an epoch makes no whole batch
             first = False
             passed += 1
             if passed > skip:
-                yield dense.collate(chunk[part] or chunk)
+                yield collate(chunk[part] or chunk)
 
 
 class Trainer:
@@ -152,6 +153,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[data.Batch] | None = None
+        self.texts = {"cut": 0, "of": 0, "at": dense.reference.tokens.get("language", 0)}  # that were read
 
     # The search ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +210,7 @@ class Trainer:
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
         self.accelerator.end_training()
+        say_cut("fine-tuning", self.texts, out)
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
     # Both ------------------------------------------------------------------------------------------------------------
@@ -239,7 +242,9 @@ class Trainer:
                 group["lr"] = warm * rate(self.done)
             before(self.done)
             torch.manual_seed(self.seed * 1_000_003 + self.done)  # dropout does the same after a resume
-            loss = self._loss(prepared, next(self._stream))
+            batch = next(self._stream)
+            self.texts |= {"cut": self.texts["cut"] + batch.cut, "of": self.texts["of"] + batch.samples}
+            loss = self._loss(prepared, batch)
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(list(names), 1.0)
             driver.step()

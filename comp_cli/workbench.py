@@ -1,6 +1,6 @@
 """What every command needs before it can work: a model with its family, its processor, its data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +43,14 @@ class Dense:
 
     @property
     def collate(self) -> data.Collator:
-        """Makes batches of pairs for this model."""
+        """Makes batches of pairs for this model, of texts as long as the reference input."""
         longest = self.reference.tokens.get("language", 0)
+        return collator(self.family, self.processor, longest, self.task, self.hf_config)
+
+    @property
+    def collate_whole(self) -> data.Collator:
+        """The same, of texts as long as the model takes, which is what it will be fed."""
+        longest = longest_text(self.hf_config.to_dict(), self.family, self.processor)
         return collator(self.family, self.processor, longest, self.task, self.hf_config)
 
     def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
@@ -133,6 +139,13 @@ def collator(
     return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt, written)
 
 
+def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
+    """Tokens of the longest text that a model and its tokenizer take, at most 512; 0 for a model of images."""
+    texts = [tower for tower in family.towers if tower.name == "language"]
+    longest = min([tower_config(config, tower)["max_position_embeddings"] for tower in texts], default=0)
+    return loading.cut_at(processor, min(longest, 512))
+
+
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
     """Exit 4 where the parts that the family describes are missing, or the processor makes what the model cannot take."""
     problem = None
@@ -195,6 +208,10 @@ class ScenePairs:
     def describe(self, purpose: data.Purpose) -> str:
         return f"generated scenes, split {self.SPLITS[purpose]}"
 
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Nothing is skipped."""
+        return {}
+
     def read(
         self, purpose: data.Purpose, limit: int | None = None, seed: int = 0, takes: data.Takes = data.every
     ) -> Iterator[data.Pair]:
@@ -217,12 +234,15 @@ class DataOptions:
     text_column: str | None = None
     label_column: str | None = None
     answer_column: str | None = None
+    split_column: str | None = None
 
 
 def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Path | None = None) -> Pairs:
     """The user's pairs, or generated scenes with a warning for models that do not know them."""
     if options.data is not None:
-        columns = data.Columns(options.image_column, options.text_column, options.label_column, options.answer_column)
+        named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
+        columns = data.Columns(*named)
+        out.say(f"{dense.task.name}: {dense.task.compares}")
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
@@ -241,3 +261,14 @@ def batches_of(
 ) -> list[data.Batch]:
     """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
     return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.takes), batch_size))
+
+
+def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
+    """How many of the texts were cut, and at how many tokens."""
+    return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
+
+
+def say_cut(purpose: str, texts: Mapping[str, int], out: Output, more: str = "--text-tokens takes more") -> None:
+    """A warning where texts were cut."""
+    if texts["cut"]:
+        out.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")

@@ -35,7 +35,7 @@ def write(model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int
     for _, alike in groupby(order, key=lengths.__getitem__):
         alike = list(alike)
         for chunk in (alike[i : i + batch_size] for i in range(0, len(alike), batch_size)):
-            batch = dense.collate([pairs[i] for i in chunk]).to(weight.device, weight.dtype)
+            batch = dense.collate_whole([pairs[i] for i in chunk]).to(weight.device, weight.dtype)
             given = {name: batch.inputs[name] for name in names}
             tokens = model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=min(LONGEST[task.name], room))
             found |= zip(chunk, processor.batch_decode(tokens, skip_special_tokens=True), strict=True)

@@ -14,6 +14,7 @@ import hub_server
 import pytest
 from PIL import Image
 
+from comp_cli import rows as rows_module
 from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, read_label, read_rows
 from comp_cli.datafiles import open_pairs
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
@@ -102,7 +103,7 @@ def everything(data, **options) -> list[int]:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_a_file_with_image_paths_beside_it(folder, suffix):
-    path = write(folder / f"pairs{suffix}", rows(label=lambda i: i % 2))
+    path = write(folder / f"pairs{suffix}", rows(match=lambda i: i % 2))
     assert everything(path) == list(range(COUNT))
     pairs = read(path)
     assert [pair.label for pair in pairs] == [i % 2 for i in numbers(pairs)]
@@ -196,7 +197,7 @@ def test_several_texts_of_an_image(folder):
 
 
 def test_pairs_become_batches(folder, dense):
-    path = write(folder / "pairs.csv", rows(label=lambda i: ["no", "yes"][i % 2]))
+    path = write(folder / "pairs.csv", rows(match=lambda i: ["no", "yes"][i % 2]))
     (batch,) = dense.collate.batches(opened(path).read("calibration", 4), 8)
     assert batch.inputs["pixel_values"].shape == (4, 3, 48, 48)
     assert batch.labels.tolist() == [number % 2 for number in numbers(read(path, limit=4))]
@@ -213,7 +214,7 @@ def test_names_of_classes_are_texts(photos, tmp_path):
 
 
 def test_retrieval_takes_pairs_that_match_and_knows_their_images(folder):
-    table = rows(label=lambda i: i % 2)
+    table = rows(match=lambda i: i % 2)
     table += [row | {"text": row["text"] + " again"} for row in table]
     pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].takes))
     assert len(pairs) == 12 and all(pair.label == 1 for pair in pairs)
@@ -242,8 +243,8 @@ def test_an_image_serves_one_purpose_for_every_seed(folder):
 
 def test_no_more_images_are_opened_than_asked_for(folder, monkeypatch):
     path = write(folder / "pairs.jsonl", rows())
-    decode, opens = datasets.Image.decode_example, []
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: opens.append(a) or decode(*a, **k))
+    decode, opens = rows_module.decode, []
+    monkeypatch.setattr(rows_module, "decode", lambda *a, **k: opens.append(a) or decode(*a, **k))
     pairs = opened(path).read("calibration", 5)
     assert len(opens) == 1
     assert len(list(pairs)) == 5
@@ -332,7 +333,7 @@ def test_a_label_column_of_something_else_is_left_out(folder):
     pairs = read(path, out=(out := Output("quiet")))
     assert all(pair.label is None for pair in pairs)
     assert "holds 2" in out.warnings[0]
-    assert read(write(folder / "other.jsonl", rows(label=lambda i: i % 2)), columns=Columns(label=""))[0].label is None
+    assert read(write(folder / "other.jsonl", rows(match=lambda i: i % 2)), columns=Columns(label=""))[0].label is None
     assert "'label'" in refused(USAGE, write(folder / "none.jsonl", rows()), columns=Columns(label="label")).message
 
 
@@ -340,19 +341,19 @@ def test_a_label_column_of_something_else_is_left_out(folder):
 
 
 def test_bad_rows_are_skipped_and_counted(folder):
-    table = rows(label=lambda i: i % 2)
+    table = rows(match=lambda i: i % 2)
     for index in range(7):
         table[index]["image"] = f"images/lost{index}.png"
     table[7]["text"] = "  "
     table[8]["text"] = None
-    table[9]["label"] = "perhaps"
+    table[9]["match"] = "perhaps"
     table[10]["image"] = None
     table[39]["image"] = "images"
     (folder / "images" / "11.png").unlink()
     (folder / "images" / "11.png").write_bytes(png(11)[:50])
     (folder / "images" / "12.png").unlink()
     (folder / "images" / "12.png").write_text("no image")
-    table[9]["label"] = None
+    table[9]["match"] = None
     write(folder / "train.jsonl", table)
     write(folder / "validation.jsonl", rows(range(3)))
     pairs = read(folder, out=(out := Output("quiet")))
@@ -572,8 +573,8 @@ def test_the_fingerprint_is_of_the_content(folder, dense):
     def of(pairs):
         return fingerprint(dense.collate.batches(pairs, 2))
 
-    path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), label=lambda i: i % 2)])
-    pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "label"), folder, 4, Tally()))
+    path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), match=lambda i: i % 2)])
+    pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "match"), folder, 4, Tally()))
     made = [Pair(Image.new("RGB", (6, 4), colour(i)), "a red circle", i % 2) for i in range(4)]
     assert len(of(pairs)) == 16 and of(pairs) == of(made)
     word, label, image = replace(made[3], text="a red square"), replace(made[3], label=0), replace(made[3], image=made[0].image)

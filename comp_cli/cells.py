@@ -1,0 +1,121 @@
+"""What the cells of a table say: texts, answers, labels. Pure functions; what makes no sense raises BadRow.
+
+A text stays the string that it was. What a reader has made a number or truth value of is written as JSON writes it.
+"""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Mapping
+from datetime import date, time
+from decimal import Decimal
+from typing import Any
+
+MATCHES = {"match", "matched", "matching"}
+MISMATCHES = {"mismatch", "mismatched", "unmatched"}
+LABELS = dict.fromkeys({*MATCHES, "1", "true", "yes", "positive"}, 1)
+LABELS |= dict.fromkeys({*MISMATCHES, "0", "false", "no", "negative"}, 0)
+QUOTED = re.compile(r"""[\[{]\s*["'\[{]""")  # how a list of texts or a record begins, and words in brackets do not
+
+
+class BadRow(ValueError):
+    """A row that makes no pair: what is wrong with it, to be counted, and what it holds, to find it by."""
+
+    def __init__(self, problem: str, found: str):
+        super().__init__(f"{problem}: {found}")
+        self.problem, self.found = problem, found[:80]
+
+
+class Number(str):
+    """A number of a JSON text, as it is written there: 007 is none, but 1.0, 1e-5 and 10**30 stay what they are."""
+
+
+VERBATIM: dict[str, Any] = {"parse_int": Number, "parse_float": Number, "parse_constant": lambda name: None}  # NaN: nothing
+
+
+def as_text(value: Any) -> str | None:
+    """A cell as text, without space around it; None where it holds none. A number that only a NaN in its column has made a
+    float is written as the integer that it was. BadRow for half of a surrogate pair, which no tokenizer takes."""
+    match value:
+        case str():
+            text = str(value).strip()
+        case bool():
+            text = str(value).lower()
+        case float() if value != value:
+            return None
+        case float() if value.is_integer() and abs(value) < 1e15:
+            text = str(int(value))
+        case int() | float() | Decimal():
+            text = str(value)
+        case date() | time():
+            text = value.isoformat()
+        case _:
+            return None
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadRow("text that is no Unicode", repr(text)[:60])
+    return text or None
+
+
+def written(text: str) -> Any:
+    """The list or record that a text is written as, in JSON or as Python prints it; else the text itself.
+
+    "[1, 2]" and "[a word]" are texts: an interval, words in brackets. BadRow for what begins like a list of texts and is none,
+    such as the arrays that NumPy prints without commas.
+    """
+    bare = text.strip()
+    if bare[:1] + bare[-1:] not in ("[]", "{}"):
+        return text
+    try:
+        found = json.loads(bare, **VERBATIM)
+    except (ValueError, RecursionError):
+        return printed_list(bare) if QUOTED.match(bare) else text
+    if isinstance(found, list) and any(isinstance(part, Number | bool) for part in found):
+        return text
+    return found
+
+
+def printed_list(text: str) -> Any:
+    """What Python prints of a list or record, read back without running anything; raises BadRow."""
+    try:
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        strings = [kind for kind in kinds if kind != tokenize.NL]
+        glued = any(a == b == tokenize.STRING for a, b in zip(strings, strings[1:], strict=False))
+        if not glued and isinstance(found := ast.literal_eval(text), list | tuple | dict):
+            return found
+    except (ValueError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
+        pass
+    raise BadRow("text that begins as a list and is none", text[:60])
+
+
+def parts(value: Any) -> list[Any]:
+    """What a cell holds: the parts of a list, of lists in it, and of one that is written as a text; else the cell itself."""
+    found, left = [], [written(value) if isinstance(value, str) else value]
+    while left:
+        part = left.pop()
+        if isinstance(part, list | tuple):
+            left.extend(reversed(part))
+        else:
+            found.append(part)
+    return found
+
+
+def read_texts(value: Any) -> list[str]:
+    """The texts of a cell: one or a list of them."""
+    return [text for part in parts(value) if (text := as_text(part))]
+
+
+def read_answers(value: Any) -> tuple[str, ...]:
+    """The answers of a row: a text, or a list of texts or of records that hold one each under "answer", as VQA v2 has them."""
+    if isinstance(value, str):
+        value = written(value)
+    if isinstance(value, Mapping):  # a list of records may come as a record of lists
+        value = value.get("answer")
+    found = (part.get("answer") if isinstance(part, Mapping) else part for part in parts(value))
+    return tuple(text for part in found if (text := as_text(part)))
+
+
+def read_label(value: Any) -> int | None:
+    """1 or 0 for a number, truth value or word that says so; else None."""
+    return LABELS.get(str(value).strip().lower().removesuffix(".0"))
