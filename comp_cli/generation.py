@@ -1,5 +1,6 @@
 """Texts out of exported graphs: the stock `generate` of transformers, with ONNX Runtime where its weights would be."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from .errors import REFUSED, USAGE, CompError
 from .families import find_family
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
 from .loading import quiet_libraries
+from .modeling_comp import CACHES, refuse_unknown, the_cache
 from .onnx_checks import check_files, check_signature, writer_signatures
 from .sessions import OnnxWriter, Values
 from .store import read_config
+
+# What this release of transformers calls keys and values in what a model hands out.
+CACHE = next(name for name in CACHES if name in inspect.signature(CausalLMOutputWithCrossAttentions).parameters)
 
 
 def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedModel:
@@ -65,8 +70,10 @@ class OnnxEncoder(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,  # taken and not used, as in the stock layers
         **kwargs: Any,
     ) -> BaseModelOutput:
+        refuse_unmade(self, kwargs)
         given = {"pixel_values": encoder_hidden_states if pixel_values is None else pixel_values}
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -85,24 +92,37 @@ class OnnxDecoder:
         self,
         input_ids: Tensor,
         encoder_hidden_states: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,  # all ones; generate() asks whether there is a place for it
-        use_cache: bool = True,
+        use_cache: bool | None = True,
+        is_decoder: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
+        refuse_unmade(self, kwargs)
+        known = the_cache(cache, past_key_values)
         if attention_mask is not None and not attention_mask.all():
             raise CompError("the graphs take prompts of one length in a batch: no padding.", code=USAGE)
         text = input_ids.numpy()
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        if known is None or known.get_seq_length() == 0:
             made = self.graphs.begin(text, encoder_hidden_states.numpy())
             across = from_values(made, "encoder")
         else:
-            across = past_key_values.cross_attention_cache
-            cache = to_values(past_key_values.self_attention_cache, "decoder") | to_values(across, "encoder")
-            made = self.graphs.go_on(text, cache)
-        cache = EncoderDecoderCache(from_values(made, "decoder"), across) if use_cache else None
-        return CausalLMOutputWithCrossAttentions(logits=torch.from_numpy(made["logits"]), past_key_values=cache)
+            parts = isinstance(known, EncoderDecoderCache) and (known.self_attention_cache, known.cross_attention_cache)
+            if not parts or not all(isinstance(part, DynamicCache) for part in parts):
+                raise CompError("the graphs go on from an EncoderDecoderCache of two DynamicCaches only.", code=USAGE)
+            across = known.cross_attention_cache
+            made = self.graphs.go_on(text, to_values(known.self_attention_cache, "decoder") | to_values(across, "encoder"))
+        grown = {CACHE: EncoderDecoderCache(from_values(made, "decoder"), across)} if use_cache else {}
+        return CausalLMOutputWithCrossAttentions(logits=torch.from_numpy(made["logits"]), **grown)
+
+
+def refuse_unmade(module: nn.Module, given: dict[str, Any]) -> None:
+    """Raise for what graphs cannot do, and for arguments that nobody knows."""
+    if given.get("output_hidden_states"):
+        raise CompError("the graphs hand out no hidden states: leave output_hidden_states out.", code=USAGE)
+    refuse_unknown(module, given)
 
 
 def from_values(made: Values, part: str) -> DynamicCache:

@@ -14,7 +14,7 @@ from .errors import USAGE, CompError
 from .families import Family
 from .families.base import ANSWER_INPUTS
 from .loading import quiet_libraries
-from .modeling_comp import CompactAttention
+from .modeling_comp import CompactAttention, cache_name, refuse_unknown
 from .tasks import Task
 
 OPSET = 20
@@ -231,6 +231,7 @@ class Encoded(nn.Module):
         self.field = field
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        refuse_unknown(self, kwargs)
         return BaseModelOutputWithPooling(**{self.field: pixel_values})
 
 
@@ -266,13 +267,10 @@ def decode(
 ) -> Any:
     """What the decoder says behind every token of a text, as transformers hands it out."""
     decoder = model.get_submodule(family.decoder.module)
-    return decoder(
-        input_ids=text,
-        attention_mask=attention_mask,
-        encoder_hidden_states=states,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    given = {"input_ids": text, "attention_mask": attention_mask, "encoder_hidden_states": states}
+    if cache is not None:
+        given |= {cache_name(decoder.forward): cache}
+    return decoder(**given, use_cache=cache is not None)
 
 
 def can_split(family: Family) -> bool:

@@ -5,10 +5,14 @@ This file ships beside every compact checkpoint and needs torch and transformers
 is derived: head counts, head widths, softmax scales, feed-forward widths and kept tokens are read from there.
 
     AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+Where the numbers would depend on something that it does not know (an argument, a mask, a cache), it raises; see `refuse_unknown`.
 """
 
+import inspect
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache as once
 from typing import Any
 
 import torch
@@ -17,6 +21,64 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+TESTED = ("5.20", "5.24")  # releases of transformers, the first and the last one that this file was tested with
+CACHES = ("cache", "past_key_values")  # what layers call their keys and values, since transformers 5.24 and before
+# What stock models hand down to every layer, and no number depends on: hidden states are recorded by hooks around the layers,
+# the number of items is for the loss.
+HARMLESS = frozenset({"output_hidden_states", "use_cache", "return_dict", "num_items_in_batch"})
+
+
+@once
+def warn_if_untested() -> None:
+    """One sentence, once, where transformers is of a release that this file was not tested with."""
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    first, last = (tuple(map(int, version.split("."))) for version in TESTED)
+    if not first <= release <= last:
+        warnings.warn(
+            f"transformers {transformers.__version__} is not one that this runtime of compact models was tested with "
+            f"({TESTED[0]} to {TESTED[1]}): install one of those, or a newer comp, and `comp upgrade FOLDER`.",
+            stacklevel=2,
+        )
+
+
+def refuse_unknown(module: nn.Module, given: dict[str, Any]) -> None:
+    """Raise for arguments that would change what a stock layer says, and that a compact layer does not know: a new name of
+    the cache or of a mask must not be ignored. None and False say that nothing is asked for."""
+    for name, value in given.items():
+        if value is None or value is False or name in HARMLESS:
+            continue
+        if name == "output_attentions":
+            raise ValueError("compact layers make no attention maps: leave output_attentions out, or ask the dense model.")
+        raise TypeError(
+            f"{type(module).__name__} got an argument that it does not know, {name}=, and will not ignore it. It was tested "
+            f"with transformers {TESTED[0]} to {TESTED[1]}; this is {transformers.__version__}."
+        )
+
+
+def the_cache(cache: Any, past_key_values: Any) -> Any:
+    """The keys and values of earlier tokens, under whichever name they came."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise TypeError("two caches were given, as cache= and as past_key_values=: give one.")
+    return past_key_values if cache is None else cache
+
+
+def cache_name(forward: Callable[..., Any]) -> str | None:
+    """What a stock module calls its cache."""
+    return next((name for name in CACHES if name in inspect.signature(forward).parameters), None)
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Raise unless a mask is one of attention: (batch, 1, tokens, tokens), True or 0 where a query may look."""
+    if attention_mask is None:
+        return
+    tensor = isinstance(attention_mask, torch.Tensor)
+    if not tensor or attention_mask.dim() != 4 or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        found = f"{tuple(attention_mask.shape)} of {attention_mask.dtype}" if tensor else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask: compact layers take (batch, 1, tokens, tokens), boolean or additive, and found {found}. Load the "
+            "model with attn_implementation='sdpa' or 'eager': masks of other kernels mean something else."
+        )
 
 
 def token_scores(
@@ -237,6 +299,7 @@ class CompactAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.layout = layout
+        self.config = getattr(stock, "config", None)
         self.layer_idx: int | None = getattr(stock, "layer_idx", None)  # place in the cache of a tower that generates
         self.skip_first, self.causal = True, False
         self.score_rows: int | None = None
@@ -261,15 +324,24 @@ class CompactAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_unknown(self, kwargs | {"output_attentions": getattr(self.config, "output_attentions", None)})
+        check_mask(attention_mask)
+        cache = the_cache(cache, past_key_values)
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            raise TypeError(f"the cache of a compact layer is an EncoderDecoderCache, not a {type(cache).__name__}.")
         if encoder_hidden_states is not None:
             attention_mask = None  # as in the stock model: whatever mask it is given for what it attends across to
+        elif attention_mask is None and cache is not None:
+            if cache.self_attention_cache.is_compileable:
+                raise ValueError("a cache of fixed length needs an attention_mask: what is not written yet must not be seen.")
+            attention_mask = self.complete(None, hidden_states, cache.get_seq_length(self.layer_idx))
         else:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-            attention_mask = self.complete(attention_mask, hidden_states, past)
-        query, key, value = self.project(hidden_states, encoder_hidden_states, past_key_values)
+            attention_mask = self.complete(attention_mask, hidden_states)
+        query, key, value = self.project(hidden_states, encoder_hidden_states, cache)
         if self.share_images and encoder_hidden_states is not None and torch.onnx.is_in_onnx_export():
             key, value = share_images(key, query), share_images(value, query)
         if self.fused_node and torch.onnx.is_in_onnx_export():
@@ -299,7 +371,7 @@ class CompactAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> list[torch.Tensor]:
         """Queries, keys and values, each (batch, tokens, heads * head_dim); with a cache the keys and values of all tokens, as
         they lie there."""
@@ -308,16 +380,16 @@ class CompactAttention(nn.Module):
             return list(getattr(self, names[0])(hidden_states).chunk(3, dim=-1))
         crosses = encoder_hidden_states is not None
         query = getattr(self, names[0])(hidden_states)
-        if past_key_values is not None and crosses and past_key_values.is_updated.get(self.layer_idx):
-            known = past_key_values.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
+        if cache is not None and crosses and cache.is_updated.get(self.layer_idx):
+            known = cache.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
             return [query, known.keys, known.values]
         other = encoder_hidden_states if crosses else hidden_states
         key, value = (getattr(self, name)(other) for name in names[1:])
-        if past_key_values is not None:
-            cache = past_key_values.cross_attention_cache if crosses else past_key_values.self_attention_cache
-            key, value = cache.update(self.split(key), self.split(value), self.layer_idx)
+        if cache is not None:
+            part = cache.cross_attention_cache if crosses else cache.self_attention_cache
+            key, value = part.update(self.split(key), self.split(value), self.layer_idx)
             if crosses:
-                past_key_values.is_updated[self.layer_idx] = True
+                cache.is_updated[self.layer_idx] = True
         return [query, key, value]
 
     def split(self, states: torch.Tensor) -> torch.Tensor:
@@ -380,7 +452,16 @@ class TokenPruning:
 class PreNormLayer(TokenPruning):
     """Layer of a ViT-like tower (BLIP's vision tower, CLIP, SigLIP). Mixed in before the stock class."""
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ):
+        refuse_unknown(self, kwargs)
+        if is_causal is not None and is_causal != self.self_attn.causal:
+            raise ValueError(f"is_causal={is_causal}: config.json says that this tower is not so (comp.towers.layout.causal).")
         attended, scores = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask)
         hidden_states, attention_mask, kept = self.hand_on(hidden_states + attended, scores, attention_mask)
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -388,17 +469,29 @@ class PreNormLayer(TokenPruning):
 
 
 class PostNormLayer(TokenPruning):
-    """Layer of a BERT-like tower with cross-attention (BLIP's text towers). Mixed in before the stock class."""
+    """Layer of a BERT-like tower with cross-attention (BLIP's text towers). Mixed in before the stock class.
+
+    cache_name: what the stock module around the attention calls the cache. encoder_attention_mask is taken and not used: the
+    stock layer (5.20 to 5.24) does not hand it to the attention either.
+    """
+
+    cache_name: str | None = None
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ):
-        past = {"past_key_values": past_key_values}
+        refuse_unknown(self, kwargs)
+        cache = the_cache(cache, past_key_values)
+        if cache is not None and self.cache_name is None:
+            raise TypeError(f"{type(self.attention).__name__} of transformers {transformers.__version__} takes no cache.")
+        past = {} if cache is None else {self.cache_name: cache}
         hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask, **past)
         hidden_states, attention_mask, kept = self.hand_on(hidden_states, scores, attention_mask)
         if encoder_hidden_states is not None:
@@ -429,8 +522,11 @@ class CompactEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Any,  # each layer refuses what it does not know
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if any(kwargs.get(name) is not None for name in CACHES):
+            raise ValueError("where tokens are dropped there is no cache: those that are left differ from layer to layer.")
+        check_mask(attention_mask)
         hidden_states = inputs_embeds if hidden_states is None else hidden_states
         entered, positions = hidden_states, None
         if encoder_hidden_states is not None:
@@ -446,7 +542,7 @@ class CompactEncoder(nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 
-@cache
+@once
 def _layer_class(order: str, stock_class: type) -> type:
     # A subclass of the stock layer, so that transformers' recording of hidden states and checkpointing find it.
     return type(f"Compact{stock_class.__name__}", (LAYERS[order], stock_class), {})
@@ -457,6 +553,8 @@ def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any
     layer_class = _layer_class(layout["order"], type(stock))
     layer = layer_class.__new__(layer_class)
     layer.__dict__.update(stock.__dict__)
+    around = stock.get_submodule(layout["attention"]["module"].split(".")[0])  # the stock module that holds the attention
+    layer.cache_name = cache_name(around.forward)
     for kind in ("attention", "cross"):
         parts = layout[kind]
         if parts is None:
@@ -488,11 +586,14 @@ class EndOfText:
         # Configs of the first checkpoints say 2 where the end is the highest id (see transformers' CLIPTextModel).
         ends = ids == (self.eos_token_id if self.eos_token_id != 2 else ids.amax(-1, keepdim=True))
         behind = ends.long().cumsum(-1) - ends.long() > 0
-        attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if attention_mask is None:
+            attention_mask = torch.ones_like(ids)
+        elif not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            raise ValueError("attention_mask: expected one number for each token of a text, (batch, tokens).")
         return super().forward(input_ids, attention_mask=attention_mask.masked_fill(behind, 0), **kwargs)
 
 
-@cache
+@once
 def _ending(stock_class: type) -> type:
     return type(f"Compact{stock_class.__name__}", (EndOfText, stock_class), {"__module__": __name__})
 
@@ -515,17 +616,26 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
                 text_model.__class__ = _ending(type(text_model))
 
 
-@cache
+@once
 def compact_class(architecture: str) -> type:
     """The stock class of that name with `__init__` extended: same forward, same outputs, layers of the plan's sizes."""
     stock = getattr(transformers, architecture)
 
     def __init__(self, config, *args, **kwargs):
+        warn_if_untested()
         stock.__init__(self, config, *args, **kwargs)
         make_compact(self, config.comp)
+        # What scales all logits stays exact, whatever precision the matrices are loaded in.
+        scalars = {name for name, parameter in self.named_parameters() if parameter.numel() == 1}
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | scalars
+
+    def dtype(self) -> torch.dtype:
+        """Of the matrices."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.numel() > 1)
 
     # _auto_class: a compact model that was trained further takes this file along when it is saved.
-    return type(f"Compact{architecture}", (stock,), {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModel"})
+    members = {"__init__": __init__, "dtype": property(dtype), "__module__": __name__, "_auto_class": "AutoModel"}
+    return type(f"Compact{architecture}", (stock,), members)
 
 
 def __getattr__(name: str) -> type:
