@@ -433,7 +433,7 @@ def bench(
     _run(out, work)
 
 
-@app.command()
+@app.command(cls=Command)
 def env(form: Format = "human", as_json: Json = False, quiet: Quiet = False) -> None:
     """Show versions, devices and providers, and what would fail here: for bug reports.
 
