@@ -6,6 +6,7 @@ A compact folder with its `comp_report.json` must hold the bytes that comp wrote
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +58,10 @@ def check_files(folder: Path) -> None:
 
 
 def _in_hub_cache(target: Path) -> bool:
-    """Whether a file is a blob of a model in a cache of the hub: snapshots are folders of links to them."""
-    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    """Whether a file is a blob of a model in a cache of the hub, its own or one that models share: snapshots are folders of
+    links to them."""
+    shared = target.parent.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name)
+    return bool(shared) or (target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"))
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
