@@ -281,9 +281,13 @@ def explain(error: Exception, model: str, revision: str | None) -> CompError:
             message = f"Cannot reach the hub for {model} at {constants.ENDPOINT} ({type(error).__name__}: {error})."
             return NotThere(message, code=FAILED, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
         case _ if isinstance(error, NOT_THE_HUB):
-            error = f"{type(error).__name__}: {error}"
-            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({error})."
-            return CompError(message, code=FAILED, hint="Check HF_ENDPOINT, and whether a login page is in the way.")
+            said = f"{type(error).__name__}: {error}"
+            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({said})."
+            hint = "Check HF_ENDPOINT, and whether a login page is in the way."
+            agents = getattr(constants, "AGENT_HARNESSES_PATH", "")
+            if isinstance(error, AttributeError) and os.path.exists(agents):  # an old answer that the client keeps
+                hint += f" If it stays so, remove {agents}."
+            return CompError(message, code=FAILED, hint=hint)
         case OSError(errno=errno.ENOSPC):
             message = f"Cannot store {model}: the disk of the cache is full."
             return CompError(message, code=FAILED, hint="Free some space, or name another disk with --cache-dir.")

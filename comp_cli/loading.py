@@ -23,7 +23,7 @@ from .headers import check_depth, check_shapes, few, on_meta, read_headers  # no
 from .hub import check_checkpoint, pick_weights, weight_files  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
 from .plan_check import check_block  # noqa: E402
-from .processor_check import check_processor  # noqa: E402
+from .processor_check import check_code, check_processor  # noqa: E402
 from .store import TensorHeader, read_config  # noqa: E402
 from .vetting import check_folder, check_report, shown  # noqa: E402
 
@@ -194,6 +194,7 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
     check_folder(folder)
+    check_code(folder)
     images, texts = "pixel_values" in inputs, "input_ids" in inputs
     if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
         raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
@@ -210,10 +211,6 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
         message = f"{folder}: the processor needs a package that is missing: {_first_line(error)}"
         raise CompError(message, code=REFUSED, hint="Install it with pip, and try again.") from error
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            said = f"{folder}: the processor files ask for code of their own (auto_map), and comp runs none."
-            hint = "Save it again with a processor class of transformers, and without auto_map."
-            raise CompError(said, code=REFUSED, hint=hint) from error
         raise CompError(
             f"{folder}: the processor does not load: {_first_line(error)}",
             code=REFUSED,

@@ -5,16 +5,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 
 from .errors import REFUSED, CompError
 from .families import Family, tower_config
-from .vetting import leaves, shown
+from .store import read_json
+from .vetting import PROCESSORS, leaves, shown
 
+CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer_class")
 LARGEST_SIDE = 4096  # pixels that a picture may be resized to on its way to the model's own size
 MOST_PIXELS = LARGEST_SIDE**2
 SHORTEST_TEXT = 4  # tokens: start, end, and something between
 ENDLESS = 2**31  # transformers writes 1e30 where a tokenizer has no limit
+
+
+def check_code(folder: Path) -> None:
+    """Exit 4 where a processor file names code of the folder's own (auto_map) and no class of transformers that does as well:
+    a stand-in would read pictures and texts otherwise than the author meant."""
+    for path in (folder / name for name in PROCESSORS):
+        waiting: list[Any] = [read_json(path)] if path.is_file() else []
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, list):
+                waiting += part
+            if not isinstance(part, dict):
+                continue
+            waiting += part.values()
+            named = [part[name] for name in CLASSES if part.get(name) is not None]
+            known = named and all(isinstance(name, str) and hasattr(transformers, name) for name in named)
+            if part.get("auto_map") and not known:
+                said = f"{path}: asks for code of its own (auto_map), and comp runs none but its own."
+                hint = "Save the processor again with classes of transformers, and without auto_map."
+                raise CompError(said, code=REFUSED, hint=hint)
 
 
 def check_processor(processor: Any, config: dict[str, Any], family: Family, folder: Path) -> None:
