@@ -137,7 +137,7 @@ def download(
         disable_progress_bars()
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
-    known = set(os.listdir(blobs)) if blobs.is_dir() else set()
+    known = set(os.listdir(blobs)) if os.path.isdir(blobs) else set()
     try:
         folder = _snapshot(model, revision, cache_dir, list(SMALL_FILES))
         names, announced = _listing(model, folder, cache_dir)

@@ -2,8 +2,11 @@
 
 import json
 
+import fuzzing
 import pytest
 from hub_server import HubServer, Repo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_hub import ask, checkpoint
 
 from comp_cli.hub import ALIASES
@@ -69,9 +72,7 @@ NONSENSE = [
 INFO = {"id": "org/plain", "sha": "0" * 40}
 
 
-@pytest.mark.parametrize("where", ["/api/models/org/plain/revision/main", "/api/agent-harnesses"])
-def test_answers_that_are_no_answers_are_sentences(hub, tmp_path, where):
-    cache = tmp_path / "cache"
+def test_answers_that_are_no_answers_are_sentences(hub, tmp_path):
     siblings = [
         {"siblings": [{}]},
         {"siblings": [None]},
@@ -80,21 +81,48 @@ def test_answers_that_are_no_answers_are_sentences(hub, tmp_path, where):
         {"sha": "../../evil"},
         {"sha": None},
     ]
-    for said in [*NONSENSE, *(json.dumps(INFO | wrong).encode() for wrong in siblings)]:
-        hub.says = {where: said, "/api/models/org/plain": said}
-        answer = ask_once(hub, cache)
-        assert answer["code"] in (1, 4), (said, answer)
-    hub.says = {}
-    assert "model.safetensors" in ask_once(hub, cache)["files"]  # nothing of it sticks
+    saids = [*NONSENSE, *(json.dumps(INFO | wrong).encode() for wrong in siblings)]
+    hub.says = {f"/api/models/org/n{number}/revision/main": said for number, said in enumerate(saids)}
+    hub.says["/api/agent-harnesses"] = b'"x"'
+    cache = tmp_path / "cache"
+    answers = ask(cache, *({"model": f"org/n{number}"} for number in range(len(saids))), {"model": "org/plain"}, url=hub.url)
+    for said, answer in zip(saids, answers[:-1], strict=True):
+        assert answer["code"] in (1, 4) and answer["message"], (said, answer)
+    assert "does not speak as the hub" in answers[0]["message"]
+    assert not [path for path in tmp_path.rglob("*evil*")]
 
 
-@pytest.mark.parametrize("said", [b"null", b'"x"', b"3", b"[3]", b'[{"type": "file"}]', b'[{"type": 3, "path": []}]', b"{}"])
-def test_listings_that_are_none(hub, tmp_path, said):
+def test_listings_that_are_none(hub, tmp_path):
+    lists = [b"null", b'"x"', b"3", b"[3]", b'[{"type": "file"}]', b'[{"type": 3, "path": []}]', b"{}"]
+    names = [f"org/l{number}" for number in range(len(lists))]
+    hub.repos |= dict.fromkeys(names, hub.repos["org/plain"])
     sha = hub.repos["org/plain"].find("main")[0]
-    hub.says = {f"/tree/{sha}": said}
-    assert ask_once(hub, tmp_path / "cache")["code"] in (1, 4)
-    hub.says = {}
-    assert "model.safetensors" in ask_once(hub, tmp_path / "fresh")["files"]
+    hub.says = {f"/{name}/tree/{sha}": said for name, said in zip(names, lists, strict=True)}
+    answers = ask(tmp_path / "cache", *({"model": name} for name in names), {"model": "org/plain"}, url=hub.url)
+    for said, answer in zip(lists, answers[:-1], strict=True):
+        assert answer["code"] in (1, 4), (said, answer)
+    assert "model.safetensors" in answers[-1]["files"]
+
+
+KEYS = st.sampled_from(
+    ["id", "sha", "siblings", "rfilename", "path", "type", "size", "oid", "lfs", "sha256", "xetHash", "gated"]
+)
+JSON = st.recursive(fuzzing.VALUES, lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYS, part, max_size=4))
+
+
+@settings(max_examples=max(1, settings.default.max_examples // 100), derandomize=True)
+@given(saids=st.lists(st.tuples(JSON, st.booleans()), min_size=60, max_size=60))
+def test_fuzz_answers_of_a_hub(saids, tmp_path_factory):
+    """Sixty models of one hub, each of which answers a request for itself or its list of files with something."""
+    place = tmp_path_factory.mktemp("fuzz")
+    repo = Repo({"main": checkpoint(place / "repo", "model.safetensors")})
+    sha = repo.find("main")[0]
+    with HubServer({f"org/f{number}": repo for number in range(60)}) as hub:
+        for number, (said, listed) in enumerate(saids):
+            where = f"/org/f{number}/" + (f"tree/{sha}" if listed else "revision/main")
+            hub.says[where] = json.dumps(said).encode("utf-8", "surrogatepass")
+        answers = ask(place / "cache", *({"model": f"org/f{number}"} for number in range(60)), url=hub.url)
+    assert all(answer.get("code") in (1, 4) for answer in answers)
 
 
 def test_a_list_of_agents_that_went_bad_does_not_stick(hub, tmp_path):
@@ -127,7 +155,8 @@ def test_adapters_on_the_hub(hub, tmp_path):
     assert "model.safetensors" not in hub.fetched()
 
 
-@pytest.mark.parametrize("model", ["a\0b", "org/na\0me", "hf://org/\0", "\0", "x" * 5000, "org/" + "x" * 300, "\udcff/\udcff"])
-def test_names_that_no_file_and_no_model_can_have(hub, tmp_path, model):
-    answer = ask_once(hub, tmp_path / "cache", model)
-    assert answer["code"] == 2 and not [seen for seen in hub.seen if "/api/models" in seen.path]
+def test_names_that_no_file_and_no_model_can_have(hub, tmp_path):
+    names = ["a\0b", "org/na\0me", "hf://org/\0", "\0", "x" * 5000, "org/" + "x" * 300, "\udcff/\udcff"]
+    answers = ask(tmp_path / "cache", *({"model": name} for name in names), url=hub.url)
+    assert [answer["code"] for answer in answers] == [2] * len(names)
+    assert not [seen for seen in hub.seen if "/api/models" in seen.path]

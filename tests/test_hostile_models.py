@@ -413,6 +413,12 @@ def test_what_does_not_fit_is_named_with_expected_and_found(tiny_folder, tmp_pat
     assert "text_encoder.encoder.layer.2.output.dense.weight" in said and "(72, 199)" in said and "(72, 200)" in said
 
 
+def test_timm_models_are_named(tiny_folder, tmp_path):
+    folder = copied(tiny_folder, tmp_path / "timm")
+    (folder / "config.json").write_text('{"architecture": "vit_base_patch16_224", "pretrained_cfg": {"tag": "x"}}')
+    assert "a timm model (vit_base_patch16_224)" in refusal(opened, folder).message
+
+
 @pytest.mark.parametrize("block", [[], "x", 3, None, True, {}, {"towers": []}, {"towers": None, "schema_version": 1}])
 @pytest.mark.parametrize("command", ["analyze", "prune", "export", "bench"])
 def test_a_comp_block_that_is_none(tiny_folder, tmp_path, block, command):
