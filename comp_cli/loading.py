@@ -20,12 +20,12 @@ from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
 from .families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
 from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
-from .hub import check_checkpoint, pick_weights, weight_files  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
 from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
 from .store import TensorHeader, read_config  # noqa: E402
 from .vetting import check_folder, check_report, shown  # noqa: E402
+from .weights import check_checkpoint, pick_weights, weight_files  # noqa: E402
 
 SIZES = (
     "hidden_size",
@@ -89,8 +89,8 @@ def load_model(
     """The model of a checkpoint folder, dense or compact, in eval mode on the CPU; it answers as its class does, or as the
     family is described.
 
-    Exit 4 for a folder that `hub.check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over,
-    not finite, of another size than the config says (which is compared before anything is built), or not those of comp's own
+    Exit 4 for a folder that `check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over, not
+    finite, of another size than the config says (which is compared before anything is built), or not those of comp's own
     report.
     """
     check_checkpoint(folder, allow_pickle=allow_pickle)
@@ -127,7 +127,7 @@ def sentences(folder: Path):
         raise
     except Exception as error:
         raise CompError(
-            f"{folder}: the checkpoint does not load: {_first_line(error)}",
+            f"{folder}: the checkpoint does not load: {first_line(error)}",
             code=REFUSED,
             hint="Weights and config.json must belong together. COMP_DEBUG=1 shows the whole story.",
         ) from error
@@ -208,11 +208,11 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     except CompError:
         raise
     except ImportError as error:
-        message = f"{folder}: the processor needs a package that is missing: {_first_line(error)}"
+        message = f"{folder}: the processor needs a package that is missing: {first_line(error)}"
         raise CompError(message, code=REFUSED, hint="Install it with pip, and try again.") from error
     except Exception as error:
         raise CompError(
-            f"{folder}: the processor does not load: {_first_line(error)}",
+            f"{folder}: the processor does not load: {first_line(error)}",
             code=REFUSED,
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
@@ -242,6 +242,7 @@ def facts(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.get("comp", {}).items() if key != "towers"}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -144,9 +144,11 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
     try:
         batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
         with torch.inference_mode():
-            model(**batch.inputs)
+            made = model(**batch.inputs)
+        if not all(value.isfinite().all() for value in made.values() if isinstance(value, Tensor)):
+            problem = "what it says of a plain picture is not finite"
     except Exception as error:
-        problem = problem or f"what its processor makes does not go through it ({str(error).splitlines()[0]})"
+        problem = problem or f"what its processor makes does not go through it ({loading.first_line(error)})"
     if problem:
         raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import comp_cli
-from comp_cli import hub, loading
+from comp_cli import loading
 from comp_cli.errors import CompError
 from comp_cli.output import Output
+from comp_cli.weights import check_checkpoint
 from comp_cli.workbench import open_dense
 
 
@@ -147,7 +148,7 @@ def test_fuzz_shard_indices(dense_box, data):
     def check(folder: Path):
         (folder / "model.safetensors").rename(folder / "m.safetensors")
         try:
-            return hub.check_checkpoint(folder, allow_pickle=True)
+            return check_checkpoint(folder, allow_pickle=True)
         finally:
             (folder / "m.safetensors").rename(folder / "model.safetensors")
 

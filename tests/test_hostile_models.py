@@ -429,3 +429,12 @@ def test_a_comp_block_that_is_none(tiny_folder, tmp_path, block, command):
     document = json.loads(result.stdout)
     assert result.exit_code == 4 and "defect" not in result.output, document
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_weights_that_are_numbers_and_overflow(tiny_folder, tmp_path):
+    folder = copied(tiny_folder, tmp_path / "huge")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_model.post_layernorm.weight"] *= 1e38
+    tensors["vision_model.post_layernorm.bias"] += 3e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite" in refusal(opened, folder).message
