@@ -145,10 +145,11 @@ def download(
             if not (safe(names) or pickled(names)):
                 raise errors.LocalEntryNotFoundError("no weights in the cache") from None
         weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
-        check_downloads(folder, announced, known, model)
+        small = [name for name in os.listdir(folder) if name not in weights]
+        check_downloads(folder, small, announced, known, model)
         accepts(read_json(folder / "config.json"))
         _snapshot(model, folder.name, cache_dir, weights)
-        check_downloads(folder, announced, known, model)
+        check_downloads(folder, weights, announced, known, model)
     except (errors.HTTPError, errors.XetDownloadError, OSError, *NOT_THE_HUB) as error:
         raise explain(error, model, revision) from error
     return folder

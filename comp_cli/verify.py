@@ -9,15 +9,17 @@ from .errors import REFUSED, CompError
 from .store import sha256
 
 
-def check_downloads(folder: Path, announced: Mapping[str, tuple[str, int]], known: Collection[str], model: str) -> None:
-    """Exit 4 at the first file of a snapshot whose bytes are not those that the hub announced.
+def check_downloads(
+    folder: Path, names: Collection[str], announced: Mapping[str, tuple[str, int]], known: Collection[str], model: str
+) -> None:
+    """Exit 4 at the first of some files of a snapshot whose bytes are not those that the hub announced.
 
     The cache names every blob by its announced ETag: SHA-256 for large files, git's hash for small ones. `announced` adds the
     SHA-256 and size of large files from the repository's listing. A bad blob that came just now (not in `known`, the names of
     blobs that were there before) is removed; one that lay there is named.
     """
-    for path in sorted(folder.iterdir()):
-        if not path.is_file():
+    for path in (folder / name for name in sorted(names)):
+        if not path.is_file():  # what is missing is for others to say
             continue
         blob = path.parent / path.readlink() if path.is_symlink() else None
         expected = {blob.name} if blob is not None and is_hash(blob.name) else set()

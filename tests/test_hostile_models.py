@@ -204,10 +204,10 @@ def test_files_that_are_none_are_refused_at_once(tiny_folder, tmp_path, make, na
     folder = copied(tiny_folder, tmp_path / "odd")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    started = time.monotonic()
+    started = time.process_time()
     assert name in refusal(opened, folder).message
     refusal(comp_cli.load, folder)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_files_that_a_tokenizer_names_by_itself_are_not_read(tiny_folder, tmp_path):
@@ -240,7 +240,7 @@ def test_absurd_sizes_are_refused_from_headers(tiny_folder, compact_folder, tmp_
     """At once, and in a few MiB: nothing of these sizes is built."""
     folder = copied({"dense": tiny_folder, "compact": compact_folder}[kind], tmp_path / kind)
     whole = (folder / "config.json").read_text()
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for parts, name in ABSURD:
         for part in parts or (None,):
             edit(
@@ -251,7 +251,7 @@ def test_absurd_sizes_are_refused_from_headers(tiny_folder, compact_folder, tmp_
                 continue  # how many channels the dense model had is nowhere in a compact one; no memory either, see below
             refusal(comp_cli.load, folder)
             (folder / "config.json").write_text(whole)
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
@@ -264,9 +264,9 @@ def test_sizes_of_pictures(tmp_path_factory, name, value):
     edit(folder / "processor_config.json", lambda found: found["image_processor"].update({name: value}))
     if name == "crop_size" and value is None:
         pytest.skip("not cropped where it is null")
-    started = time.monotonic()
+    started = time.process_time()
     refusal(loading.load_processor, folder)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def clip_folder(factory) -> Path:
@@ -438,3 +438,18 @@ def test_weights_that_are_numbers_and_overflow(tiny_folder, tmp_path):
     tensors["vision_model.post_layernorm.bias"] += 3e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "not finite" in refusal(opened, folder).message
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": [' + "0," * 2**23 + "0]}", '{"a":' * 500 + "1" + "}" * 500, '{"a": [' + "[]," * 10**5 + "NaN]}"]
+)
+def test_long_and_deep_configs(tiny_folder, tmp_path, content):
+    folder = copied(tiny_folder, tmp_path / "long")
+    (folder / "tokenizer_config.json").write_text(content)
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        loading.check_folder(folder)
+    except CompError as error:
+        assert error.code == 4
+    assert time.process_time() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
