@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test fuzz lint bench clean
 
 setup: $(VENV)/.done
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+# Ten times the inputs of the suite's fuzzers, others each time.
+fuzz: setup
+	$(BIN)/python -m pytest -q -k fuzz --hypothesis-profile=long tests
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

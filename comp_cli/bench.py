@@ -138,6 +138,8 @@ def open_models(
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
     """The baseline's source, the folders of the dense and the compact model, and the models of all sides. `config` is that of
     the compact one."""
+    family, architecture, _ = find_family(config)
+    compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
     baseline = baseline or config["comp"].get("base_address")
     if baseline is None:
         raise CompError(
@@ -147,13 +149,11 @@ def open_models(
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
         raise CompError(f"--baseline {baseline} is a compact model.", code=REFUSED, hint="Name the dense model.")
-    family, architecture, _ = find_family(config)
     if find_architecture(dense_config) != architecture:
         raise CompError(f"--baseline {baseline} is not a {architecture}.", code=REFUSED)
-    out.say(f"loading {source.name} and {folder} ...")
+    out.say(f"loading {source.name} ...")
     pickled = hub_options.get("allow_pickle", False)
     dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
-    compact = load_model(folder, family=family, dtype=torch.float32)
     parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:

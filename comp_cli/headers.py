@@ -53,7 +53,8 @@ def _read_pickle(path: Path) -> dict[str, TensorHeader]:
         raise CompError(said, code=REFUSED, hint="Save the model with transformers' save_pretrained.")
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return {
-        str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in held.items()
+        str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in held.items()
     }
 
 
@@ -69,9 +70,9 @@ def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], fam
         wanted, key = sizes["num_hidden_layers"], f"{tower.config}.num_hidden_layers".removeprefix(".")
         found, prefix = _depth(headers, tower)
         if prefix:
-            said = f"{folder}: the weights of the {tower.name} tower are named {prefix}{tower.encoder}..., expected {tower.encoder}..."
-            cure = f"They are part of a larger model, or were saved from inside one: rename them without {prefix!r}."
-            raise CompError(f"{said}.", code=REFUSED, hint=cure)
+            said = f"{folder}: weights are named {prefix}{tower.encoder}..., and a model of this kind has {tower.encoder}..."
+            cure = f"They come from a larger model, or a wrapper: save the model inside, so that no name has {prefix!r}."
+            raise CompError(said, code=REFUSED, hint=cure)
         if type(wanted) is not int or wanted != found:
             root = f"{tower.encoder}.{tower.layers}"
             said = f"{folder}: config.json says {key} {wanted}, the weights hold {found} layers {root}.N"
@@ -102,7 +103,7 @@ def check_shapes(headers: Mapping[str, TensorHeader], model: nn.Module, folder: 
             continue
         expected = tuple(wanted[name].shape)
         if header.shape != expected:
-            said = f"{folder}: the weight {name} is mismatched: {header.shape} in the file, and config.json asks for {expected}."
+            said = f"{folder}: the weight {name} is mismatched: {header.shape} in the file, {expected} by config.json."
             raise CompError(said, code=REFUSED, hint="Weights and config.json must belong together.")
         if wanted[name].is_floating_point() and header.dtype not in FLOATS:
             said = f"{folder}: the weight {name} is of the type {header.dtype}; comp reads {', '.join(FLOATS)}."

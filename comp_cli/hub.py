@@ -3,16 +3,17 @@
 import difflib
 import errno
 import os
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
 from .store import read_json
-from .vetting import check_folder, shown
+from .verify import check_downloads
+from .vetting import shown
+from .weights import check_checkpoint, pick_weights, pickled, safe
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -38,7 +39,13 @@ ALIASES = {
 
 # Beside the weights: configs and indices, tokenizers, templates, own code (run only with --trust-remote-code), licence.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
+# What the client raises where an answer is JSON, but not that of the hub.
+NOT_THE_HUB = (ValueError, TypeError, KeyError, AttributeError, AssertionError, IndexError, RuntimeError)
 NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
+
+
+class NotThere(CompError):
+    """The hub has no such repository, or does not answer and the cache has none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ def resolve(
     An existing folder wins over a hub id. Exit 2 for a name that can be neither, 4 for a checkpoint that is refused
     (not found, gated, no such revision, broken, or pickled without `allow_pickle`), 1 where the hub cannot be reached.
     """
+    if "\0" in model:
+        said = f"MODEL is {shown(model)}: no name holds a NUL."
+        raise CompError(said, code=USAGE, hint="MODEL is demo, a folder, or a hub id.")
     typed = os.path.expanduser(model)
     local = model == "demo" or os.path.isdir(typed)
     if local and revision is not None:
@@ -85,14 +95,25 @@ def resolve(
         source = Source(folder, folder.name, None, "folder")
     else:
         name, revision = _read_hub_name(model, revision)
-        if real := ALIASES.get(name):
-            out.say(f"{name}: taking {real}, its id on the hub.")
-        name = real or name
         options = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle, "accepts": accepts, "out": out}
-        folder = download(name, **options)
+        name, folder = download_known(name, **options)
         source = Source(folder, name, folder.name, "hub")
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     return source
+
+
+def download_known(name: str, out: Output, **options: Any) -> tuple[str, Path]:
+    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it."""
+    real = ALIASES.get(name)
+    if real is None:
+        return name, download(name, out=out, **options)
+    if "/" in name:
+        try:
+            return name, download(name, out=out, **options)
+        except NotThere:
+            pass
+    out.say(f"{name}: taking {real}, its id on the hub.")
+    return real, download(real, out=out, **options)
 
 
 def download(
@@ -108,87 +129,48 @@ def download(
 
     Small files come first; with them huggingface_hub caches the list of all files, which says what the weights are.
     """
-    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+    from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars
 
     if not out.show_progress:
         disable_progress_bars()
-    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
+    known = set(os.listdir(blobs)) if os.path.isdir(blobs) else set()
     try:
-        folder = Path(snapshot_download(**place, revision=revision, allow_patterns=list(SMALL_FILES)))
-        try:
-            names = [file.path for file in get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)]
-        except errors.CachedRepoTreeNotFoundError:  # another program filled this cache: all there is lies here
+        folder = _snapshot(model, revision, cache_dir, list(SMALL_FILES))
+        names, announced = _listing(model, folder, cache_dir)
+        if names is None:  # another program filled this cache: all there is lies here
             names = os.listdir(folder)
-            if not (_safe(names) or _pickled(names)):
+            if not (safe(names) or pickled(names)):
                 raise errors.LocalEntryNotFoundError("no weights in the cache") from None
         weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
+        small = [name for name in os.listdir(folder) if name not in weights]
+        check_downloads(folder, small, announced, known, model)
         accepts(read_json(folder / "config.json"))
-        snapshot_download(**place, revision=folder.name, allow_patterns=weights)
-    except (errors.HTTPError, errors.XetDownloadError, OSError, ValueError) as error:
+        _snapshot(model, folder.name, cache_dir, weights)
+        check_downloads(folder, weights, announced, known, model)
+    except (errors.HTTPError, errors.XetDownloadError, OSError, *NOT_THE_HUB) as error:
         raise explain(error, model, revision) from error
     return folder
 
 
-def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> list[str]:
-    """Of a checkpoint's file names those that hold the weights, with the index of shards; pickle as a last resort.
+def _snapshot(model: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
 
-    Exit 4 where config.json or weights are missing, or the weights are pickled and `allow_pickle` is not given.
-    """
-    if "config.json" not in names:
-        hint = "Give a folder or hub model that transformers' save_pretrained or comp wrote."
-        raise CompError(f"{owner} is not a checkpoint: no config.json.", code=REFUSED, hint=hint)
-    if weights := _safe(names):
-        return weights
-    if not (weights := _pickled(names)):
-        expected = "model.safetensors, or model.safetensors.index.json and its shards"
-        raise CompError(f"{owner} holds no weights: expected {expected}.", code=REFUSED)
-    if not allow_pickle:
-        raise CompError(
-            f"{owner} has only pickled weights ({weights[0]}), and a pickle can run code when it is read.",
-            code=REFUSED,
-            hint="Choose a revision with safetensors, or read them with --allow-pickle if you trust the author.",
-        )
-    return weights
+    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
+    return Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
 
 
-def check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
-    """Exit 4 where `pick_weights` refuses the folder's files, a shard is missing or lies outside, or `vetting` finds what no
-    library should read."""
+def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[list[str] | None, dict[str, tuple[str, int]]]:
+    """Names of a repository's files, None where they are not known, and SHA-256 and size of the large ones."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
     try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise CompError(f"{folder}: {error.strerror}.", code=REFUSED) from error
-    weights = pick_weights(names, allow_pickle=allow_pickle, owner=str(folder))
-    check_folder(folder)
-    weight_files(folder, weights)
-
-
-def weight_files(folder: Path, weights: list[str]) -> list[str]:
-    """The files that hold the weights, of what `pick_weights` found: the shards that an index names. Exit 4 for one that is
-    missing."""
-    if not weights[0].endswith(".json"):
-        found = weights
-    else:
-        found = check_shards(read_json(folder / weights[0]), folder / weights[0])
-    for name in found:
-        if not os.path.isfile(folder / name):
-            raise CompError(f"{folder}: the weight file {shown(name)} is missing.", code=REFUSED)
-    return found
-
-
-def check_shards(index: dict, path: Path) -> list[str]:
-    """The file names of a shard index, sorted. Exit 4 where one is more than a plain name: it could lead anywhere; or of
-    another kind than the index: it could be a pickle."""
-    shards, kind = index.get("weight_map"), Path(path.name.removesuffix(".index.json")).suffix
-    if not isinstance(shards, dict) or not shards:
-        raise CompError(f"{path}: expected a weight_map from tensors to files.", code=REFUSED)
-    for name in shards.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-            raise CompError(f"{path}: {shown(name)} is not the name of a file beside it.", code=REFUSED)
-        if not name.endswith(kind):
-            raise CompError(f"{path}: {shown(name)} is no {kind} file.", code=REFUSED)
-    return sorted(set(shards.values()))
+        files = get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)
+    except errors.CachedRepoTreeNotFoundError:
+        return None, {}
+    return [file.path for file in files], {file.path: (file.lfs.sha256, file.lfs.size) for file in files if file.lfs}
 
 
 def suggest(model: str) -> list[str]:
@@ -213,7 +195,7 @@ def explain(error: Exception, model: str, revision: str | None) -> CompError:
             near = suggest(model)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
             message = f"{model} is neither a folder here nor a model on the hub that you may see."
-            return CompError(message, code=REFUSED, hint=hint + "For a private model set HF_TOKEN.")
+            return NotThere(message, code=REFUSED, hint=hint + "For a private model set HF_TOKEN.")
         case errors.RevisionNotFoundError():
             hint = f"See the branches, tags and commits at {constants.ENDPOINT}/{model}/tree/main."
             return CompError(f"{model} has no revision {revision}.", code=REFUSED, hint=hint)
@@ -228,13 +210,18 @@ def explain(error: Exception, model: str, revision: str | None) -> CompError:
             return CompError(message, code=FAILED, hint="Try again later, or give a local folder.")
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             message = f"{model} is not in the cache, or not all of it, and the hub is off limits (HF_HUB_OFFLINE)."
-            return CompError(message, code=FAILED, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
+            return NotThere(message, code=FAILED, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
         case errors.HTTPError() | errors.XetDownloadError():
             message = f"Cannot reach the hub for {model} at {constants.ENDPOINT} ({type(error).__name__}: {error})."
-            return CompError(message, code=FAILED, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
-        case ValueError():
-            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({error})."
-            return CompError(message, code=FAILED, hint="Check HF_ENDPOINT, and whether a login page is in the way.")
+            return NotThere(message, code=FAILED, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
+        case _ if isinstance(error, NOT_THE_HUB):
+            said = f"{type(error).__name__}: {error}"
+            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({said})."
+            hint = "Check HF_ENDPOINT, and whether a login page is in the way."
+            agents = getattr(constants, "AGENT_HARNESSES_PATH", "")
+            if isinstance(error, AttributeError) and os.path.exists(agents):  # an old answer that the client keeps
+                hint += f" If it stays so, remove {agents}."
+            return CompError(message, code=FAILED, hint=hint)
         case OSError(errno=errno.ENOSPC):
             message = f"Cannot store {model}: the disk of the cache is full."
             return CompError(message, code=FAILED, hint="Free some space, or name another disk with --cache-dir.")
@@ -267,19 +254,3 @@ def _read_uri(uri: str, revision: str | None) -> tuple[str, str | None]:
     if parsed.revision and revision:
         raise CompError(f"{uri} names a revision already: leave out --revision {revision}.", code=USAGE)
     return parsed.id, parsed.revision or revision
-
-
-def _safe(names: Collection[str]) -> list[str]:
-    return _weights(names, "model", ".safetensors")
-
-
-def _pickled(names: Collection[str]) -> list[str]:
-    return _weights(names, "pytorch_model", ".bin")
-
-
-def _weights(names: Collection[str], stem: str, suffix: str) -> list[str]:
-    whole, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
-    if whole in names:
-        return [whole]
-    shard = re.compile(rf"{stem}-\d+-of-\d+{re.escape(suffix)}")
-    return [index, *sorted(filter(shard.fullmatch, names))] if index in names else []

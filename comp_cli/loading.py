@@ -17,15 +17,15 @@ from transformers.initialization import no_init_weights  # noqa: E402
 
 from .dual import speaking_as  # noqa: E402
 from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
-from .families import Family, compact_block, find_family, tower_config  # noqa: E402
+from .families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
 from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
-from .hub import check_checkpoint, pick_weights, weight_files  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
-from .plan import dense_plan  # noqa: E402
 from .plan_check import check_block  # noqa: E402
+from .processor_check import check_code, check_processor  # noqa: E402
 from .store import TensorHeader, read_config  # noqa: E402
-from .vetting import check_report, shown  # noqa: E402
+from .vetting import check_folder, check_report, shown  # noqa: E402
+from .weights import check_checkpoint, pick_weights, weight_files  # noqa: E402
 
 SIZES = (
     "hidden_size",
@@ -89,32 +89,22 @@ def load_model(
     """The model of a checkpoint folder, dense or compact, in eval mode on the CPU; it answers as its class does, or as the
     family is described.
 
-    Exit 4 for a folder that `hub.check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over, of
-    another size than the config says, not finite, or not those of comp's own report. Sizes are compared before anything is
-    built.
+    Exit 4 for a folder that `check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over, not
+    finite, of another size than the config says (which is compared before anything is built), or not those of comp's own
+    report.
     """
     check_checkpoint(folder, allow_pickle=allow_pickle)
-    config = read_config(folder)
-    described, architecture, _ = find_family(config)
-    stock = getattr(transformers, architecture)
-    model_class = compact_class(architecture) if compact_block(config) is not None else stock
+    config, described = describe(folder)
+    architecture = find_architecture(config.to_dict())
+    compact = compact_block(config.to_dict()) is not None
+    model_class = compact_class(architecture) if compact else getattr(transformers, architecture)
     weights = pick_weights(os.listdir(folder), allow_pickle=allow_pickle, owner=str(folder))
     headers = read_headers(folder, weight_files(folder, weights))
     options = {"use_safetensors": not weights[0].startswith("pytorch_model"), "local_files_only": True}
-    try:
-        with quiet_libraries():
-            parsed = stock.config_class.from_pretrained(folder, local_files_only=True)
-            check_sizes(parsed, described, architecture, headers, folder)
-            check_shapes(headers, on_meta(model_class, parsed), folder)
-            model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
-    except CompError:
-        raise
-    except Exception as error:  # transformers raises many kinds for a broken checkpoint; the sentence is what matters
-        raise CompError(
-            f"{folder}: the checkpoint does not load: {_first_line(error)}",
-            code=REFUSED,
-            hint="Weights and config.json must belong together. COMP_DEBUG=1 shows the whole story.",
-        ) from error
+    with sentences(folder), quiet_libraries():
+        check_sizes(config.to_dict(), described, headers, folder)
+        check_shapes(headers, on_meta(model_class, config), folder)
+        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
     if problems:
         said = "; ".join(f"{name.replace('_', ' ')}: {few(keys)}" for name, keys in problems.items())
@@ -128,25 +118,50 @@ def load_model(
     return speaking_as(model.eval(), family)
 
 
-def check_sizes(
-    config: transformers.PretrainedConfig,
-    family: Family,
-    architecture: str,
-    headers: Mapping[str, TensorHeader],
-    folder: Path,
-) -> None:
-    """Exit 4 where the numbers of a config.json, defaults filled in, cannot be: layers that the weights do not have, sizes
-    below one, heads that do not divide, a plan that does not follow from them."""
-    whole = config.to_dict()
+@contextmanager
+def sentences(folder: Path):
+    """transformers raises many kinds for a broken checkpoint; the sentence is what matters, and exit 4."""
+    try:
+        yield
+    except CompError:
+        raise
+    except Exception as error:
+        raise CompError(
+            f"{folder}: the checkpoint does not load: {first_line(error)}",
+            code=REFUSED,
+            hint="Weights and config.json must belong together. COMP_DEBUG=1 shows the whole story.",
+        ) from error
+
+
+def describe(folder: Path) -> tuple[transformers.PretrainedConfig, Family]:
+    """A folder's config with its defaults filled in, and its family. Exit 4 where it is broken, or of no family."""
+    family, architecture, _ = find_family(read_config(folder))
+    with sentences(folder), quiet_libraries():
+        config = getattr(transformers, architecture).config_class.from_pretrained(folder, local_files_only=True)
+    check_positive(config.to_dict(), family, folder)
+    return config, family
+
+
+def check_positive(config: dict[str, Any], family: Family, folder: Path) -> None:
+    """Exit 4 where a size is no number from one, or the heads do not divide the width."""
     for tower in family.towers:
-        for name, value in tower_config(whole, tower).items():
+        for name, value in tower_config(config, tower).items():
             if name in SIZES and not (type(value) is int and value >= 1):
                 place = f"{tower.config}.{name}".removeprefix(".")
                 raise CompError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.", code=REFUSED)
-    check_depth(headers, whole, family, folder)
-    dense_plan(whole, family, architecture)
-    if (block := compact_block(whole)) is not None:
-        check_block(block, whole, family, architecture)
+        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", "num_attention_heads"))
+        if width % heads:
+            said = f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads."
+            hint = "The config.json of this checkpoint is not one that transformers can load."
+            raise CompError(said, code=REFUSED, hint=hint)
+
+
+def check_sizes(config: dict[str, Any], family: Family, headers: Mapping[str, TensorHeader], folder: Path) -> None:
+    """Exit 4 where the numbers of a config, defaults filled in, cannot be: layers that the weights do not have, a plan that
+    does not follow from them."""
+    check_depth(headers, config, family, folder)
+    if (block := compact_block(config)) is not None:
+        check_block(block, config, family, find_architecture(config))
 
 
 def build_compact(
@@ -176,24 +191,32 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     """Image processor and tokenizer of a checkpoint folder, or the one that makes the `inputs` of a model. Exit 4 where they
-    are missing or broken."""
+    are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+    check_folder(folder)
+    check_code(folder)
     images, texts = "pixel_values" in inputs, "input_ids" in inputs
     if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
         raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
     both, one = transformers.AutoProcessor, transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    config, family = describe(folder)
     try:
         with quiet_libraries():
-            return (both if images and texts else one).from_pretrained(folder, local_files_only=True)
+            loader = both if images and texts else one
+            processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            check_processor(processor, config.to_dict(), family, folder)
+    except CompError:
+        raise
     except ImportError as error:
-        message = f"{folder}: the processor needs a package that is missing: {_first_line(error)}"
+        message = f"{folder}: the processor needs a package that is missing: {first_line(error)}"
         raise CompError(message, code=REFUSED, hint="Install it with pip, and try again.") from error
     except Exception as error:
         raise CompError(
-            f"{folder}: the processor does not load: {_first_line(error)}",
+            f"{folder}: the processor does not load: {first_line(error)}",
             code=REFUSED,
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
+    return processor
 
 
 def cut_at(processor: Any, wanted: int) -> int:
@@ -219,6 +242,7 @@ def facts(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.get("comp", {}).items() if key != "towers"}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -598,12 +598,31 @@ def _ending(stock_class: type) -> type:
     return type(f"Compact{stock_class.__name__}", (EndOfText, stock_class), {"__module__": __name__})
 
 
+def check_sizes(tower: dict[str, Any], hidden_size: int, heads: int) -> None:
+    """ValueError where the sizes of a tower cannot be those of heads and channels taken from a dense one: such a plan would
+    load, and give wrong numbers. heads: of the dense tower."""
+    head_dim = hidden_size // heads
+    rows, rule = tower["score_rows"], tower.get("score_rule", "attention")
+    if type(rows) is not int or rows < 0 or rule not in TOKEN_RULES:
+        raise ValueError(f"score_rows {rows!r}, score_rule {rule!r}: no way to rank tokens")
+    for index, layer in enumerate(tower["layers"]):
+        for part in (layer[name] for name in ("attention", "cross") if name in layer):
+            kept, wide, scale = part["num_heads"], part["head_dim"], part["scale"]
+            close = abs(scale * head_dim**0.5 - 1) <= 1e-6
+            if type(kept) is not int or not 1 <= kept <= heads or wide != head_dim or not close:
+                raise ValueError(f"layer {index}: {part} are no heads of {heads} that are {head_dim} wide")
+        keep = layer["keep"]
+        if keep is not None and (type(keep) is not int or keep < max(1, len(tower["layout"]["protected"]))):
+            raise ValueError(f"layer {index}: keep {keep!r} is no number of tokens")
+
+
 def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
     """Give every tower of a stock model the sizes of its plan, in place."""
     for tower in comp["towers"]:
         layout = tower["layout"]
         encoder = model.get_submodule(layout["encoder"])
         layers = getattr(encoder, layout["layers"])
+        check_sizes(tower, encoder.config.hidden_size, encoder.config.num_attention_heads)
         if len(layers) != len(tower["layers"]):
             raise ValueError(f"{layout['encoder']}: the plan has {len(tower['layers'])} layers, the model {len(layers)}")
         for index, sizes in enumerate(tower["layers"]):

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .errors import REFUSED, CompError
 from .families import Family, tower_config
 
 SCHEMA_VERSION = 1
@@ -109,17 +108,11 @@ def _layer_sizes(layer: LayerPlan) -> dict[str, Any]:
 
 
 def dense_plan(config: dict[str, Any], family: Family, architecture: str) -> Plan:
-    """The plan that keeps everything. Exit 4 where the config makes no sense."""
+    """The plan that keeps everything. The config is that of a model that was loaded."""
     towers = []
     for tower in family.towers:
         part = tower_config(config, tower)
         width, heads = part["hidden_size"], part["num_attention_heads"]
-        if heads < 1 or width % heads:
-            raise CompError(
-                f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads.",
-                code=REFUSED,
-                hint="The config.json of this checkpoint is not one that transformers can load.",
-            )
         attention = AttentionPlan(tuple(range(heads)), width // heads, (width // heads) ** -0.5)
         ffn = tuple(range(part["intermediate_size"]))
         layer = LayerPlan(attention, attention if tower.cross else None, ffn)

@@ -48,7 +48,9 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
     _check_rule(place, found, tower, method)
     layers, depth = found.get("layers"), sizes["num_hidden_layers"]
     fits = isinstance(layers, list) and len(layers) == depth
-    _expect(fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says")
+    _expect(
+        fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"
+    )
     left = _tokens(tower, sizes)
     for index, layer in enumerate(layers):
         left = _check_layer(f"{place}.layers[{index}]", layer, tower, sizes, left)

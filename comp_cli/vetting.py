@@ -6,6 +6,7 @@ A compact folder with its `comp_report.json` must hold the bytes that comp wrote
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 KERNELS = ("eager", "sdpa")  # attention that comes with torch and transformers; other names are fetched from the hub
+CONFIG_LIMIT = 16 * 2**20  # bytes of a config
 LARGEST = 2**40  # of a number in a config: no size of a model comes near
 MOST_LABELS = 100_000  # transformers writes down a name for each
 
@@ -31,6 +33,8 @@ def check_folder(folder: Path) -> None:
     check_files(folder)
     for name in CONFIGS + PROCESSORS:
         if (folder / name).is_file():
+            if (folder / name).stat().st_size > CONFIG_LIMIT:
+                raise CompError(f"{folder / name}: larger than {CONFIG_LIMIT // 2**20} MiB, which none is.", code=REFUSED)
             check_config(read_json(folder / name), folder / name)
 
 
@@ -57,8 +61,10 @@ def check_files(folder: Path) -> None:
 
 
 def _in_hub_cache(target: Path) -> bool:
-    """Whether a file is a blob of a model in a cache of the hub: snapshots are folders of links to them."""
-    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    """Whether a file is a blob of a model in a cache of the hub, its own or one that models share: snapshots are folders of
+    links to them."""
+    shared = target.parent.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name)
+    return bool(shared) or (target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"))
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
@@ -87,14 +93,16 @@ def check_config(config: dict[str, Any], path: Path) -> None:
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every value of nested JSON that is no container, with its place such as vision_config.sizes[0]; however deep."""
-    waiting = [("", content)]
+    """Every value of nested JSON that is no container, with its place such as vision_config.sizes[0]; however deep or long."""
+    waiting = [iter([("", content)])]
     while waiting:
-        place, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{place}.{key}" if place else str(key), inner) for key, inner in value.items()]
+        place, value = next(waiting[-1], (None, None))
+        if place is None:
+            waiting.pop()
+        elif isinstance(value, dict):
+            waiting.append(zip((f"{place}.{key}" if place else str(key) for key in value), value.values(), strict=True))
         elif isinstance(value, list):
-            waiting += [(f"{place}[{index}]", inner) for index, inner in enumerate(value)]
+            waiting.append(zip((f"{place}[{index}]" for index in range(len(value))), value, strict=True))
         else:
             yield place, value
 

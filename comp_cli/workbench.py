@@ -15,7 +15,7 @@ from .engine import flops, scoring
 from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
 from .errors import REFUSED, USAGE, CompError
-from .families import Family, find_family, tower_config
+from .families import Family, find_family
 from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config
@@ -154,17 +154,14 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
         for part in (tower.attention, tower.cross):
             if part and not any(path == part.module for path, _ in layer.named_modules()):
                 problem = f"its {tower.name} tower has no {part.module}"
-        if tower.name == "language":
-            text = tower_config(model.config.to_dict(), tower)
-            tokens = len(getattr(processor, "tokenizer", processor))
-            if tokens > text["vocab_size"]:
-                problem = f"the tokenizer has {tokens} tokens, the model {text['vocab_size']}"
     try:
         batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
         with torch.inference_mode():
-            model(**batch.inputs)
+            made = model(**batch.inputs)
+        if not all(value.isfinite().all() for value in made.values() if isinstance(value, Tensor)):
+            problem = "what it says of a plain picture is not finite"
     except Exception as error:
-        problem = problem or f"what its processor makes does not go through it ({str(error).splitlines()[0]})"
+        problem = problem or f"what its processor makes does not go through it ({loading.first_line(error)})"
     if problem:
         raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 

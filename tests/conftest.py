@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 from pathlib import Path  # noqa: E402
 
+import fuzzing  # noqa: E402, F401  (its profiles must be known before a test is read)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny import WORDS, blip_config, blip_processor, uneven  # noqa: E402

@@ -57,6 +57,8 @@ class HubServer:
     def __init__(self, repos: dict[str, Repo]):
         self.repos, self.seen = repos, []
         self.status: int | None = None  # answer everything with it, e.g. 503
+        self.says: dict[str, bytes] = {}  # end of an address -> what is answered there, whatever is right
+        self.tampers: dict[str, bytes] = {}  # file -> what is sent in its place, under the right ETag
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -84,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.seen.append(Seen(self.command, path, self.headers.get("Authorization")))
         if self.hub.status is not None:
             return self.answer(self.hub.status)
+        for end, content in self.hub.says.items():
+            if path.endswith(end):
+                return self.answer(200, content)
         if self.headers.get("Authorization") == "Bearer hf_wrong":
             return self.answer(401, **{"X-Error-Message": "Invalid credentials in Authorization header"})
         if path.startswith("/api/models/"):
@@ -114,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         if filename not in files(folder):
             return self.answer(404, code="EntryNotFound", **{"X-Repo-Commit": sha})
         content = (folder / filename).read_bytes()
-        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', **{"X-Repo-Commit": sha})
+        etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
+        self.answer(200, self.hub.tampers.get(filename, content), **etag)
 
     def open(self, name: str, revision: str, listing: bool = False) -> tuple[str, Path] | None:
         """Commit and folder; or None, with the refusal sent. A gated repository shows its list of files to all."""

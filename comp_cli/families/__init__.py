@@ -77,6 +77,9 @@ def find_architecture(config: dict[str, Any]) -> str:
             return stock
     kind = config.get("model_type")
     alike = same_kind(kind)
+    if "pretrained_cfg" in config:
+        said = f"a timm model ({config.get('architecture')}), which has no texts and no class of transformers."
+        raise CompError(f"config.json is that of {said}", code=REFUSED, hint=f"Supported: {', '.join(known)}.")
     if not named:
         fits = f'Add "architectures": ["{alike[0]}"] to it' if alike else "Add the class of the model to it"
         others = f", or what the model is of {', '.join(alike[1:])}" if alike[1:] else ""

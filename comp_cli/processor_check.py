@@ -1,0 +1,100 @@
+"""Image processors and tokenizers against the model that they are for, before a picture is made of what they ask for."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+from .errors import REFUSED, CompError
+from .families import Family, tower_config
+from .store import read_json
+from .vetting import PROCESSORS, leaves, shown
+
+CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer_class")
+LARGEST_SIDE = 4096  # pixels that a picture may be resized to on its way to the model's own size
+MOST_PIXELS = LARGEST_SIDE**2
+SHORTEST_TEXT = 4  # tokens: start, end, and something between
+ENDLESS = 2**31  # transformers writes 1e30 where a tokenizer has no limit
+
+
+def check_code(folder: Path) -> None:
+    """Exit 4 where a processor file names code of the folder's own (auto_map) and no class of transformers that does as well:
+    a stand-in would read pictures and texts otherwise than the author meant."""
+    for path in (folder / name for name in PROCESSORS):
+        waiting: list[Any] = [read_json(path)] if path.is_file() else []
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, list):
+                waiting += part
+            if not isinstance(part, dict):
+                continue
+            waiting += part.values()
+            named = [part[name] for name in CLASSES if part.get(name) is not None]
+            known = named and all(isinstance(name, str) and hasattr(transformers, name) for name in named)
+            if part.get("auto_map") and not known:
+                said = f"{path}: asks for code of its own (auto_map), and comp runs none but its own."
+                hint = "Save the processor again with classes of transformers, and without auto_map."
+                raise CompError(said, code=REFUSED, hint=hint)
+
+
+def check_processor(processor: Any, config: dict[str, Any], family: Family, folder: Path) -> None:
+    """Exit 4 where what a processor makes cannot be what the model takes. `config` is the whole config.json, defaults filled
+    in."""
+    towers = {tower.name: tower_config(config, tower) for tower in family.towers}
+    if "pixel_values" in family.inputs:
+        check_images(getattr(processor, "image_processor", processor), towers["vision"]["image_size"], folder)
+    if "input_ids" in family.inputs:
+        check_texts(getattr(processor, "tokenizer", processor), towers["language"]["vocab_size"], folder)
+
+
+def check_images(images: Any, side: int, folder: Path) -> None:
+    """Exit 4 unless pictures become (3, side, side) finite numbers."""
+    if not hasattr(images, "image_mean"):
+        raise _refused(
+            folder, "the processor makes no pictures", "preprocessor_config.json or processor_config.json is needed."
+        )
+    for place, value in leaves(images.to_dict()):
+        is_side = place.startswith(("size", "crop_size", "pad_size")) and "pixels" not in place and value is not None
+        if (is_side and not (type(value) is int and 1 <= value <= LARGEST_SIDE)) or (
+            type(value) is int and value > MOST_PIXELS
+        ):
+            said = f"the image processor's {place} is {shown(value)}; expected 1 to {LARGEST_SIDE} pixels"
+            raise _refused(folder, said)
+    for name, least in (("image_mean", -math.inf), ("image_std", 0.0), ("rescale_factor", 0.0)):
+        value = getattr(images, name, None)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            good = number is None or (type(number) in (int, float) and math.isfinite(number) and number > least)
+            if not good:
+                raise _refused(
+                    folder, f"the image processor's {name} is {shown(value)}; expected finite numbers above {least:g}"
+                )
+    try:
+        made = images(images=[Image.new("RGB", (32, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise _refused(folder, f"the image processor fails on a plain picture ({shown(reason[0])})") from error
+    if tuple(made.shape) != (1, 3, side, side):
+        said = f"the image processor makes pictures of {tuple(made.shape[1:])}, the model takes {(3, side, side)}"
+        raise _refused(folder, said)
+    if not torch.isfinite(made).all():
+        raise _refused(folder, "the image processor makes values of a plain picture that are not finite")
+
+
+def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
+    """Exit 4 where a tokenizer has words that the model does not know, or a length that is none."""
+    if not hasattr(tokenizer, "model_max_length"):
+        raise _refused(folder, "the processor makes no tokens", "The tokenizer files are needed.")
+    length = tokenizer.model_max_length
+    good = type(length) in (int, float) and length >= SHORTEST_TEXT and (length >= ENDLESS or length == int(length))
+    if not good:
+        raise _refused(folder, f"the tokenizer's model_max_length is {shown(length)}; expected {SHORTEST_TEXT} tokens or more")
+    tokens = len(tokenizer)
+    if tokens > vocabulary:
+        raise _refused(folder, f"the tokenizer has {tokens} tokens, the model {vocabulary}")
+
+
+def _refused(folder: Path, said: str, hint: str = "config.json, weights and processor files must fit.") -> CompError:
+    return CompError(f"{folder}: {said}.", code=REFUSED, hint=hint)
