@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, streams
+from . import __version__, signals, streams
 from .engine.methods import METHODS
 from .errors import FAILED, USAGE, CompError, explain
 from .output import Output, Unprintable
@@ -458,9 +458,8 @@ def run_command(has_stdout: bool = True) -> None:
     code: Any = 0
     try:
         if not has_stdout:
-            raise Unprintable(
-                "stdout is closed: the result could not be told.", hint="Lead it somewhere, if only to /dev/null."
-            )
+            hint = "Lead it somewhere, if only to /dev/null."
+            raise Unprintable("stdout is closed: the result could not be told.", hint=hint)
         app(prog_name="comp")
     except SystemExit as end:
         code = end.code
@@ -469,13 +468,10 @@ def run_command(has_stdout: bool = True) -> None:
         Output().error(error)
     except OSError as error:  # of help texts; commands end well
         code = FAILED
-        Output().error(explain(error))
+        Output().error(CompError(f"stdout: {error.strerror}."))
     except Interrupted as end:
         end_early(end)
-    if (failed := streams.close_stdout()) is not None and code in (0, None):
-        code = FAILED
-        Output().error(CompError(f"stdout: {failed.strerror}."))
-    raise SystemExit(code)
+    _end(code)
 
 
 def end_early(end: Interrupted) -> None:
@@ -484,8 +480,15 @@ def end_early(end: Interrupted) -> None:
     Output.command = shlex.join(["comp", *sys.argv[1:]])
     error = _interruption(end, False)
     Output(mode).error(error)
-    streams.close_stdout()
-    raise SystemExit(error.code)
+    _end(error.code)
+
+
+def _end(code: Any) -> None:
+    signals.ignore()
+    if (failed := streams.close_stdout()) is not None and code in (0, None):
+        code = FAILED
+        Output().error(CompError(f"stdout: {failed.strerror}."))
+    raise SystemExit(code)
 
 
 def run() -> None:

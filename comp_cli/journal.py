@@ -88,11 +88,10 @@ class Journal:
             raise self._refusal(f"has lost its weights ({type(error).__name__})") from None
 
     def remove(self) -> None:
-        """Exit 2 where something else than a file has its name."""
+        """Its weights first, for nothing else names them. Exit 2 where something else than a file has its name."""
         try:
-            self.path.unlink(missing_ok=True)
-            for torn in self.path.parent.glob(f"{glob.escape(self.path.name)}.*"):
-                torn.unlink(missing_ok=True)
+            for path in [*self.path.parent.glob(f"{glob.escape(self.path.name)}.*"), self.path]:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise self._refusal(f"cannot be removed ({error.strerror})", "Move it away") from None
 

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import FAILED, USAGE, CompError
+from . import signals
+from .errors import FAILED, USAGE, CompError, is_full
 
 BEAT, STALE = 15, 120  # seconds
 NO_KERNEL_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # some network disks
@@ -38,13 +39,18 @@ def locked(output: Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    lock = _Lock(path, output)
-    _held[path] = lock
+    with signals.held():
+        _held[path] = _Lock(path, output)
     try:
         yield
     finally:
-        del _held[path]
-        lock.release()
+        with signals.held():
+            _held.pop(path).release()
+
+
+def holds(output: Path) -> bool:
+    """Whether this process has the lock."""
+    return lock_path(output) in _held
 
 
 def confirm(output: Path) -> None:
@@ -69,9 +75,9 @@ class _Lock:
         self.handle = self._open(output)
         try:
             self._write()
-        except OSError:
+        except OSError as error:
             self.release()
-            raise
+            raise CompError(f"Cannot write {output}: {self.path}: {_why(error)}.") from error
         self._beating.start()
 
     def _open(self, output: Path) -> int:
@@ -79,7 +85,8 @@ class _Lock:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except OSError as error:
-                raise CompError(f"Cannot write {output}: {self.path}: {error.strerror}.", code=USAGE) from error
+                code = FAILED if is_full(error) else USAGE
+                raise CompError(f"Cannot write {output}: {self.path}: {_why(error)}.", code=code) from error
             try:
                 kernel = _try_lock(handle)
                 self._refuse_others(handle, kernel, output)
@@ -139,6 +146,10 @@ class _Lock:
         os.close(self.handle)
         if os.name == "nt":  # where an open file stays
             self.path.unlink(missing_ok=True)
+
+
+def _why(error: OSError) -> str:
+    return "the disk is full" if is_full(error) else error.strerror
 
 
 def boot_id() -> str:

@@ -60,6 +60,9 @@ def reserve(output: Path, *, source: Path | None) -> Iterator[Path]:
     """An output that is this process's until the block ends, a place that can be written; what killed runs left beside it is
     settled. Yields its real path. Exit codes as `check_output`."""
     output = resolve(output)
+    if locks.holds(output):
+        yield output
+        return
     _check_place(output, source)
     missing = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +203,12 @@ def _check_writable(output: Path) -> None:
         parent = parent.parent
     trial = parent / f".{output.name}.partial-{os.getpid():07}"
     try:
-        trial.mkdir(exist_ok=True)  # left by a killed process of our id
-        trial.rmdir()
+        with signals.held():
+            trial.mkdir(exist_ok=True)  # left by a killed process of our id
+            trial.rmdir()
     except OSError as error:
+        if is_full(error):
+            raise write_failed(output, error) from error
         if error.errno != errno.ENOTEMPTY:
             raise CompError(f"Cannot write {output}: {parent}: {error.strerror}.", code=USAGE) from error
 

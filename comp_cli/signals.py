@@ -35,6 +35,14 @@ def install() -> None:
             signal.signal(number, _hear)
 
 
+def ignore() -> None:
+    """All is told: while Python takes itself down, which it does without our handlers, a signal changes nothing."""
+    for name in ENDING:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is _hear:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """Signals wait until the block has ended well: for steps that belong together."""
@@ -42,9 +50,6 @@ def held() -> Iterator[None]:
     _holding += 1
     try:
         yield
-    except BaseException:
-        _waiting = None
-        raise
     finally:
         _holding -= 1
     if not _holding and _waiting is not None:
