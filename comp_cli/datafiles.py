@@ -374,14 +374,25 @@ def open_hub(address: str, revision: str | None, cache_dir: Path | None) -> tupl
     try:
         if not datasets.config.HF_HUB_OFFLINE:
             builder = datasets.load_dataset_builder(name, config or None, **place)
-            if builder.name in ("csv", "json"):
-                files = builder.config.data_files
-                return {str(split): TextTable(tuple(map(str, found))) for split, found in files.items()}, hub
+            if texts := text_tables(builder):
+                return texts, hub
             return {str(split): dataset for split, dataset in builder.as_streaming_dataset().items()}, hub
         splits = datasets.load_dataset(name, config or None, **place)
         return {split: dataset.to_iterable_dataset() for split, dataset in splits.items()}, hub
     except Exception as error:
         raise unreadable(f"--data {address}", error) from error
+
+
+def text_tables(builder: Any) -> dict[str, TextTable] | None:
+    """The splits of a data set on the hub that is plain texts: none that are packed, and none whose columns its card types."""
+    config = builder.config
+    told = [builder.info.features, *(getattr(config, name, None) for name in ("field", "names", "column_names"))]
+    if builder.name not in ("csv", "json") or any(told):
+        return None
+    splits = {str(split): tuple(map(str, files)) for split, files in config.data_files.items()}
+    if all(Path(file).suffix.lower() in TEXTS for files in splits.values() for file in files):
+        return {split: TextTable(files) for split, files in splits.items()}
+    return None
 
 
 def unreadable(owner: str, error: Exception) -> CompError:
