@@ -17,7 +17,7 @@ from typing import Any
 from .cells import BadRow, written
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
-from .pictures import Hub, Root, read_content, stored_image
+from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
 from .rows import Columns, Pair, Takes, Tally, every, few, find_columns, image_number, purpose_of, read_rows, says_match
 from .splits import (
     SPLIT_COLUMN,
@@ -40,6 +40,8 @@ SAMPLE = 1_000  # rows that tell which columns there are, and what they hold
 REMOTE_SAMPLE = 100  # of a data set on the hub, whose rows may hold large images
 SHUFFLED_PATHS, SHUFFLED_IMAGES = 100_000, 1_000  # rows in memory while shuffling
 
+SCALE = "Save them with 8 bits, scaled as you do it for the model; Pillow alone makes them white."
+
 Table = Any  # a TextTable or a datasets.IterableDataset
 
 
@@ -59,7 +61,12 @@ class PairSet:
 
     def split(self, purpose: Purpose) -> str:
         """The split that serves a purpose; see `choose_split`."""
-        return choose_split(self.name, list(self.splits), purpose, self._wanted())
+        try:
+            return choose_split(self.name, list(self.splits), purpose, self._wanted())
+        except CompError as error:
+            if self.by_column:
+                error.hint += f" They are from the column {self.by_column.name}; --split-column '' takes all rows."
+            raise
 
     def describe(self, purpose: Purpose) -> str:
         """What is read, for reports: "pairs.jsonl, split train, four fifths of the images"."""
@@ -159,9 +166,10 @@ class PairSet:
             hint = "Give more pairs, or a split for each purpose: train and validation."
             raise CompError(f"{where}: no pairs.{left_out}", code=REFUSED, hint=hint)
         if 2 * tally.skipped > tally.looked:
-            hint = f"Relative paths start in {root}." if isinstance(root, Path) else None
+            hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
+            hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
             raise CompError(f"{where}: {tally}.", code=REFUSED, hint=hint)
-        self._tell(purpose if limit is not None else "training", where, tally, limit)
+        self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)
 
     def _of_use(
         self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, root: Root, tally: Tally
@@ -171,7 +179,7 @@ class PairSet:
         other = {"calibration": "evaluation", "evaluation": "calibration"}[purpose]
         for row in rows:
             if columns.split and BROKEN not in row and (why := self._other_split(row.get(columns.split), split, purpose)):
-                tally.left_out[why] += 1
+                tally.leave(why)
                 continue
             try:
                 content = None if BROKEN in row else read_content(row.get(columns.image), root)
@@ -180,9 +188,9 @@ class PairSet:
             if content is None:
                 yield row
             elif shared and purpose_of(content) != purpose:
-                tally.left_out[f"kept for {other}"] += 1
+                tally.leave(f"kept for {other}")
             elif purpose == "evaluation" and image_number(content) in self.calibrated:
-                tally.left_out["with an image that calibration has seen"] += 1
+                tally.leave("with an image that calibration has seen")
             else:
                 yield row | {columns.image: {"bytes": content, "path": stored_image(row[columns.image])[1]}}
 
@@ -366,14 +374,25 @@ def open_hub(address: str, revision: str | None, cache_dir: Path | None) -> tupl
     try:
         if not datasets.config.HF_HUB_OFFLINE:
             builder = datasets.load_dataset_builder(name, config or None, **place)
-            if builder.name in ("csv", "json"):
-                files = builder.config.data_files
-                return {split: TextTable(tuple(map(str, found))) for split, found in files.items()}, hub
-            return builder.as_streaming_dataset(), hub
+            if texts := text_tables(builder):
+                return texts, hub
+            return {str(split): dataset for split, dataset in builder.as_streaming_dataset().items()}, hub
         splits = datasets.load_dataset(name, config or None, **place)
         return {split: dataset.to_iterable_dataset() for split, dataset in splits.items()}, hub
     except Exception as error:
         raise unreadable(f"--data {address}", error) from error
+
+
+def text_tables(builder: Any) -> dict[str, TextTable] | None:
+    """The splits of a data set on the hub that is plain texts: none that are packed, and none whose columns its card types."""
+    config = builder.config
+    told = [builder.info.features, *(getattr(config, name, None) for name in ("field", "names", "column_names"))]
+    if builder.name not in ("csv", "json") or any(told):
+        return None
+    splits = {str(split): tuple(map(str, files)) for split, files in config.data_files.items()}
+    if all(Path(file).suffix.lower() in TEXTS for files in splits.values() for file in files):
+        return {split: TextTable(files) for split, files in splits.items()}
+    return None
 
 
 def unreadable(owner: str, error: Exception) -> CompError:

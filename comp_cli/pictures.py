@@ -21,6 +21,7 @@ from .cells import BadRow
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MOST_PIXELS = 50_000_000  # 150 MB in RGB; the largest that telephones take
 MOST_BYTES = 2**28  # of a file
+MISSING, DEEP = "missing image", "grey image of more than 8 bits"  # problems with a remedy
 LONGEST = 100  # times as long as wide: "shortest edge 224" makes 22,400 pixels of it
 
 
@@ -72,7 +73,7 @@ def _read(path: str, root: Root) -> bytes:
         if isinstance(root, Hub) and not root.keeps(path):
             raise BadRow("image that is none of the data set's own", path or "no path")
         if not (os.path.isabs(place) and os.path.isfile(place)):  # no device, no pipe
-            raise BadRow("missing image", path or "no path")
+            raise BadRow(MISSING, path or "no path")
         with open(place, "rb") as file:
             return file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -108,7 +109,7 @@ def unfit(image: Image.Image) -> str | None:
     if long > LONGEST * short:
         return f"image more than {LONGEST} times as long as wide"
     if image.mode[0] in "IF":  # convert("RGB") clips them at 255; which values are black and white only the owner knows
-        return "image with more than 8 bits a channel, to be scaled to 8"
+        return DEEP
     return None
 
 

@@ -57,9 +57,10 @@ Takes = Callable[[Pair], bool]  # whether a pair is of use
 
 @dataclass
 class Tally:
-    """What became of rows: how many were looked at, how many pairs they gave, which are bad (problem -> what they hold), and
-    how many pairs or rows were left out, and why."""
+    """What became of rows: how many were for another purpose or split, how many were looked at, how many pairs these gave,
+    which are bad (problem -> what they hold), and how many rows and pairs were left out, and why."""
 
+    passed: int = 0
     looked: int = 0
     given: int = 0
     bad: dict[str, list[str]] = field(default_factory=dict)
@@ -69,17 +70,30 @@ class Tally:
     def skipped(self) -> int:
         return sum(map(len, self.bad.values()))
 
+    def leave(self, why: str) -> None:
+        """A row that serves another purpose."""
+        self.passed += 1
+        self.left_out[why] += 1
+
     def counts(self, asked: int | None) -> dict[str, Any]:
         """For reports; asked is None where all were wanted."""
         bad = {problem: len(found) for problem, found in self.bad.items()}
-        return {"asked": asked, "pairs": self.given, "rows": self.looked, "bad_rows": bad, "left_out": dict(self.left_out)}
+        return {
+            "asked": asked,
+            "pairs": self.given,
+            "rows": self.passed + self.looked,
+            "bad_rows": bad,
+            "left_out": dict(self.left_out),
+        }
 
     def line(self, asked: int | None) -> str:
         """For people: "13 pairs (256 were asked for) of 20 rows; left out: 7 kept for evaluation"."""
         fewer = f" ({asked} were asked for)" if asked is not None and self.given < asked else ""
         left_out = [f"{self.skipped} bad rows"] * bool(self.skipped)
         left_out += [f"{count} {reason}" for reason, count in self.left_out.items()]
-        return f"{self.given} pairs{fewer} of {self.looked} rows" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+        return f"{self.given} pairs{fewer} of {self.passed + self.looked} rows" + (
+            f"; left out: {', '.join(left_out)}" if left_out else ""
+        )
 
     def __str__(self) -> str:
         problems = "; ".join(f"{problem} ({len(found)}): {few(found)}" for problem, found in self.bad.items())
@@ -186,7 +200,7 @@ def image_number(content: bytes) -> int:
 
 def purpose_of(content: bytes) -> Purpose:
     """Of images that share a split, a fifth is for evaluation: their content decides, not where they are."""
-    return "evaluation" if digest(content)[0] % 5 == 0 else "calibration"
+    return "evaluation" if int.from_bytes(digest(content)[:8], "big") % 5 == 0 else "calibration"
 
 
 def few(found: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -60,8 +60,8 @@ class TextTable:
         found = set()
         for file in self.files:
             if file.lower().endswith(".csv"):
-                with opened(file) as stream:
-                    found.add(separator(next(iter(Lines(stream)), "")))
+                with opened(file) as stream, suppress(UnicodeError, csv.Error):  # which reading will tell
+                    found.add(separator(next(Lines(stream), "")))
         return found - {","}
 
 

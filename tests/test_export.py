@@ -342,6 +342,7 @@ def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
     options = export.Options(data=str(tmp_path / "val.jsonl"))
     document = export.export(compact_folder, tmp_path / "onnx", Output("quiet"), options, overwrite=False)
     assert document["passed"] and document["data"].startswith("val.jsonl, split validation")
+    assert document["pairs"]["evaluation"]["rows"] == 5 and document["texts"]["cut"] == 0
     options = export.Options(data=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(CompError, match="no such file"):
         export.export(compact_folder, tmp_path / "other", Output("quiet"), options, overwrite=False)

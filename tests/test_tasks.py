@@ -47,6 +47,20 @@ def test_an_image_with_several_texts_is_one_candidate():
     assert to_image.hits() == pytest.approx(2 / 3)
 
 
+def test_a_text_that_several_images_have_is_right_for_each():
+    """Three images; the first two have a text in common, which is no miss in either direction. Counted by hand."""
+    task = TASKS["retrieval"]
+    pairs = [Pair(None, text, image_id=image) for image, text in ((5, "dog"), (5, "a brown dog"), (6, "dog"), (7, "cat"))]
+    labels = task.labels(pairs, {})
+    to_text, to_image = task.questions((torch.eye(4), torch.eye(4), torch.ones(4)), labels)
+    assert to_text.right.tolist() == [[True, True, True, False], [True, False, True, False], [False, False, False, True]]
+    # "a brown dog" is a text of the first image only
+    assert to_image.right.tolist() == [[True, True, False], [True, False, False], [True, True, False], [False, False, True]]
+    assert task.shared(labels) == 2
+    images = torch.tensor([[1.0, 0], [1, 0], [1, 0.01], [0, 1]])  # nearest to "dog" is the second image, in a miss of old
+    assert task.metrics(task.questions((images, images, torch.ones(4)), labels))["text to image recall@1"] == 1.0
+
+
 def test_zero_shot_chooses_among_the_classes_that_occur(read):
     images, _, scale = read
     task = TASKS["zero-shot"]

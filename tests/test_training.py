@@ -241,7 +241,7 @@ def test_epochs_are_steps(tiny_folder, tmp_path):
     rows = []
     for number in range(9):
         Image.new("RGB", (48, 48), (20 * number, 80, 10)).save(tmp_path / f"{number}.png")
-        rows.append(json.dumps({"image": f"{number}.png", "text": "a red circle", "label": number % 2}))
+        rows.append(json.dumps({"image": f"{number}.png", "text": "a red circle", "match": number % 2}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     train = ["--epochs", "2", "--train-batch-size", "2", "--lr", "1e-3", "--data", tmp_path / "pairs.jsonl", "--device", "cpu"]
     given = ["prune", tiny_folder, "--ratio", 0.4, "--method", "joint", "-o", tmp_path / "compact", *SIZES, *train, "--json"]
