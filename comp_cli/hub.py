@@ -40,6 +40,9 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
 NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
 
 
+NEAR = 2  # folders up from an output to what it shares with a dense model's folder
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint folder, what to call it in reports (hub id, folder name or "demo"), and a hub model's commit."""
@@ -53,6 +56,14 @@ class Source:
     def address(self) -> str:
         """What to type to get the same model again, from any folder."""
         return {"demo": "demo", "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
+
+    def address_from(self, output: Path) -> str | None:
+        """The same for what is written into `output`, and may go to other machines: of a folder the way to it from there, and
+        None where it is far away."""
+        if self.kind != "folder":
+            return self.address
+        way = os.path.relpath(self.folder, output.absolute())
+        return Path(way).as_posix() if way.split(os.sep).count("..") <= NEAR else None
 
 
 def resolve(

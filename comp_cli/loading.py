@@ -1,5 +1,6 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
+import json
 import logging
 import os
 import warnings
@@ -20,7 +21,7 @@ from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
 from .families import Family, find_architecture  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
 from .modeling_comp import compact_class  # noqa: E402
-from .store import read_config  # noqa: E402
+from .store import read_config, read_json  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -148,6 +149,15 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
             code=REFUSED,
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from."""
+    processor.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def cut_at(processor: Any, wanted: int) -> int:

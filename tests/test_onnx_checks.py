@@ -121,6 +121,13 @@ def test_the_least_version_follows_from_what_a_graph_holds(clip, served, caption
         assert document["min_onnxruntime"] == least == onnx_checks.least_runtime(models)
 
 
+@pytest.mark.parametrize(("opset", "least"), [(18, "1.18"), (21, "1.18"), (22, "1.21"), (23, "1.23")])
+def test_newer_opsets_need_newer_versions(captions, opset, least):
+    model = onnx.load(captions / graphs.PAST)
+    next(entry for entry in model.opset_import if entry.domain == "").version = opset
+    assert onnx_checks.least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
+
+
 def test_an_onnxruntime_that_is_too_old_is_refused(captions, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", "1.17.3")
     with pytest.raises(CompError, match=r"need ONNX Runtime 1\.18 or newer; 1\.17\.3 is installed") as refused:
