@@ -130,17 +130,23 @@ def _name(value: str) -> str:
 
 
 def graphs_card(
-    document: dict[str, Any], generation: GenerationConfig | None, family: Family, task: Task, processor: Any, folder: Path
+    document: dict[str, Any],
+    generation: GenerationConfig | None,
+    family: Family,
+    task: Task,
+    processor: Any,
+    folder: Path,
+    longest: int,
 ) -> str:
     """README.md of exported graphs; `generation` says how texts begin and end, where they write any. folder: where the files of
-    the processor lie."""
+    the processor lie; longest: tokens of a text that the model takes."""
 
     def listed(values: dict[str, Any]) -> str:
         cache = [name for name in values if name.startswith(("past_key_values.", "present."))]
         parts = [f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items() if name not in cache]
         return ", ".join(parts + [f"`{cache[0]}` and {len(cache) - 1} more" for _ in cache[:1]])
 
-    code = recipes.for_graphs(document, generation, family, task, processor, folder)
+    code = recipes.for_graphs(document, generation, family, task, processor, folder, longest)
     words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
     needed = ["numpy", *["pillow"] * ("pixel_values" in family.inputs), *[words] * ("input_ids" in family.inputs)]
     lines = [

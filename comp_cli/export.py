@@ -135,7 +135,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             "parity": [vars(row) for row in rows],
             "size_bytes": folder_size(partial),
         }
-        card = graphs_card(document, generation, family, task, processor, partial)
+        card = graphs_card(document, generation, family, task, processor, partial, longest)
         (partial / "README.md").write_text(card, encoding="utf-8")
         document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")

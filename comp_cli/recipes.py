@@ -84,15 +84,21 @@ def block(*parts: str) -> str:
 
 
 def for_graphs(
-    document: dict[str, Any], generation: GenerationConfig | None, family: Family, task: Task, processor: Any, folder: Path
+    document: dict[str, Any],
+    generation: GenerationConfig | None,
+    family: Family,
+    task: Task,
+    processor: Any,
+    folder: Path,
+    longest: int,
 ) -> str | None:
     """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures are
-    prepared in a way that is not written out here."""
+    prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
     images, texts = "pixel_values" in family.inputs, "input_ids" in family.inputs and not _writes_unasked(family)
     pixels = pixels_of(getattr(processor, "image_processor", processor)) if images else ""
     if pixels is None:
         return None
-    reads, spell = tokens_of(getattr(processor, "tokenizer", processor), folder) if texts else ([], "")
+    reads, spell = tokens_of(getattr(processor, "tokenizer", processor), folder, longest) if texts else ([], "")
     if generation and not texts:
         reads, spell = ["from tokenizers import Tokenizer"], TOKENIZERS.strip("\n").partition("\n")[0]
     names = [Path(name).stem for name in document["graphs"]]
@@ -148,12 +154,11 @@ def pixels_of(processor: Any) -> str | None:
     return "def pixels(path):\n" + "\n".join(f"    {line}" for line in (about, *lines))
 
 
-def tokens_of(tokenizer: Any, folder: Path) -> tuple[list[str], str]:
+def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], str]:
     """What to import, and a function from texts to tokens: with tokenizers, or with sentencepiece where transformers has a
     tokenizer of that kind only (SigLIP's)."""
     if (folder / "tokenizer.json").is_file():
         return ["from tokenizers import Tokenizer"], TOKENIZERS
-    longest = tokenizer.model_max_length
     sizes = {"longest": longest, "last": longest - 1, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     lower = "text.lower()" if getattr(tokenizer, "do_lower_case", False) else "text"
     code = SENTENCEPIECE.format(file=next(folder.glob("*.model")).name, lower=lower, **sizes)

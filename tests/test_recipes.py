@@ -7,14 +7,17 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiny
 import torch
+import transformers
+import yaml
 from PIL import Image
 from transformers.image_utils import load_image
 
@@ -24,7 +27,7 @@ from comp_cli.graphs import can_split
 from comp_cli.loading import load_model, load_processor
 from comp_cli.output import Output
 from comp_cli.plan import Plan
-from comp_cli.workbench import Dense, open_dense
+from comp_cli.workbench import DataOptions, Dense, open_dense
 
 QUIET = Output("quiet")
 BARRED = "torch transformers comp_cli huggingface_hub safetensors onnx scipy pandas datasets".split()
@@ -127,6 +130,7 @@ def write_compact(family: str, place: Path) -> Written:
     options = prune.Options(str(place / "dense"), 0.4, method="joint")
     quality = {"samples": 8, "data": "table", "metric": "accuracy", "metrics": None, "agreement": 0.9}
     document = prune.describe(dense, plan, options) | {"quality": quality, "command": cards.prune_command(options)}
+    document["base_address"] = dense.source.address_from(folder)
     write_checkpoint(folder, dense, dense.runtime(plan), plan, document, torch.float32)
     return Written(dense, folder)
 
@@ -168,7 +172,7 @@ def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
 
 
 def agrees(found: dict[str, Any], right: dict[str, Any]) -> None:
-    assert right.keys() <= found.keys() and found["said"].strip()
+    assert right.keys() <= found.keys() and found["said"]
     for name, value in right.items():
         if name == "said":
             assert found[name] == value
@@ -211,3 +215,121 @@ def test_the_recipe_of_every_checkpoint_says_what_comp_says(every, pictures, tmp
             chance = 1 / (1 + np.exp(right["scores"][0, 0] - right["scores"][0, 1])) if "scores" in right else right["cosine"]
             shown = float(re.search(r"-?[\d.]+", values["said"])[0]) / (100 if "scores" in right else 1)
             assert shown == pytest.approx(float(chance), abs=2e-3), name
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 48, "width": 48}},  # pads
+        {"size": {"shortest_edge": 61}, "crop_size": {"height": 48, "width": 47}},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "resample": 2},
+        {"size": {"height": 60, "width": 30}, "crop_size": {"height": 48, "width": 48}, "resample": 0},
+        {"do_resize": False, "crop_size": {"height": 48, "width": 48}},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "do_normalize": False},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "do_rescale": False, "image_mean": [9, 8, 7]},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "rescale_factor": 1 / 127.5, "image_std": [1, 1, 1]},
+    ],
+)
+def test_pictures_are_prepared_as_the_processor_does(settings, pictures):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(**settings)
+    names: dict[str, Any] = {}
+    exec(f"import numpy as np\nfrom PIL import Image, ImageOps\n{recipes.pixels_of(processor)}", names)
+    for picture in pictures:
+        right = processor(load_image(str(picture)), return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(names["pixels"](picture), right, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"size": {"shortest_edge": 48, "longest_edge": 60}}, {"do_center_crop": False}])
+def test_what_is_not_written_out_is_not_guessed(settings):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    assert recipes.pixels_of(CLIPImageProcessorPil(**settings)) is None
+
+
+def test_a_tokenizer_of_sentencepiece_is_written_out(tmp_path):
+    """SigLIP's is of this kind in transformers, which writes no tokenizer.json for it."""
+    lines = [" ".join(tiny.WORDS[i:] + tiny.WORDS[:i]) for i in range(len(tiny.WORDS))]
+    sizes = {"vocab_size": 50, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "hard_vocab_limit": False}
+    model = tmp_path / "made"
+    trained = {"model_type": "unigram", "minloglevel": 2} | sizes
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines * 20), model_prefix=str(model), **trained)
+    tokenizer = transformers.SiglipTokenizer(f"{model}.model", model_max_length=64)
+    tokenizer.save_pretrained(tmp_path / "folder")
+    imports, code = recipes.tokens_of(tokenizer, tmp_path / "folder", 12)
+    names: dict[str, Any] = {"folder": str(tmp_path / "folder")}
+    exec("\n".join([*imports, "import numpy as np", code]), names)
+    texts = ["a small red circle", "Two BLUE, squares!", "  it's \n far ", "", "red " * 30, "zürich — 42"]
+    right = tokenizer(texts, padding="max_length", truncation=True, max_length=12)["input_ids"]
+    assert names["tokens"](texts)["input_ids"].tolist() == right
+
+
+def test_the_card_holds_the_command_that_was_typed(tmp_path):
+    data = DataOptions(str(tmp_path), text_column="what is said")
+    training = prune.Training(steps=7, batch_size=16)
+    options = prune.Options(
+        f"{tmp_path}/../{tmp_path.name}", 0.3, recover=False, data=data, training=training, cip=False, seed=3
+    )
+    assert cards.prune_command(options, max_drop=1.5, revision=None, allow_pickle=True) == (
+        f"comp prune {tmp_path.name} --ratio 0.3 --no-recover --seed 3 --data {tmp_path.name} --text-column 'what is said' "
+        "--steps 7 --train-batch-size 16 --no-cip --max-drop 1.5 --allow-pickle"
+    )
+    assert cards.prune_command(prune.Options("org/name", 0.5)) == "comp prune org/name --ratio 0.5"
+
+
+def test_every_option_of_the_command_in_a_card_exists():
+    from typer.main import get_command
+
+    from comp_cli.cli import app
+
+    known = {flag for option in get_command(app).commands["prune"].params for flag in (*option.opts, *option.secondary_opts)}
+    for name in (field.name for field in fields(prune.Options) if field.name not in ("model", "ratio", "data", "training")):
+        assert f"--{name.replace('_', '-')}" in known, name
+    nested = [cards.FLAGS.get(field.name, field.name) for field in fields(prune.Training)]
+    for name in (*nested, *(field.name for field in fields(DataOptions))):
+        assert f"--{name.replace('_', '-')}" in known, name
+
+
+def head(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
+    dense = every["blip"].dense
+    said = "---\nlicense: bsd-3-clause\npipeline_tag: image-to-text\nwidget: x\n---\n# BLIP"
+    (tmp_path / "README.md").write_text(said)
+    quality = {"samples": 64, "data": "mine.jsonl", "agreement": 0.95, "metric": "accuracy"}
+    quality |= {"metrics": {"accuracy": {"dense": 0.9, "compact": 0.85}}}
+    document = prune.describe(dense, smaller(dense), prune.Options("org/blip", 0.4))
+    document |= {"quality": quality, "command": "comp prune org/blip --ratio 0.4", "base_model": "org/blip"}
+    card = cards.model_card(document, dense.family, dense.task, tmp_path, longest=0, alone=False)
+    (tmp_path / "README.md").write_text(card)
+    told = head(tmp_path)
+    assert (told["license"], told["pipeline_tag"], told["base_model"]) == ("bsd-3-clause", "image-to-text", "org/blip")
+    assert told["metrics"] == ["accuracy"] and "widget" not in told
+    assert "| accuracy | 90.0 % | 85.0 % |" in card and "On 64 samples" in card and "mine.jsonl" in card
+    assert "\ncomp prune org/blip --ratio 0.4\n" in card
+
+
+@pytest.mark.parametrize(
+    "said", ["", "no head", "---\n[broken: yaml: {\n---\n", "---\n- a list\n---\n", "---\nlicense: {a: 1}\n---\n"]
+)
+def test_a_readme_that_says_nothing_of_use_does_no_harm(said, tmp_path):
+    (tmp_path / "README.md").write_text(said)
+    document = {"base_model": "dense", "quality": {"metrics": None}}
+    assert cards.metadata(document, tmp_path).to_yaml().startswith("library_name: transformers")
+
+
+def test_nothing_written_names_the_place_where_it_was_made(every):
+    """Paths of this machine, and what a tokenizer remembers of them."""
+    for written in every.values():
+        place = str(written.folder.parent).encode()
+        for path in written.folder.iterdir():
+            assert place not in path.read_bytes(), path
+        settings = written.folder / "tokenizer_config.json"
+        if settings.exists():
+            assert not {"is_local", "local_files_only", "name_or_path"} & json.loads(settings.read_text()).keys()
