@@ -38,13 +38,6 @@ def export_of(folder: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Compact CLIP and its graph: a causal mask in one tower, a fused token in the other."""
-    folder = compact("clip", tmp_path_factory.mktemp("clip"))
-    return folder, export_of(folder)
-
-
-@pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """Graphs that write texts."""
     return export_of(compact("blip-caption", tmp_path_factory.mktemp("captions")))
