@@ -133,6 +133,17 @@ def check(options: Options) -> torch.device:
     return device
 
 
+def made_of(folder: Path, comp: dict[str, Any]) -> str:
+    """The dense model that a compact folder was made of. Exit 2 where it does not say, or a folder is not where it was."""
+    name, address = comp.get("base_model"), comp.get("base_address")
+    if address and address.startswith(".."):  # the way to a folder
+        address = str((folder / address).resolve()) if (folder / address).is_dir() else None
+    if not address:
+        was = f"was made of {name}, and does not know where that is" if name else "does not say what it was made of"
+        raise CompError(f"{folder} {was}.", code=USAGE, hint="Name the dense model: --baseline MODEL")
+    return address
+
+
 def open_models(
     folder: Path, config: dict[str, Any], baseline: str | None, out: Output, hub_options: dict[str, Any]
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
@@ -140,11 +151,7 @@ def open_models(
     the compact one."""
     family, architecture, _ = find_family(config)
     compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
-    baseline = baseline or config["comp"].get("base_address")
-    if baseline is None:
-        raise CompError(
-            f"{folder} does not say what it was made of.", code=USAGE, hint="Name the dense model: --baseline MODEL"
-        )
+    baseline = baseline or made_of(folder, config["comp"])
     source = hub.resolve(baseline, out=out, accepts=find_architecture, **hub_options)
     dense_config = read_config(source.folder)
     if "comp" in dense_config:

@@ -13,7 +13,7 @@ from . import modeling_comp
 from .cards import model_card
 from .data import Batch
 from .errors import FAILED, CompError
-from .loading import load_model, load_processor, own_state, quiet_libraries
+from .loading import load_model, load_processor, own_state, quiet_libraries, save_processor
 from .plan import Plan
 from .store import read_tensors_header, save_tensors, sha256
 from .workbench import Dense
@@ -34,8 +34,10 @@ def write_checkpoint(
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        load_processor(dense.source.folder, dense.family.inputs).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(document, dense.family))
+        save_processor(load_processor(dense.source.folder, dense.family.inputs), folder)
+    about = {"longest": dense.reference.tokens.get("language", 0), "alone": hasattr(compact, "logit_bias")}
+    card = model_card(document, dense.family, dense.task, dense.source.folder, **about)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:

@@ -18,7 +18,7 @@ from .datafiles import open_pairs
 from .errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from .families import Decoder, find_family
 from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
-from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
+from .loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries, save_processor
 from .onnx_checks import least_runtime, require_runtime
 from .output import Output
 from .outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
@@ -123,7 +123,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
             if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
                 tokenizer = getattr(processor, "tokenizer", processor)
                 tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
-            processor.save_pretrained(partial)
+            save_processor(processor, partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
         generation = family.decoder and generation_config(model.config.text_config, family.decoder)
         if generation:
@@ -154,7 +154,8 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
             "parity": [vars(row) for row in rows],
             "size_bytes": folder_size(partial),
         }
-        (partial / "README.md").write_text(graphs_card(document, generation))
+        card = graphs_card(document, generation, family, task, processor, partial, longest)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
         (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
         if problem:

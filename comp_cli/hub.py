@@ -44,6 +44,9 @@ NOT_THE_HUB = (ValueError, TypeError, KeyError, AttributeError, AssertionError, 
 NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
 
 
+NEAR = 2  # folders up from an output to what it shares with a dense model's folder
+
+
 class NotThere(CompError):
     """The hub has no such repository, or does not answer and the cache has none."""
 
@@ -61,6 +64,14 @@ class Source:
     def address(self) -> str:
         """What to type to get the same model again, from any folder."""
         return {"demo": "demo", "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
+
+    def address_from(self, output: Path) -> str | None:
+        """The same for what is written into `output`, and may go to other machines: of a folder the way to it from there, and
+        None where it is far away."""
+        if self.kind != "folder":
+            return self.address
+        way = os.path.relpath(self.folder, output.absolute())
+        return Path(way).as_posix() if way.split(os.sep).count("..") <= NEAR else None
 
 
 def resolve(

@@ -1,5 +1,6 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
+import json
 import logging
 import os
 import warnings
@@ -23,7 +24,7 @@ from .headers import check_depth, check_shapes, few, on_meta, read_headers  # no
 from .modeling_comp import compact_class  # noqa: E402
 from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
-from .store import TensorHeader, read_config  # noqa: E402
+from .store import TensorHeader, read_config, read_json  # noqa: E402
 from .vetting import check_folder, check_report, shown  # noqa: E402
 from .weights import check_checkpoint, pick_weights, weight_files  # noqa: E402
 
@@ -217,6 +218,15 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
     return processor
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from."""
+    processor.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def cut_at(processor: Any, wanted: int) -> int:

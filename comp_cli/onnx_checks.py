@@ -14,7 +14,7 @@ from .store import read_json, sha256
 
 # The first ONNX Runtime that loads an opset, and computes what it should; IR version 10, which is what torch writes, needs
 # 1.18 by itself. Measured on 1.17 to 1.32; what is older refuses such graphs when it loads or runs them.
-LEAST = {18: "1.18", 19: "1.18", 20: "1.18", 21: "1.18", 22: "1.18", 23: "1.18"}
+LEAST = {18: "1.18", 19: "1.18", 20: "1.18", 21: "1.18", 22: "1.21", 23: "1.23"}
 SHARED_BIAS = "1.20"  # an attention bias that all samples and heads share; older ones want one for each head, and say so
 BIAS = 5  # which input of MultiHeadAttention it is
 

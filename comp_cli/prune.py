@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import __version__, report, tasks, writing
+from .cards import prune_command, without_places
 from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
 from .data import Pair
 from .engine import flops
@@ -131,6 +132,8 @@ def _prune(
     dense = open_dense(options.model, out, device=own_device(options.device), task=options.task, **sizes, **hub_options)
     save_dtype = pick_dtype(options.dtype) or own_dtype(dense)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
+    said = {"revision": hub_options.get("revision"), "allow_pickle": hub_options.get("allow_pickle"), "max_drop": max_drop}
+    command = prune_command(options, **said)
     options = settle(dense, pairs, options, out)
     if dry_run and options.training.steps:
         out.say("--dry-run: without the training.")
@@ -149,6 +152,7 @@ def _prune(
         if not leads():
             return document
         quality, per_pair = compare(dense, compact, pairs, options, out)
+        document |= {"command": command, "base_address": dense.source.address_from(output)}
         document |= {"quality": quality, "pairs": counts(pairs, options)}
         check_drop(quality, max_drop, out)
     except DeadEnd:
@@ -224,7 +228,7 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
         "base_address": dense.source.address,
         "architecture": dense.architecture,
         "task": dense.task.name,
-        "options": asdict(options),
+        "options": asdict(without_places(options)),
         "ratio": round(ratio, 5),
         "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one sample"},
         "flops": {"dense": before.total, "compact": after.total},

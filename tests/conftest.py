@@ -64,6 +64,23 @@ def served(compact_folder) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> tuple[Path, Path]:
+    """A compact CLIP and its graph: a causal mask in one tower, a fused token in the other."""
+    import tiny
+
+    from comp_cli import export
+    from comp_cli.output import Output
+    from comp_cli.prune import Options, prune
+
+    place = tmp_path_factory.mktemp("clip")
+    sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
+    dense = tiny.write("clip", place / "dense")
+    prune(Options(str(dense), 0.5, method="joint", device="cpu", **sizes), place / "compact", Output("quiet"))
+    export.export(place / "compact", place / "served", Output("quiet"), export.Options(), overwrite=False)
+    return place / "compact", place / "served"
+
+
+@pytest.fixture(scope="session")
 def dense(tiny_folder):
     from comp_cli.output import Output
     from comp_cli.workbench import open_dense

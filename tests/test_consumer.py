@@ -1,5 +1,6 @@
 """README's snippets, as somebody runs them who has neither torch nor comp: in a virtual environment of their own."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 
 import comp_cli
 from comp_cli import scenes
@@ -19,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ["onnxruntime", "numpy", "pillow", "tokenizers"]
 
 
-def snippets() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("### Run the ONNX graph")[1].split("\n#")[0]
+def snippets(title: str = "Run the ONNX graph") -> list[str]:
+    section = (ROOT / "README.md").read_text().split(f"### {title}")[1].split("\n#")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
@@ -58,7 +60,7 @@ def torch_scores(compact_folder: Path, image: Path, texts: list[str]) -> np.ndar
 
 def test_the_snippets_are_short():
     first, second = snippets()
-    assert len(first.splitlines()) <= 15 and len(second.splitlines()) <= 15
+    assert len(first.splitlines()) <= 22 and len(second.splitlines()) <= 15
 
 
 def test_the_snippets_agree_with_torch(python, place, compact_folder):
@@ -73,4 +75,39 @@ def test_the_snippets_agree_with_torch(python, place, compact_folder):
     assert len(texts) == 3
     expected = torch_scores(compact_folder, place / "scene.png", texts)
     np.testing.assert_allclose(np.array(found, float).reshape(3, 2), expected, atol=1e-2)
-    assert spoken[0].startswith("matches" if expected[0, 1] > expected[0, 0] else "does not match")
+    assert spoken[0].startswith("itm_score [")
+
+
+def test_the_snippet_fits_a_model_that_crops_its_pictures(clip, tmp_path):
+    """CLIP, under the name of README, and a photo that is stored on its side."""
+    folder, served = clip
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60))
+    noise.save(tmp_path / "scene.png", format="JPEG", exif=turned)
+    shutil.copytree(served, tmp_path / "blip-compact-onnx")
+    script = "\n".join(["import sys", "sys.modules['torch'] = None", snippets()[0], "print(*score[0])"])
+    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    named, found = done.stdout.splitlines()
+    image = load_image(str(tmp_path / "scene.png"))
+    inputs = load_processor(folder)(images=image, text="a small red circle", return_tensors="pt")
+    with torch.inference_mode():
+        expected = comp_cli.load(folder)(**inputs).logits_per_image[0]
+    np.testing.assert_allclose(np.array(found.split(), float), expected, atol=1e-3)
+    assert named.startswith("logits_per_image")
+
+
+def test_readme_loads_a_checkpoint_in_both_ways(compact_folder, tmp_path):
+    shutil.copytree(compact_folder, tmp_path / "blip-compact")
+    (code,) = snippets("Load it")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(type(model).__name__, type(processor).__name__)"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["CompactBlipForImageTextRetrieval", "BlipProcessor"]

@@ -38,13 +38,6 @@ def export_of(folder: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Compact CLIP and its graph: a causal mask in one tower, a fused token in the other."""
-    folder = compact("clip", tmp_path_factory.mktemp("clip"))
-    return folder, export_of(folder)
-
-
-@pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """Graphs that write texts."""
     return export_of(compact("blip-caption", tmp_path_factory.mktemp("captions")))
@@ -119,6 +112,13 @@ def test_the_least_version_follows_from_what_a_graph_holds(clip, served, caption
         document = json.loads((folder / "export.json").read_text())
         models = [onnx.load(folder / name) for name in document["graphs"]]
         assert document["min_onnxruntime"] == least == onnx_checks.least_runtime(models)
+
+
+@pytest.mark.parametrize(("opset", "least"), [(18, "1.18"), (21, "1.18"), (22, "1.21"), (23, "1.23")])
+def test_newer_opsets_need_newer_versions(captions, opset, least):
+    model = onnx.load(captions / graphs.PAST)
+    next(entry for entry in model.opset_import if entry.domain == "").version = opset
+    assert onnx_checks.least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
 
 
 def test_an_onnxruntime_that_is_too_old_is_refused(captions, monkeypatch):
