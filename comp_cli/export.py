@@ -20,6 +20,7 @@ from .families import Decoder, Family, find_family, tower_config
 from .graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from .loading import cut_at, facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries
 from .output import Output
+from .precision import cast
 from .report import mib, percent
 from .sessions import OnnxModel, open_graphs
 from .store import atomic_folder, check_output, find_last, folder_size, read_config, sha256
@@ -92,7 +93,7 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
-        names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
+        names = write_graphs(cast(model, pick_dtype(options.dtype)), task, family, partial, **layout)
         fused = optimize(partial, names, check, options, out) if options.optimize else {}
         left_out = quantize(partial, names, check, out) if options.quantize else []
         graphs = check.open(partial, names)

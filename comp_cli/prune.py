@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from . import __version__, report, tasks, writing
-from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
+from .checkpoint import check_reload, told_apart, write_checkpoint, write_report
 from .data import Pair
 from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
 from .journal import Journal
-from .loading import pick_dtype
+from .loading import own_state, pick_dtype
 from .output import Output
 from .plan import Plan
+from .precision import in_precision, own_precision, round_as_written, weight_files
 from .search import Options, find
 from .store import atomic_folder, check_output, folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes
@@ -88,7 +89,7 @@ def prune(
     started = time.perf_counter()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     dense = open_dense(options.model, out, device=device, task=options.task, **sizes, **hub_options)
-    save_dtype = wanted_dtype or own_dtype(dense)
+    own = own_precision(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
     options = settle(dense, pairs, options, out)
     if dry_run and options.training.steps:
@@ -99,11 +100,14 @@ def prune(
         journal.remove()
     try:
         found = find(dense, pairs, options, journal, out)
-        document = describe(dense, found.plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
+        plan = found.plan.told_apart(dense.plan)
+        document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
         if dry_run:
             report.print_plan(document, out)
             return document
-        compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
+        compact = told_apart(dense, found.model, plan)
+        dtypes = in_precision(own, own_state(compact), wanted_dtype) if wanted_dtype else own
+        round_as_written(compact, dtypes)  # judged with the weights that are written
         if not leads():
             return document
         quality, per_pair = compare(dense, compact, pairs, options, out)
@@ -115,10 +119,10 @@ def prune(
         raise
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say(f"writing {output} ...")
-        write_checkpoint(folder, dense, compact, found.plan, document, save_dtype)
+        write_checkpoint(folder, dense, compact, plan, document, dtypes)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
-        write_report(folder, document, found.plan)
+        write_report(folder, document, plan)
     journal.remove()
     # Not in the folder: a run that was resumed ends with the same bytes.
     document |= {"seconds": round(time.perf_counter() - started, 1)}
@@ -130,7 +134,7 @@ def prune(
 
 def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
     """What a journal must agree on: the options, the weights, the place, and the versions that numbers depend on."""
-    weights = [sha256(path) for path in sorted(dense.source.folder.glob("*.safetensors"))]
+    weights = [sha256(path) for path in weight_files(dense.source.folder)]
     config = sha256(dense.source.folder / "config.json")
     device = next(iter(dense.state.values())).device
     where = {"device": str(device), "threads": torch.get_num_threads(), "processes": processes()}
