@@ -45,11 +45,14 @@ def write_checkpoint(
 
 def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
     """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir()) if path.is_file()
-    }
-    whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
+    whole = {"schema_version": 1} | document | {"files": file_facts(folder), "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
+
+
+def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a folder: {"config.json": {"bytes": 4175, "sha256": "..."}}."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:

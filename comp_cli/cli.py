@@ -406,6 +406,32 @@ def bench(
     _run(out, work)
 
 
+@app.command()
+def upgrade(
+    folder: Annotated[Path, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put today's runtime beside the weights of a compact folder that an older comp wrote.
+
+    `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` runs the modeling_comp.py of the folder, which may be older than
+    the transformers that it meets. The weights stay as they are; the folder changes as a whole or not at all.
+
+    Examples:
+
+    `comp upgrade blip-compact`
+    """
+    out = _output(form, as_json, quiet, True)
+
+    def work():
+        from . import upgrade as command
+
+        return command.upgrade(folder, out), folder
+
+    _run(out, work)
+
+
 def run() -> None:
     """The console script. What the parser itself refuses is a document too, where one was asked for."""
     try:
