@@ -326,7 +326,8 @@ class CompactAttention(nn.Module):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        refuse_unknown(self, kwargs | {"output_attentions": getattr(self.config, "output_attentions", None)})
+        refuse_unknown(self, kwargs)
+        refuse_unknown(self, {"output_attentions": getattr(self.config, "output_attentions", None)})
         check_mask(attention_mask)
         cache = the_cache(cache, past_key_values)
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
