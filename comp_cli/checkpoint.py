@@ -2,34 +2,39 @@
 
 import json
 import shutil
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
-from . import modeling_comp
+from . import __version__, modeling_comp
 from .cards import model_card
 from .data import Batch
+from .engine.slicing import padded
 from .errors import FAILED, CompError
 from .loading import load_model, load_processor, own_state, quiet_libraries, save_processor
 from .plan import Plan
-from .store import read_tensors_header, save_tensors, sha256
+from .precision import of_the_whole
+from .store import save_tensors, sha256
 from .workbench import Dense
 
 
 def write_checkpoint(
-    folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtype: torch.dtype
+    folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """config.json, weights, runtime, processor files and model card."""
+    """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
     facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
-    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts)
-    auto_map = {"AutoModel": f"{Path(modeling_comp.__file__).stem}.Compact{dense.architecture}"}
-    config = dense.config | {"comp": block, "auto_map": auto_map, "dtype": str(dtype).removeprefix("torch.")}
+    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts, runtime=runtime())
+    state = own_state(compact)
+    whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
+    config = dense.config | {"comp": block, "auto_map": auto_map(dense.architecture), "dtype": whole}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own_state(compact).items()}
+    tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
     save_tensors(tensors, folder / "model.safetensors")
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
@@ -42,19 +47,22 @@ def write_checkpoint(
 
 def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
     """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir()) if path.is_file()
-    }
-    whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
+    whole = {"schema_version": 1} | document | {"files": file_facts(folder), "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
 
 
+def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a folder: {"config.json": {"bytes": 4175, "sha256": "..."}}."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
 def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """The written folder must load, hold the weights in memory (which its precision can hold), and say what they say."""
+    """The written folder must load, hold exactly the weights in memory (which are rounded already), and say what they say."""
     written = load_model(folder, family=dense.family)
     for name, tensor in written.state_dict().items():
-        expected = compact.state_dict()[name].to(tensor.dtype).cpu()
-        if not torch.equal(tensor, expected):
+        expected = compact.state_dict()[name].cpu()
+        if not torch.equal(tensor.to(expected.dtype), expected):
             raise _differs(f"weight {name} differs")
     weight = next(compact.parameters())
     again = written.to(weight.device, weight.dtype)
@@ -71,9 +79,26 @@ def _differs(how: str) -> CompError:
     return CompError(f"the written model is not the one in memory: {how}.", code=FAILED, hint=hint)
 
 
-def own_dtype(dense: Dense) -> torch.dtype:
-    """The precision of the checkpoint that a dense model came from: that of most of its tensors."""
-    headers = [read_tensors_header(path) for path in dense.source.folder.glob("*.safetensors")]
-    names = Counter(header.dtype for file in headers for header in file.values())
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return next((known[name] for name, _ in names.most_common() if name in known), torch.float32)
+def told_apart(dense: Dense, model: nn.Module, plan: Plan) -> nn.Module:
+    """The compact model with the channels of zeros of its plan, if it has any."""
+    if not any(layer.padding for tower in plan.towers for layer in tower.layers):
+        return model
+    return dense.build(plan, padded(own_state(model), dense.family, plan))
+
+
+def runtime() -> dict[str, Any]:
+    """Of the file modeling_comp.py that is shipped: whose it is, and the releases of transformers that it was tested with."""
+    return {"comp_version": __version__, "transformers": list(modeling_comp.TESTED)}
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """Which class answers for which of transformers' Auto classes: all of those that know the stock class, and AutoModel."""
+    stock = getattr(transformers, architecture)
+    known = {"AutoModel"}
+    for name in dir(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        found = mapping.get(stock.config_class, None) if name.startswith("AutoModel") and mapping is not None else None
+        if stock in (found if isinstance(found, tuple | list) else (found,)):
+            known.add(name)
+    compact = f"{Path(modeling_comp.__file__).stem}.Compact{architecture}"
+    return dict.fromkeys(sorted(known), compact)

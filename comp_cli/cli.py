@@ -453,6 +453,32 @@ def env(form: Format = "human", as_json: Json = False, quiet: Quiet = False) -> 
     _run(out, work)
 
 
+@app.command(cls=Command)
+def upgrade(
+    folder: Annotated[Path, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
+    form: Format = "human",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put today's runtime beside the weights of a compact folder that an older comp wrote.
+
+    `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` runs the modeling_comp.py of the folder, which may be older than
+    the transformers that it meets. The weights stay as they are; the folder changes as a whole or not at all.
+
+    Examples:
+
+    `comp upgrade blip-compact`
+    """
+    out = _output(form, as_json, quiet, True)
+
+    def work():
+        from . import upgrade as command
+
+        return command.upgrade(folder, out), folder
+
+    _run(out, work)
+
+
 def run_command(has_stdout: bool = True) -> None:
     """The command of this process's arguments, in streams that are settled. Exit 1 where stdout takes nothing."""
     code: Any = 0

@@ -22,6 +22,7 @@ from .loading import facts, load_model, load_processor, pick_device, pick_dtype,
 from .onnx_checks import least_runtime, require_runtime
 from .output import Output
 from .outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
+from .precision import cast
 from .report import mib, percent
 from .rows import Columns
 from .sessions import OnnxModel, open_graphs
@@ -111,7 +112,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
-        names = write_graphs(model.to(pick_dtype(options.dtype)), task, family, partial, **layout)
+        names = write_graphs(cast(model, pick_dtype(options.dtype)), task, family, partial, **layout)
         fused = optimize(partial, names, check, options, out) if options.optimize else {}
         left_out = quantize(partial, names, check, out) if options.quantize else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)

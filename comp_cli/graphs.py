@@ -58,7 +58,8 @@ class Graph(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """Of the matrices; scalars may have another."""
+        return next(p.dtype for p in self.model.parameters() if p.numel() > 1)
 
     def example(self) -> dict[str, Tensor]:
         """Sizes of 0 and 1 would be baked into a graph, and so could a model's own; these are neither."""

@@ -53,7 +53,7 @@ def _read_pickle(path: Path) -> dict[str, TensorHeader]:
         raise CompError(said, code=REFUSED, hint="Save the model with transformers' save_pretrained.")
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return {
-        str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
         for name, tensor in held.items()
     }
 

@@ -6,7 +6,7 @@ is derived: head counts, head widths, softmax scales, feed-forward widths and ke
 
     AutoModel.from_pretrained(folder, trust_remote_code=True)
 
-Where the numbers would depend on something that it does not know (an argument, a mask, a cache), it raises; see `refuse_unknown`.
+Where numbers would depend on something that it does not know (an argument, a mask, a cache), it raises: `refuse_unknown`.
 """
 
 import inspect
@@ -73,7 +73,8 @@ def check_mask(attention_mask: Any) -> None:
     if attention_mask is None:
         return
     tensor = isinstance(attention_mask, torch.Tensor)
-    if not tensor or attention_mask.dim() != 4 or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+    known = tensor and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
+    if not known or attention_mask.dim() != 4:
         found = f"{tuple(attention_mask.shape)} of {attention_mask.dtype}" if tensor else type(attention_mask).__name__
         raise ValueError(
             f"attention_mask: compact layers take (batch, 1, tokens, tokens), boolean or additive, and found {found}. Load the "
@@ -328,7 +329,8 @@ class CompactAttention(nn.Module):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        refuse_unknown(self, kwargs | {"output_attentions": getattr(self.config, "output_attentions", None)})
+        refuse_unknown(self, kwargs)
+        refuse_unknown(self, {"output_attentions": getattr(self.config, "output_attentions", None)})
         check_mask(attention_mask)
         cache = the_cache(cache, past_key_values)
         if cache is not None and not isinstance(cache, EncoderDecoderCache):

@@ -6,6 +6,7 @@ from typing import Any
 from .families import Family, tower_config
 
 SCHEMA_VERSION = 1
+PADDING = 8  # channels of zeros, see Plan.told_apart
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class LayerPlan:
     cross: AttentionPlan | None
     ffn: tuple[int, ...]  # kept feed-forward channels, indices into the dense model
     keep: int | None = None  # tokens handed on from attention to feed-forward layer; None for all
+    padding: int = 0  # channels of zeros behind those that are kept, see Plan.told_apart
+
+    @property
+    def width(self) -> int:
+        """Channels of the feed-forward layer as it is built and written."""
+        return len(self.ffn) + self.padding
 
     def kept(self, part: str) -> tuple[int, ...]:
         """Kept units of "attention", "cross" (heads) or "ffn" (channels)."""
@@ -65,6 +72,23 @@ class Plan:
         pairs = zip(self.towers, outer.towers, strict=True)
         return replace(self, towers=tuple(replace(t, layers=tuple(map(layer, t.layers, o.layers))) for t, o in pairs))
 
+    def told_apart(self, dense: "Plan") -> "Plan":
+        """The same plan with shapes that no stock class takes, in every tower that drops tokens.
+
+        Where heads or channels went the shapes differ anyway. A tower that loses tokens only has the shapes of the dense one:
+        a stock class would load it, and answer as the dense model, without a word. Its first feed-forward layer gets
+        channels of zeros: they add exactly nothing, and the stock class refuses the shape.
+        """
+
+        def tower(found: TowerPlan, before: TowerPlan) -> TowerPlan:
+            sizes = [[_layer_sizes(replace(layer, keep=None)) for layer in part.layers] for part in (found, before)]
+            if sizes[0] != sizes[1] or all(layer.keep is None for layer in found.layers):
+                return found
+            first, *others = found.layers
+            return replace(found, layers=(replace(first, padding=PADDING), *others))
+
+        return replace(self, towers=tuple(map(tower, self.towers, dense.towers)))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -76,7 +100,8 @@ class Plan:
             return part and AttentionPlan(tuple(part["heads"]), part["head_dim"], part["scale"])
 
         def layer(part: dict[str, Any]) -> LayerPlan:
-            return LayerPlan(attention(part["attention"]), attention(part["cross"]), tuple(part["ffn"]), part["keep"])
+            heads = attention(part["attention"]), attention(part["cross"])
+            return LayerPlan(*heads, tuple(part["ffn"]), part["keep"], part.get("padding", 0))
 
         towers = (
             TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"], t["score_rule"], t.get("fuse", False))
@@ -104,7 +129,7 @@ def _layer_sizes(layer: LayerPlan) -> dict[str, Any]:
         return {"num_heads": len(attention.heads), "head_dim": attention.head_dim, "scale": attention.scale}
 
     cross = {"cross": sizes(layer.cross)} if layer.cross else {}
-    return {"attention": sizes(layer.attention), **cross, "ffn": len(layer.ffn), "keep": layer.keep}
+    return {"attention": sizes(layer.attention), **cross, "ffn": layer.width, "keep": layer.keep}
 
 
 def dense_plan(config: dict[str, Any], family: Family, architecture: str) -> Plan:

@@ -10,19 +10,21 @@ from torch import nn
 
 from . import __version__, report, tasks, writing
 from .cards import prune_command, without_places
-from .checkpoint import check_reload, own_dtype, write_checkpoint, write_report
+from .checkpoint import check_reload, told_apart, write_checkpoint, write_report
 from .data import Pair
 from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
 from .journal import Journal
-from .loading import pick_dtype
+from .loading import own_state, pick_dtype
 from .output import Output
 from .outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from .plan import Plan
+from .precision import in_precision, of_the_whole, own_precision, round_as_written
 from .search import Options, find
 from .store import folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes
+from .weights import files_of
 from .workbench import DataOptions, Dense, Pairs, affordable, choose_pairs, cut_texts, open_dense, say_cut
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
@@ -130,7 +132,7 @@ def _prune(
     dry_run = journal is None and leads()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     dense = open_dense(options.model, out, device=own_device(options.device), task=options.task, **sizes, **hub_options)
-    save_dtype = pick_dtype(options.dtype) or own_dtype(dense)
+    wanted_dtype, own = pick_dtype(options.dtype), own_precision(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
     said = {"revision": hub_options.get("revision"), "allow_pickle": hub_options.get("allow_pickle"), "max_drop": max_drop}
     command = prune_command(options, **said)
@@ -140,15 +142,18 @@ def _prune(
         options = replace(options, training=Training())
     if journal:
         journal.settings = settings_of(dense, options)
-        check_disk(dense, options, save_dtype, output)
+        check_disk(dense, options, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
         found = find(dense, pairs, options, journal, out)
-        document = describe(dense, found.plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
+        plan = found.plan.told_apart(dense.plan)
+        document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
         document |= {"texts": {"calibration": found.texts}, "pairs": counts(pairs, options)}
         if dry_run:
             report.print_plan(document, out)
             return document
-        compact = found.model.to(save_dtype).to(torch.float32)  # judged with the weights that are written
+        compact = told_apart(dense, found.model, plan)
+        dtypes = in_precision(own, own_state(compact), wanted_dtype) if wanted_dtype else own
+        round_as_written(compact, dtypes)  # judged with the weights that are written
         if not leads():
             return document
         quality, per_pair = compare(dense, compact, pairs, options, out)
@@ -161,10 +166,10 @@ def _prune(
         raise
     with atomic_folder(output, overwrite=overwrite) as folder:
         out.say("writing ...")
-        write_checkpoint(folder, dense, compact, found.plan, document, save_dtype)
+        write_checkpoint(folder, dense, compact, plan, document, dtypes)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
-        write_report(folder, document, found.plan)
+        write_report(folder, document, plan)
         journal.finish(folder / "comp_report.json")
     journal.remove()
     # Not in the folder: a run that was resumed ends with the same bytes.
@@ -176,7 +181,7 @@ def _prune(
 
 def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
     """What a journal must agree on: the options, the weights, the place, and the versions that numbers depend on."""
-    weights = [sha256(path) for path in sorted(dense.source.folder.glob("*.safetensors"))]
+    weights = [sha256(path) for path in files_of(dense.source.folder)]
     config = sha256(dense.source.folder / "config.json")
     device = next(iter(dense.state.values())).device
     return {**asdict(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}

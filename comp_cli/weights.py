@@ -50,6 +50,13 @@ def check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
     weight_files(folder, weights)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, pickled ones as a last resort."""
+    return [
+        folder / name for name in weight_files(folder, pick_weights(os.listdir(folder), allow_pickle=True, owner=str(folder)))
+    ]
+
+
 def weight_files(folder: Path, weights: list[str]) -> list[str]:
     """The files that hold the weights, of what `pick_weights` found: the shards that an index names. Exit 4 for one that is
     missing."""

@@ -15,7 +15,7 @@ from .engine import flops, scoring
 from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
 from .errors import REFUSED, USAGE, CompError
-from .families import Family, find_family
+from .families import Family, find_family, tower_config
 from .output import Output
 from .plan import Plan, dense_plan
 from .store import read_config

@@ -116,7 +116,7 @@ def _layer(
         cross_inner = len(layer.cross.heads) * layer.cross.head_dim
         other = ref.width[ref.reads[tower.name]]
         cross = 4 * out * width * cross_inner + 4 * read * other * cross_inner + 4 * out * read * cross_inner
-    return LayerFlops(tower.name, index, attention, cross, 4 * out * width * len(layer.ffn), tokens, out)
+    return LayerFlops(tower.name, index, attention, cross, 4 * out * width * layer.width, tokens, out)
 
 
 def _score_rows(tower: TowerPlan, most: int) -> int:

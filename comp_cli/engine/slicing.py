@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..families import Attention, Family
 from ..plan import AttentionPlan, LayerPlan, Plan
@@ -44,7 +45,20 @@ def slice_state(state: Mapping[str, Tensor], family: Family, plan: Plan) -> dict
             if tower.cross:
                 _slice_attention(sliced, root, tower.cross, layer.cross)
             _slice_ffn(sliced, root, tower.ffn, layer)
-    return sliced
+    return padded(sliced, family, plan)
+
+
+def padded(state: Mapping[str, Tensor], family: Family, plan: Plan) -> dict[str, Tensor]:
+    """The weights of a plan's kept units, with the channels of zeros that it has beside them (see Plan.told_apart)."""
+    wider = dict(state)
+    for tower_plan in plan.towers:
+        tower = family.tower(tower_plan.name)
+        for index, layer in enumerate(tower_plan.layers):
+            first, second = (f"{tower.encoder}.{tower.layers}.{index}.{path}" for path in tower.ffn)
+            for name, sides in ((f"{first}.weight", (0, 0, 0, 1)), (f"{first}.bias", (0, 1)), (f"{second}.weight", (0, 1))):
+                if layer.padding and name in wider:
+                    wider[name] = F.pad(wider[name], [layer.padding * side for side in sides])
+    return wider
 
 
 def _slice_attention(state: dict[str, Tensor], root: str, parts: Attention, plan: AttentionPlan) -> None:

@@ -1,0 +1,171 @@
+"""Folders that version 0.1.0 wrote: they load with today's comp, and `comp upgrade` puts today's runtime beside them."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import comp_cli
+from comp_cli import modeling_comp, upgrade
+from comp_cli.errors import FAILED, REFUSED, CompError
+from comp_cli.output import Output
+
+OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # two folders, and what each said when it was written
+TODAY = Path(modeling_comp.__file__).read_bytes()
+
+
+@pytest.fixture(params=["clip", "blip-caption"])
+def old(request, tmp_path):
+    shutil.copytree(OLD / request.param, tmp_path / "old")
+    return tmp_path / "old", json.loads((OLD / f"{request.param}.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def says(model) -> torch.Tensor:
+    """What was recorded: similarities of two images with two texts, or two captions."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    ids = torch.tensor([[2, 5, 7, 9, 3], [2, 6, 8, 10, 3]])
+    with torch.inference_mode():
+        if hasattr(model, "text_decoder"):
+            return model.generate(pixel_values=images, num_beams=1, max_new_tokens=10)
+        return model(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids)).logits_per_image
+
+
+def test_an_old_folder_says_with_todays_comp_what_it_said(old):
+    folder, recorded = old
+    torch.testing.assert_close(says(comp_cli.load(folder)), torch.tensor(recorded), atol=1e-4, rtol=1e-4)
+
+
+def test_an_upgraded_folder_answers_without_comp_and_says_the_same(old):
+    """Its own runtime is today's: in a process that knows no comp, whatever transformers is there."""
+    folder, recorded = old
+    document = upgrade.upgrade(folder, Output("quiet"))
+    assert set(document["changed"]) == {"modeling_comp.py", "auto_map", "versions"}
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "comp_cli" not in type(model).__module__
+    torch.testing.assert_close(says(model), torch.tensor(recorded), atol=1e-4, rtol=1e-4)
+
+
+def test_what_an_upgrade_changes(old):
+    folder, _ = old
+    (folder / "NOTES").write_text("the user's own")
+    before = contents(folder)
+    upgrade.upgrade(folder, Output("quiet"))
+    after = contents(folder)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "modeling_comp.py",
+        "config.json",
+        "comp_report.json",
+    }
+    assert after.keys() == before.keys() and after["modeling_comp.py"] == TODAY
+    was, config = (json.loads(files["config.json"]) for files in (before, after))
+    runtime = config["comp"].pop("runtime")
+    assert runtime == {"comp_version": comp_cli.__version__, "transformers": list(modeling_comp.TESTED)}
+    assert len(config["auto_map"]) > len(was["auto_map"]) and set(config) == set(was)
+    assert config | {"auto_map": was["auto_map"]} == was
+    report = json.loads(after["comp_report.json"])
+    for name, facts in report["files"].items():
+        assert facts == {"bytes": len(after[name]), "sha256": hashlib.sha256(after[name]).hexdigest()}
+    assert report | {"files": 0} == json.loads(before["comp_report.json"]) | {"files": 0}
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_second_upgrade_changes_nothing(old, capsys):
+    folder, _ = old
+    upgrade.upgrade(folder, Output("quiet"))
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    document = upgrade.upgrade(folder, Output("human"))
+    assert document["changed"] == {} and "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_the_command_prints_one_document(old):
+    folder, _ = old
+    command = [sys.executable, "-m", "comp_cli", "upgrade", str(folder), "--json"]
+    place = {"PYTHONPATH": str(Path(comp_cli.__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | place)
+    assert done.returncode == 0, done.stderr
+    assert "modeling_comp.py" in json.loads(done.stdout)["changed"]
+    shutil.rmtree(folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | place)
+    assert done.returncode == REFUSED and "no such folder" in json.loads(done.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize("moment", ["copytree", "load_model", "rename"])
+def test_an_upgrade_that_fails_leaves_the_folder_as_it_was(old, monkeypatch, moment):
+    folder, _ = old
+    before = contents(folder)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if moment == "rename":
+        real = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda path, target: fail() if ".partial-" in path.name else real(path, target))
+    else:
+        monkeypatch.setattr(upgrade.shutil if moment == "copytree" else upgrade, moment, fail)
+    with pytest.raises(CompError, match="It is as it was") as failed:
+        upgrade.upgrade(folder, Output("quiet"))
+    monkeypatch.undo()
+    assert failed.value.code == FAILED and contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["old"]
+
+
+def changed(name: str, change):
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return damage
+
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def edited_config(**keys):
+    return changed("config.json", lambda text: json.dumps(json.loads(text) | keys).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (edited_config(comp=None), "not a compact model that comp wrote"),
+        (edited_config(comp={"towers": 3}), "not a compact model that comp wrote"),
+        (edited_config(auto_map=[]), "not a compact model that comp wrote"),
+        (without("modeling_comp.py"), "not a compact model that comp wrote"),
+        (without("comp_report.json"), "trained further"),
+        (without("model.safetensors"), "model.safetensors is not the file"),
+        (changed("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "model.safetensors is not the file"),
+        (changed("modeling_comp.py", lambda data: data + b"# mine\n"), "modeling_comp.py is not the file"),
+        (changed("comp_report.json", lambda data: b'{"files": 3}'), "sizes and hashes"),
+        (changed("comp_report.json", lambda data: b"[]"), "JSON object"),
+    ],
+)
+def test_other_folders_are_refused_and_stay_as_they_are(old, damage, said):
+    folder, _ = old
+    damage(folder)
+    before = contents(folder)
+    with pytest.raises(CompError, match=said) as refused:
+        upgrade.upgrade(folder, Output("quiet"))
+    assert refused.value.code == REFUSED and contents(folder) == before
+
+
+def test_an_old_folder_with_the_shapes_of_the_dense_model_is_named(old):
+    """Its weights are not changed; but the user is told that stock classes take it."""
+    config = json.loads((old[0] / "config.json").read_text())
+    assert not upgrade.dense_shapes(config)
+    for part in ("vision_config", "text_config"):
+        config[part]["intermediate_size"] = 48
+    for layer in config["comp"]["towers"][0]["layers"]:
+        layer["ffn"] = 48
+    assert upgrade.dense_shapes(config)
