@@ -195,7 +195,6 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
     check_folder(folder)
-    check_code(folder)
     images, texts = "pixel_values" in inputs, "input_ids" in inputs
     if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
         raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
@@ -203,6 +202,7 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
     config, family = describe(folder)
     try:
         with quiet_libraries():
+            check_code(folder)
             loader = both if images and texts else one
             processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             check_processor(processor, config.to_dict(), family, folder)

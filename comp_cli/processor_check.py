@@ -32,9 +32,11 @@ def check_code(folder: Path) -> None:
             if not isinstance(part, dict):
                 continue
             waiting += part.values()
+            if not part.get("auto_map"):
+                continue
             named = [part[name] for name in CLASSES if part.get(name) is not None]
             known = named and all(isinstance(name, str) and hasattr(transformers, name) for name in named)
-            if part.get("auto_map") and not known:
+            if not known:
                 said = f"{path}: asks for code of its own (auto_map), and comp runs none but its own."
                 hint = "Save the processor again with classes of transformers, and without auto_map."
                 raise CompError(said, code=REFUSED, hint=hint)

@@ -83,6 +83,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             if value is not None and value not in KERNELS:
                 hint = f"comp runs no kernels from elsewhere. Remove the line, or use {' or '.join(KERNELS)}."
                 raise _refused(path, place, value, "not an attention that comes with torch", hint)
+        if key == "output_attentions" and value:
+            raise _refused(path, place, value, "fused attention makes no maps", "Remove the line.")
         if place.startswith("transformers_weights") and value is not None:
             raise _refused(path, place, value, "comp reads model.safetensors and its shards", "Remove the line.")
         if place.startswith("quantization_config"):
