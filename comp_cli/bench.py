@@ -61,8 +61,8 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise CompError(f"--batch {text}: expected numbers from 1, with commas, such as 1,8.", code=USAGE)
+    if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
+        raise CompError(f"--batch {text}: expected numbers from 1 to 100000, with commas, such as 1,8.", code=USAGE)
     return sizes
 
 

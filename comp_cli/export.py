@@ -253,7 +253,7 @@ def _move(source: Path, target: Path) -> None:
 def resolve_folder(folder: Path | None, out: Output) -> Path:
     """The folder that was named, or the last compact model below the current folder."""
     if folder is None:
-        folder = find_last("comp_report.json", Path.cwd())
+        folder = find_last("comp_report.json", resolve(Path(), "the current folder"))
         if folder is None:
             raise CompError(
                 "no folder named, and no compact model below the current folder.",

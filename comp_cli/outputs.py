@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from . import locks, signals
@@ -171,7 +172,9 @@ def _written(folder: Path) -> dict[str, str | None] | None:
 
 
 def _sibling(output: Path, role: str) -> Path:
-    return output.with_name(f".{output.name}.{role}-{os.getpid()}")
+    """Named by this process; by the next number that is free where what a user put into an old folder stayed."""
+    names = (output.with_name(f".{output.name}.{role}-{number}") for number in count(os.getpid()))
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _check_place(output: Path, source: Path | None) -> None:

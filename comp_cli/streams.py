@@ -69,7 +69,7 @@ def wants_json(arguments: Sequence[str]) -> bool:
     words = list(arguments)
     words = words[: words.index("--")] if "--" in words else words
     form = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         name, given, value = word.partition("=")
         if len(name) > 3 and "--json".startswith(name):
             return True
