@@ -136,8 +136,9 @@ def check(options: Options) -> torch.device:
 def made_of(folder: Path, comp: dict[str, Any]) -> str:
     """The dense model that a compact folder was made of. Exit 2 where it does not say, or a folder is not where it was."""
     name, address = comp.get("base_model"), comp.get("base_address")
-    if address and address.startswith(".."):  # the way to a folder
-        address = str((folder / address).resolve()) if (folder / address).is_dir() else None
+    if isinstance(address, str) and address.startswith(".."):  # the way to a folder
+        there = (folder.resolve() / address).resolve()
+        address = str(there) if there.is_dir() else None
     if not address:
         was = f"was made of {name}, and does not know where that is" if name else "does not say what it was made of"
         raise CompError(f"{folder} {was}.", code=USAGE, hint="Name the dense model: --baseline MODEL")

@@ -287,6 +287,7 @@ def print_export(document: dict[str, Any], output: Path, out: Output) -> None:
     if document["fused"]:
         out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in document['fused'].items())}.")
     size = f"{', '.join(document['graphs'])}, {mib(document['size_bytes'])}, opset {document['opset']}"
+    size += f", ONNX Runtime {document['min_onnxruntime']} or newer"
     out.line(f"Wrote {output} ({size}). {document['seconds']:.0f} s.")
 
 

@@ -70,8 +70,11 @@ class Source:
         None where it is far away."""
         if self.kind != "folder":
             return self.address
-        way = os.path.relpath(self.folder, output.absolute())
-        return Path(way).as_posix() if way.split(os.sep).count("..") <= NEAR else None
+        try:
+            way = Path(os.path.relpath(self.folder.resolve(), output.resolve()))
+        except ValueError:  # on another drive
+            return None
+        return way.as_posix() if way.parts.count("..") <= NEAR else None
 
 
 def resolve(

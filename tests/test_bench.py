@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from comp_cli import bench, bench_report, gates, providers, timing, variants
+from comp_cli import bench, bench_report, gates, hub, providers, timing, variants
 from comp_cli.errors import CompError
 from comp_cli.output import Output
 
@@ -79,6 +79,31 @@ def test_the_machine_is_recorded(report):
 def test_a_baseline_that_does_not_fit(compact_folder):
     with pytest.raises(CompError, match="is a compact model"):
         bench.bench(compact_folder, str(compact_folder), bench.Options(device="cpu"), Output("quiet"))
+
+
+def test_a_compact_folder_knows_the_way_to_a_dense_one_nearby(tmp_path):
+    """And names no path of the machine; it may be moved with it."""
+    near, far = (hub.Source(tmp_path / place, "dense", None, "folder") for place in ("models/dense", "a/b/c/dense"))
+    output = tmp_path / "out/compact"
+    for place in (near.folder, output):
+        place.mkdir(parents=True)
+    way = near.address_from(output)
+    assert way == "../../models/dense"
+    assert far.address_from(tmp_path / "x/y/z/compact") is None
+    assert bench.made_of(output, {"base_model": "dense", "base_address": way}) == str(near.folder)
+    tmp_path.rename(tmp_path.with_name("moved"))
+    moved = tmp_path.with_name("moved")
+    assert bench.made_of(moved / "out/compact", {"base_address": way}) == str(moved / "models/dense")
+    assert hub.Source(tmp_path, "org/x", "abc", "hub").address_from(output) == "hf://org/x@abc"
+
+
+@pytest.mark.parametrize(
+    "comp", [{"base_model": "dense", "base_address": None}, {"base_model": "dense", "base_address": "../gone"}, {}]
+)
+def test_without_one_the_baseline_is_asked_for(tmp_path, comp):
+    with pytest.raises(CompError, match="dense|does not say") as refused:
+        bench.made_of(tmp_path, comp)
+    assert refused.value.code == 2 and "--baseline" in refused.value.hint
 
 
 def test_a_pickled_baseline_is_taken_only_when_asked_for(compact_folder, tiny_folder, stock, tmp_path):

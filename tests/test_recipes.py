@@ -23,13 +23,13 @@ from transformers.image_utils import load_image
 
 from comp_cli import cards, export, prune, recipes
 from comp_cli.checkpoint import write_checkpoint
-from comp_cli.graphs import can_split
 from comp_cli.loading import load_model, load_processor
 from comp_cli.output import Output
 from comp_cli.plan import Plan
 from comp_cli.workbench import DataOptions, Dense, open_dense
 
 QUIET = Output("quiet")
+LAYOUTS = {"blip": (False, True), "siglip": (False, True), "clip": (True,)}  # whether split; others are written whole
 BARRED = "torch transformers comp_cli huggingface_hub safetensors onnx scipy pandas datasets".split()
 
 RUNNER = """
@@ -104,15 +104,14 @@ class Written:
 
 
 def smaller(dense: Dense) -> Plan:
-    """Two heads of six and half of the channels gone, and tokens where they may go."""
+    """Two heads of six and half of the channels gone, and image tokens. Those of texts stay: random weights rank them nearly
+    alike, and rounding would decide."""
 
     def cut(layer, keep):
         attention = replace(layer.attention, heads=(0, 1, 3, 5))
         return replace(layer, attention=attention, cross=layer.cross and attention, ffn=layer.ffn[::2], keep=keep)
 
-    keeps = {
-        tower.name: {"vision": 20, "language": 9}.get(tower.name) if tower.tokens else None for tower in dense.family.towers
-    }
+    keeps = {tower.name: 20 if tower.name == "vision" else None for tower in dense.family.towers}
     towers = (replace(t, layers=tuple(cut(layer, keeps[t.name]) for layer in t.layers)) for t in dense.plan.towers)
     return replace(dense.plan, towers=tuple(towers))
 
@@ -124,6 +123,9 @@ def write_compact(family: str, place: Path) -> Written:
             patch.setattr(tiny, tower, getattr(tiny, tower) | {"num_hidden_layers": 2})
         tiny.write(family, place / "dense")
     dense = open_dense(str(place / "dense"), QUIET, text_tokens=12, task=tiny.TASKS.get(family))
+    for name, weight in dense.state.items():
+        if name.endswith(("predictions.bias", "predictions.decoder.bias")):
+            weight[tiny.END] = -20.0  # so that several words are written
     plan = smaller(dense)
     folder = place / "compact"
     folder.mkdir()
@@ -172,7 +174,7 @@ def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
 
 
 def agrees(found: dict[str, Any], right: dict[str, Any]) -> None:
-    assert right.keys() <= found.keys() and found["said"]
+    assert right.keys() <= found.keys() and found["said"].strip()
     for name, value in right.items():
         if name == "said":
             assert found[name] == value
@@ -184,7 +186,7 @@ def agrees(found: dict[str, Any], right: dict[str, Any]) -> None:
 def test_the_recipe_of_graphs_says_what_torch_says(family, every, pictures, tmp_path):
     """With ONNX Runtime, NumPy, Pillow and tokenizers alone, on a turned photo, a wide picture and one with alpha."""
     written, jobs = every[family], []
-    for split in (False, True)[: 1 + can_split(written.dense.family)]:
+    for split in LAYOUTS.get(family, (False,)):
         folder = tmp_path / f"split-{split}"
         export.export(written.folder, folder, QUIET, export.Options(split=split), overwrite=False)
         assert 'pip install "onnxruntime>=1.' in (folder / "README.md").read_text()
