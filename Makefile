@@ -2,8 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEWEST ?= .venv-newest
+# Not the newest: PyPI's newest wheel for Linux brings gigabytes of CUDA libraries. `make newest TORCH=...` tries another.
+TORCH ?= 2.13.0
+# Tests on so many processes, one thread each: tiny models gain nothing by a second thread.
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
+# What other versions of libraries break: loading, generation, export, families, and what consumers run.
+NEWEST_TESTS := $(addprefix tests/test_,runtime.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
+	families.py consumer.py)
 
-.PHONY: setup demo test fuzz lint bench clean
+.PHONY: setup demo test test-newest newest fuzz lint bench clean
 
 setup: $(VENV)/.done
 
@@ -19,11 +28,33 @@ demo: setup
 	$(BIN)/comp bench out/demo-compact --baseline demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 # Ten times the inputs of the suite's fuzzers, others each time.
 fuzz: setup
 	$(BIN)/python -m pytest -q -k fuzz --hypothesis-profile=long tests
+
+# The newest of everything, as `pip install .` without constraints takes it. A version that cannot be had any more is no reason
+# to fail: then whatever is the newest today is tested.
+test-newest: $(NEWEST)/.done
+	$(NEWEST)/bin/python -m pytest -q $(SIDE_BY_SIDE) $(NEWEST_TESTS)
+
+$(NEWEST)/.done: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q -U pip
+	$(NEWEST)/bin/pip install -q -c constraints-newest.txt -e '.[dev]' || \
+		$(NEWEST)/bin/pip install -q 'torch==$(TORCH)' -e '.[dev]'
+	touch $@
+
+# Resolves the newest versions afresh, and writes them down; then `make test-newest`.
+newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q -U pip
+	$(NEWEST)/bin/pip install -q 'torch==$(TORCH)' -e '.[dev]'
+	$(NEWEST)/bin/python .ci/newest.py > constraints-newest.txt.partial
+	mv constraints-newest.txt.partial constraints-newest.txt
+	touch $(NEWEST)/.done
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -33,4 +64,4 @@ bench: setup
 	$(BIN)/comp bench out/demo-compact --baseline demo --iterations 50 --duration 20
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) out build dist *.egg-info

@@ -1,6 +1,5 @@
 """Texts out of exported graphs: the stock `generate` of transformers, with ONNX Runtime where its weights would be."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from .errors import REFUSED, USAGE, CompError
 from .families import find_family
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
 from .loading import quiet_libraries
-from .modeling_comp import CACHES, refuse_unknown, the_cache
+from .modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
 from .onnx_checks import check_files, check_signature, writer_signatures
 from .sessions import OnnxWriter, Values
 from .store import read_config
 
 # What this release of transformers calls keys and values in what a model hands out.
-CACHE = next(name for name in CACHES if name in inspect.signature(CausalLMOutputWithCrossAttentions).parameters)
+CACHE = cache_name(CausalLMOutputWithCrossAttentions) or CACHES[0]
 
 
 def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedModel:

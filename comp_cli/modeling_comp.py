@@ -640,10 +640,10 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
 @once
 def compact_class(architecture: str) -> type:
     """The stock class of that name with `__init__` extended: same forward, same outputs, layers of the plan's sizes."""
+    warn_if_untested()
     stock = getattr(transformers, architecture)
 
     def __init__(self, config, *args, **kwargs):
-        warn_if_untested()
         stock.__init__(self, config, *args, **kwargs)
         make_compact(self, config.comp)
         # What scales all logits stays exact, whatever precision the matrices are loaded in.

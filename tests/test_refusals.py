@@ -193,3 +193,12 @@ def test_an_untested_transformers_is_said_once(monkeypatch, version, known):
         modeling_comp.warn_if_untested()
     modeling_comp.warn_if_untested.cache_clear()
     assert [f"transformers {version} is not one" in str(w.message) for w in told] == ([] if known else [True])
+
+
+def test_an_untested_transformers_is_said_when_a_folder_is_loaded(monkeypatch, compact_folder):
+    """Behind the curtain that keeps libraries quiet."""
+    monkeypatch.setattr(modeling_comp, "TESTED", ("4.0", "4.1"))
+    for cached in (modeling_comp.warn_if_untested, modeling_comp.compact_class):
+        cached.cache_clear()
+    with pytest.warns(UserWarning, match=r"tested with \(4.0 to 4.1\)"):
+        load_model(compact_folder)
