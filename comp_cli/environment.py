@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ Problem = dict[str, str]  # what would fail, and why
 def environment(out: Output) -> dict[str, Any]:
     """The report of `comp env`; prints its tables. It never fails: what does not work is among its "problems"."""
     packages, problems = read_packages()
+    problems += read_tested()
     devices, found = read_devices()
     problems += found
     providers, found = read_providers()
@@ -79,6 +81,20 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
         why = f"{' and '.join(doubled)} are both installed and share one module: uninstall both, then install one again"
         problems.append({"what": "export, bench", "why": why})
     return versions, problems
+
+
+def read_tested() -> list[Problem]:
+    """Whether transformers is of a release that the runtime of compact models was tested with."""
+    transformers, problem = _import("transformers")
+    if transformers is None:
+        return [problem]
+    runtime, problem = _import("comp_cli.modeling_comp")
+    if runtime is None:
+        return [problem]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runtime.warn_if_untested.__wrapped__()
+    return [{"what": "compact models, perhaps", "why": str(warning.message)} for warning in caught]
 
 
 def _version(name: str) -> str | None:

@@ -78,3 +78,12 @@ def test_little_room_for_downloads_is_said(monkeypatch):
     monkeypatch.setattr(environment, "LITTLE_SPACE", 2**70)
     cache, problems = environment.read_cache()
     assert cache["free_bytes"] > 0 and "are free at" in problems[0]["why"]
+
+
+def test_a_transformers_that_nobody_tested_with_is_said(monkeypatch):
+    import transformers
+
+    assert environment.read_tested() == []
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    (problem,) = environment.read_tested()
+    assert "transformers 5.99.0 is not one that this runtime of compact models was tested with" in problem["why"]
