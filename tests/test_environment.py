@@ -81,9 +81,9 @@ def test_little_room_for_downloads_is_said(monkeypatch):
 
 
 def test_a_transformers_that_nobody_tested_with_is_said(monkeypatch):
-    import transformers
+    from comp_cli import modeling_comp
 
     assert environment.read_tested() == []
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(modeling_comp.transformers, "__version__", "5.99.0")
     (problem,) = environment.read_tested()
     assert "transformers 5.99.0 is not one that this runtime of compact models was tested with" in problem["why"]
