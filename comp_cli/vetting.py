@@ -101,12 +101,17 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
         place, value = next(waiting[-1], (None, None))
         if place is None:
             waiting.pop()
-        elif isinstance(value, dict):
-            waiting.append(zip((f"{place}.{key}" if place else str(key) for key in value), value.values(), strict=True))
-        elif isinstance(value, list):
-            waiting.append(zip((f"{place}[{index}]" for index in range(len(value))), value, strict=True))
+        elif isinstance(value, dict | list):
+            waiting.append(_inside(place, value))
         else:
             yield place, value
+
+
+def _inside(place: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"{place}.{key}" if place else str(key), part) for key, part in value.items())
+    else:
+        yield from ((f"{place}[{index}]", part) for index, part in enumerate(value))
 
 
 def check_report(folder: Path) -> None:

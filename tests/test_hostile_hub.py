@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_hub import ask, checkpoint
 
 from comp_cli.hub import ALIASES
+from comp_cli.verify import fits, is_hash
 
 
 @pytest.fixture
@@ -160,3 +161,18 @@ def test_names_that_no_file_and_no_model_can_have(hub, tmp_path):
     answers = ask(tmp_path / "cache", *({"model": name} for name in names), url=hub.url)
     assert [answer["code"] for answer in answers] == [2] * len(names)
     assert not [seen for seen in hub.seen if "/api/models" in seen.path]
+
+
+def test_hashes_that_a_hub_announces(tmp_path):
+    """Of the file "hello\\n": what `git hash-object`, `sha1sum` and `sha256sum` say."""
+    file = tmp_path / "file"
+    file.write_bytes(b"hello\n")
+    right = [
+        "ce013625030ba8dba906f756967f9e9ca394464a",
+        "f572d396fae9206628714fb2ce00f72e94f2258f",
+        "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
+    ]
+    assert all(is_hash(name) and fits(file, name) for name in right)
+    file.write_bytes(b"hellO\n")
+    assert not any(fits(file, name) for name in right)
+    assert not is_hash("W-1234") and not is_hash("a" * 39)

@@ -19,6 +19,7 @@ import comp_cli
 from comp_cli import cli, hub, loading
 from comp_cli.errors import CompError
 from comp_cli.output import Output
+from comp_cli.vetting import leaves
 from comp_cli.workbench import open_dense
 
 
@@ -453,3 +454,9 @@ def test_long_and_deep_configs(tiny_folder, tmp_path, content):
         assert error.code == 4
     assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_places_of_values():
+    content = {"a": {"b": [1, {"c": [2, 3]}], "d": {}}, "e": None, "": 4}
+    expected = {("a.b[0]", 1), ("a.b[1].c[0]", 2), ("a.b[1].c[1]", 3), ("e", None), ("", 4)}
+    assert set(leaves(content)) == expected

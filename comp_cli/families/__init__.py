@@ -85,10 +85,13 @@ def find_architecture(config: dict[str, Any]) -> str:
         others = f", or what the model is of {', '.join(alike[1:])}" if alike[1:] else ""
         said = f"config.json names no architectures (model_type {kind!r}), so what the model is for is not known."
         raise CompError(said, code=REFUSED, hint=f"{fits}{others}.")
-    if not alike:
-        spelled = {name.lower(): name for name in known}
-        alike = [spelled[name] for name in get_close_matches(named[0].lower(), spelled, n=1, cutoff=0.4)]
-    nearest = f" The nearest is {alike[0]}." if alike else ""
+    spelled = {name.lower(): name for name in known}
+
+    def near(cutoff: float) -> list[str]:
+        return [spelled[name] for name in get_close_matches(named[0].lower(), spelled, n=1, cutoff=cutoff)]
+
+    meant = near(0.92) or alike or near(0.4)  # a slip of spelling, a model of the same kind, a distant likeness
+    nearest = f" The nearest is {meant[0]}." if meant else ""
     raise CompError(
         f"comp does not know the architecture {named[0]} (model_type {kind!r}).",
         code=REFUSED,
