@@ -11,6 +11,7 @@ from typing import Literal
 
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
+from .outputs import check_room
 from .store import read_json
 
 DEMO = Path(__file__).parent / "demo"
@@ -116,13 +117,16 @@ def download(
     try:
         folder = Path(snapshot_download(**place, revision=revision, allow_patterns=list(SMALL_FILES)))
         try:
-            names = [file.path for file in get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)]
+            sizes = {file.path: file.size for file in get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)}
+            names = list(sizes)
         except errors.CachedRepoTreeNotFoundError:  # another program filled this cache: all there is lies here
-            names = os.listdir(folder)
+            sizes, names = {}, os.listdir(folder)
             if not (_safe(names) or _pickled(names)):
                 raise errors.LocalEntryNotFoundError("no weights in the cache") from None
         weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
         accepts(read_json(folder / "config.json"))
+        missing = sum(sizes.get(name, 0) for name in weights if not (folder / name).exists())
+        check_room(folder, missing, f"downloading {model} (--cache-dir names another folder)")
         snapshot_download(**place, revision=folder.name, allow_patterns=weights)
     except (errors.HTTPError, errors.XetDownloadError, OSError, ValueError) as error:
         raise explain(error, model, revision) from error
