@@ -26,6 +26,7 @@ from .graphs import write_graph
 from .loading import load_model, load_processor, pick_device
 from .memory import peak_memory
 from .output import Output
+from .outputs import check_room
 from .store import folder_size, read_config
 from .variants import SIDES
 from .workbench import longest_text
@@ -90,6 +91,9 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
         "flops": {side: count_flops(models[side], family, text_tokens) for side in folders},
         "size_bytes": {side: folder_size(path) for side, path in folders.items()},
     }
+    if "onnx" in options.backends:
+        written = sum(p.numel() * p.element_size() for model in models.values() for p in model.parameters())
+        check_room(Path(tempfile.gettempdir()), written, "exporting the models (TMPDIR names another folder)")
     with tempfile.TemporaryDirectory() as scratch:
         graphs = {}
         for side in SIDES if "onnx" in options.backends else ():

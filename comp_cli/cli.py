@@ -320,7 +320,7 @@ def export(
     target: Annotated[
         str, typer.Option(help="onnxruntime (fused attention), or onnx (standard operators only).")
     ] = "onnxruntime",
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    opset: Annotated[int, typer.Option(min=1, max=99, help="ONNX opset, 18 to 23.")] = 20,
     overwrite: Overwrite = False,
     form: Format = "human",
     as_json: Json = False,

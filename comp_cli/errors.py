@@ -3,7 +3,7 @@
 import errno
 from typing import Any
 
-DONE, FAILED, USAGE, GATE, REFUSED, DEVICE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DONE, FAILED, USAGE, GATE, REFUSED, DEVICE = range(6)  # and 128 + its number for a signal, see signals
 
 
 class CompError(Exception):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
+from .outputs import check_room
 from .store import read_json
 from .verify import check_downloads
 from .vetting import shown
@@ -153,8 +154,9 @@ def download(
     known = set(os.listdir(blobs)) if os.path.isdir(blobs) else set()
     try:
         folder = _snapshot(model, revision, cache_dir, list(SMALL_FILES))
-        names, announced = _listing(model, folder, cache_dir)
-        if names is None:  # another program filled this cache: all there is lies here
+        sizes, announced = _listing(model, folder, cache_dir)
+        names = list(sizes)
+        if not names:  # another program filled this cache: all there is lies here
             names = os.listdir(folder)
             if not (safe(names) or pickled(names)):
                 raise errors.LocalEntryNotFoundError("no weights in the cache") from None
@@ -162,6 +164,8 @@ def download(
         small = [name for name in os.listdir(folder) if name not in weights]
         check_downloads(folder, small, announced, known, model)
         accepts(read_json(folder / "config.json"))
+        room = sum(sizes.get(name, 0) for name in weights if not (folder / name).exists())
+        check_room(folder, room, f"downloading {model} (--cache-dir names another folder)")
         _snapshot(model, folder.name, cache_dir, weights)
         check_downloads(folder, weights, announced, known, model)
     except (errors.HTTPError, errors.XetDownloadError, OSError, *NOT_THE_HUB) as error:
@@ -176,15 +180,16 @@ def _snapshot(model: str, revision: str | None, cache_dir: Path | None, patterns
     return Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
 
 
-def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[list[str] | None, dict[str, tuple[str, int]]]:
-    """Names of a repository's files, None where they are not known, and SHA-256 and size of the large ones."""
+def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[dict[str, int], dict[str, tuple[str, int]]]:
+    """Bytes of a repository's files by name, empty where they are not known; and SHA-256 and bytes of the large ones."""
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
         files = get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)
     except errors.CachedRepoTreeNotFoundError:
-        return None, {}
-    return [file.path for file in files], {file.path: (file.lfs.sha256, file.lfs.size) for file in files if file.lfs}
+        return {}, {}
+    sizes = {file.path: file.size if isinstance(file.size, int) else 0 for file in files}  # a hub may say anything
+    return sizes, {file.path: (file.lfs.sha256, file.lfs.size) for file in files if file.lfs}
 
 
 def suggest(model: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from comp_cli import prune
 from comp_cli.cli import app
 
 FEW = [
@@ -32,6 +34,7 @@ FEW = [
 KILLED = """
 import os, signal, sys
 from comp_cli import journal, prune
+from comp_cli import prune
 from comp_cli.cli import app
 
 def die(*args, **kwargs):
@@ -168,3 +171,102 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command goes on" in said
     assert json.loads(journal.read_text())["state"]["stages"] and not output.exists()
+
+
+# What a journal may say ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def journal_text(tiny_folder, tmp_path_factory):
+    """The journal of a run that was killed after its first stage."""
+    place = tmp_path_factory.mktemp("journal")
+    (place / "killed.py").write_text(KILLED)
+    subprocess.run([sys.executable, place / "killed.py", "1", *arguments(tiny_folder, place / "compact")], capture_output=True)
+    return (place / ".compact.journal").read_text()
+
+
+CHANGES = {
+    "no state": lambda found: found.pop("state"),
+    "empty state": lambda found: found.update(state={}),
+    "another state": lambda found: found.update(state={"stages": [], "memory": {}, "rng": [3, [1], None], "plan": {}}),
+    "a number": lambda found: found.update(state=3),
+    "a list": lambda found: found.update(state=[]),
+    "settings": lambda found: found["settings"].update(seed=7),
+    "a cost": lambda found: found["state"]["memory"]["cost"].update(vision_params=0.0),
+    "the plan": lambda found: found["state"]["plan"]["towers"][0]["layers"][0].update(ffn=[0]),
+    "no hash": lambda found: found.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_journal_that_somebody_changed_is_refused_before_any_work(change, journal_text, tiny_folder, tmp_path, monkeypatch):
+    found = json.loads(journal_text)
+    CHANGES[change](found)
+    (tmp_path / ".compact.journal").write_text(json.dumps(found))
+    monkeypatch.setattr(prune, "open_dense", lambda *given, **options: pytest.fail("the model was loaded"))
+    result = run(*arguments(tiny_folder, tmp_path / "compact"))
+    assert result.exit_code == 2 and "--no-resume" in result.stderr and "defect" not in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "3", '"x"', "{}", "[" * 10**5, '{"settings": {}, "state": {}}', "\ud800"]
+)
+def test_a_journal_that_is_none_is_refused(content, tiny_folder, tmp_path):
+    (tmp_path / ".compact.journal").write_bytes(content.encode("utf-8", "surrogatepass"))
+    result = run(*arguments(tiny_folder, tmp_path / "compact"))
+    assert result.exit_code == 2 and "--no-resume" in result.stderr and "defect" not in result.stderr, result.output
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "fifo"])
+def test_what_stands_in_the_place_of_a_journal_and_is_no_file_stays(kind, tiny_folder, tmp_path):
+    place = tmp_path / ".compact.journal"
+    match kind:
+        case "folder":
+            place.mkdir()
+        case "link":
+            place.symlink_to("nowhere")
+        case "fifo":
+            os.mkfifo(place)
+    result = run(*arguments(tiny_folder, tmp_path / "compact"))
+    assert result.exit_code == 2 and "is no file" in result.stderr and os.path.lexists(place)
+
+
+def test_other_settings_are_refused_before_the_model_is_loaded(journal_text, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / ".compact.journal").write_text(journal_text)
+    monkeypatch.setattr(prune, "open_dense", lambda *given, **options: pytest.fail("the model was loaded"))
+    for option, value, said in (
+        ("--ratio", "0.4", "ratio was 0.5 and is 0.4"),
+        ("--seed", "5", "seed was 0 and is 5"),
+        ("--data", "pairs.jsonl", "data.data was None and is pairs.jsonl"),
+        ("--steps", "3", "training.steps was 0 and is 3"),
+        ("--num-samples", "9", "num_samples was 8 and is 9"),
+    ):
+        result = run(*arguments(tiny_folder, tmp_path / "compact", option, value))
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+
+
+def test_weights_of_a_journal_that_were_changed_are_refused(tiny_folder, tmp_path):
+    script, output = tmp_path / "killed.py", tmp_path / "compact"
+    script.write_text(KILLED)
+    given = arguments(tiny_folder, output, *TRAINED, "--stage-share", "0.5")
+    subprocess.run([sys.executable, script, "2", *given], capture_output=True)
+    (weights,) = tmp_path.glob(".compact.journal.*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # still a whole safetensors file
+    weights.write_bytes(content)
+    result = run(*given)
+    assert result.exit_code == 2 and "the file was changed" in result.stderr and "--no-resume" in result.stderr
+
+
+def test_a_run_that_was_killed_when_all_was_done_says_so_and_leaves_nothing(uninterrupted, journal_text, tiny_folder, tmp_path):
+    from comp_cli.journal import Journal
+
+    output = tmp_path / "compact"
+    shutil.copytree(uninterrupted, output)
+    found = json.loads(journal_text)
+    journal = Journal(output, found["settings"])
+    journal.save(found["state"])
+    journal.finish(output / "comp_report.json")
+    result = run(*arguments(tiny_folder, output))
+    assert result.exit_code == 2 and "is complete" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["compact"]
