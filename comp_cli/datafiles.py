@@ -18,7 +18,20 @@ from .cells import BadRow, written
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
 from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
-from .rows import Columns, Pair, Takes, Tally, every, few, find_columns, image_number, purpose_of, read_rows, says_match
+from .rows import (
+    UNLABELLED,
+    Columns,
+    Pair,
+    Takes,
+    Tally,
+    every,
+    few,
+    find_columns,
+    image_number,
+    purpose_of,
+    read_rows,
+    says_match,
+)
 from .splits import (
     SPLIT_COLUMN,
     SPLIT_WORDS,
@@ -167,6 +180,7 @@ class PairSet:
             raise CompError(f"{where}: no pairs.{left_out}", code=REFUSED, hint=hint)
         if 2 * tally.skipped > tally.looked:
             hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
+            hints[UNLABELLED] = f"If {columns.label} says something else, leave it out with --label-column ''."
             hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
             raise CompError(f"{where}: {tally}.", code=REFUSED, hint=hint)
         self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)

@@ -165,6 +165,8 @@ class Retrieval(Task):
         return torch.tensor([(pair.image_id, text_number(pair.text)) for pair in pairs])
 
     def shared(self, labels: Tensor | None) -> int:
+        if labels is None:
+            return 0
         images, texts = (column[:, None] == column for column in labels.T)
         return int((texts & ~images).any(-1).sum())
 
