@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tokenize
+import warnings
 from collections.abc import Mapping
 from datetime import date, time
 from decimal import Decimal
@@ -48,7 +49,10 @@ def as_text(value: Any) -> str | None:
         case float() if value.is_integer() and abs(value) < 1e15:
             text = str(int(value))
         case int() | float() | Decimal():
-            text = str(value)
+            try:
+                text = str(value)
+            except ValueError as error:  # Python writes no integer of thousands of digits
+                raise BadRow("number without end", "an integer") from error
         case date() | time():
             text = value.isoformat()
         case _:
@@ -82,9 +86,11 @@ def printed_list(text: str) -> Any:
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
         strings = [kind for kind in kinds if kind != tokenize.NL]
         glued = any(a == b == tokenize.STRING for a, b in zip(strings, strings[1:], strict=False))
-        if not glued and isinstance(found := ast.literal_eval(text), list | tuple | dict):
-            return found
-    except (ValueError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python, about backslashes
+            if not glued and isinstance(found := ast.literal_eval(text), list | tuple | dict):
+                return found
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
         pass
     raise BadRow("text that begins as a list and is none", text[:60])
 
@@ -118,4 +124,13 @@ def read_answers(value: Any) -> tuple[str, ...]:
 
 def read_label(value: Any) -> int | None:
     """1 or 0 for a number, truth value or word that says so; else None."""
-    return LABELS.get(str(value).strip().lower().removesuffix(".0"))
+    return LABELS.get((as_text(value) or "").lower().removesuffix(".0"))
+
+
+def shown(value: Any) -> str:
+    """A cell in a message: what it says, or of which kind it is."""
+    try:
+        text = as_text(value)
+    except BadRow as bad:
+        text = bad.found
+    return text or ("None" if value is None or isinstance(value, str) else f"a {type(value).__name__}")

@@ -5,283 +5,23 @@ All is streamed: nothing is converted or written beside the data, and an image i
 
 import glob
 import re
-import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cells import BadRow, written
-from .errors import FAILED, REFUSED, USAGE, CompError
+from .errors import REFUSED, USAGE, CompError
 from .output import Output
-from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
-from .rows import Columns, Pair, Takes, Tally, every, few, find_columns, image_number, purpose_of, read_rows, says_match
-from .splits import (
-    SPLIT_COLUMN,
-    SPLIT_WORDS,
-    Purpose,
-    SplitColumn,
-    choose_split,
-    find_split_columns,
-    is_test,
-    kind_of,
-    split_column,
-    split_value,
-)
-from .tables import BROKEN, TextTable
+from .pairset import PairSet, Table, split_by_column, unreadable
+from .pictures import Hub, Root
+from .rows import Columns, few
+from .splits import SPLIT_WORDS
+from .tables import TextTable
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = {".jsonl", ".json", ".csv", ".tsv"}  # read by comp itself, see tables.py
 SAVED = {"dataset_info.json", "dataset_dict.json", "state.json"}  # written by save_to_disk beside its .arrow files
-SAMPLE = 1_000  # rows that tell which columns there are, and what they hold
-REMOTE_SAMPLE = 100  # of a data set on the hub, whose rows may hold large images
-SHUFFLED_PATHS, SHUFFLED_IMAGES = 100_000, 1_000  # rows in memory while shuffling
-
-SCALE = "Save them with 8 bits, scaled as you do it for the model; Pillow alone makes them white."
-
-Table = Any  # a TextTable or a datasets.IterableDataset
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Opened pairs, by split. Relative image paths start in the split's root; see `pictures.Root`."""
-
-    name: str
-    splits: Mapping[str, Table]
-    roots: Mapping[str, Root]
-    columns: Columns
-    wanted: str | None  # the split to calibrate on, where the user named one
-    out: Output
-    by_column: SplitColumn | None = None  # what the splits come from, if not from files
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # purpose -> counts of rows, see Tally
-    calibrated: set[int] = field(default_factory=set)  # images that calibration has read
-
-    def split(self, purpose: Purpose) -> str:
-        """The split that serves a purpose; see `choose_split`."""
-        try:
-            return choose_split(self.name, list(self.splits), purpose, self._wanted())
-        except CompError as error:
-            if self.by_column:
-                error.hint += f" They are from the column {self.by_column.name}; --split-column '' takes all rows."
-            raise
-
-    def describe(self, purpose: Purpose) -> str:
-        """What is read, for reports: "pairs.jsonl, split train, four fifths of the images"."""
-        part = {"calibration": "four fifths of the images", "evaluation": "the other fifth of the images"}[purpose]
-        split = self.split(purpose)
-        named = self.by_column.describe(split) if self.by_column else split
-        return f"{self.name}, split {named}" + (f", {part}" if self._shares_split(purpose) else "")
-
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """What became of the rows, for each purpose that was read for; see `Tally.counts`."""
-        return dict(self.told)
-
-    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
-        """Up to `limit` pairs that are taken, in an order that the seed decides. No image serves both purposes.
-
-        An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label
-        where there are labels, is skipped; a warning at the end counts them. Exit 2 for columns that are missing or not
-        clear, 4 for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so
-        that a set that is no good is refused before any work is done.
-        """
-        rows, columns, held = self._open(self.split(purpose), seed)
-        found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
-        found += [f"answers from {columns.answer}"] * bool(columns.answer) + [f"labels from {columns.label}"] * bool(
-            columns.label
-        )
-        self.out.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
-        pairs = self._pairs(rows, columns, purpose, limit, takes)
-        return chain([next(pairs)], pairs)
-
-    def _wanted(self) -> str | None:
-        """What --split names, as the splits are called."""
-        if self.wanted is None or self.by_column is None or self.wanted in self.splits:
-            return self.wanted
-        lower = self.wanted.lower()
-        return next((split for split, values in self.by_column.splits.items() if values == {lower}), self.wanted)
-
-    def _shares_split(self, purpose: Purpose) -> bool:
-        return not is_test(self.split(purpose)) and self.split("calibration") == self.split("evaluation")
-
-    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
-        """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
-        said of the texts."""
-        import datasets
-
-        table = self.splits[split]
-        found = column_types(table, self.name)
-        if not found:
-            raise CompError(f"{self.name}, split {split}: no pairs.", code=REFUSED)
-        columns = find_columns(found, self.columns, self.name)
-        columns = replace(columns, split=self._split_column(found))
-        read = [name for name in (columns.image, columns.text, columns.label, columns.answer, columns.split) if name]
-        read = list(dict.fromkeys(read))
-        sample = list(islice(first_rows(table, found, read, self.name), sample_size(self.roots[split])))
-        if columns.label and self.columns.label is None:
-            if odd := says_match(columns.label, (row.get(columns.label) for row in sample), self.name):
-                told = f"{self.name}: {columns.label} holds {odd}, not match or mismatch; it is not taken for labels."
-                if told not in self.out.warnings:
-                    self.out.warn(told)
-                columns = replace(columns, label=None)
-        held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
-        kind = found[columns.image]
-        buffer = SHUFFLED_PATHS if kind is None or kind == datasets.Value("string") else SHUFFLED_IMAGES
-        if isinstance(table, TextTable):
-            return table.shuffled(read, seed, buffer), columns, held
-        dataset = chosen_columns(table, found, read)
-        mixed = min(10, dataset.num_shards)  # files that are read in turns, by threads that `datasets` is slow to end
-        dataset = dataset.shuffle(seed=seed, buffer_size=buffer, max_buffer_input_shards=mixed)
-        return _rows(dataset, self.name), columns, held
-
-    def _split_column(self, found: Mapping[str, Any]) -> str | None:
-        """The column to look up a row's split in. Where files have splits, only one that is sure to name them."""
-        if self.by_column:
-            return self.by_column.name
-        named = self.columns.split
-        if named is None and len(self.splits) > 1:
-            return next((name for name in found if name.lower() == SPLIT_COLUMN), None)
-        return named or None
-
-    def _pairs(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, takes: Takes
-    ) -> Iterator[Pair]:
-        where, tally = self.describe(purpose), Tally()
-        root = self.roots[self.split(purpose)]
-        most = sys.maxsize if limit is None else limit
-        for pair in read_rows(self._of_use(rows, columns, purpose, root, tally), columns, root, most, tally, takes):
-            if purpose == "calibration" and limit is not None:  # training reads as much as it has time for
-                self.calibrated.add(pair.image_id)
-            yield pair
-        if tally.looked > tally.skipped and not tally.given:
-            raise CompError(
-                f"{where}: no pairs that match, or none with an answer.",
-                code=REFUSED,
-                hint="Are the columns of labels and answers the right ones?",
-            )
-        if not tally.looked:
-            left_out = f" Left out: {', '.join(f'{n} {why}' for why, n in tally.left_out.items())}." if tally.left_out else ""
-            hint = "Give more pairs, or a split for each purpose: train and validation."
-            raise CompError(f"{where}: no pairs.{left_out}", code=REFUSED, hint=hint)
-        if 2 * tally.skipped > tally.looked:
-            hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
-            hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
-            raise CompError(f"{where}: {tally}.", code=REFUSED, hint=hint)
-        self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)
-
-    def _of_use(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, root: Root, tally: Tally
-    ) -> Iterator[dict[str, Any]]:
-        """The rows that serve a purpose, with the content of their images; the others are counted."""
-        split, shared = self.split(purpose), self._shares_split(purpose)
-        other = {"calibration": "evaluation", "evaluation": "calibration"}[purpose]
-        for row in rows:
-            if columns.split and BROKEN not in row and (why := self._other_split(row.get(columns.split), split, purpose)):
-                tally.leave(why)
-                continue
-            try:
-                content = None if BROKEN in row else read_content(row.get(columns.image), root)
-            except BadRow:
-                content = None  # to be read again, and counted
-            if content is None:
-                yield row
-            elif shared and purpose_of(content) != purpose:
-                tally.leave(f"kept for {other}")
-            elif purpose == "evaluation" and image_number(content) in self.calibrated:
-                tally.leave("with an image that calibration has seen")
-            else:
-                yield row | {columns.image: {"bytes": content, "path": stored_image(row[columns.image])[1]}}
-
-    def _other_split(self, value: Any, split: str, purpose: Purpose) -> str | None:
-        """Why a row that names another split than the one that is read is left out; None where it is not."""
-        named = split_value(value)
-        if self.by_column:
-            inside = named in self.by_column.splits[split]
-        else:  # files have splits as well: a row is left out where it contradicts them
-            kind = kind_of(named) or kind_of(split)
-            inside = kind != "test" if purpose == "calibration" else split == self.split("calibration") or kind != "train"
-        return None if inside else f"of split {named}" if named else "without a split"
-
-    def _tell(self, purpose: str, where: str, tally: Tally, limit: int | None) -> None:
-        """One line for people, once for each purpose, and the counts for the report."""
-        if purpose in self.told:
-            return
-        self.told[purpose] = tally.counts(limit)
-        self.out.say(f"{purpose}: {tally.line(limit)}")
-        if mismatches := tally.left_out["labelled as mismatches"]:
-            of = f"{mismatches} of {mismatches + tally.given} pairs"
-            self.out.warn(f"{where}: {of} are labelled as mismatches and are not used: this task is about those that match.")
-        if tally.skipped:
-            self.out.warn(f"{where}: {tally}. They are skipped.")
-
-
-def column_types(table: Table, owner: str) -> dict[str, Any]:
-    """The columns of a table and their types; None where they have none, as in a text."""
-    if isinstance(table, TextTable):
-        found: dict[str, Any] = {}
-        for row in islice(table.rows(), SAMPLE):
-            found |= dict.fromkeys(row)
-        found.pop(BROKEN, None)
-        return found
-    return dict(table.features or dict.fromkeys(next(_rows(table, owner), {})))
-
-
-def chosen_columns(table: Table, found: Mapping[str, Any], columns: Sequence[str]) -> Any:
-    """A datasets.IterableDataset with some of its columns: images as they are stored, classes by their names."""
-    import datasets
-
-    for column in columns:
-        if isinstance(found[column], datasets.Image):
-            table = table.decode(False)  # a cast would come too late: hub images are decoded ahead, by threads
-    table = table.select_columns(list(columns))
-    for column in columns:
-        if names := getattr(found[column], "names", None):  # of a ClassLabel
-            table = table.map(_name_label, fn_kwargs={"column": column, "names": names})
-    return table
-
-
-def first_rows(table: Table, found: Mapping[str, Any], columns: Sequence[str], owner: str) -> Iterator[dict[str, Any]]:
-    """The rows in the order of the table, with some of the columns."""
-    return table.rows(columns) if isinstance(table, TextTable) else _rows(chosen_columns(table, found, columns), owner)
-
-
-def sample_size(root: Root) -> int:
-    return REMOTE_SAMPLE if isinstance(root, Hub) else SAMPLE
-
-
-def is_list(value: Any) -> bool:
-    """Whether a cell is a text in which a list is written."""
-    try:
-        return isinstance(value, str) and isinstance(written(value), list | tuple)
-    except BadRow:
-        return False
-
-
-def split_by_column(pairs: PairSet) -> PairSet:
-    """The pairs with the splits that a column names, where nothing else names any. All rows of a local table are looked at,
-    and the first ones of a data set on the hub."""
-    if len(pairs.splits) != 1 or pairs.columns.split == "":
-        return pairs
-    ((split, table),) = pairs.splits.items()
-    found = column_types(table, pairs.name)
-    if pairs.columns.split and pairs.columns.split not in found:
-        hint = f"Columns: {', '.join(found)}. Name one with --split-column."
-        raise CompError(f"{pairs.name} has no column {pairs.columns.split!r}.", code=USAGE, hint=hint)
-    used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
-    named = [pairs.columns.split] if pairs.columns.split else [name for name in find_split_columns(found) if name not in used]
-    most = REMOTE_SAMPLE if isinstance(pairs.roots[split], Hub) else None
-    for name in named:
-        rows = islice(first_rows(table, found, [name], pairs.name), most)
-        values = (row[name] for row in rows if BROKEN not in row)
-        certain = bool(pairs.columns.split) or name.lower() == SPLIT_COLUMN
-        if column := split_column(name, values, pairs.wanted, certain):
-            pairs.out.say(f"{pairs.name}: {column}")
-            roots = dict.fromkeys(column.splits, pairs.roots[split])
-            return replace(pairs, splits=dict.fromkeys(column.splits, table), roots=roots, by_column=column)
-        pairs.out.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
-    return pairs
 
 
 def open_pairs(
@@ -395,26 +135,6 @@ def text_tables(builder: Any) -> dict[str, TextTable] | None:
     return None
 
 
-def unreadable(owner: str, error: Exception) -> CompError:
-    """What `datasets` raised, as a sentence and an exit code: 2 a wrong name, 1 the network, 4 the data."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
-
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    match error:
-        case HFValidationError():
-            return CompError(f"{owner}: neither a path here nor the name of a data set.", code=USAGE)
-        case DatasetNotFoundError():
-            hint = "For a private or gated data set set HF_TOKEN."
-            return CompError(f"{owner}: neither a path here nor a data set you may see. {lines[0]}", code=REFUSED, hint=hint)
-        case ConnectionError() | HTTPError() | OfflineModeIsEnabled():
-            message = f"{owner}: no path here, and the hub cannot be reached. {lines[0]}"
-            return CompError(message, code=FAILED, hint="Check path, network, HF_ENDPOINT and HF_HUB_OFFLINE.")
-        case ValueError() if "onfig" in lines[0]:
-            return CompError(f"{owner}: {' '.join(lines)}", code=USAGE, hint="Write org/name:config.")
-    return CompError(f"{owner} cannot be read: {lines[0]}", code=REFUSED)
-
-
 def quiet_datasets(out: Output) -> None:
     """No logging, and bars only where comp shows its own; `CompError` tells what matters."""
     import datasets
@@ -425,18 +145,3 @@ def quiet_datasets(out: Output) -> None:
     if not out.show_progress:
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
-
-
-def _rows(dataset: Any, owner: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from dataset
-    except CompError:
-        raise
-    except Exception as error:
-        raise unreadable(owner, error) from error
-
-
-def _name_label(row: dict[str, Any], column: str, names: Sequence[str]) -> dict[str, Any]:
-    """A class of a label column by its name; None for -1, which stands for no label."""
-    index = row[column]
-    return {column: names[index] if index is not None and index >= 0 else None}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cells import MATCHES, MISMATCHES, BadRow, read_answers, read_label, read_texts
+from .cells import MATCHES, MISMATCHES, BadRow, read_answers, read_label, read_texts, shown
 from .errors import USAGE, CompError
 from .pictures import Root, decode, digest, read_content, stored_image
 from .splits import Purpose
@@ -17,6 +17,7 @@ COLUMN_NAMES = {
     "label": "match matches matched is_match is_matched label labels".split(),
     "answer": "answers answer multiple_choice_answer".split(),
 }
+UNLABELLED = "no match or mismatch as label"
 UNCERTAIN = {"label", "labels"}  # columns that say anything of a pair: the names above say that it matches
 
 
@@ -137,12 +138,12 @@ def says_match(column: str, values: Iterable[Any], owner: str) -> str | None:
     """
     if column.lower() not in UNCERTAIN:
         return None
-    present = [value for value in values if value is not None and str(value).strip()]
-    words = {str(value).strip().lower() for value in present}
+    present = [value for value in values if shown(value) != "None"]
+    words = {shown(value).lower() for value in present}
     if words and words <= MATCHES | MISMATCHES:
         return None
     if not words or any(read_label(value) is None for value in present):
-        return str(next((value for value in present if read_label(value) is None), "nothing"))[:60]
+        return next((shown(value) for value in present if read_label(value) is None), "None")[:60]
     raise CompError(
         f"{owner}: does the column {column!r} ({few(sorted(words))}) say whether image and text match?",
         code=USAGE,
@@ -181,15 +182,15 @@ def read_row(row: Mapping[str, Any], columns: Columns, root: Root) -> list[Pair]
     """The pairs of a row: one for each of its texts. Relative image paths start in `root`; raises BadRow."""
     if BROKEN in row:
         raise BadRow(*row[BROKEN])
-    _, path = stored_image(row[columns.image])
-    texts = read_texts(row[columns.text])
+    cell, label = row.get(columns.image), None
+    _, path = stored_image(cell)
+    texts = read_texts(row.get(columns.text))
     if not texts:
         raise BadRow("no text", path or "an embedded image")
-    label = None
-    if columns.label and (label := read_label(row[columns.label])) is None:
-        raise BadRow("no match or mismatch as label", repr(row[columns.label]))
-    answers = read_answers(row[columns.answer]) if columns.answer else ()
-    content = read_content(row[columns.image], root)
+    if columns.label and (label := read_label(row.get(columns.label))) is None:
+        raise BadRow(UNLABELLED, shown(row.get(columns.label)))
+    answers = read_answers(row.get(columns.answer)) if columns.answer else ()
+    content = read_content(cell, root)
     image = decode(content, path)
     return [Pair(image, text, label, image_number(content), answers) for text in texts]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .cells import as_text
+from .cells import shown
 from .errors import REFUSED, USAGE, CompError
 
 # Words that name a split: those of `datasets` and of Karpathy's COCO and Flickr files, the one to be careful with first.
@@ -59,7 +59,7 @@ def choose_split(owner: str, splits: Sequence[str], purpose: Purpose, wanted: st
 
 def split_value(value: Any) -> str:
     """What a cell names as the split, in small letters; "" where it names none."""
-    text = (as_text(value) or "").lower()
+    text = shown(value).lower()
     return "" if text in NO_VALUE else text
 
 

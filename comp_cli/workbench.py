@@ -17,6 +17,7 @@ from .engine.slicing import slice_state
 from .errors import REFUSED, USAGE, CompError
 from .families import Family, find_family, tower_config
 from .output import Output
+from .pairset import PairSet
 from .plan import Plan, dense_plan
 from .store import read_config
 
@@ -218,7 +219,7 @@ class ScenePairs:
         return make(self.SPLITS[purpose], count, seed, self.labelled)
 
 
-Pairs = ScenePairs | datafiles.PairSet
+Pairs = ScenePairs | PairSet
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_a_text_that_several_images_have_is_right_for_each():
     assert to_text.right.tolist() == [[True, True, True, False], [True, False, True, False], [False, False, False, True]]
     # "a brown dog" is a text of the first image only
     assert to_image.right.tolist() == [[True, True, False], [True, False, False], [True, True, False], [False, False, True]]
-    assert task.shared(labels) == 2
+    assert task.shared(labels) == 2 and task.shared(None) == 0
     images = torch.tensor([[1.0, 0], [1, 0], [1, 0.01], [0, 1]])  # nearest to "dog" is the second image, in a miss of old
     assert task.metrics(task.questions((images, images, torch.ones(4)), labels))["text to image recall@1"] == 1.0
 
