@@ -164,7 +164,7 @@ def graphs_card(
         install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
         lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
     else:
-        lines += ["Pictures are prepared by the image processor of transformers that `processor_config.json` describes.", ""]
+        lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
     if ENCODER in document["graphs"]:
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
         lines += [recipes.for_writer(family), ""]

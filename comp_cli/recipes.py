@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SiglipTokenizer
 
 from .families import Family
 from .graphs import ENCODER, TEXT, VISION
@@ -92,15 +93,16 @@ def for_graphs(
     folder: Path,
     longest: int,
 ) -> str | None:
-    """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures are
-    prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
-    images, texts = "pixel_values" in family.inputs, "input_ids" in family.inputs and not _writes_unasked(family)
+    """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures or
+    texts are prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
+    images, texts = "pixel_values" in family.inputs, "input_ids" in family.inputs
     pixels = pixels_of(getattr(processor, "image_processor", processor)) if images else ""
-    if pixels is None:
+    spelling = tokens_of(getattr(processor, "tokenizer", processor), folder, longest) if texts else ([], "")
+    if pixels is None or spelling is None:
         return None
-    reads, spell = tokens_of(getattr(processor, "tokenizer", processor), folder, longest) if texts else ([], "")
-    if generation and not texts:
-        reads, spell = ["from tokenizers import Tokenizer"], TOKENIZERS.strip("\n").partition("\n")[0]
+    reads, spell = spelling
+    if family.decoder and family.decoder.question is None:  # it writes, and is asked nothing
+        spell = spell.strip("\n").partition("\n")[0]
     names = [Path(name).stem for name in document["graphs"]]
     first = sorted(line for line in reads if line.startswith("import"))
     later = [line for line in reads if line.startswith("from")]
@@ -119,46 +121,46 @@ def for_graphs(
     return block("\n".join(imports), places, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 
-def _writes_unasked(family: Family) -> bool:
-    return family.decoder is not None and family.decoder.question is None
-
-
 def pixels_of(processor: Any) -> str | None:
     """A function that prepares a picture as an image processor of transformers does; None for steps that it does not know."""
     size, crop = ({k: v for k, v in dict(getattr(processor, name, None) or {}).items() if v} for name in ("size", "crop_size"))
-    cropped = getattr(processor, "do_center_crop", False)
-    ends = crop if cropped else size
-    lines = [UPRIGHT]
-    if processor.do_resize:
-        how = f"Image.Resampling.{Image.Resampling(int(processor.resample)).name}"
-        if size.keys() == {"shortest_edge"}:
-            edge = size["shortest_edge"]
+    resizes, crops, rescales, normalizes, pads = (
+        getattr(processor, f"do_{step}", False) for step in ("resize", "center_crop", "rescale", "normalize", "pad")
+    )
+    resample = getattr(processor, "resample", None)
+    filtering = Image.Resampling.BILINEAR if resample is None else resample  # as transformers chooses
+    known = [{"height", "width"}, {"shortest_edge"}] if crops else [{"height", "width"}]
+    ends = crop if crops else size
+    odd = resizes and (size.keys() not in known or not isinstance(filtering, int))
+    if odd or pads or ends.keys() != {"height", "width"}:
+        return None
+    lines, width, height = [UPRIGHT], ends["width"], ends["height"]
+    if resizes:
+        how = f"Image.Resampling.{Image.Resampling(filtering).name}"
+        if edge := size.get("shortest_edge"):
             lines.append(f"size = [int({edge} * side / min(image.size)) for side in image.size]  # {edge} on the shorter side")
             lines.append(f"image = image.resize(size, {how})")
-        elif size.keys() == {"height", "width"}:
-            lines.append(f"image = image.resize(({size['width']}, {size['height']}), {how})")
         else:
-            return None
-    if cropped:
-        width, height = crop["width"], crop["height"]
+            lines.append(f"image = image.resize(({size['width']}, {size['height']}), {how})")
+    if crops:
         lines.append(f"left, top = (image.width - {width}) // 2, (image.height - {height}) // 2")
         lines.append(f"image = image.crop((left, top, left + {width}, top + {height}))  # the middle")
-    if getattr(processor, "do_pad", False) or ends.keys() != {"height", "width"}:
-        return None
-    scale = f" * {processor.rescale_factor!r}" if processor.do_rescale else ""
-    lines.append(f"values = np.asarray(image, np.float32){scale}")
-    if processor.do_normalize:
-        lines.append(f"values = (values - {list(processor.image_mean)}) / {list(processor.image_std)}")
+    lines.append("values = np.asarray(image, np.float32)" + (f" * {processor.rescale_factor!r}" if rescales else ""))
+    if normalizes:
+        mean, std = (np.ravel(values).tolist() for values in (processor.image_mean, processor.image_std))
+        lines.append(f"values = (values - {mean}) / {std}")
     lines.append("return values.astype(np.float32).transpose(2, 0, 1)[None]")
-    about = f'"""What the model sees of a picture: (1, 3, {ends["height"]}, {ends["width"]})."""'
+    about = f'"""What the model sees of a picture: (1, 3, {height}, {width})."""'
     return "def pixels(path):\n" + "\n".join(f"    {line}" for line in (about, *lines))
 
 
-def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], str]:
-    """What to import, and a function from texts to tokens: with tokenizers, or with sentencepiece where transformers has a
-    tokenizer of that kind only (SigLIP's)."""
+def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], str] | None:
+    """What to import, and a function from texts to tokens: with tokenizers, or with sentencepiece for SigLIP's tokenizer, which
+    transformers has of that kind only; None for others."""
     if (folder / "tokenizer.json").is_file():
         return ["from tokenizers import Tokenizer"], TOKENIZERS
+    if not isinstance(tokenizer, SiglipTokenizer):
+        return None
     sizes = {"longest": longest, "last": longest - 1, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     lower = "text.lower()" if getattr(tokenizer, "do_lower_case", False) else "text"
     code = SENTENCEPIECE.format(file=next(folder.glob("*.model")).name, lower=lower, **sizes)

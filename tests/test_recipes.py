@@ -18,11 +18,13 @@ import tiny
 import torch
 import transformers
 import yaml
+from packaging.version import Version
 from PIL import Image
 from transformers.image_utils import load_image
 
-from comp_cli import cards, export, prune, recipes
+from comp_cli import cards, export, onnx_checks, prune, recipes
 from comp_cli.checkpoint import write_checkpoint
+from comp_cli.graphs import OPSET
 from comp_cli.loading import load_model, load_processor
 from comp_cli.output import Output
 from comp_cli.plan import Plan
@@ -233,6 +235,7 @@ def test_the_recipe_of_every_checkpoint_says_what_comp_says(every, pictures, tmp
         {"size": {"height": 48, "width": 48}, "do_center_crop": False, "do_normalize": False},
         {"size": {"height": 48, "width": 48}, "do_center_crop": False, "do_rescale": False, "image_mean": [9, 8, 7]},
         {"size": {"height": 48, "width": 48}, "do_center_crop": False, "rescale_factor": 1 / 127.5, "image_std": [1, 1, 1]},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "image_mean": 0.5, "image_std": 0.25},
     ],
 )
 def test_pictures_are_prepared_as_the_processor_does(settings, pictures):
@@ -246,11 +249,19 @@ def test_pictures_are_prepared_as_the_processor_does(settings, pictures):
         np.testing.assert_allclose(names["pixels"](picture), right, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"size": {"shortest_edge": 48, "longest_edge": 60}}, {"do_center_crop": False}])
+UNKNOWN = [{"size": {"shortest_edge": 48, "longest_edge": 60}}, {"do_center_crop": False}, {"do_pad": True}]
+
+
+@pytest.mark.parametrize("settings", UNKNOWN)
 def test_what_is_not_written_out_is_not_guessed(settings):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     assert recipes.pixels_of(CLIPImageProcessorPil(**settings)) is None
+
+
+def test_other_tokenizers_are_not_guessed(tmp_path):
+    (tmp_path / "spiece.model").touch()
+    assert recipes.tokens_of(tiny.word_tokenizer(), tmp_path, 12) is None
 
 
 def test_a_tokenizer_of_sentencepiece_is_written_out(tmp_path):
@@ -335,3 +346,10 @@ def test_nothing_written_names_the_place_where_it_was_made(every):
         settings = written.folder / "tokenizer_config.json"
         if settings.exists():
             assert not {"is_local", "local_files_only", "name_or_path"} & json.loads(settings.read_text()).keys()
+
+
+def test_cards_and_readme_name_the_least_versions():
+    root = Path(__file__).parent.parent
+    assert f'"transformers>={cards.LEAST_TRANSFORMERS},' in (root / "pyproject.toml").read_text()
+    newest = max(onnx_checks.LEAST[OPSET], onnx_checks.SHARED_BIAS, key=Version)
+    assert f"onnxruntime {newest} or newer, numpy, pillow and tokenizers" in (root / "README.md").read_text()
