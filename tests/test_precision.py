@@ -68,10 +68,9 @@ def test_the_scale_of_all_logits_is_what_it_was_however_it_is_loaded(family, tmp
 def test_the_scale_in_exported_graphs(tmp_path):
     dense = rewritten(tiny.write("clip", tmp_path / "dense"), half_but_scale)
     folder = compact(dense, tmp_path / "compact")
-    right = torch.tensor(SCALE).exp().item()
-    for dtype in ("fp32", "fp16"):
-        document = export.export(folder, tmp_path / dtype, QUIET, export.Options(dtype=dtype), overwrite=False)
-        assert document["passed"] and document["logit_scale"] == pytest.approx(right, rel=1e-6)
+    document = export.export(folder, tmp_path / "onnx", QUIET, export.Options(dtype="fp16"), overwrite=False)
+    assert document["passed"]
+    assert document["logit_scale"] == pytest.approx(torch.tensor(SCALE).exp().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["safetensors", "shards", "pickle"])

@@ -89,8 +89,8 @@ def test_a_second_upgrade_changes_nothing(old, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_the_command_prints_one_document(old):
-    folder, _ = old
+def test_the_command_prints_one_document(tmp_path):
+    folder = shutil.copytree(OLD / "clip", tmp_path / "old")
     command = [sys.executable, "-m", "comp_cli", "upgrade", str(folder), "--json"]
     place = {"PYTHONPATH": str(Path(comp_cli.__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | place)
