@@ -159,7 +159,7 @@ def download(
         if not names:  # another program filled this cache: all there is lies here
             names = os.listdir(folder)
             if not (safe(names) or pickled(names)):
-                raise errors.LocalEntryNotFoundError("no weights in the cache") from None
+                raise errors.LocalEntryNotFoundError("no weights in the cache")
         weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
         small = [name for name in os.listdir(folder) if name not in weights]
         check_downloads(folder, small, announced, known, model)
