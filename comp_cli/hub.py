@@ -117,7 +117,8 @@ def download(
     try:
         folder = Path(snapshot_download(**place, revision=revision, allow_patterns=list(SMALL_FILES)))
         try:
-            sizes = {file.path: file.size for file in get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)}
+            tree = get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)
+            sizes = {file.path: file.size if isinstance(file.size, int) else 0 for file in tree}  # a hub may say anything
             names = list(sizes)
         except errors.CachedRepoTreeNotFoundError:  # another program filled this cache: all there is lies here
             sizes, names = {}, os.listdir(folder)
