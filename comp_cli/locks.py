@@ -114,7 +114,7 @@ class _Lock:
 
     def _write(self) -> None:
         record = {"comp": "lock", "pid": os.getpid(), "host": platform.node(), "boot": boot_id(), "since": time.time()}
-        self.content = json.dumps(record | {"command": shlex.join(sys.argv)}).encode()
+        self.content = json.dumps(record | {"command": shlex.join(["comp", *sys.argv[1:]])}).encode()
         os.ftruncate(self.handle, 0)
         os.lseek(self.handle, 0, os.SEEK_SET)
         os.write(self.handle, self.content)

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from . import locks, signals
 from .errors import USAGE, CompError, is_full
-from .store import read_json, sha256, write_failed
+from .ownership import MARKERS, Judged, discard, seen, strangers, written
+from .store import sha256, write_failed
 
-MARKERS = ("comp_report.json", "export.json")  # a file that lists, with hashes, what else comp wrote into its folder
 LAST = (".onnx", ".safetensors", "config.json", *MARKERS)  # files without which a folder is no model, the surest ones last
-Judged = dict[str, tuple[int, int, int]]  # name -> inode, bytes, time of the last change in ns
 
 
 def resolve(path: Path, option: str = "-o/--output") -> Path:
@@ -134,43 +133,6 @@ def check_room(place: Path, need: float, what: str) -> None:
         )
 
 
-def strangers(folder: Path) -> list[str] | None:
-    """What a folder holds that comp did not write there, or that was changed since, as text; None where no marker of comp
-    says what it wrote: then all of it is foreign."""
-    known = _written(folder)
-    if known is None:
-        return None
-    found = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_symlink() or not entry.is_file():
-            found.append(f"{entry.name}{'/' if entry.is_dir(follow_symlinks=False) else ''}")
-        elif entry.name not in known:
-            found.append(entry.name)
-        elif known[entry.name] is not None and sha256(Path(entry.path)) != known[entry.name]:
-            found.append(f"{entry.name} (changed)")
-    return found
-
-
-def _written(folder: Path) -> dict[str, str | None] | None:
-    """Name -> SHA-256 of what comp's markers in a folder list, and the markers, whose own hash nobody knows; None where there
-    is no marker of comp. A file of that name that another program wrote is none."""
-    known: dict[str, str | None] = {}
-    for name in MARKERS:
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            continue
-        try:
-            content = read_json(path)
-        except CompError:
-            continue
-        files = content.get("files")
-        ours = isinstance(content.get("comp_version"), str) and isinstance(content.get("schema_version"), int)
-        if ours and isinstance(files, dict) and files:
-            hashes = {file: told.get("sha256") if isinstance(told, dict) else told for file, told in files.items()}
-            known |= {file: str(told) for file, told in hashes.items()} | {name: None}
-    return known or None
-
-
 def _sibling(output: Path, role: str) -> Path:
     """Named by this process; by the next number that is free where what a user put into an old folder stayed."""
     names = (output.with_name(f".{output.name}.{role}-{number}") for number in count(os.getpid()))
@@ -223,11 +185,11 @@ def check_replaceable(output: Path, overwrite: bool) -> Judged:
         return {}
     if not output.is_dir():
         raise CompError(f"The output {output} is a file.", code=USAGE, hint="Give a folder to -o/--output.")
-    seen = _seen(output)
-    if not seen:
+    found = seen(output)
+    if not found:
         return {}
     another = "Choose another -o/--output, or "
-    if _written(output) is None:
+    if written(output) is None:
         raise CompError(
             f"The output {output} is not empty, and was not written by comp: no {' or '.join(MARKERS)} lists its files.",
             code=USAGE,
@@ -244,12 +206,7 @@ def check_replaceable(output: Path, overwrite: bool) -> Judged:
             code=USAGE,
             hint=f"{another}move these files away.",
         )
-    return seen
-
-
-def _seen(folder: Path) -> Judged:
-    found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
-    return {name: (info.st_ino, info.st_size, info.st_mtime_ns) for name, info in found.items()}
+    return found
 
 
 def _settle_leftovers(output: Path) -> None:
@@ -265,7 +222,7 @@ def _settle_leftovers(output: Path) -> None:
         elif not output.exists():
             folder.rename(output)
         else:
-            _discard(folder)
+            discard(folder)
 
 
 def _finish(folder: Path) -> None:
@@ -299,7 +256,7 @@ def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
     try:
         if output.exists():
             output.rename(old)
-            if _seen(old) != judged:
+            if seen(old) != judged:
                 hint = "Choose another -o/--output, or move what is new away."
                 raise CompError(f"The output {output} was changed while it was replaced.", code=USAGE, hint=hint)
         partial.rename(output)
@@ -309,18 +266,7 @@ def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
         raise
     _fsync(output.parent)
     if old.exists():
-        _discard(old)
-
-
-def _discard(folder: Path) -> None:
-    """Remove what comp wrote of a folder, the marker last, and the folder if that was all."""
-    known = _written(folder) or {}
-    foreign = {name.removesuffix(" (changed)") for name in strangers(folder) or ()}
-    for name in sorted(known, key=lambda name: name in MARKERS):
-        if name not in foreign and (folder / name).is_file():
-            (folder / name).unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+        discard(old)
 
 
 def _is_current(folder: Path) -> bool:
@@ -345,8 +291,8 @@ def _move_in(partial: Path, output: Path) -> None:
 
 def _move_out(output: Path, partial: Path) -> None:
     """Undo a `_move_in` that was cut: what the marker, which moves last, lists goes back."""
-    known = _written(partial)
-    if known is None or not output.is_dir() or _written(output) is not None:
+    known = written(partial)
+    if known is None or not output.is_dir() or written(output) is not None:
         return
     for name, told in known.items():
         path = output / name

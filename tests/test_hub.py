@@ -143,6 +143,19 @@ def test_download_takes_what_is_needed_and_offline_takes_it_from_the_cache(fresh
     assert fresh.seen == []
 
 
+FULL_DISK = """
+import shutil
+usage = shutil.disk_usage("/")
+shutil.disk_usage = lambda path: usage._replace(free=0)  # this hub says that every file has one byte
+"""
+
+
+def test_weights_for_which_there_is_no_room_are_not_fetched(fresh, tmp_path):
+    (answer,) = ask(tmp_path, {"model": "org/plain"}, url=fresh.url, before=FULL_DISK)
+    assert answer["code"] == 1 and "MiB free; downloading org/plain" in answer["message"]
+    assert "model.safetensors" not in fresh.fetched()
+
+
 def test_cache_of_another_program_serves_offline(fresh, tmp_path):
     """transformers fills the cache file by file, without a list of the repository's files."""
     (plain,) = ask(tmp_path, {"model": "org/plain"}, url=fresh.url)

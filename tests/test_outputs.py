@@ -129,13 +129,13 @@ def test_what_appears_between_the_last_look_and_the_swap_comes_back(tmp_path, mo
 
 def test_what_appears_in_the_old_folder_after_the_swap_stays(tmp_path, monkeypatch):
     out = our_folder(tmp_path / "out")
-    discard = outputs._discard
+    discard = outputs.discard
 
     def late(old):
         (old / "thesis.txt").write_text("mine")
         discard(old)
 
-    monkeypatch.setattr(outputs, "_discard", late)
+    monkeypatch.setattr(outputs, "discard", late)
     fill(out, overwrite=True)
     (rest,) = tmp_path.glob(".out.old-*")
     assert names(rest) == ["thesis.txt"] and (out / "weights").read_text() == "new"
