@@ -225,8 +225,10 @@ def column_types(table: Table, owner: str) -> dict[str, Any]:
     if isinstance(table, TextTable):
         found: dict[str, Any] = {}
         for row in islice(table.rows(), SAMPLE):
-            found |= dict.fromkeys(row)
-        found.pop(BROKEN, None)
+            found |= row if BROKEN in row else dict.fromkeys(row)
+        if (broken := found.pop(BROKEN, None)) and not found:
+            problem, place = broken
+            raise CompError(f"{owner}: no row can be read. The last was a {problem} ({place}).", code=REFUSED)
         return found
     return dict(table.features or dict.fromkeys(next(_rows(table, owner), {})))
 

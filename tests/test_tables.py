@@ -412,6 +412,8 @@ def test_files_that_are_refused_in_a_sentence(folder, name):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = refused(REFUSED, folder / name)
     assert "\n" not in error.message and len(error.message) < 400
+    if name == "metadata.jsonl":
+        assert "nested too deeply (line 1)" in error.message
     (folder / name).unlink()
 
 
