@@ -124,7 +124,7 @@ def read_answers(value: Any) -> tuple[str, ...]:
 
 def read_label(value: Any) -> int | None:
     """1 or 0 for a number, truth value or word that says so; else None."""
-    return LABELS.get((as_text(value) or "").lower().removesuffix(".0"))
+    return LABELS.get(shown(value).lower().removesuffix(".0"))
 
 
 def shown(value: Any) -> str:

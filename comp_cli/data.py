@@ -127,7 +127,9 @@ class Collator:
     def seen(self, pair: Pair) -> Pair:
         """The pair with what the processor makes of its image in the image's place, (channels, height, width), so that the
         picture, of any size, need not stay in memory."""
-        if "pixel_values" not in self.inputs or isinstance(pair.image, Tensor):
+        if "pixel_values" not in self.inputs:
+            return replace(pair, image=None)
+        if isinstance(pair.image, Tensor):
             return pair
         made = self.processor(images=[pair.image.convert("RGB")], return_tensors="pt")
         return replace(pair, image=made["pixel_values"][0])
