@@ -85,7 +85,7 @@ def atomic_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     with reserve(output, source=None) as output:
         check_replaceable(output, overwrite)
-        partial = _sibling(output, "partial")
+        partial = sibling(output, "partial")
         try:
             partial.mkdir()
             yield partial
@@ -133,7 +133,7 @@ def check_room(place: Path, need: float, what: str) -> None:
         )
 
 
-def _sibling(output: Path, role: str) -> Path:
+def sibling(output: Path, role: str) -> Path:
     """Named by this process; by the next number that is free where what a user put into an old folder stayed."""
     names = (output.with_name(f".{output.name}.{role}-{number}") for number in count(os.getpid()))
     return next(path for path in names if not os.path.lexists(path))
@@ -246,27 +246,32 @@ def _fsync(path: str | Path) -> None:
 
 
 def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
-    """Rename the new folder into place; the old one is removed last, and put back if the new one cannot come or the old one
-    has changed since it was found to be comp's."""
+    """The new folder comes to its place; what comp wrote of the old one is removed last."""
     judged = check_replaceable(output, overwrite)
     if not judged and _is_current(output):
         _move_in(partial, output)
         return
-    old = _sibling(output, "old")
+    if old := swap(partial, output, judged):
+        discard(old)
+
+
+def swap(partial: Path, output: Path, judged: Judged) -> Path | None:
+    """Rename the new folder into place, with signals held back; the old one, if any, lies beside it then. It is put back if the
+    new one cannot come, or if it is not any more what it was when it was judged (see `ownership.seen`)."""
+    old = sibling(output, "old")
     try:
         if output.exists():
             output.rename(old)
             if seen(old) != judged:
-                hint = "Choose another -o/--output, or move what is new away."
-                raise CompError(f"The output {output} was changed while it was replaced.", code=USAGE, hint=hint)
+                hint = "Run it again once nothing else writes there."
+                raise CompError(f"The folder {output} was changed while it was replaced.", code=USAGE, hint=hint)
         partial.rename(output)
     except BaseException:
         if old.exists() and not output.exists():
             old.rename(output)
         raise
     _fsync(output.parent)
-    if old.exists():
-        discard(old)
+    return old if old.exists() else None
 
 
 def _is_current(folder: Path) -> bool:

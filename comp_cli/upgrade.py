@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import __version__, modeling_comp
+from . import __version__, modeling_comp, signals
 from .checkpoint import auto_map, file_facts, runtime
 from .errors import REFUSED, CompError
 from .families import find_architecture
 from .loading import load_model
 from .output import Output
-from .store import read_config, read_json, sha256
+from .outputs import reserve, resolve, sibling, swap
+from .ownership import seen
+from .store import read_config, read_json
+from .vetting import check_report
 
 RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"
 
@@ -24,7 +27,15 @@ def upgrade(folder: Path, out: Output) -> dict[str, Any]:
     The folder changes as a whole or not at all, after what is new in it has loaded. Exit 4 for a folder that is no compact
     model of comp, or whose files are not those that its report names.
     """
-    folder = folder.resolve()
+    folder = resolve(folder, "FOLDER")
+    with reserve(folder, source=None):
+        changed = _upgrade(folder, out)
+    show(folder, changed, out)
+    return {"folder": str(folder), "comp_version": __version__, "changed": changed}
+
+
+def _upgrade(folder: Path, out: Output) -> dict[str, str]:
+    """The work, with the folder reserved."""
     config, report = check(folder)
     block = config["comp"] | {"runtime": runtime()}
     # Auto classes that the user added stay.
@@ -44,8 +55,7 @@ def upgrade(folder: Path, out: Output) -> dict[str, Any]:
             f"{folder} drops tokens and has the shapes of the dense model: stock classes load it, and answer as the dense "
             "model, without a word. Prune again to get a folder that they refuse."
         )
-    show(folder, changed, out)
-    return {"folder": str(folder), "comp_version": __version__, "changed": changed}
+    return changed
 
 
 def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,22 +77,8 @@ def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             code=REFUSED,
             hint='comp_cli.load(FOLDER).save_pretrained("NEW") writes such a model anew, with today\'s runtime.',
         )
-    report = read_json(folder / REPORT)
-    files = report.get("files")
-    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
-        raise CompError(f"{folder / REPORT}: expected sizes and hashes under files.", code=REFUSED)
-    ours = sha256(Path(modeling_comp.__file__))
-    for name, facts in files.items():
-        path = folder / name
-        if name == "README.md" or (name == RUNTIME and sha256(path) == ours):
-            continue
-        if Path(name).name != name or not path.is_file() or sha256(path) != facts.get("sha256"):
-            raise CompError(
-                f"{folder}: {name} is not the file that {REPORT} names: it is missing, or was changed since.",
-                code=REFUSED,
-                hint="Fetch the folder again; what you changed on purpose, keep elsewhere.",
-            )
-    return config, report
+    check_report(folder)
+    return config, read_json(folder / REPORT)
 
 
 def dense_shapes(config: dict[str, Any]) -> bool:
@@ -97,9 +93,9 @@ def dense_shapes(config: dict[str, Any]) -> bool:
 
 
 def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
-    """Put a folder with the new files in the place of the old one, once it has loaded. Whatever else lies there comes along.
-    Names are those that are settled when a run is killed (see store)."""
-    fresh, old = (folder.with_name(f".{folder.name}.{role}-{os.getpid()}") for role in ("partial", "old"))
+    """Put a folder with the new files in the place of the old one, once it has loaded. Whatever else lies there comes along."""
+    judged = seen(folder)
+    fresh = sibling(folder, "partial")
     try:
         shutil.copytree(folder, fresh, symlinks=True, copy_function=second_name)
         new = {RUNTIME: Path(modeling_comp.__file__).read_text(), CONFIG: json.dumps(config, indent=2) + "\n"}
@@ -109,15 +105,13 @@ def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> Non
         files = report["files"] | {name: facts[name] for name in new}
         write(fresh / REPORT, json.dumps(report | {"files": files}) + "\n")
         load_model(fresh)
-        folder.rename(old)
-        fresh.rename(folder)
+        with signals.held():
+            old = swap(fresh, folder, judged)
+        shutil.rmtree(old)
     except OSError as error:
         raise CompError(f"{folder} cannot be replaced: {error.strerror or error}. It is as it was.") from error
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for gone in (fresh, old):
-            shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write(path: Path, text: str) -> None:

@@ -57,23 +57,37 @@ class Server:
             "export over": [*export, "--overwrite"],
             "split": [*export, "--split"],
             "int8": [*export, "--quantize", "int8"],
+            "upgrade": ["upgrade", "out", "-q"],
         }[job]
 
-    def clear(self, old: bool) -> None:
+    def before(self, job: str) -> Path | None:
+        """The folder that a job finds in its place."""
+        return self.model.with_name("outdated" if job == "upgrade" else "old") if "over" in job or job == "upgrade" else None
+
+    def clear(self, job: str) -> None:
         shutil.rmtree(self.root)
         self.root.mkdir()
-        if old:
-            shutil.copytree(self.model.with_name("old"), self.root / "out")
+        if there := self.before(job):
+            shutil.copytree(there, self.root / "out")
 
     def undisturbed(self, job: str, how: str = "kill") -> tuple[Tree, int]:
         """What a job writes, and how many operations can fail."""
         if (job, how) not in self.known:
-            self.clear("over" in job)
+            self.clear(job)
             done = self.run(self.words(job), None, how)
             assert done["code"] == 0, done["err"]
             assert os.listdir(self.root) == ["out"]
             self.known[job, how] = tree(self.root / "out"), len(done["seen"])
         return self.known[job, how]
+
+
+def outdate(folder: Path) -> None:
+    """Put another runtime beside the weights, as if an older comp had written the folder."""
+    (folder / "modeling_comp.py").write_text("# of yesterday\n")
+    path = folder / "comp_report.json"
+    report = json.loads(path.read_text())
+    facts = {"bytes": 15, "sha256": hashlib.sha256(b"# of yesterday\n").hexdigest()}
+    path.write_text(json.dumps(report | {"files": report["files"] | {"modeling_comp.py": facts}}) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +105,7 @@ def server(tmp_path_factory):
         (place / "work").mkdir()
         server = Server(process, place / "work", place / "model", {})
         assert server.run(["prune", str(place / "model"), "-o", str(place / "old"), *FEW, "--ratio", "0.3"])["code"] == 0
+        outdate(shutil.copytree(place / "compact", place / "outdated"))
         yield server
         process.stdin.close()
 
@@ -103,7 +118,7 @@ def points(count: int, step: int) -> list[int]:
 def check_again(server: Server, job: str, state: Tree, new: Tree) -> None:
     """The same command gives the same bytes, or says that they are there, and leaves nothing else."""
     again = server.run(server.words(job))
-    whole = state == new and "over" not in job
+    whole = state == new and server.before(job) is None
     assert again["code"] == (2 if whole else 0), again["err"]
     assert tree(server.root / "out") == new
     assert os.listdir(server.root) == ["out"]
@@ -111,9 +126,9 @@ def check_again(server: Server, job: str, state: Tree, new: Tree) -> None:
 
 def kill_and_run_again(server: Server, job: str, step: int) -> None:
     new, count = server.undisturbed(job)
-    old = tree(server.model.with_name("old")) if "over" in job else None
+    old = tree(there) if (there := server.before(job)) else None
     for point in points(count, step):
-        server.clear("over" in job)
+        server.clear(job)
         killed = server.run(server.words(job), point)
         assert killed["code"] == -9, (job, point, killed["err"])
         state = tree(server.root / "out")
@@ -121,7 +136,7 @@ def kill_and_run_again(server: Server, job: str, step: int) -> None:
         check_again(server, job, state, new)
 
 
-JOBS = {"prune": 2, "overwrite": 2, "training": 5, "export": 4, "export over": 5, "split": 8, "int8": 5}
+JOBS = {"prune": 2, "overwrite": 2, "training": 5, "export": 4, "export over": 5, "split": 8, "int8": 5, "upgrade": 2}
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -140,12 +155,12 @@ def kept(root: Path) -> set[str]:
     return {name for name in os.listdir(root) if name not in ("out", ".out.journal") and not name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize("job, step", [("prune", 7), ("overwrite", 9), ("training", 15), ("int8", 9)])
+@pytest.mark.parametrize("job, step", [("prune", 7), ("overwrite", 9), ("training", 15), ("int8", 9), ("upgrade", 5)])
 def test_sigterm_at_any_time_ends_with_143_leaves_no_partial_and_the_same_command_goes_on(server, job, step):
     new, count = server.undisturbed(job)
-    old = tree(server.model.with_name("old")) if "over" in job else None
+    old = tree(there) if (there := server.before(job)) else None
     for point in points(count, step):
-        server.clear("over" in job)
+        server.clear(job)
         ended = server.run(server.words(job), point, "term")
         assert ended["code"] == 143, (job, point, ended)
         assert "ended by SIGTERM" in ended["err"] and "Traceback" not in ended["err"]
@@ -155,13 +170,13 @@ def test_sigterm_at_any_time_ends_with_143_leaves_no_partial_and_the_same_comman
 
 
 @pytest.mark.parametrize(
-    "job, step", [("prune", 1), ("overwrite", 5), ("training", 3), ("export", 2), ("split", 3), ("int8", 2)]
+    "job, step", [("prune", 1), ("overwrite", 5), ("training", 3), ("export", 2), ("split", 3), ("int8", 2), ("upgrade", 3)]
 )
 def test_a_disk_that_is_full_from_any_operation_on_ends_with_a_sentence_and_no_litter(server, job, step):
     new, count = server.undisturbed(job, "full")
-    old = tree(server.model.with_name("old")) if "over" in job else None
+    old = tree(there) if (there := server.before(job)) else None
     for point in points(count, step):
-        server.clear("over" in job)
+        server.clear(job)
         failed = server.run(server.words(job), point, "full")
         assert failed["code"] == 1, (job, point, failed["seen"][-1], failed["err"])
         assert "the disk is full" in failed["err"] and "defect" not in failed["err"], failed["err"]
