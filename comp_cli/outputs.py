@@ -222,7 +222,7 @@ def _settle_leftovers(output: Path) -> None:
         elif not output.exists():
             folder.rename(output)
         else:
-            discard(folder)
+            discard(folder, output)
 
 
 def _finish(folder: Path) -> None:
@@ -252,7 +252,7 @@ def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
         _move_in(partial, output)
         return
     if old := swap(partial, output, judged):
-        discard(old)
+        discard(old, output)
 
 
 def swap(partial: Path, output: Path, judged: Judged) -> Path | None:

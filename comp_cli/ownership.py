@@ -53,12 +53,16 @@ def seen(folder: Path) -> Judged:
     return {name: (info.st_ino, info.st_size, info.st_mtime_ns) for name, info in found.items()}
 
 
-def discard(folder: Path) -> None:
-    """Remove what comp wrote of a folder, the marker last, and the folder if that was all."""
+def discard(folder: Path, successor: Path) -> None:
+    """Remove what comp wrote of a folder, and files that its successor holds as well; the marker last; and the folder if that
+    was all."""
     known = written(folder) or {}
     foreign = {name.removesuffix(" (changed)") for name in strangers(folder) or ()}
-    for name in sorted(known, key=lambda name: name in MARKERS):
-        if name not in foreign and (folder / name).is_file():
-            (folder / name).unlink()
+    for name in sorted(os.listdir(folder), key=lambda name: name in MARKERS):
+        path, twin = folder / name, successor / name
+        if path.is_symlink() or not path.is_file():
+            continue
+        if (name in known and name not in foreign) or (twin.is_file() and sha256(twin) == sha256(path)):
+            path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -8,13 +8,13 @@ from typing import Any
 
 from . import __version__, modeling_comp, signals
 from .checkpoint import auto_map, file_facts, runtime
-from .errors import REFUSED, CompError
+from .errors import REFUSED, CompError, is_full
 from .families import find_architecture
 from .loading import load_model
 from .output import Output
 from .outputs import reserve, resolve, sibling, swap
-from .ownership import seen
-from .store import read_config, read_json
+from .ownership import discard, seen
+from .store import read_config, read_json, write_failed
 from .vetting import check_report
 
 RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"
@@ -107,8 +107,11 @@ def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> Non
         load_model(fresh)
         with signals.held():
             old = swap(fresh, folder, judged)
-        shutil.rmtree(old)
+            discard(old, folder)
+            shutil.rmtree(old, ignore_errors=True)  # the user's own folders in it, which came along
     except OSError as error:
+        if is_full(error):
+            raise write_failed(folder, error) from error
         raise CompError(f"{folder} cannot be replaced: {error.strerror or error}. It is as it was.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

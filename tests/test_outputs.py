@@ -131,9 +131,9 @@ def test_what_appears_in_the_old_folder_after_the_swap_stays(tmp_path, monkeypat
     out = our_folder(tmp_path / "out")
     discard = outputs.discard
 
-    def late(old):
+    def late(old, new):
         (old / "thesis.txt").write_text("mine")
-        discard(old)
+        discard(old, new)
 
     monkeypatch.setattr(outputs, "discard", late)
     fill(out, overwrite=True)

@@ -80,6 +80,13 @@ def test_what_an_upgrade_changes(old):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+def test_a_runtime_that_somebody_edited_is_replaced(old):
+    folder, _ = old
+    (folder / "modeling_comp.py").write_text("raise SystemExit")
+    upgrade.upgrade(folder, Output("quiet"))
+    assert (folder / "modeling_comp.py").read_bytes() == TODAY
+
+
 def test_a_second_upgrade_changes_nothing(old, capsys):
     folder, _ = old
     upgrade.upgrade(folder, Output("quiet"))
@@ -107,7 +114,7 @@ def test_an_upgrade_that_fails_leaves_the_folder_as_it_was(old, monkeypatch, mom
     before = contents(folder)
 
     def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
     if moment == "rename":
         real = Path.rename
@@ -144,10 +151,9 @@ def edited_config(**keys):
         (edited_config(auto_map=[]), "not a compact model that comp wrote"),
         (without("modeling_comp.py"), "not a compact model that comp wrote"),
         (without("comp_report.json"), "trained further"),
-        (without("model.safetensors"), "model.safetensors is not the file"),
-        (changed("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "model.safetensors is not the file"),
-        (changed("modeling_comp.py", lambda data: data + b"# mine\n"), "modeling_comp.py is not the file"),
-        (changed("comp_report.json", lambda data: b'{"files": 3}'), "sizes and hashes"),
+        (without("model.safetensors"), "'model.safetensors', which comp_report.json lists, is missing"),
+        (changed("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "not the bytes that comp wrote"),
+        (changed("comp_report.json", lambda data: b'{"files": 3}'), "expected the files of the folder"),
         (changed("comp_report.json", lambda data: b"[]"), "JSON object"),
     ],
 )
