@@ -6,7 +6,7 @@ from .privacy import be_silent
 
 be_silent()  # before anything is imported that would report
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 
 def load(folder: str | Path, *, dtype: str | None = None, device: str = "cpu"):
