@@ -121,7 +121,7 @@ def test_parquet_columns_of_numbers_and_truth_values(folder):
     assert {pair.text: pair.answer for pair in pairs} == {str(n): "true" if n % 2 == 0 else "false" for n in range(COUNT)}
 
 
-@pytest.mark.parametrize("text", ["[a dog]", "[1, 2]", "[0, 1)", "{a dog}", "a [b]", "[removed]", "[5]", "[true, false]"])
+@pytest.mark.parametrize("text", ["[a dog]", "[1, 2]", "[0, 1)", "{a dog}", "a [b]", "[removed]", "[5]", "[true, false]", "[[0, 0], [4, 4]]"])
 def test_words_in_brackets_are_no_list(text):
     assert written(text) == text and read_texts(text) == [text] and read_answers(text) == (text,)
 
@@ -131,7 +131,7 @@ def test_words_in_brackets_are_no_list(text):
     [
         '["a dog", "it\'s"]',
         """['a dog', "it's"]""",
-        """('a dog', "it's")""".replace("(", "[").replace(")", "]"),
+        """('a dog', "it's")""",
         '[["a dog"], ["it\'s"]]',
         ' [ "a dog" , null, "", "it\'s" ]\n',
     ],
@@ -142,6 +142,18 @@ def test_a_list_that_is_written_as_a_text_is_a_list(folder, cell):
     pairs = whole(table(folder / "lists.csv", {"text": [cell]}), out=(out := Output("quiet")))
     assert len(pairs) == 2 * COUNT and {pair.text for pair in pairs} == {"a dog", "it's"}
     assert not out.warnings
+
+
+@pytest.mark.parametrize("cell", ['["two", 2, true, 0.5]', '[2, "two"]', "['two', 2]"])
+def test_a_list_of_texts_and_numbers_is_a_list(cell):
+    """As people answer: one writes a word, the next one a number."""
+    texts = [part.strip("\"' ") for part in cell[1:-1].split(",")]
+    assert read_texts(cell) == texts and read_answers(cell) == tuple(texts)
+
+
+@pytest.mark.parametrize("cell", ["('a dog')", '("Untitled", 1959)', '("a" "b")', "('tis a dog)", "(a, b)"])
+def test_words_in_parentheses_are_no_list(cell):
+    assert read_texts(cell) == [cell]
 
 
 @pytest.mark.parametrize("cell", ["['a dog' 'a cat']", "['a dog'\n 'a cat']", '["a dog", "a', '["a" b]', "['a', f('b')]"])
