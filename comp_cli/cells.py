@@ -33,7 +33,16 @@ class Number(str):
     """A number of a JSON text, as it is written there: 007 is none, but 1.0, 1e-5 and 10**30 stay what they are."""
 
 
+def record(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record of a JSON text. ValueError for two values of one name: which is meant is not clear."""
+    found = dict(cells)
+    if len(found) < len(cells):
+        raise ValueError("two values of one name")
+    return found
+
+
 VERBATIM: dict[str, Any] = {"parse_int": Number, "parse_float": Number, "parse_constant": lambda name: None}  # NaN: nothing
+VERBATIM |= {"object_pairs_hook": record}
 
 
 def as_text(value: Any) -> str | None:

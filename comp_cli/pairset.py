@@ -120,8 +120,6 @@ class PairSet:
     def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
         """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
         said of the texts."""
-        import datasets
-
         table = self.splits[split]
         found = column_types(table, self.name)
         if not found:
@@ -139,7 +137,7 @@ class PairSet:
                 columns = replace(columns, label=None)
         held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
         kind = found[columns.image]
-        buffer = SHUFFLED_PATHS if kind is None or kind == datasets.Value("string") else SHUFFLED_IMAGES
+        buffer = SHUFFLED_PATHS if is_string(kind) else SHUFFLED_IMAGES
         if isinstance(table, TextTable):
             return table.shuffled(read, seed, buffer), columns, held
         dataset = chosen_columns(table, found, read)
@@ -253,9 +251,15 @@ def chosen_columns(table: Table, found: Mapping[str, Any], columns: Sequence[str
     for column in columns:
         if names := getattr(found[column], "names", None):  # of a ClassLabel
             table = table.map(_name_label, fn_kwargs={"column": column, "names": names})
-        if (kind := getattr(found[column], "dtype", None)) in ("float16", "float32"):
-            table = table.map(_short_float, fn_kwargs={"column": column, "kind": kind})
+        inner = getattr(found[column], "feature", found[column])  # of a list
+        if (kind := getattr(inner, "dtype", None)) in ("float16", "float32"):
+            table = table.map(_short_floats, fn_kwargs={"column": column, "kind": kind})
     return table
+
+
+def is_string(kind: Any) -> bool:
+    """Whether a column is of texts, by its type; polars and newer pandas have another one for these. None: nobody said."""
+    return kind is None or getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
 
 
 def first_rows(table: Table, found: Mapping[str, Any], columns: Sequence[str], owner: str) -> Iterator[dict[str, Any]]:
@@ -319,10 +323,10 @@ def split_by_column(pairs: PairSet) -> PairSet:
 def other_split_columns(pairs: PairSet, table: Table, found: Mapping[str, Any]) -> list[tuple[str, Reader]]:
     """Columns of a local table that name splits though none is called so, as far as its first rows tell: flags such as is_test,
     a few words again and again, or the folders of the images, where a text has no split of its own by its name."""
-    from datasets import ClassLabel, Value
+    from datasets import ClassLabel
 
     roles = {name for names in COLUMN_NAMES.values() for name in names} | set(vars(pairs.columns).values())
-    texts = [name for name, kind in found.items() if kind is None or kind == Value("string") or isinstance(kind, ClassLabel)]
+    texts = [name for name, kind in found.items() if is_string(kind) or isinstance(kind, ClassLabel)]
     rest = [name for name in found if not {name, name.lower()} & roles]
     flags = [(name, reader) for name in rest if (reader := flag_reader(name))]
     images = [name for name in texts if name == pairs.columns.image or name.lower() in COLUMN_NAMES["image"]]
@@ -370,7 +374,11 @@ def _name_label(row: dict[str, Any], column: str, names: Sequence[str]) -> dict[
     return {column: names[index] if index is not None and index >= 0 else None}
 
 
-def _short_float(row: dict[str, Any], column: str, kind: str) -> dict[str, Any]:
-    """A number of fewer than 64 bits as it is written: 0.1, where Python makes 0.10000000149011612 of it."""
+def _short_floats(row: dict[str, Any], column: str, kind: str) -> dict[str, Any]:
+    """Numbers of fewer than 64 bits as they are written: 0.1, where Python makes 0.10000000149011612 of it."""
+
+    def short(value: float | None) -> float | None:
+        return value if value is None else float(str(np.dtype(kind).type(value)))
+
     value = row[column]
-    return {column: value if value is None else float(str(np.dtype(kind).type(value)))}
+    return {column: list(map(short, value)) if isinstance(value, list) else short(value)}
