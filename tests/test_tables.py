@@ -413,6 +413,15 @@ def test_mismatches_that_a_task_has_no_use_for_are_counted(folder):
     assert f"{left_out} of {left_out + len(found)} pairs are labelled as mismatches and are not used" in out.warnings[0]
 
 
+def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
+    """Fewer pairs are said to be there only where fewer are there: here one row in three is bad, and one makes a pair."""
+    from comp_cli.tasks import TASKS
+
+    path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
+    pairs = opened(path, out=Output("quiet"))
+    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].takes))) == 4
+
+
 # One image -----------------------------------------------------------------------------------------------------------
 
 
