@@ -79,8 +79,8 @@ def flag_value(value: Any, kind: str) -> str:
 
 
 def flag_reader(column: str) -> Reader | None:
-    """How a column called is_test, is_train and the like is read; None for other names."""
-    named = re.fullmatch("is_?([a-z]+)", column.lower())
+    """How a column called is_test, is_train and the like is read; None for others: is_valid may say anything of a row."""
+    named = re.fullmatch("is_?((?!valid$)[a-z]+)", column.lower())
     kind = next((kind for kind, words in SPLIT_WORDS.items() if named and named[1] in words), None)
     return partial(flag_value, kind=kind) if kind else None
 

@@ -289,7 +289,13 @@ def test_a_column_that_names_splits_is_honoured_whatever_its_name(folder, name, 
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("mode", ["train"]), ("mode", ["train", "blue"]), ("is_red", ["0", "1"]), ("title", ["test drive", "train"])],
+    [
+        ("mode", ["train"]),
+        ("mode", ["train", "blue"]),
+        ("is_red", ["0", "1"]),
+        ("is_valid", ["0", "1"]),
+        ("title", ["test drive", "train"]),
+    ],
 )
 def test_a_column_that_says_something_else_makes_no_splits(folder, name, values):
     assert len(whole(table(folder / "no_splits.csv", {"text": ["a"], name: values}))) == COUNT
