@@ -33,7 +33,7 @@ def analyze(
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
-    say_cut("calibration", texts, out)
+    say_cut("calibration", texts, out, dense.longest)
     runtime = dense.runtime(dense.plan)
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)

@@ -16,8 +16,8 @@ from typing import Any
 
 MATCHES = {"match", "matched", "matching"}
 MISMATCHES = {"mismatch", "mismatched", "unmatched"}
-LABELS = dict.fromkeys({*MATCHES, "1", "true", "yes", "positive"}, 1)
-LABELS |= dict.fromkeys({*MISMATCHES, "0", "false", "no", "negative"}, 0)
+LABELS = dict.fromkeys({*MATCHES, "1", "true", "t", "yes", "y", "positive"}, 1)
+LABELS |= dict.fromkeys({*MISMATCHES, "0", "false", "f", "no", "n", "negative"}, 0)
 QUOTED = re.compile(r"""[\[{]\s*["'\[{]""")  # how a list of texts or a record begins, and words in brackets do not
 
 
@@ -33,7 +33,16 @@ class Number(str):
     """A number of a JSON text, as it is written there: 007 is none, but 1.0, 1e-5 and 10**30 stay what they are."""
 
 
+def record(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record of a JSON text. ValueError for two values of one name: which is meant is not clear."""
+    found = dict(cells)
+    if len(found) < len(cells):
+        raise ValueError("two values of one name")
+    return found
+
+
 VERBATIM: dict[str, Any] = {"parse_int": Number, "parse_float": Number, "parse_constant": lambda name: None}  # NaN: nothing
+VERBATIM |= {"object_pairs_hook": record}
 
 
 def as_text(value: Any) -> str | None:
@@ -65,17 +74,19 @@ def as_text(value: Any) -> str | None:
 def written(text: str) -> Any:
     """The list or record that a text is written as, in JSON or as Python prints it; else the text itself.
 
-    "[1, 2]" and "[a word]" are texts: an interval, words in brackets. BadRow for what begins like a list of texts and is none,
-    such as the arrays that NumPy prints without commas.
+    "[1, 2]", "[[0, 0], [4, 4]]" and "[a word]" are texts: an interval, a box, words in brackets. BadRow for what begins like a
+    list of texts and is none, such as the arrays that NumPy prints without commas.
     """
     bare = text.strip()
+    if re.match(r"\(\s*['\"]", bare) and bare.endswith(")"):
+        return printed_tuple(bare) or text
     if bare[:1] + bare[-1:] not in ("[]", "{}"):
         return text
     try:
         found = json.loads(bare, **VERBATIM)
     except (ValueError, RecursionError):
         return printed_list(bare) if QUOTED.match(bare) else text
-    if isinstance(found, list) and any(isinstance(part, Number | bool) for part in found):
+    if isinstance(found, list) and (held := parts(found)) and all(isinstance(part, Number | bool) for part in held):
         return text
     return found
 
@@ -93,6 +104,15 @@ def printed_list(text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError):
         pass
     raise BadRow("text that begins as a list and is none", text[:60])
+
+
+def printed_tuple(text: str) -> Any:
+    """A tuple of texts as Python prints it; None for what may as well be words in parentheses."""
+    try:
+        found = printed_list(text)
+    except BadRow:
+        return None
+    return found if all(isinstance(part, str) for part in found) else None
 
 
 def parts(value: Any) -> list[Any]:

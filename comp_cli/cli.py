@@ -314,6 +314,7 @@ def export(
     ] = None,
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
+    answer_column: AnswerColumn = None,
     split_column: SplitColumn = None,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Leave refused graphs in OUTPUT.failed.")] = False,
     device: Annotated[str, typer.Option(help="Where the graphs are checked: cpu, cuda or cuda:N.")] = "cpu",
@@ -357,7 +358,7 @@ def export(
             keep_failed=keep_failed,
             device=device,
             data=data,
-            columns=command.Columns(image_column, text_column, split=split_column),
+            columns=command.Columns(image_column, text_column, answer=answer_column, split=split_column),
         )
         document = command.export(source, folder_out, out, options, overwrite=overwrite)
         return document | {"output": str(folder_out)}, folder_out

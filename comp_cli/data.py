@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import or_
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ __all__ = [
 class Batch:
     """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one or more.
 
-    cut: how many of the texts were longer than the inputs hold.
+    cut: how many of the samples have a text, or an answer to it, that is longer than the inputs hold.
     """
 
     inputs: dict[str, Tensor]
@@ -102,24 +103,24 @@ class Collator:
     written: tuple[str, int] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
-        made, cut = {}, 0
+        made, cut = {}, [False] * len(pairs)
         if "input_ids" in self.inputs:
             texts = [self.prompt.format(pair.text) for pair in pairs]
             made |= self.processor(text=texts, padding=self.padding, **self._limits())
-            cut = self.count_cut(texts, made["input_ids"].shape[1])
+            cut = self.are_cut(texts, made["input_ids"].shape[1])
         if "pixel_values" in self.inputs:
             made["pixel_values"] = torch.stack([self.seen(pair).image for pair in pairs])
         if ANSWER_INPUTS[0] in self.inputs:
             written = [pair.answer for pair in pairs]
             answers = self.processor.tokenizer(written, padding=True, **self._limits())
             made |= zip(ANSWER_INPUTS, (answers["input_ids"], answers["attention_mask"]), strict=True)
-            cut += self.count_cut(written, answers["input_ids"].shape[1])
+            cut = map(or_, cut, self.are_cut(written, answers["input_ids"].shape[1]))
         inputs = {name: made[name] for name in self.inputs}
         if self.written:
             name, begin = self.written
             inputs[name][:, 0] = begin
         labels = self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None
-        return Batch(inputs, labels, cut)
+        return Batch(inputs, labels, sum(cut))
 
     def _limits(self) -> dict[str, Any]:
         return {"truncation": True, "max_length": self.max_text, "return_tensors": "pt"}
@@ -134,12 +135,12 @@ class Collator:
         made = self.processor(images=[pair.image.convert("RGB")], return_tensors="pt")
         return replace(pair, image=made["pixel_values"][0])
 
-    def count_cut(self, texts: Sequence[str], width: int | None = None) -> int:
-        """How many texts have more tokens than are read; `width`: those of the longest one, as far as it is read."""
+    def are_cut(self, texts: Sequence[str], width: int | None = None) -> list[bool]:
+        """Which texts have more tokens than are read; `width`: those of the longest one, as far as it is read."""
         if "input_ids" not in self.inputs or (width is not None and width < self.max_text):
-            return 0
+            return [False] * len(texts)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return sum(len(ids) > self.max_text for ids in tokenizer(list(texts), verbose=False)["input_ids"])
+        return [len(ids) > self.max_text for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
     def batches(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the pairs. Of their pictures one at a time is in memory."""

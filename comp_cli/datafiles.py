@@ -4,6 +4,7 @@ All is streamed: nothing is converted or written beside the data, and an image i
 """
 
 import glob
+import json
 import re
 import tempfile
 from collections import defaultdict
@@ -21,7 +22,8 @@ from .tables import TextTable
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = {".jsonl", ".json", ".csv", ".tsv"}  # read by comp itself, see tables.py
-SAVED = {"dataset_info.json", "dataset_dict.json", "state.json"}  # written by save_to_disk beside its .arrow files
+STATE = "state.json"
+SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", STATE}  # what `datasets` writes beside its tables
 
 
 def open_pairs(
@@ -43,7 +45,7 @@ def open_pairs(
     if path.exists():
         if revision is not None:
             raise CompError(f"--revision {revision} needs a hub data set; {data} is a local path.", code=USAGE)
-        splits, roots = open_files(path.absolute())
+        splits, roots = open_files(path.absolute(), out)
     elif path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CompError(f"--data {data}: no such file or folder.", code=USAGE)
     else:
@@ -55,14 +57,14 @@ def open_pairs(
     return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, out))
 
 
-def open_files(path: Path) -> tuple[Mapping[str, Table], dict[str, Root]]:
+def open_files(path: Path, out: Output) -> tuple[Mapping[str, Table], dict[str, Root]]:
     """The splits of a file or folder with tables, and for each the folder in which its image paths start.
 
     Of an imagefolder only the metadata files are read: `datasets` would look for splits in the names of its images.
     """
     from datasets import load_dataset
 
-    tables = find_tables(path)
+    tables = find_tables(path, out)
     suffixes = sorted({file.suffix.lower() for files in tables.values() for file in files})
     parents = {split: sorted({file.parent for file in files}) for split, files in tables.items()}
     if len(suffixes) > 1 or any(len(places) > 1 for places in parents.values()):
@@ -80,8 +82,9 @@ def open_files(path: Path) -> tuple[Mapping[str, Table], dict[str, Root]]:
         raise unreadable(str(path), error) from error
 
 
-def find_tables(path: Path) -> dict[str, list[Path]]:
-    """The files with pairs, by split. Files that name no split are the folder's own split, or train, unless others are."""
+def find_tables(path: Path, out: Output) -> dict[str, list[Path]]:
+    """The files with pairs, by split. Files that name no split are the folder's own split, or train, unless others are: then a
+    warning names them."""
     kinds = f"Expected {', '.join(KINDS)}."
     if path.is_file():
         if path.suffix.lower() not in KINDS:
@@ -90,7 +93,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
     else:
         files, folder = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS and file.is_file()), path
         shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-        files = [file for file in shown if file.stem == "metadata"] or [file for file in shown if file.name not in SAVED]
+        files = [file for file in shown if file.stem == "metadata"] or [file for file in shown if is_table(file)]
     if not (files := [file for file in files if file.stat().st_size]):
         raise CompError(f"{path}: no pairs.", code=REFUSED, hint=f"{kinds} An imagefolder needs texts in metadata files.")
     own = next((split for split, words in SPLIT_WORDS.items() if folder.name.lower() in words), "train")
@@ -99,7 +102,22 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
         words = set(re.split("[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower()))
         tables[next((split for split, named in SPLIT_WORDS.items() if words & named), None)].append(file)
     unnamed = tables.pop(None, [])
+    if own in tables and unnamed:
+        listed = few([str(file.relative_to(folder)) for file in unnamed])
+        out.warn(f"{folder.name}: not read, as the names say no split and others do: {listed}.")
     return dict(tables) if own in tables or not unnamed else {**tables, own: unnamed}
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file holds rows of its own: of what save_to_disk wrote, the files that it lists. `map` and `filter` leave what
+    they made beside them, the same rows again."""
+    state = file.with_name(STATE)
+    if file.suffix.lower() != ".arrow" or not state.is_file():
+        return file.name not in SAVED
+    try:
+        return file.name in [part["filename"] for part in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
 
 
 def open_hub(address: str, revision: str | None, cache_dir: Path | None) -> tuple[Mapping[str, Table], Hub]:

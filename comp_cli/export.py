@@ -106,8 +106,8 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         collate = collator(family, processor, longest, task, model.config)
         pairs = parity.real_pairs(source, task, rounded, collate.seen)
         known = list({id(pair): pair.text for pair in pairs}.values())  # a few pairs come again and again
-        texts = {"cut": collate.count_cut(known), "of": len(known), "at": longest}
-        say_cut("parity", texts, out, "the model takes no more")
+        texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
+        say_cut("parity", texts, out, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")

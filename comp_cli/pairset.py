@@ -10,11 +10,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .cells import BadRow, written
 from .errors import FAILED, REFUSED, USAGE, CompError
 from .output import Output
 from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
 from .rows import (
+    COLUMN_NAMES,
     UNLABELLED,
     Columns,
     Pair,
@@ -29,10 +32,15 @@ from .rows import (
 )
 from .splits import (
     SPLIT_COLUMN,
+    SPLIT_COLUMNS,
     Purpose,
+    Reader,
     SplitColumn,
+    are_splits,
     choose_split,
     find_split_columns,
+    flag_reader,
+    folder_value,
     is_test,
     kind_of,
     split_column,
@@ -41,6 +49,7 @@ from .splits import (
 from .tables import BROKEN, TextTable
 
 SAMPLE = 1_000  # rows that tell which columns there are, and what they hold
+TEXT_SAMPLE = 100_000  # of a local text, where any row may begin a column
 REMOTE_SAMPLE = 100  # of a data set on the hub, whose rows may hold large images
 SHUFFLED_PATHS, SHUFFLED_IMAGES = 100_000, 1_000  # rows in memory while shuffling
 SCALE = "Save them with 8 bits, scaled as you do it for the model; Pillow alone makes them white."
@@ -111,8 +120,6 @@ class PairSet:
     def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
         """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
         said of the texts."""
-        import datasets
-
         table = self.splits[split]
         found = column_types(table, self.name)
         if not found:
@@ -121,7 +128,7 @@ class PairSet:
         columns = replace(columns, split=self._split_column(found))
         read = [name for name in (columns.image, columns.text, columns.label, columns.answer, columns.split) if name]
         read = list(dict.fromkeys(read))
-        sample = list(islice(first_rows(table, found, read, self.name), sample_size(self.roots[split])))
+        sample = list(islice(first_rows(table, found, read, self.name), sample_size(table, self.roots[split])))
         if columns.label and self.columns.label is None:
             if odd := says_match(columns.label, (row.get(columns.label) for row in sample), self.name):
                 told = f"{self.name}: {columns.label} holds {odd}, not match or mismatch; it is not taken for labels."
@@ -130,7 +137,7 @@ class PairSet:
                 columns = replace(columns, label=None)
         held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
         kind = found[columns.image]
-        buffer = SHUFFLED_PATHS if kind is None or kind == datasets.Value("string") else SHUFFLED_IMAGES
+        buffer = SHUFFLED_PATHS if is_string(kind) else SHUFFLED_IMAGES
         if isinstance(table, TextTable):
             return table.shuffled(read, seed, buffer), columns, held
         dataset = chosen_columns(table, found, read)
@@ -199,7 +206,7 @@ class PairSet:
 
     def _other_split(self, value: Any, split: str, purpose: Purpose) -> str | None:
         """Why a row that names another split than the one that is read is left out; None where it is not."""
-        named = split_value(value)
+        named = (self.by_column.reader if self.by_column else split_value)(value)
         if self.by_column:
             inside = named in self.by_column.splits[split]
         else:  # files have splits as well: a row is left out where it contradicts them
@@ -224,7 +231,7 @@ def column_types(table: Table, owner: str) -> dict[str, Any]:
     """The columns of a table and their types; None where they have none, as in a text."""
     if isinstance(table, TextTable):
         found: dict[str, Any] = {}
-        for row in islice(table.rows(), SAMPLE):
+        for row in islice(table.rows(), sample_size(table)):
             found |= row if BROKEN in row else dict.fromkeys(row)
         if (broken := found.pop(BROKEN, None)) and not found:
             problem, place = broken
@@ -244,7 +251,15 @@ def chosen_columns(table: Table, found: Mapping[str, Any], columns: Sequence[str
     for column in columns:
         if names := getattr(found[column], "names", None):  # of a ClassLabel
             table = table.map(_name_label, fn_kwargs={"column": column, "names": names})
+        inner = getattr(found[column], "feature", found[column])  # of a list
+        if (kind := getattr(inner, "dtype", None)) in ("float16", "float32"):
+            table = table.map(_short_floats, fn_kwargs={"column": column, "kind": kind})
     return table
+
+
+def is_string(kind: Any) -> bool:
+    """Whether a column is of texts, by its type; polars and newer pandas have another one for these. None: nobody said."""
+    return kind is None or getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
 
 
 def first_rows(table: Table, found: Mapping[str, Any], columns: Sequence[str], owner: str) -> Iterator[dict[str, Any]]:
@@ -252,8 +267,10 @@ def first_rows(table: Table, found: Mapping[str, Any], columns: Sequence[str], o
     return table.rows(columns) if isinstance(table, TextTable) else _rows(chosen_columns(table, found, columns), owner)
 
 
-def sample_size(root: Root) -> int:
-    return REMOTE_SAMPLE if isinstance(root, Hub) else SAMPLE
+def sample_size(table: Table, root: Root = None) -> int:
+    """How many rows are looked at before any is read."""
+    local = isinstance(table, TextTable) and not any(file.startswith("hf://") for file in table.files)
+    return TEXT_SAMPLE if local else REMOTE_SAMPLE if isinstance(root, Hub) else SAMPLE
 
 
 def is_list(value: Any) -> bool:
@@ -267,26 +284,59 @@ def is_list(value: Any) -> bool:
 def split_by_column(pairs: PairSet) -> PairSet:
     """The pairs with the splits that a column names, where nothing else names any. All rows of a local table are looked at,
     and the first ones of a data set on the hub."""
-    if len(pairs.splits) != 1 or pairs.columns.split == "":
+    named = pairs.columns.split
+    if named == "":
         return pairs
-    ((split, table),) = pairs.splits.items()
-    found = column_types(table, pairs.name)
-    if pairs.columns.split and pairs.columns.split not in found:
-        hint = f"Columns: {', '.join(found)}. Name one with --split-column."
-        raise CompError(f"{pairs.name} has no column {pairs.columns.split!r}.", code=USAGE, hint=hint)
-    used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
-    named = [pairs.columns.split] if pairs.columns.split else [name for name in find_split_columns(found) if name not in used]
-    most = REMOTE_SAMPLE if isinstance(pairs.roots[split], Hub) else None
-    for name in named:
+    if len(pairs.splits) > 1 and not named:
+        return pairs
+    for table in pairs.splits.values():
+        found = column_types(table, pairs.name)
+        if named and named not in found:
+            hint = f"Columns: {', '.join(found)}. Name one with --split-column."
+            raise CompError(f"{pairs.name} has no column {named!r}.", code=USAGE, hint=hint)
+    if len(pairs.splits) > 1:
+        return pairs
+    (root,) = pairs.roots.values()
+    most = REMOTE_SAMPLE if isinstance(root, Hub) else None
+
+    def column(name: str, **options: Any) -> SplitColumn | None:
         rows = islice(first_rows(table, found, [name], pairs.name), most)
-        values = (row[name] for row in rows if BROKEN not in row)
-        certain = bool(pairs.columns.split) or name.lower() == SPLIT_COLUMN
-        if column := split_column(name, values, pairs.wanted, certain):
-            pairs.out.say(f"{pairs.name}: {column}")
-            roots = dict.fromkeys(column.splits, pairs.roots[split])
-            return replace(pairs, splits=dict.fromkeys(column.splits, table), roots=roots, by_column=column)
+        return split_column(name, (row[name] for row in rows if BROKEN not in row), pairs.wanted, **options)
+
+    def split_up(made: SplitColumn) -> PairSet:
+        pairs.out.say(f"{pairs.name}: {made}")
+        return replace(pairs, splits=dict.fromkeys(made.splits, table), roots=dict.fromkeys(made.splits, root), by_column=made)
+
+    used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
+    for name in [named] if named else [name for name in find_split_columns(found) if name not in used]:
+        if made := column(name, certain=bool(named) or name.lower() == SPLIT_COLUMN):
+            return split_up(made)
         pairs.out.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
+    if not named and isinstance(root, Path):
+        for name, reader in other_split_columns(pairs, table, found):
+            made = column(name, reader=reader)
+            if made and (len(made.splits) > 1 or (flag_reader(name) and "test" in made.splits)):
+                return split_up(made)
     return pairs
+
+
+def other_split_columns(pairs: PairSet, table: Table, found: Mapping[str, Any]) -> list[tuple[str, Reader]]:
+    """Columns of a local table that name splits though none is called so, as far as its first rows tell: flags such as is_test,
+    a few words again and again, or the folders of the images, where a text has no split of its own by its name."""
+    from datasets import ClassLabel
+
+    roles = {name for names in COLUMN_NAMES.values() for name in names} | set(vars(pairs.columns).values())
+    texts = [name for name, kind in found.items() if is_string(kind) or isinstance(kind, ClassLabel)]
+    rest = [name for name in found if not {name, name.lower()} & roles]
+    flags = [(name, reader) for name in rest if (reader := flag_reader(name))]
+    images = [name for name in texts if name == pairs.columns.image or name.lower() in COLUMN_NAMES["image"]]
+    if not isinstance(table, TextTable) or any(kind_of(Path(file).stem) for file in table.files):
+        images = []
+    likely = [name for name in rest if name in texts and not flag_reader(name) and name.lower() not in SPLIT_COLUMNS]
+    sample = [row for row in islice(first_rows(table, found, [*likely, *images], pairs.name), SAMPLE) if BROKEN not in row]
+    words = [(name, split_value) for name in likely if are_splits([row[name] for row in sample])]
+    folders = [name for name in images if sample and all(kind_of(folder_value(row[name])) for row in sample)]
+    return flags + words + [(name, folder_value) for name in folders]
 
 
 def unreadable(owner: str, error: Exception) -> CompError:
@@ -322,3 +372,13 @@ def _name_label(row: dict[str, Any], column: str, names: Sequence[str]) -> dict[
     """A class of a label column by its name; None for -1, which stands for no label."""
     index = row[column]
     return {column: names[index] if index is not None and index >= 0 else None}
+
+
+def _short_floats(row: dict[str, Any], column: str, kind: str) -> dict[str, Any]:
+    """Numbers of fewer than 64 bits as they are written: 0.1, where Python makes 0.10000000149011612 of it."""
+
+    def short(value: float | None) -> float | None:
+        return value if value is None else float(str(np.dtype(kind).type(value)))
+
+    value = row[column]
+    return {column: list(map(short, value)) if isinstance(value, list) else short(value)}

@@ -258,7 +258,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
-    say_cut("evaluation", texts, out, "the model takes no more")
+    say_cut("evaluation", texts, out, dense.longest)
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in models.items():
             begin = time.perf_counter()

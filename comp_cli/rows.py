@@ -159,8 +159,8 @@ def every(pair: Pair) -> bool:
 def read_rows(
     rows: Iterable[Mapping[str, Any]], columns: Columns, root: Root, limit: int, tally: Tally, takes: Takes = every
 ) -> Iterator[Pair]:
-    """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them end the
-    reading."""
+    """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them, and more than
+    half of all, end the reading."""
     for row in rows:
         tally.looked += 1
         try:
@@ -174,7 +174,7 @@ def read_rows(
             elif tally.given < limit:
                 tally.given += 1
                 yield pair
-        if tally.given >= limit or tally.skipped > limit:
+        if tally.given >= limit or tally.skipped > max(limit, tally.looked // 2):
             return
 
 

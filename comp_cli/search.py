@@ -65,7 +65,7 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
-    say_cut("calibration", texts, out)
+    say_cut("calibration", texts, out, dense.longest)
     if method.removes("tokens"):
         say_if_short(dense, batches, out)
     if journal:

@@ -182,8 +182,10 @@ def read_lines(stream: TextIO, name: str) -> Iterator[Row]:
             yield broken("line that is nested too deeply", lines.number)
         except UnicodeError:
             raise
-        except ValueError:
+        except json.JSONDecodeError:
             yield broken("line that is no JSON", lines.number)
+        except ValueError as error:
+            yield broken(f"line with {error}", lines.number)
         else:
             yield record if isinstance(record, dict) else broken("line that is no record", lines.number)
 

@@ -4,6 +4,7 @@ A task puts questions to a set of samples: rows of logits over candidates, and w
 an image and a text match is one question for each pair; retrieval asks each image for its texts and each text for its image.
 """
 
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,7 +342,8 @@ def firsts(labels: Tensor) -> Tensor:
 
 
 def text_number(text: str) -> int:
-    return zlib.crc32(text.encode())
+    """Texts that differ in capitals, space or the way letters are put together only are one, as for most tokenizers."""
+    return zlib.crc32(" ".join(unicodedata.normalize("NFC", text).casefold().split()).encode())
 
 
 def belonging(labels: Tensor) -> Tensor:

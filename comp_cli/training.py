@@ -210,7 +210,7 @@ class Trainer:
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
         self.accelerator.end_training()
-        say_cut("fine-tuning", self.texts, out)
+        say_cut("fine-tuning", self.texts, out, self.dense.longest)
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
     # Both ------------------------------------------------------------------------------------------------------------

@@ -49,10 +49,14 @@ class Dense:
         return collator(self.family, self.processor, longest, self.task, self.hf_config)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the model takes."""
+        return longest_text(self.hf_config.to_dict(), self.family, self.processor)
+
+    @property
     def collate_whole(self) -> data.Collator:
         """The same, of texts as long as the model takes, which is what it will be fed."""
-        longest = longest_text(self.hf_config.to_dict(), self.family, self.processor)
-        return collator(self.family, self.processor, longest, self.task, self.hf_config)
+        return collator(self.family, self.processor, self.longest, self.task, self.hf_config)
 
     def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
         """Noise that the model takes; see `data.random_inputs`."""
@@ -266,7 +270,8 @@ def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
     return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
 
 
-def say_cut(purpose: str, texts: Mapping[str, int], out: Output, more: str = "--text-tokens takes more") -> None:
-    """A warning where texts were cut."""
+def say_cut(purpose: str, texts: Mapping[str, int], out: Output, most: int) -> None:
+    """A warning where texts were cut; `most`: tokens that the model takes."""
     if texts["cut"]:
+        more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"
         out.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")

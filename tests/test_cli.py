@@ -32,6 +32,15 @@ def compact(tiny_folder, tmp_path_factory):
     return folder
 
 
+def test_export_takes_every_column_that_its_data_may_need(compact, tmp_path):
+    """Each name reaches the table: one that is not there is refused, before any graph is made."""
+    (tmp_path / "pairs.csv").write_text("image,text\n0.png,a\n")
+    for role in ("image", "text", "answer", "split"):
+        given = ("--data", tmp_path / "pairs.csv", f"--{role}-column", f"my {role}")
+        result = comp("export", compact, "--onnx", "-o", tmp_path / "served", *given)
+        assert result.exit_code == 2 and f"no column 'my {role}'" in result.output
+
+
 # The main job --------------------------------------------------------------------------------------------------------
 
 

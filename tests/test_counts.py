@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import WORDS, table
+from tiny import WORDS, table, write
 
 from comp_cli import export, workbench
 from comp_cli.analyze import analyze
@@ -140,6 +140,16 @@ def test_analyze_counts_too(tiny_folder, data):
     document = analyze(str(tiny_folder), (out := Output("quiet")), data=data, **sizes)
     assert document["pairs"]["calibration"]["pairs"] == 4 and document["texts"]["at"] == 8
     assert any(line.startswith("calibration: ") and "cut at 8 tokens" in line for line in out.warnings)
+
+
+def test_a_question_and_its_answer_that_are_cut_count_once(tmp_path, capsys):
+    """And what the model takes no more of is not put down to --text-tokens."""
+    place = write("blip-vqa", tmp_path / "asked")
+    data = DataOptions(table(tmp_path, question=lambda number: TOO_LONG, answer=lambda number: TOO_LONG))
+    sizes = {"num_samples": 4, "batch_size": 3, "text_tokens": 24, "score_rows": 0, "device": "cpu", "seed": 0}
+    document = analyze(str(place), (out := Output("quiet")), data=data, **sizes)
+    assert document["texts"] == {"cut": 4, "of": 4, "at": 24}
+    assert "calibration: 4 of 4 texts are cut at 24 tokens (the model takes no more)." in out.warnings
 
 
 def test_training_counts_texts_that_are_cut(tiny_folder, data, tmp_path):

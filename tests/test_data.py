@@ -313,12 +313,12 @@ def test_no_text_column(folder):
     assert "--text-column" in refused(USAGE, path).hint
 
 
-@pytest.mark.parametrize("value", [1, 1.0, "1", True, "true", " Match", "yes", "matched"])
+@pytest.mark.parametrize("value", [1, 1.0, "1", True, "true", "T", " Match", "yes", "y", "matched"])
 def test_labels_that_say_match(value):
     assert read_label(value) == 1
 
 
-@pytest.mark.parametrize("value", [0, 0.0, "0", False, "False", "mismatch", "no"])
+@pytest.mark.parametrize("value", [0, 0.0, "0", False, "False", "F", "mismatch", "no", "N"])
 def test_labels_that_say_mismatch(value):
     assert read_label(value) == 0
 

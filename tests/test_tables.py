@@ -121,7 +121,21 @@ def test_parquet_columns_of_numbers_and_truth_values(folder):
     assert {pair.text: pair.answer for pair in pairs} == {str(n): "true" if n % 2 == 0 else "false" for n in range(COUNT)}
 
 
-@pytest.mark.parametrize("text", ["[a dog]", "[1, 2]", "[0, 1)", "{a dog}", "a [b]", "[removed]", "[5]", "[true, false]"])
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_numbers_of_fewer_bits_stay_what_they_were(folder, kind):
+    """Python makes 0.10000000149011612 of the 0.1 of a float32."""
+    columns = {"image": [f"{n}.png" for n in range(COUNT)], "question": ["how much"] * COUNT, "answer": [0.1, 2.0, None] * 8}
+    made = datasets.Dataset.from_dict(columns).cast_column("answer", datasets.Value(kind))
+    made.to_parquet(folder / "short.parquet")
+    assert {pair.answers for pair in whole(folder / "short.parquet")} == {("0.1",), ("2",), ()}
+    lists = datasets.Dataset.from_dict(columns | {"answer": [[0.1, None, 2.0]] * COUNT})
+    lists.cast_column("answer", datasets.List(datasets.Value(kind))).to_parquet(folder / "short.parquet")
+    assert {pair.answers for pair in whole(folder / "short.parquet")} == {("0.1", "2")}
+
+
+@pytest.mark.parametrize(
+    "text", ["[a dog]", "[1, 2]", "[0, 1)", "{a dog}", "a [b]", "[removed]", "[5]", "[true, false]", "[[0, 0], [4, 4]]"]
+)
 def test_words_in_brackets_are_no_list(text):
     assert written(text) == text and read_texts(text) == [text] and read_answers(text) == (text,)
 
@@ -131,7 +145,7 @@ def test_words_in_brackets_are_no_list(text):
     [
         '["a dog", "it\'s"]',
         """['a dog', "it's"]""",
-        """('a dog', "it's")""".replace("(", "[").replace(")", "]"),
+        """('a dog', "it's")""",
         '[["a dog"], ["it\'s"]]',
         ' [ "a dog" , null, "", "it\'s" ]\n',
     ],
@@ -142,6 +156,18 @@ def test_a_list_that_is_written_as_a_text_is_a_list(folder, cell):
     pairs = whole(table(folder / "lists.csv", {"text": [cell]}), out=(out := Output("quiet")))
     assert len(pairs) == 2 * COUNT and {pair.text for pair in pairs} == {"a dog", "it's"}
     assert not out.warnings
+
+
+@pytest.mark.parametrize("cell", ['["two", 2, true, 0.5]', '[2, "two"]', "['two', 2]"])
+def test_a_list_of_texts_and_numbers_is_a_list(cell):
+    """As people answer: one writes a word, the next one a number."""
+    texts = [part.strip("\"' ") for part in cell[1:-1].split(",")]
+    assert read_texts(cell) == texts and read_answers(cell) == tuple(texts)
+
+
+@pytest.mark.parametrize("cell", ["('a dog')", '("Untitled", 1959)', '("a" "b")', "('tis a dog)", "(a, b)"])
+def test_words_in_parentheses_are_no_list(cell):
+    assert read_texts(cell) == [cell]
 
 
 @pytest.mark.parametrize("cell", ["['a dog' 'a cat']", "['a dog'\n 'a cat']", '["a dog", "a', '["a" b]', "['a', f('b')]"])
@@ -238,6 +264,73 @@ def test_a_split_column_of_something_else(folder):
     assert "no column 'part'" in refused(USAGE, path, columns=Columns(split="part")).message
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("Usage", ["Training", "PrivateTest"]),
+        ("mode", ["train", "test"]),
+        ("is_test", ["0", "1"]),
+        ("isTest", ["false", "True"]),
+        ("is_train", ["yes", "no"]),
+        ("is_val", ["0", "1"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_column_that_names_splits_is_honoured_whatever_its_name(folder, name, values, suffix):
+    path = table(folder / "any_name.csv", {"text": ["first", "second"], name: values})
+    if suffix == ".parquet":
+        path = path.with_suffix(suffix)
+        cells = {"text": ["first", "second"] * (COUNT // 2), name: values * (COUNT // 2)}
+        made = datasets.Dataset.from_dict({"image": [f"{n}.png" for n in range(COUNT)]} | cells)
+        made.cast_column(name, datasets.Value("large_string")).to_parquet(path)  # as polars writes it
+    assert splits_of(path) == [["first"], ["second"]]
+    assert len(whole(path, columns=Columns(split=""))) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mode", ["train"]),
+        ("mode", ["train", "blue"]),
+        ("is_red", ["0", "1"]),
+        ("is_valid", ["0", "1"]),
+        ("title", ["test drive", "train"]),
+    ],
+)
+def test_a_column_that_says_something_else_makes_no_splits(folder, name, values):
+    assert len(whole(table(folder / "no_splits.csv", {"text": ["a"], name: values}))) == COUNT
+
+
+def test_a_column_of_which_only_some_values_are_splits_is_asked_about_where_it_may_hold_test_data(folder):
+    path = table(folder / "some.csv", {"text": ["a"], "subset": ["train", "test", "unused"]})
+    assert "--split-column subset" in refused(USAGE, path).hint
+    assert len(whole(path, columns=Columns(split=""))) == COUNT
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_folders_of_images_are_splits_where_nothing_else_names_any(folder, tmp_path, suffix):
+    """An imagefolder with one metadata file for all, as `datasets` reads it too."""
+    names = ["test" if n % 3 == 0 else "train" for n in range(COUNT)]
+    for number, split in enumerate(names):
+        (tmp_path / split).mkdir(exist_ok=True)
+        os.link(folder / f"{number}.png", tmp_path / split / f"{number}.png")
+    records = [{"file_name": f"{split}/{n}.png", "text": split} for n, split in enumerate(names)]
+    if suffix == ".csv":
+        lines = ["file_name,text", *(",".join(record.values()) for record in records)]
+    else:
+        lines = list(map(json.dumps, records))
+    (tmp_path / f"metadata{suffix}").write_text("\n".join(lines) + "\n")
+    assert splits_of(tmp_path) == [["train"], ["test"]]
+    (tmp_path / f"metadata{suffix}").rename(tmp_path / f"train{suffix}")
+    assert splits_of(tmp_path / f"train{suffix}") == [["test", "train"], ["test", "train"]]
+
+
+def test_a_split_column_that_is_not_there_is_refused_beside_splits_of_files(folder, tmp_path):
+    for name in ("train.csv", "val.csv"):
+        table(tmp_path / name, {"text": ["a"]})
+    assert "no column 'part'" in refused(USAGE, tmp_path, columns=Columns(split="part")).message
+
+
 def test_a_row_that_contradicts_the_split_of_its_file_is_left_out(folder, tmp_path):
     for number in range(COUNT):
         os.link(folder / f"{number}.png", tmp_path / f"{number}.png")
@@ -252,6 +345,27 @@ def test_kinds_of_splits_by_their_words():
     }
     train, validation, test = "train", "validation", "test"
     assert list(found.values()) == [train, train, validation, validation, test, test, test, None]
+
+
+def test_tables_that_are_not_read_beside_those_of_splits_are_named(folder, tmp_path):
+    for number in range(COUNT):
+        os.link(folder / f"{number}.png", tmp_path / f"{number}.png")
+    for name in ("train.csv", "more.csv"):
+        table(tmp_path / name, {"text": [name]})
+    pairs = whole(tmp_path, out=(out := Output("quiet")))
+    assert {pair.text for pair in pairs} == {"train.csv"} and len(pairs) == COUNT
+    assert all("not read" in said and said.endswith(": more.csv.") for said in out.warnings) and out.warnings
+
+
+def test_what_map_and_filter_leave_in_a_saved_data_set_is_not_read(folder, tmp_path):
+    """`datasets` keeps their results in the folder that it loaded: the same rows again, changed."""
+    rows = {"image": [str(folder / f"{n}.png") for n in range(COUNT)], "text": [f"as saved {n}" for n in range(COUNT)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.map(lambda row: {"text": "changed"}).filter(lambda row: False)
+    saved.filter(lambda row: row["text"] < "as saved 3")
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    assert [pair.text for pair in whole(tmp_path / "saved")] == sorted(rows["text"])
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
@@ -283,6 +397,13 @@ def test_a_late_row_that_is_no_label_is_a_counted_bad_row(folder):
     assert "no match or mismatch as label" in refused(REFUSED, path).message
 
 
+def test_a_column_that_begins_in_a_late_row_is_a_column(tmp_path):
+    """The first thousand rows of a JSON text do not have it."""
+    rows = [{"image": "no.png", "text": "a"} | ({"match": number % 2} if number >= 1_500 else {}) for number in range(2_000)]
+    (tmp_path / "late.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "as label" in refused(REFUSED, tmp_path / "late.jsonl").message
+
+
 def test_a_name_that_says_match_goes_before_label(folder):
     path = table(folder / "both.csv", {"text": ["a"], "label": ["cat", "dog"], "match": ["1", "0"]})
     assert {pair.label for pair in whole(path)} == {0, 1}
@@ -296,6 +417,15 @@ def test_mismatches_that_a_task_has_no_use_for_are_counted(folder):
     found = list(pairs.read("calibration", 100, 0, TASKS["retrieval"].takes))
     left_out = pairs.counts()["calibration"]["left_out"]["labelled as mismatches"]
     assert f"{left_out} of {left_out + len(found)} pairs are labelled as mismatches and are not used" in out.warnings[0]
+
+
+def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
+    """Fewer pairs are said to be there only where fewer are there: here one row in three is bad, and one makes a pair."""
+    from comp_cli.tasks import TASKS
+
+    path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
+    pairs = opened(path, out=Output("quiet"))
+    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].takes))) == 4
 
 
 # One image -----------------------------------------------------------------------------------------------------------
@@ -375,6 +505,7 @@ BAD_LINES = {
     "wide.jsonl": GOOD + '{"image": "0.png", "text": "' + "x" * 2**24 + '"}\n',
     "nul.jsonl": GOOD + '{"image": "0.png", "text": "a\0b"}\n',
     "list.jsonl": GOOD + "[1]\n",
+    "twice.jsonl": GOOD + '{"image": "0.png", "text": "a", "text": "b"}\n',
     "more.csv": GOOD_CSV + "0.png,a,b\n",
     "fewer.csv": GOOD_CSV + "0.png\n",
     "quoted.csv": GOOD_CSV + '0.png,"a "b" c"\n',

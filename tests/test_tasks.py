@@ -7,7 +7,7 @@ import torch
 
 from comp_cli import tasks
 from comp_cli.data import Pair
-from comp_cli.tasks import TASKS, Question
+from comp_cli.tasks import TASKS, Question, text_number
 
 
 def test_a_question_of_one_right_answer_is_cross_entropy():
@@ -59,6 +59,12 @@ def test_a_text_that_several_images_have_is_right_for_each():
     assert task.shared(labels) == 2 and task.shared(None) == 0
     images = torch.tensor([[1.0, 0], [1, 0], [1, 0.01], [0, 1]])  # nearest to "dog" is the second image, in a miss of old
     assert task.metrics(task.questions((images, images, torch.ones(4)), labels))["text to image recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("other", ["A dog", " a  dog ", "a\ndog", "caf\u00e9", "cafe\u0301"])
+def test_texts_that_tokenizers_read_alike_are_one_text(other):
+    first = "caf\u00e9" if "caf" in other else "a dog"
+    assert text_number(other) == text_number(first) != text_number("a dog.")
 
 
 def test_zero_shot_chooses_among_the_classes_that_occur(read):
