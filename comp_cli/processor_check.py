@@ -49,7 +49,16 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
     if "pixel_values" in family.inputs:
         check_images(getattr(processor, "image_processor", processor), towers["vision"]["image_size"], folder)
     if "input_ids" in family.inputs:
-        check_texts(getattr(processor, "tokenizer", processor), towers["language"]["vocab_size"], folder)
+        tokenizer, text = getattr(processor, "tokenizer", processor), towers["language"]
+        check_texts(tokenizer, text["vocab_size"], folder)
+        if family.tower("language").text_end:
+            check_end(tokenizer, text["eos_token_id"], folder)
+    if family.decoder:
+        for name in (family.decoder.begin, family.decoder.end):
+            token, words = config["text_config"][name], config["text_config"]["vocab_size"]
+            if not (type(token) is int and 0 <= token < words):
+                said = f"config.json: text_config.{name} is {shown(token)}; expected a token from 0 to {words - 1}"
+                raise _refused(folder, said)
 
 
 def check_images(images: Any, side: int, folder: Path) -> None:
@@ -96,6 +105,15 @@ def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
     tokens = len(tokenizer)
     if tokens > vocabulary:
         raise _refused(folder, f"the tokenizer has {tokens} tokens, the model {vocabulary}")
+
+
+def check_end(tokenizer: Any, end: Any, folder: Path) -> None:
+    """Exit 4 where texts do not end with the token that the model reads them at: it would read all of them at their first one.
+    end: `eos_token_id` of the config; 2 stands for the highest id of a text (see modeling_comp.EndOfText)."""
+    ids = tokenizer(["a"])["input_ids"][0]
+    if end != 2 and end not in ids[1:]:
+        said = f"the tokenizer makes {ids} of 'a', which has no end: config.json says eos_token_id {shown(end)}"
+        raise _refused(folder, said, "The model reads a text at its end. Take the tokenizer and config.json of one model.")
 
 
 def _refused(folder: Path, said: str, hint: str = "config.json, weights and processor files must fit.") -> CompError:
