@@ -51,6 +51,9 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
     if "input_ids" in family.inputs:
         tokenizer, text = getattr(processor, "tokenizer", processor), towers["language"]
         check_texts(tokenizer, text["vocab_size"], folder)
+        if family.padding == "longest" and tokenizer.padding_side != "right":
+            hint = 'The model counts places from the first token. Set "padding_side": "right" in tokenizer_config.json.'
+            raise _refused(folder, f"the tokenizer pads texts on the {tokenizer.padding_side}", hint)
         if family.tower("language").text_end:
             check_end(tokenizer, text["eos_token_id"], folder)
     if family.decoder:
@@ -83,12 +86,12 @@ def check_images(images: Any, side: int, folder: Path) -> None:
                     folder, f"the image processor's {name} is {shown(value)}; expected finite numbers above {least:g}"
                 )
     try:
-        made = images(images=[Image.new("RGB", (32, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
+        made = images(images=[Image.new("RGB", (48, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise _refused(folder, f"the image processor fails on a plain picture ({shown(reason[0])})") from error
     if tuple(made.shape) != (1, 3, side, side):
-        said = f"the image processor makes pictures of {tuple(made.shape[1:])}, the model takes {(3, side, side)}"
+        said = f"the image processor makes {tuple(made.shape[1:])} of 48 x 32 pixels, the model takes {(3, side, side)} of any"
         raise _refused(folder, said)
     if not torch.isfinite(made).all():
         raise _refused(folder, "the image processor makes values of a plain picture that are not finite")
