@@ -1,3 +1,10 @@
-from .main import run_module
+"""`python -m comp_cli`, which puts the current folder first on the path: what lies there is no library."""
 
-run_module()
+import sys
+
+if not sys.flags.safe_path:
+    del sys.path[0]  # before anything more is imported
+
+from .main import run  # noqa: E402
+
+run()

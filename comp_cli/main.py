@@ -1,7 +1,6 @@
 """Where a process begins: signals and streams first, so that also an early end is an orderly one."""
 
 import os
-import sys
 
 from . import signals, streams
 
@@ -19,10 +18,3 @@ def run() -> None:
         end_early(end)
     else:
         run_command(has_stdout)
-
-
-def run_module() -> None:
-    """`python -m comp_cli`, which puts the current folder first on the path: what lies there is no library."""
-    if not sys.flags.safe_path:
-        del sys.path[0]
-    run()

@@ -49,7 +49,19 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
     if "pixel_values" in family.inputs:
         check_images(getattr(processor, "image_processor", processor), towers["vision"]["image_size"], folder)
     if "input_ids" in family.inputs:
-        check_texts(getattr(processor, "tokenizer", processor), towers["language"]["vocab_size"], folder)
+        tokenizer, text = getattr(processor, "tokenizer", processor), towers["language"]
+        check_texts(tokenizer, text["vocab_size"], folder)
+        if family.padding == "longest" and tokenizer.padding_side != "right":
+            hint = 'The model counts places from the first token. Set "padding_side": "right" in tokenizer_config.json.'
+            raise _refused(folder, f"the tokenizer pads texts on the {tokenizer.padding_side}", hint)
+        if family.tower("language").text_end:
+            check_end(tokenizer, text["eos_token_id"], folder)
+    if family.decoder:
+        for name in (family.decoder.begin, family.decoder.end):
+            token, words = config["text_config"][name], config["text_config"]["vocab_size"]
+            if not (type(token) is int and 0 <= token < words):
+                said = f"config.json: text_config.{name} is {shown(token)}; expected a token from 0 to {words - 1}"
+                raise _refused(folder, said)
 
 
 def check_images(images: Any, side: int, folder: Path) -> None:
@@ -74,12 +86,12 @@ def check_images(images: Any, side: int, folder: Path) -> None:
                     folder, f"the image processor's {name} is {shown(value)}; expected finite numbers above {least:g}"
                 )
     try:
-        made = images(images=[Image.new("RGB", (32, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
+        made = images(images=[Image.new("RGB", (48, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise _refused(folder, f"the image processor fails on a plain picture ({shown(reason[0])})") from error
     if tuple(made.shape) != (1, 3, side, side):
-        said = f"the image processor makes pictures of {tuple(made.shape[1:])}, the model takes {(3, side, side)}"
+        said = f"the image processor makes {tuple(made.shape[1:])} of 48 x 32 pixels, the model takes {(3, side, side)} of any"
         raise _refused(folder, said)
     if not torch.isfinite(made).all():
         raise _refused(folder, "the image processor makes values of a plain picture that are not finite")
@@ -96,6 +108,15 @@ def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
     tokens = len(tokenizer)
     if tokens > vocabulary:
         raise _refused(folder, f"the tokenizer has {tokens} tokens, the model {vocabulary}")
+
+
+def check_end(tokenizer: Any, end: Any, folder: Path) -> None:
+    """Exit 4 where texts do not end with the token that the model reads them at: it would read all of them at their first one.
+    end: `eos_token_id` of the config; 2 stands for the highest id of a text (see modeling_comp.EndOfText)."""
+    ids = tokenizer(["a"])["input_ids"][0]
+    if end != 2 and end not in ids[1:]:
+        said = f"the tokenizer makes {ids} of 'a', which has no end: config.json says eos_token_id {shown(end)}"
+        raise _refused(folder, said, "The model reads a text at its end. Take the tokenizer and config.json of one model.")
 
 
 def _refused(folder: Path, said: str, hint: str = "config.json, weights and processor files must fit.") -> CompError:

@@ -305,6 +305,35 @@ def test_the_length_of_texts(tiny_folder, tmp_path, length):
     assert opened(folder).reference.tokens["language"] <= 24  # without a limit of the tokenizer that of the model counts
 
 
+@pytest.mark.parametrize("family", ["blip", "clip"])
+def test_padding_in_front_of_texts_would_move_their_places(family, tmp_path):
+    folder = tiny.write(family, tmp_path / "left")
+    edit(folder / "tokenizer_config.json", lambda found: found.update(padding_side="left"))
+    assert "pads texts on the left" in refusal(loading.load_processor, folder).message
+
+
+def test_pictures_that_are_not_square_become_so(tmp_path):
+    """Without the crop a processor with one edge fits square pictures only, and no two others make a batch."""
+    folder = tiny.write("clip", tmp_path / "edge")
+    edit(folder / "processor_config.json", lambda found: found["image_processor"].update(do_center_crop=False))
+    assert "(3, 48, 72) of 48 x 32 pixels" in refusal(loading.load_processor, folder).message
+
+
+@pytest.mark.parametrize("end", [23, 49407])
+def test_texts_that_do_not_end_where_the_model_reads_them(tmp_path, end):
+    """The stock model would read all of them at their first token, and say the same of each."""
+    folder = tiny.write("clip", tmp_path / "end")
+    edit(folder / "config.json", lambda found: found["text_config"].update(eos_token_id=end))
+    assert f"eos_token_id {end}" in refusal(loading.load_processor, folder).message
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "sep_token_id"])
+def test_texts_begin_and_end_with_words_of_the_model(tmp_path, name):
+    folder = tiny.write("blip-caption", tmp_path / "begin")
+    edit(folder / "config.json", lambda found: found["text_config"].update({name: 30522}))
+    assert f"text_config.{name} is 30522" in refusal(loading.load_processor, folder).message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "1e-5"])
 @pytest.mark.parametrize("part", ["vision_config", "text_config"])
 def test_numbers_of_a_config_are_numbers(tiny_folder, tmp_path, part, value):

@@ -356,7 +356,7 @@ def test_no_code_of_the_current_folder_is_run_by_bench_and_its_child(name, tmp_p
 
 
 def test_python_m_comp_cli_runs_no_code_of_the_current_folder(tmp_path):
-    for name in ("typer", "rich", "torch", "numpy", "json"):
+    for name in ("typer", "rich", "torch", "numpy", "json", "pathlib", "signal", "threading"):
         (tmp_path / f"{name}.py").write_text("import os; os._exit(7)")
     done = comp("analyze", "nowhere/at/all", "--json", cwd=tmp_path)
     assert done.returncode == 2 and json.loads(done.stdout)["error"]["code"] == 2, done.stderr
