@@ -3,9 +3,11 @@ library to be whole: one that is missing or broken is a finding."""
 
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,9 @@ Problem = dict[str, str]  # what would fail, and why
 
 def environment(out: Output) -> dict[str, Any]:
     """The report of `comp env`; prints its tables. It never fails: what does not work is among its "problems"."""
-    packages, problems = read_packages()
-    problems += read_tested()
-    devices, found = read_devices()
-    problems += found
-    providers, found = read_providers()
-    problems += found
-    cache, found = read_cache()
-    problems += found
+    readers = (read_packages, {}), (read_tested, None), (read_devices, []), (read_providers, []), (read_cache, {})
+    (packages, _, devices, providers, cache), found = zip(*(look(*reader) for reader in readers), strict=True)
+    problems = [problem for part in found for problem in part]
     document = {
         "comp_version": __version__,
         "python": platform.python_version(),
@@ -48,11 +45,19 @@ def environment(out: Output) -> dict[str, Any]:
         "devices": devices,
         "providers": providers,
         "cache": cache,
-        "variables": {name: "(set)" if name in SECRETS else os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        "variables": {name: _told(name) for name in VARIABLES if os.environ.get(name)},
         "problems": problems,
     }
     print_environment(document, out)
     return document
+
+
+def look(read: Callable[[], tuple[Any, list[Problem]]], nothing: Any) -> tuple[Any, list[Problem]]:
+    """What a reader found, with its problems; `nothing` where it stumbles: half an installation fails in its own ways."""
+    try:
+        return read()
+    except Exception as error:
+        return nothing, [{"what": "unknown", "why": f"{read.__name__.replace('_', ' ')} failed: {_sentence(error)}"}]
 
 
 def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
@@ -73,7 +78,7 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
         what = EXTRAS.get(uses[0], "everything")
         if version is None:
             problems.append({"what": what, "why": f"{requirement.name} is not installed"})
-        elif not requirement.specifier.contains(version, prereleases=True):
+        elif not _fits(requirement, version):
             problems.append(
                 {"what": what, "why": f"{requirement.name} {version} is installed, needed is {requirement.specifier}"}
             )
@@ -83,18 +88,18 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
     return versions, problems
 
 
-def read_tested() -> list[Problem]:
+def read_tested() -> tuple[None, list[Problem]]:
     """Whether transformers is of a release that the runtime of compact models was tested with."""
     transformers, problem = _import("transformers")
     if transformers is None:
-        return [problem]
+        return None, [problem]
     runtime, problem = _import("comp_cli.modeling_comp")
     if runtime is None:
-        return [problem]
+        return None, [problem]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runtime.warn_if_untested.__wrapped__()
-    return [{"what": "compact models, perhaps", "why": str(warning.message)} for warning in caught]
+    return None, [{"what": "compact models, perhaps", "why": str(warning.message)} for warning in caught]
 
 
 def _version(name: str) -> str | None:
@@ -102,6 +107,14 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _fits(requirement: Any, version: str) -> bool:
+    """False also for a version that is none."""
+    try:
+        return requirement.specifier.contains(version, prereleases=True)
+    except ValueError:
+        return False
 
 
 def read_devices() -> tuple[list[dict[str, Any]], list[Problem]]:
@@ -151,7 +164,9 @@ def read_cache() -> tuple[dict[str, Any], list[Problem]]:
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     problems = []
-    if not os.access(there, os.W_OK):
+    if not there.is_dir():
+        problems.append({"what": "downloads", "why": f"{there} is no folder; --cache-dir names another place"})
+    elif not os.access(there, os.W_OK):
         problems.append({"what": "downloads", "why": f"{there} cannot be written; --cache-dir names another place"})
     elif free < LITTLE_SPACE:
         problems.append({"what": "downloads", "why": f"{mib(free)} are free at {there}; --cache-dir names another disk"})
@@ -164,6 +179,11 @@ def _import(name: str) -> tuple[Any, Problem | None]:
         return import_module(name), None
     except Exception as error:
         return None, {"what": "everything", "why": f"{name} cannot be imported: {_sentence(error)}"}
+
+
+def _told(name: str) -> str:
+    """An environment variable, without what is nobody's business: tokens, and names and passwords in addresses."""
+    return "(set)" if name in SECRETS else re.sub("//[^/@]*@", "//(set)@", os.environ[name])
 
 
 def _sentence(error: Exception) -> str:

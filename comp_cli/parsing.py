@@ -1,10 +1,12 @@
 """What the parser refuses for every command and option, and the document that says so where one was asked for."""
 
+import io
 import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import typer
@@ -14,15 +16,23 @@ from .errors import FAILED, CompError
 from .output import MODES, Output
 from .streams import wants_json
 
+EMPTY_IS_NONE = ("--label-column", "--answer-column", "--split-column")  # options whose value '' says: there is none
+SHORT = ("-o",)  # options of one letter with a value, which for the parser would begin with the =
+
 
 class Command(TyperCommand):
     """A command whose words are text, whose numbers are finite, and whose mode of output is one. Exit 2 otherwise."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for before, word in zip(["", *args], args, strict=False):
-            name = word.partition("=")[0] if word.startswith("--") and word.endswith("=") else before
+            name, attached, value = word.partition("=")
+            if attached and name in SHORT:
+                said = f"{word}: the value of {name} stands behind a space: {name} {value or 'FOLDER'}."
+                raise typer.BadParameter(said, ctx=ctx)
+            if not (attached and name.startswith("--")):
+                name, value = before, word
             about = name if name.startswith("-") else "an argument"
-            if not word or name != before:
+            if not value and name not in EMPTY_IS_NONE:
                 raise typer.BadParameter(f"{about} is empty.", ctx=ctx)
             if "\0" in word:
                 raise typer.BadParameter(f"{about} holds a zero byte.", ctx=ctx)
@@ -31,6 +41,14 @@ class Command(TyperCommand):
             except UnicodeEncodeError:
                 raise typer.BadParameter(f"{about} is not valid UTF-8: {word!r}.", ctx=ctx) from None
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """In a document where one was asked for."""
+        if not Commands.tells_document:
+            return super().format_help(ctx, formatter)
+        with redirect_stdout(io.StringIO()) as said:
+            super().format_help(ctx, formatter)
+        Output("json").result({"help": said.getvalue()})
 
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:
@@ -44,14 +62,16 @@ class Command(TyperCommand):
 class Commands(TyperGroup):
     """All commands. An end that no command has told gets its document here."""
 
+    tells_document = False  # whether the command line asks for one
+
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         Output.spoke, Output.command = False, shlex.join(["comp", *words])
+        Commands.tells_document = os.environ.get("RANK", "0") == "0" and wants_json(words)
         try:
             return super().main(args, *rest, **options)
         except SystemExit as end:
-            untold = end.code and not Output.spoke and os.environ.get("RANK", "0") == "0"
-            if untold and wants_json(words):
+            if Commands.tells_document and end.code and not Output.spoke:
                 Output("json").error(_refusal(end), say=False)
             raise
 

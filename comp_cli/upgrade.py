@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from . import __version__, modeling_comp, signals
 from .checkpoint import auto_map, file_facts, runtime
-from .errors import REFUSED, CompError, is_full
+from .errors import REFUSED, USAGE, CompError, is_full
 from .families import find_architecture
 from .loading import load_model
 from .output import Output
@@ -25,7 +26,7 @@ def upgrade(folder: Path, out: Output) -> dict[str, Any]:
     other files stay as they are. Returns what changed, {"changed": {what: how}}; nothing where all is as comp writes it today.
 
     The folder changes as a whole or not at all, after what is new in it has loaded. Exit 4 for a folder that is no compact
-    model of comp, or whose files are not those that its report names.
+    model of comp, or whose files are not those that its report names; 2 where there is none, or one stands in it.
     """
     folder = resolve(folder, "FOLDER")
     with reserve(folder, source=None):
@@ -49,6 +50,7 @@ def _upgrade(folder: Path, out: Output) -> dict[str, str]:
     if block["runtime"] != config["comp"].get("runtime"):
         changed["versions"] = f"tested with transformers {' to '.join(modeling_comp.TESTED)}"
     if changed:
+        check_left(folder)
         replace(folder, fresh, report)
     if dense_shapes(config):
         out.warn(
@@ -61,7 +63,7 @@ def _upgrade(folder: Path, out: Output) -> dict[str, str]:
 def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and comp_report.json of a compact folder that comp wrote; exit 4 for any other."""
     if not folder.is_dir():
-        raise CompError(f"{folder}: no such folder.", code=REFUSED, hint="Give a folder that comp prune wrote.")
+        raise CompError(f"{folder}: no such folder.", code=USAGE, hint="Give a folder that comp prune wrote.")
     config = read_config(folder)
     block = config.get("comp")
     whole = isinstance(block, dict) and isinstance(block.get("towers"), list) and isinstance(block.get("runtime", {}), dict)
@@ -79,6 +81,13 @@ def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     check_report(folder)
     return config, read_json(folder / REPORT)
+
+
+def check_left(folder: Path) -> None:
+    """Exit 2 where the current folder is this one or lies in it: whoever typed the command would stand in a deleted folder."""
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        hint = f"From outside: cd {shlex.quote(str(folder.parent))} && comp upgrade {shlex.quote(folder.name)}"
+        raise CompError(f"{folder} is replaced as a whole, and the current folder lies in it.", code=USAGE, hint=hint)
 
 
 def dense_shapes(config: dict[str, Any]) -> bool:

@@ -40,6 +40,12 @@ def test_a_token_is_never_printed(monkeypatch):
     assert "hf_secret" not in result.output and "HF_TOKEN: (set)" in result.stdout
 
 
+def test_a_password_in_an_address_is_never_printed(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hunter2@hub.example/x")
+    result = CliRunner().invoke(app, ["env"])
+    assert "hunter2" not in result.output and "https://(set)@hub.example/x" in result.stdout
+
+
 def test_a_package_that_is_missing_or_too_old_is_said(monkeypatch):
     installed = {"pillow": None, "transformers": "4.57.0"}
     real = environment._version
@@ -83,7 +89,37 @@ def test_little_room_for_downloads_is_said(monkeypatch):
 def test_a_transformers_that_nobody_tested_with_is_said(monkeypatch):
     from comp_cli import modeling_comp
 
-    assert environment.read_tested() == []
+    assert environment.read_tested() == (None, [])
     monkeypatch.setattr(modeling_comp.transformers, "__version__", "5.99.0")
-    (problem,) = environment.read_tested()
+    _, (problem,) = environment.read_tested()
     assert "transformers 5.99.0 is not one that this runtime of compact models was tested with" in problem["why"]
+
+
+@pytest.mark.parametrize("name", ["read_packages", "read_tested", "read_devices", "read_providers", "read_cache"])
+def test_whatever_else_stumbles_is_a_finding_too(name, monkeypatch):
+    """Half an installation: a folder without the module's parts, a version that is none, a cache in a forbidden place."""
+
+    def stumble():
+        raise AttributeError("module 'torch' has no attribute '__version__'")
+
+    stumble.__name__ = name
+    monkeypatch.setattr(environment, name, stumble)
+    result = CliRunner().invoke(app, ["env", "--json"])
+    assert result.exit_code == 0, result.output
+    assert any("has no attribute '__version__'" in problem["why"] for problem in json.loads(result.stdout)["problems"])
+
+
+def test_a_version_that_is_none_is_said(monkeypatch):
+    real = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: "broken" if name == "onnx" else real(name))
+    _, problems = environment.read_packages()
+    assert any(problem["why"].startswith("onnx broken is installed, needed is") for problem in problems)
+
+
+def test_a_cache_below_a_file_is_said(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    _, problems = environment.read_cache()
+    assert "file is no folder" in problems[0]["why"]

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 import comp_cli
 from comp_cli import modeling_comp, upgrade
-from comp_cli.errors import FAILED, REFUSED, CompError
+from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
 from comp_cli.output import Output
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # two folders, and what each said when it was written
@@ -105,7 +105,7 @@ def test_the_command_prints_one_document(tmp_path):
     assert "modeling_comp.py" in json.loads(done.stdout)["changed"]
     shutil.rmtree(folder)
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | place)
-    assert done.returncode == REFUSED and "no such folder" in json.loads(done.stdout)["error"]["message"]
+    assert done.returncode == USAGE and "no such folder" in json.loads(done.stdout)["error"]["message"]
 
 
 @pytest.mark.parametrize("moment", ["copytree", "load_model", "rename"])
@@ -175,3 +175,13 @@ def test_an_old_folder_with_the_shapes_of_the_dense_model_is_named(old):
     for layer in config["comp"]["towers"][0]["layers"]:
         layer["ffn"] = 48
     assert upgrade.dense_shapes(config)
+
+
+def test_a_folder_that_somebody_stands_in_is_not_swapped_away(old, monkeypatch):
+    folder, _ = old
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(CompError, match="the current folder lies in it") as refused:
+        upgrade.upgrade(Path("."), Output("quiet"))
+    assert refused.value.code == USAGE and "comp upgrade " in refused.value.hint
+    assert contents(folder) == before and Path.cwd() == folder.resolve()
