@@ -76,6 +76,7 @@ def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]], *,
     """Do the work and end with its result, or with one sentence and the right exit code. `resumes`: it has a journal."""
     try:
         with redirect_stdout(sys.stderr):
+            _check_place()
             document, path = work()
         out.result(document, str(path) if path else None)
         return
@@ -89,6 +90,14 @@ def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]], *,
         _trace()
     out.error(error)
     raise typer.Exit(error.code)
+
+
+def _check_place() -> None:
+    """Exit 2 where the current folder was deleted: torch would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise CompError("the current folder is gone.", code=USAGE, hint="Change to another one.") from None
 
 
 def _trace() -> None:

@@ -153,7 +153,15 @@ def test_words_that_are_no_text_are_refused(word):
 
 
 @pytest.mark.parametrize(
-    "words", [["prune", "demo", "--ratio", "0.5"], ["export", "--onnx"], ["bench"], ["analyze", "./x"], ["bench", "x"]]
+    "words",
+    [
+        ["prune", "demo", "--ratio", "0.5"],
+        ["export", "--onnx"],
+        ["bench"],
+        ["analyze", "./x"],
+        ["bench", "x"],
+        ["analyze", "demo"],
+    ],
 )
 def test_a_current_folder_that_is_gone_is_said(words, tmp_path, monkeypatch):
     gone = tmp_path / "gone"
