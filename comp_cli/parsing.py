@@ -14,6 +14,8 @@ from .errors import FAILED, CompError
 from .output import MODES, Output
 from .streams import wants_json
 
+MAY_BE_EMPTY = {"--label-column", "--answer-column", "--split-column"}  # '' says that there is none
+
 
 class Command(TyperCommand):
     """A command whose words are text, whose numbers are finite, and whose mode of output is one. Exit 2 otherwise."""
@@ -22,7 +24,7 @@ class Command(TyperCommand):
         for before, word in zip(["", *args], args, strict=False):
             name = word.partition("=")[0] if word.startswith("--") and word.endswith("=") else before
             about = name if name.startswith("-") else "an argument"
-            if not word or name != before:
+            if (not word or name != before) and name not in MAY_BE_EMPTY:
                 raise typer.BadParameter(f"{about} is empty.", ctx=ctx)
             if "\0" in word:
                 raise typer.BadParameter(f"{about} holds a zero byte.", ctx=ctx)
