@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from comp_cli import cli, errors, signals, streams
 from comp_cli.cli import app
 from comp_cli.errors import explain
+from comp_cli.parsing import MAY_BE_EMPTY
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 COMP = [sys.executable, "-m", "comp_cli"]
@@ -98,7 +99,7 @@ def test_an_empty_value_of_any_option_is_refused(command):
     """As a shell makes it of a variable that is not set."""
     names = list(options_of(command))
     assert len(names) > 8
-    for name in names:
+    for name in set(names) - MAY_BE_EMPTY:  # of those it says that there is no such column
         for given in ([name, ""], [f"{name}="]):
             result = CliRunner().invoke(app, [command, *COMMANDS[command], *given])
             assert result.exit_code == 2 and result.stderr, (name, result.output)
