@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import table
 from typer.testing import CliRunner
 
 from comp_cli.cli import app
@@ -39,6 +40,19 @@ def test_export_takes_every_column_that_its_data_may_need(compact, tmp_path):
         given = ("--data", tmp_path / "pairs.csv", f"--{role}-column", f"my {role}")
         result = comp("export", compact, "--onnx", "-o", tmp_path / "served", *given)
         assert result.exit_code == 2 and f"no column 'my {role}'" in result.output
+
+
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_an_empty_name_says_that_there_is_no_such_column(tiny_folder, tmp_path, form):
+    """As the questions about labels and splits advise."""
+    data = table(tmp_path, caption=lambda n: f"text {n}", label=lambda n: n % 2, answer=lambda n: "a", split=lambda n: n % 3)
+    roles = ("label", "answer", "split")
+    given = [word for role in roles for word in ([f"--{role}-column", ""] if form == "two words" else [f"--{role}-column="])]
+    result = comp("analyze", tiny_folder, "--data", data, "--json", *given, *FEW)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["pairs"]["calibration"]
+    assert found["rows"] == found["pairs"] + found["left_out"].get("kept for evaluation", 0) > 0
+    assert comp("analyze", tiny_folder, "--data", data, "--text-column", "", *FEW).exit_code == 2
 
 
 # The main job --------------------------------------------------------------------------------------------------------
