@@ -13,34 +13,9 @@ import torch
 from torch import Tensor
 
 from . import scenes
-from .cells import BadRow, read_answers, read_label
 from .families import Family
 from .families.base import ANSWER_INPUTS, ANSWER_TOKENS
-from .rows import Columns, Pair, Takes, Tally, every, find_columns, read_row, read_rows
-from .splits import Purpose, choose_split
-
-__all__ = [
-    "BadRow",
-    "Batch",
-    "Collator",
-    "Columns",
-    "Pair",
-    "Purpose",
-    "Takes",
-    "Tally",
-    "asked_scenes",
-    "choose_split",
-    "described_scenes",
-    "every",
-    "find_columns",
-    "fingerprint",
-    "random_inputs",
-    "read_answers",
-    "read_label",
-    "read_row",
-    "read_rows",
-    "scene_pairs",
-]
+from .rows import Pair
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .columns import Table, unreadable
 from .errors import REFUSED, USAGE, CompError
 from .output import Output
-from .pairset import PairSet, Table, split_by_column, unreadable
+from .pairset import PairSet, split_by_column
 from .pictures import Hub, Root
 from .rows import Columns, few
 from .splits import SPLIT_WORDS

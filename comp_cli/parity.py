@@ -11,6 +11,7 @@ from . import data, tasks
 from .families import Family
 from .families.base import INPUTS
 from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
+from .rows import Pair
 from .sessions import OnnxModel
 from .workbench import Pairs, collator, generated_pairs
 
@@ -79,7 +80,7 @@ def make_cases(
     family: Family,
     processor,
     longest: int,
-    pairs: list[data.Pair],
+    pairs: list[Pair],
     *,
     split: bool,
     whole: int | None = None,
@@ -103,8 +104,8 @@ def make_cases(
 
 
 def real_pairs(
-    source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[data.Pair], data.Pair] = lambda pair: pair
-) -> list[data.Pair]:
+    source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[Pair], Pair] = lambda pair: pair
+) -> list[Pair]:
     """Pairs for the cases, made `ready`, from a set of pairs or generated: more of them where weights are rounded."""
     count = 8 + DECISIONS * rounded
     if source is None:

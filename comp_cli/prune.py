@@ -11,7 +11,6 @@ from torch import nn
 from . import __version__, report, tasks, writing
 from .cards import prune_command, without_places
 from .checkpoint import check_reload, told_apart, write_checkpoint, write_report
-from .data import Pair
 from .engine import flops
 from .engine.methods import METHODS
 from .errors import FAILED, GATE, USAGE, CompError, DeadEnd
@@ -21,6 +20,7 @@ from .output import Output
 from .outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from .plan import Plan
 from .precision import in_precision, of_the_whole, own_precision, round_as_written
+from .rows import Pair
 from .search import Options, find
 from .store import folder_size, sha256
 from .training import Training, check_training, count_steps, leads, own_device, precision, processes

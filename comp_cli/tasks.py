@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import Batch, Pair
+from .data import Batch
 from .families.base import ANSWER_INPUTS
+from .rows import Pair
 
 # What a task reads of a model's outputs, each (rows, ...): a row for each sample, or for each token that is predicted.
 # Batches can be joined.

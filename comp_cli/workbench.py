@@ -19,6 +19,8 @@ from .families import Family, find_family, tower_config
 from .output import Output
 from .pairset import PairSet
 from .plan import Plan, dense_plan
+from .rows import Columns, Pair, Takes, every
+from .splits import Purpose
 from .store import read_config
 
 SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
@@ -160,7 +162,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
             if part and not any(path == part.module for path, _ in layer.named_modules()):
                 problem = f"its {tower.name} tower has no {part.module}"
     try:
-        batch = collator(family, processor, 4, task, model.config)([data.Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
+        batch = collator(family, processor, 4, task, model.config)([Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
         with torch.inference_mode():
             made = model(**batch.inputs)
         if not all(value.isfinite().all() for value in made.values() if isinstance(value, Tensor)):
@@ -207,16 +209,14 @@ class ScenePairs:
 
     SPLITS: ClassVar = {"calibration": "train", "evaluation": "test"}
 
-    def describe(self, purpose: data.Purpose) -> str:
+    def describe(self, purpose: Purpose) -> str:
         return f"generated scenes, split {self.SPLITS[purpose]}"
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Nothing is skipped."""
         return {}
 
-    def read(
-        self, purpose: data.Purpose, limit: int | None = None, seed: int = 0, takes: data.Takes = data.every
-    ) -> Iterator[data.Pair]:
+    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
         """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
         count = 10**8 if limit is None else limit
         make = data.asked_scenes if self.asked else data.described_scenes if self.described else data.scene_pairs
@@ -243,7 +243,7 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
     """The user's pairs, or generated scenes with a warning for models that do not know them."""
     if options.data is not None:
         named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
-        columns = data.Columns(*named)
+        columns = Columns(*named)
         out.say(f"{dense.task.name}: {dense.task.compares}")
         return datafiles.open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
@@ -258,9 +258,7 @@ def generated_pairs(task: tasks.Task, labelled: bool) -> ScenePairs:
     return ScenePairs(labelled, described=not task.mismatches, asked=task.answered)
 
 
-def batches_of(
-    dense: Dense, pairs: Pairs, purpose: data.Purpose, samples: int, batch_size: int, seed: int = 0
-) -> list[data.Batch]:
+def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:
     """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
     return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.takes), batch_size))
 

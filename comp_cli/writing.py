@@ -9,8 +9,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .data import Pair
 from .families.base import INPUTS
+from .rows import Pair
 from .tasks import Task
 from .workbench import Dense
 

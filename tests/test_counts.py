@@ -9,9 +9,9 @@ from tiny import WORDS, table, write
 
 from comp_cli import export, workbench
 from comp_cli.analyze import analyze
-from comp_cli.data import Pair
 from comp_cli.output import Output
 from comp_cli.prune import Options, Training, prune
+from comp_cli.rows import Pair
 from comp_cli.workbench import DataOptions, longest_text, open_dense
 
 LONG = " ".join((WORDS * 2)[:17])  # 19 tokens with [CLS] and [SEP]; the tiny model takes 24

@@ -15,10 +15,13 @@ import pytest
 from PIL import Image
 
 from comp_cli import rows as rows_module
-from comp_cli.data import Columns, Pair, Tally, choose_split, fingerprint, read_label, read_rows
+from comp_cli.cells import read_label
+from comp_cli.data import fingerprint
 from comp_cli.datafiles import open_pairs
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
 from comp_cli.output import Output
+from comp_cli.rows import Columns, Pair, Tally, read_rows
+from comp_cli.splits import choose_split
 from comp_cli.tasks import TASKS
 
 COUNT = 40

@@ -18,11 +18,13 @@ from transformers import GenerationConfig
 from transformers.image_utils import load_image
 
 from comp_cli import export, load_onnx, tasks, writing
-from comp_cli.data import Pair, asked_scenes, described_scenes, read_answers
+from comp_cli.cells import read_answers
+from comp_cli.data import asked_scenes, described_scenes
 from comp_cli.errors import REFUSED, CompError
 from comp_cli.loading import load_model
 from comp_cli.output import Output
 from comp_cli.prune import Options, prune
+from comp_cli.rows import Pair
 from comp_cli.scenes import NUMBERS, ask, images, plural
 from comp_cli.store import read_tensors_header
 from comp_cli.training import Training

@@ -17,8 +17,8 @@ from PIL import Image, features
 from transformers.image_utils import load_image
 
 from comp_cli.cells import BadRow
-from comp_cli.data import Pair
 from comp_cli.pictures import FORMATS, MOST_PIXELS, decode, formats
+from comp_cli.rows import Pair
 
 SIZE = (12, 8)
 

@@ -18,11 +18,10 @@ from PIL import Image
 from test_data import DataHandler, opened, read, refused
 
 from comp_cli.cells import BadRow, as_text, read_answers, read_texts, written
-from comp_cli.data import Columns
 from comp_cli.errors import REFUSED, USAGE
 from comp_cli.output import Output
 from comp_cli.pictures import Hub, read_content
-from comp_cli.rows import read_row
+from comp_cli.rows import Columns, read_row
 from comp_cli.splits import kind_of
 from comp_cli.tables import BROKEN, read_files
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comp_cli import tasks
-from comp_cli.data import Pair
+from comp_cli.rows import Pair
 from comp_cli.tasks import TASKS, Question, text_number
 
 
