@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that share a core wait for one another: no more than there are cores for, and one where workers run side by side.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 THREADS = 1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else min(2, CORES)
+if "PYTEST_XDIST_WORKER" in os.environ:  # which has the variables of the process that started it
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 from pathlib import Path  # noqa: E402

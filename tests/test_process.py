@@ -265,9 +265,15 @@ def test_what_asks_for_a_document():
 # Signals
 
 
-def start(*words) -> subprocess.Popen:
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # jobs in the background ignore it
-    return subprocess.Popen([*COMP, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
+def hear() -> None:
+    """In a child: jobs in the background ignore Ctrl-C, and those under nohup SIGHUP; what is ignored stays so."""
+    for name in signals.ENDING:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def start(*words, **more) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMP, *map(str, words)], preexec_fn=hear, **pipes, **more)
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
@@ -301,9 +307,7 @@ def test_a_signal_while_python_still_imports_is_an_orderly_end_too(name, code, t
         "builtins.__import__ = slow\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*COMP, "analyze", "demo", "--format=json"], env=environment, **pipes)
+    process = start("analyze", "demo", "--format=json", env=os.environ | {"PYTHONPATH": path})
     assert process.stderr.readline() == "importing\n"
     process.send_signal(getattr(signal, name))
     said, errors = process.communicate(timeout=60)

@@ -25,7 +25,7 @@ from transformers.image_utils import load_image
 from comp_cli import cards, export, onnx_checks, prune, recipes
 from comp_cli.checkpoint import write_checkpoint
 from comp_cli.graphs import OPSET
-from comp_cli.loading import load_model, load_processor
+from comp_cli.loading import load_model, load_processor, own_state
 from comp_cli.output import Output
 from comp_cli.plan import Plan
 from comp_cli.workbench import DataOptions, Dense, open_dense
@@ -135,7 +135,8 @@ def write_compact(family: str, place: Path) -> Written:
     quality = {"samples": 8, "data": "table", "metric": "accuracy", "metrics": None, "agreement": 0.9}
     document = prune.describe(dense, plan, options) | {"quality": quality, "command": cards.prune_command(options)}
     document["base_address"] = dense.source.address_from(folder)
-    write_checkpoint(folder, dense, dense.runtime(plan), plan, document, torch.float32)
+    compact = dense.runtime(plan)
+    write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(own_state(compact), torch.float32))
     return Written(dense, folder)
 
 
