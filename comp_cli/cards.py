@@ -12,10 +12,11 @@ from transformers import GenerationConfig
 from . import recipes
 from .families import Family
 from .graphs import ENCODER, VISION
+from .modeling_comp import TESTED
 from .report import gflops, metric_value, millions, percent
 from .tasks import Task
 
-LEAST_TRANSFORMERS = "5.20"  # as in pyproject.toml
+LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
 FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
 

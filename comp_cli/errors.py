@@ -26,6 +26,12 @@ class DeadEnd(CompError):
     """The work cannot go on from where it came: its journal is worth nothing."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether a disk, a quota or a limit on file sizes is behind an exception, in whatever words a library wrapped it."""
     while error is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
 from .dual import speaking_as  # noqa: E402
-from .errors import DEVICE, REFUSED, USAGE, CompError  # noqa: E402
+from .errors import DEVICE, REFUSED, USAGE, CompError, first_line  # noqa: E402
 from .families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
 from .families.base import INPUTS  # noqa: E402
 from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
@@ -26,7 +26,7 @@ from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
 from .store import TensorHeader, read_config, read_json  # noqa: E402
 from .vetting import check_folder, check_report, shown  # noqa: E402
-from .weights import check_checkpoint, pick_weights, weight_files  # noqa: E402
+from .weights import check_checkpoint  # noqa: E402
 
 SIZES = (
     "hidden_size",
@@ -94,14 +94,13 @@ def load_model(
     finite, of another size than the config says (which is compared before anything is built), or not those of comp's own
     report.
     """
-    check_checkpoint(folder, allow_pickle=allow_pickle)
+    files = check_checkpoint(folder, allow_pickle=allow_pickle)
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
     model_class = compact_class(architecture) if compact else getattr(transformers, architecture)
-    weights = pick_weights(os.listdir(folder), allow_pickle=allow_pickle, owner=str(folder))
-    headers = read_headers(folder, weight_files(folder, weights))
-    options = {"use_safetensors": not weights[0].startswith("pytorch_model"), "local_files_only": True}
+    headers = read_headers(folder, files)
+    options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
     with sentences(folder), quiet_libraries():
         check_sizes(config.to_dict(), described, headers, folder)
         check_shapes(headers, on_meta(model_class, config), folder)
@@ -250,9 +249,3 @@ def check_finite(state: Mapping[str, Tensor], folder: Path) -> None:
 def facts(config: dict[str, Any]) -> dict[str, Any]:
     """What the block `comp` of a compact checkpoint says about its origin."""
     return {key: value for key, value in config.get("comp", {}).items() if key != "towers"}
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,10 +8,9 @@ from typing import Any
 from .engine.methods import METHODS
 from .errors import REFUSED, CompError
 from .families import FAMILIES, Family, Tower, tower_config
-from .plan import SCHEMA_VERSION
+from .plan import PADDING, SCHEMA_VERSION
 from .vetting import shown
 
-FFN_PADDING = 8  # channels that a feed-forward layer may have beyond the dense one, all of them dead
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
 
 
@@ -86,7 +85,7 @@ def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], to
         close = type(scale) in (int, float) and math.isclose(scale, right, rel_tol=1e-6)
         _expect(close, f"{where}.scale", scale, f"{right:.8g} = 1 / sqrt({width // heads})")
     _expect(tower.cross or "cross" not in layer, f"{place}.cross", layer.get("cross"), "none: the tower has no cross-attention")
-    ffn, most = layer.get("ffn"), sizes["intermediate_size"] + FFN_PADDING
+    ffn, most = layer.get("ffn"), sizes["intermediate_size"] + PADDING
     _expect(_count(ffn, 1) and ffn <= most, f"{place}.ffn", ffn, f"1 to {sizes['intermediate_size']} channels")
     _expect("keep" in layer, f"{place}.keep", None, "a number of tokens, or null for all")
     keep, least = layer["keep"], max(1, len(tower.protected))

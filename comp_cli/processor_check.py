@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from .errors import REFUSED, CompError
+from .errors import REFUSED, CompError, first_line
 from .families import Family, tower_config
 from .store import read_json
 from .vetting import PROCESSORS, leaves, shown
@@ -88,8 +88,7 @@ def check_images(images: Any, side: int, folder: Path) -> None:
     try:
         made = images(images=[Image.new("RGB", (48, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise _refused(folder, f"the image processor fails on a plain picture ({shown(reason[0])})") from error
+        raise _refused(folder, f"the image processor fails on a plain picture ({shown(first_line(error))})") from error
     if tuple(made.shape) != (1, 3, side, side):
         said = f"the image processor makes {tuple(made.shape[1:])} of 48 x 32 pixels, the model takes {(3, side, side)} of any"
         raise _refused(folder, said)

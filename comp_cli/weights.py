@@ -38,16 +38,16 @@ def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> l
     return weights
 
 
-def check_checkpoint(folder: Path, *, allow_pickle: bool) -> None:
-    """Exit 4 where `pick_weights` refuses the folder's files, a shard is missing or lies outside, or `vetting` finds what no
-    library should read."""
+def check_checkpoint(folder: Path, *, allow_pickle: bool) -> list[str]:
+    """The files that hold the weights. Exit 4 where `pick_weights` refuses the folder's files, a shard is missing or lies
+    outside, or `vetting` finds what no library should read."""
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise CompError(f"{folder}: {error.strerror}.", code=REFUSED) from error
     weights = pick_weights(names, allow_pickle=allow_pickle, owner=str(folder))
     check_folder(folder)
-    weight_files(folder, weights)
+    return weight_files(folder, weights)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from . import data, datafiles, hub, loading, tasks
 from .engine import flops, scoring
 from .engine.recover import Fitted, recover
 from .engine.slicing import slice_state
-from .errors import REFUSED, USAGE, CompError
+from .errors import REFUSED, USAGE, CompError, first_line
 from .families import Family, find_family, tower_config
 from .output import Output
 from .pairset import PairSet
@@ -168,7 +168,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
         if not all(value.isfinite().all() for value in made.values() if isinstance(value, Tensor)):
             problem = "what it says of a plain picture is not finite"
     except Exception as error:
-        problem = problem or f"what its processor makes does not go through it ({loading.first_line(error)})"
+        problem = problem or f"what its processor makes does not go through it ({first_line(error)})"
     if problem:
         raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 
