@@ -24,14 +24,14 @@ from pathlib import Path
 
 from torch import nn
 
-from comp_cli import tasks
+from comp_cli.cli.output import Output
 from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.search import Options, find
-from comp_cli.training import Trainer, Training, training_batches
-from comp_cli.workbench import Dense, ScenePairs, affordable, batches_of, open_dense
+from comp_cli.models.dense import Dense, ScenePairs, affordable, batches_of, open_dense
+from comp_cli.search.find import Options, find
+from comp_cli.search.trainer import Trainer, Training, training_batches
+from comp_cli.tasks import tasks
 
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)

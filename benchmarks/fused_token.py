@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from train_clip import LONGEST, TASK, build_processor
 from transformers import CLIPModel
 
-from comp_cli import data
+from comp_cli.data.batches import Collator, described_scenes
 
 SEED = 3  # of the validation scenes
 AFTERWARDS = ("dropped", "mean", "weighted mean")
@@ -80,8 +80,8 @@ def image_embeds(model: CLIPModel, pixel_values: Tensor, layer: int | None, rule
 @torch.inference_mode()
 def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
-    collate = data.Collator(build_processor(), ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
-    batches = list(collate.batches(data.described_scenes("validation", arguments.scenes, SEED), 32))
+    collate = Collator(build_processor(), ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    batches = list(collate.batches(described_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]
     texts, expected = (torch.cat([getattr(out, name) for out in stock]) for name in ("text_embeds", "image_embeds"))

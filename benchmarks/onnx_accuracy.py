@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from comp_cli import load, tasks
-from comp_cli.output import Output
-from comp_cli.report import mib, percent
-from comp_cli.sessions import OnnxModel
-from comp_cli.store import folder_size
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli import load
+from comp_cli.cli.output import Output
+from comp_cli.files.store import folder_size
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.onnx.sessions import OnnxModel
+from comp_cli.report.tables import mib, percent
+from comp_cli.tasks import tasks
 
 PAIRS = 1000
 

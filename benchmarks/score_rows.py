@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from comp_cli import tasks
+from comp_cli.cli.output import Output
 from comp_cli.engine import diagnostics, scoring
-from comp_cli.modeling_comp import CompactAttention, token_scores
-from comp_cli.output import Output
-from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense, with_score_rows
+from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense, with_score_rows
+from comp_cli.runtime.modeling_comp import CompactAttention, token_scores
+from comp_cli.tasks import tasks
 
 SCENES = ScenePairs(labelled=True)
 ROWS = (4, 8, 16, 32, 64, 0)  # 0: all

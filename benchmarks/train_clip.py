@@ -25,7 +25,9 @@ from transformers import AttentionInterface, CLIPConfig, CLIPModel, CLIPProcesso
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from comp_cli import data, scenes, tasks
+from comp_cli.data import scenes
+from comp_cli.data.batches import Collator, described_scenes
+from comp_cli.tasks import tasks
 
 TASK = tasks.TASKS["retrieval"]
 THINGS = 5  # in a scene at most
@@ -132,8 +134,8 @@ def step_loss(model: CLIPModel, helpers: Helpers, batch: tuple) -> torch.Tensor:
 
 def recall(model: CLIPModel, processor, split: str, count: int, seed: int = 0) -> dict[str, float]:
     """Recalls among the first `count` scenes of a split, in fp32."""
-    collate = data.Collator(processor, ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
-    found = tasks.evaluate(model, TASK, collate.batches(data.described_scenes(split, count, seed), 64)).metrics
+    collate = Collator(processor, ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    found = tasks.evaluate(model, TASK, collate.batches(described_scenes(split, count, seed), 64)).metrics
     model.train()
     return {name: round(value, 4) for name, value in found.items()}
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from comp_cli import bench, bench_report, gates, hub, providers, timing, variants
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.measure import gates, timing, variants
+from comp_cli.onnx import providers
+from comp_cli.report.benchmark import check_plot, plot
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +258,8 @@ def test_a_memory_gate_needs_a_backend_whose_memory_is_known():
 
 def test_the_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
-    bench_report.check_plot(tmp_path / "a.png")
-    bench_report.plot(report, tmp_path / "a.png")
+    check_plot(tmp_path / "a.png")
+    plot(report, tmp_path / "a.png")
     from PIL import Image
 
     assert Image.open(tmp_path / "a.png").size == (1500, 630)

@@ -13,8 +13,8 @@ import accuracy
 import tiny
 import train_clip
 
-from comp_cli import scenes
-from comp_cli.scenes import Thing
+from comp_cli.data import scenes
+from comp_cli.data.scenes import Thing
 
 RESULTS = Path(accuracy.__file__).parent / "results"
 

@@ -14,15 +14,15 @@ import hub_server
 import pytest
 from PIL import Image
 
-from comp_cli import rows as rows_module
-from comp_cli.cells import read_label
-from comp_cli.data import fingerprint
-from comp_cli.datafiles import open_pairs
+from comp_cli.cli.output import Output
+from comp_cli.data import rows as rows_module
+from comp_cli.data.batches import fingerprint
+from comp_cli.data.cells import read_label
+from comp_cli.data.rows import Columns, Pair, Tally, read_rows
+from comp_cli.data.sources import open_pairs
+from comp_cli.data.splits import choose_split
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
-from comp_cli.output import Output
-from comp_cli.rows import Columns, Pair, Tally, read_rows
-from comp_cli.splits import choose_split
-from comp_cli.tasks import TASKS
+from comp_cli.tasks.tasks import TASKS
 
 COUNT = 40
 
@@ -465,8 +465,8 @@ def test_nothing_is_written_and_nothing_is_said(folder, tmp_path):
     path = write(folder / "pairs.jsonl", rows())
     before = sorted(folder.rglob("*"))
     code = f"""
-from comp_cli.datafiles import open_pairs
-from comp_cli.output import Output
+from comp_cli.data.sources import open_pairs
+from comp_cli.cli.output import Output
 print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration', 3))))
 """
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
@@ -479,7 +479,7 @@ print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration',
 
 
 def test_datasets_is_imported_only_to_read():
-    code = "import sys, comp_cli.datafiles; sys.exit('datasets' in sys.modules)"
+    code = "import sys, comp_cli.data.sources; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -516,9 +516,9 @@ class DataHandler(hub_server._Handler):
 
 ASK_THE_HUB = """
 import sys
-from comp_cli.datafiles import open_pairs
+from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.cli.output import Output
 
 for data in sys.argv[1:]:
     try:

@@ -6,9 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
-from comp_cli import data, hub, scenes, tasks
-from comp_cli.output import Output
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
+from comp_cli.data import scenes
+from comp_cli.data.batches import scene_pairs
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.tasks import tasks
 
 SCENES = ScenePairs(labelled=True)
 
@@ -104,7 +107,7 @@ def test_it_knows_every_word_of_its_captions(demo):
 
 
 def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
-    from comp_cli.search import Options, find
+    from comp_cli.search.find import Options, find
 
     found = find(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
     pairs = batches_of(demo, SCENES, "evaluation", 600, 50)
@@ -113,5 +116,5 @@ def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
 
 
 def test_scene_pairs_carry_labels_only_where_asked():
-    assert {pair.label for pair in data.scene_pairs("train", 8)} == {0, 1}
-    assert {pair.label for pair in data.scene_pairs("train", 8, labelled=False)} == {None}
+    assert {pair.label for pair in scene_pairs("train", 8)} == {0, 1}
+    assert {pair.label for pair in scene_pairs("train", 8, labelled=False)} == {None}

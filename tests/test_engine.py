@@ -5,14 +5,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from comp_cli.calibration import Calibration
-from comp_cli.data import Batch
+from comp_cli.cli.output import Output
+from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import fused_channels, head_channels
 from comp_cli.errors import CompError
-from comp_cli.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
-from comp_cli.output import Output
-from comp_cli.workbench import ScenePairs, batches_of, open_dense, with_score_rule
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense, with_score_rule
+from comp_cli.runtime.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
+from comp_cli.search.calibration import Calibration
 
 
 def counted(model, inputs) -> int:

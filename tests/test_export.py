@@ -10,11 +10,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from comp_cli import export, graphs, parity, rewrite, sessions, tasks
+from comp_cli.checkpoint.loading import load_model, load_processor
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
-from comp_cli.loading import load_model, load_processor
-from comp_cli.output import Output
+from comp_cli.onnx import graphs, parity, rewrite, sessions
+from comp_cli.tasks import tasks
 
 
 def run_export(source, folder, out=None, **options):
@@ -350,7 +352,7 @@ def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
 
 def test_embeddings_are_judged_by_their_size():
     """Unit vectors of 512 numbers: unrelated ones differ by 0.2, which would pass for a score of size 10."""
-    from comp_cli.parity import Case, check
+    from comp_cli.onnx.parity import Case, check
 
     generator = torch.Generator().manual_seed(0)
     real = torch.nn.functional.normalize(torch.randn(8, 512, generator=generator), dim=-1)

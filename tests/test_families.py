@@ -14,17 +14,20 @@ import torch
 import transformers
 from torch import nn
 
-from comp_cli import bench, export, graphs, load, tasks
+from comp_cli import load
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench, export
+from comp_cli.commands.prune import Options, prune
 from comp_cli.engine import flops
 from comp_cli.errors import USAGE, CompError
 from comp_cli.families import find_family
-from comp_cli.loading import load_model
-from comp_cli.output import Output
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import Dense, open_dense, with_score_rule
+from comp_cli.onnx import graphs
 from comp_cli.plan import Plan
-from comp_cli.prune import Options, prune
-from comp_cli.training import Training
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import Dense, open_dense, with_score_rule
+from comp_cli.search.trainer import Training
+from comp_cli.tasks import tasks
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -187,7 +190,7 @@ def test_comp_prunes_it_and_it_loads_without_comp(case, compact_folder):
 
 
 def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, monkeypatch):
-    from comp_cli import journal
+    from comp_cli.search import journal
 
     saved = journal.Journal.save
 
@@ -253,7 +256,7 @@ def test_it_is_benchmarked(case, compact_folder):
 
 
 def test_it_is_analysed(case):
-    from comp_cli.analyze import DataOptions, analyze
+    from comp_cli.commands.analyze import DataOptions, analyze
 
     how = {"num_samples": 4, "batch_size": 4, "text_tokens": 12, "score_rows": 64, "device": "cpu", "seed": 0}
     document = analyze(str(case.folder), QUIET, data=DataOptions(), task=tiny.TASKS.get(case.name), **how)

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import comp_cli
-from comp_cli import loading
+from comp_cli.checkpoint import loading
+from comp_cli.checkpoint.weights import check_checkpoint
+from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.weights import check_checkpoint
-from comp_cli.workbench import open_dense
+from comp_cli.models.dense import open_dense
 
 
 class Box:

@@ -17,19 +17,22 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.image_utils import load_image
 
-from comp_cli import export, load_onnx, tasks, writing
-from comp_cli.cells import read_answers
-from comp_cli.data import asked_scenes, described_scenes
+from comp_cli import load_onnx
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
+from comp_cli.data.batches import asked_scenes, described_scenes
+from comp_cli.data.cells import read_answers
+from comp_cli.data.rows import Pair
+from comp_cli.data.scenes import NUMBERS, ask, images, plural
 from comp_cli.errors import REFUSED, CompError
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.rows import Pair
-from comp_cli.scenes import NUMBERS, ask, images, plural
-from comp_cli.store import read_tensors_header
-from comp_cli.training import Training
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import DataOptions, Dense, choose_pairs, open_dense
+from comp_cli.files.store import read_tensors_header
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import DataOptions, Dense, choose_pairs, open_dense
+from comp_cli.search.trainer import Training
+from comp_cli.tasks import tasks
+from comp_cli.tasks import text_metrics as writing
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}

@@ -12,9 +12,9 @@ import pytest
 from hub_server import HubServer, Repo, commit
 from safetensors.numpy import save_file
 
-from comp_cli import hub
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
-from comp_cli.output import Output
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 from comp_cli import hub
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.cli.output import Output
 
 class Heard(Output):
     def say(self, message):

@@ -196,9 +196,9 @@ def test_siglips_own_tokenizer(tmp_path):
     import tiny
     import transformers
 
-    from comp_cli.output import Output
-    from comp_cli.rows import Pair
-    from comp_cli.workbench import open_dense
+    from comp_cli.cli.output import Output
+    from comp_cli.data.rows import Pair
+    from comp_cli.models.dense import open_dense
 
     folder = tiny.write("siglip", tmp_path / "siglip")
     (folder / "tokenizer.json").unlink()

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from test_store import code_of, fill, names, our_folder
 
-from comp_cli import locks
 from comp_cli.errors import CompError
-from comp_cli.locks import locked
-from comp_cli.outputs import atomic_folder, check_output
+from comp_cli.files import locks
+from comp_cli.files.locks import locked
+from comp_cli.files.outputs import atomic_folder, check_output
 
 HOLDS = """
 import sys
 from pathlib import Path
-from comp_cli.outputs import atomic_folder
+from comp_cli.files.outputs import atomic_folder
 with atomic_folder(Path(sys.argv[1]), overwrite=False) as partial:
     (partial / "weights").write_text("theirs")
     print("holds", flush=True)
@@ -186,7 +186,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.locks import locked
+from comp_cli.files.locks import locked
 inside, end, taken = Path(sys.argv[1]).with_name("inside"), time.time() + 3, 0
 while time.time() < end:
     try:
@@ -212,8 +212,8 @@ def test_removing_a_lock_lets_no_two_in(tmp_path):
 
 def test_prune_holds_the_lock_from_the_start(tiny_folder, tmp_path, monkeypatch):
     """While it reads the model already, not only when it writes: and a second run does no work."""
-    from comp_cli import prune
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import prune
 
     class Reached(Exception):
         pass

@@ -12,14 +12,18 @@ import pytest
 import tiny
 import torch
 
-from comp_cli import export, graphs, load_onnx, onnx_checks, parity, sessions, tasks
-from comp_cli.data import random_inputs
+from comp_cli import load_onnx
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
+from comp_cli.data.batches import random_inputs
 from comp_cli.errors import DEVICE, REFUSED, CompError
 from comp_cli.families import find_family
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.store import read_config
+from comp_cli.files.store import read_config
+from comp_cli.onnx import graphs, parity, sessions
+from comp_cli.onnx.checks import BIAS, least_runtime
+from comp_cli.tasks import tasks
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -101,8 +105,8 @@ def test_no_attention_mask_is_shared_by_heads_but_has_a_batch(clip, served, capt
         model = onnx.load(path)
         shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
         for node in model.graph.node:
-            if node.op_type == "MultiHeadAttention" and len(node.input) > onnx_checks.BIAS:
-                batch, heads, *_ = shapes[node.input[onnx_checks.BIAS]]
+            if node.op_type == "MultiHeadAttention" and len(node.input) > BIAS:
+                batch, heads, *_ = shapes[node.input[BIAS]]
                 own = next(a.i for a in node.attribute if a.name == "num_heads")
                 assert heads.dim_value == own or (batch.dim_value, heads.dim_value) == (1, 1), (path, node.name)
 
@@ -111,14 +115,14 @@ def test_the_least_version_follows_from_what_a_graph_holds(clip, served, caption
     for folder, least in ((clip[1], "1.20"), (served["whole"], "1.18"), (captions, "1.18")):
         document = json.loads((folder / "export.json").read_text())
         models = [onnx.load(folder / name) for name in document["graphs"]]
-        assert document["min_onnxruntime"] == least == onnx_checks.least_runtime(models)
+        assert document["min_onnxruntime"] == least == least_runtime(models)
 
 
 @pytest.mark.parametrize(("opset", "least"), [(18, "1.18"), (21, "1.18"), (22, "1.21"), (23, "1.23")])
 def test_newer_opsets_need_newer_versions(captions, opset, least):
     model = onnx.load(captions / graphs.PAST)
     next(entry for entry in model.opset_import if entry.domain == "").version = opset
-    assert onnx_checks.least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
+    assert least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
 
 
 def test_an_onnxruntime_that_is_too_old_is_refused(captions, monkeypatch):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_store import code_of, fill, names, our_folder
 
-from comp_cli import outputs
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder, check_output, check_room
+from comp_cli.files import outputs
+from comp_cli.files.outputs import atomic_folder, check_output, check_room
 
 
 def refused(output: Path) -> str:
@@ -144,8 +144,8 @@ def test_what_appears_in_the_old_folder_after_the_swap_stays(tmp_path, monkeypat
 
 
 def test_a_failed_export_is_not_put_over_what_the_user_added(compact_folder, tmp_path):
-    from comp_cli import export
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import export
 
     failed = our_folder(tmp_path / "x.failed")
     (failed / "thesis.txt").touch()
@@ -227,8 +227,8 @@ def test_a_mount_point_is_refused_with_a_name_that_works(tmp_path, monkeypatch):
 
 
 def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, tmp_path, monkeypatch):
-    from comp_cli import prune
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import prune
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
@@ -252,7 +252,7 @@ SMALL = """
 import os, sys
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.journal import Journal
+from comp_cli.search.journal import Journal
 import torch
 root = Path(sys.argv[1])
 journal = Journal(root / "out", {})

@@ -9,11 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import comp_cli
-from comp_cli import export, precision
+from comp_cli.checkpoint import precision
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.workbench import open_dense
+from comp_cli.models.dense import open_dense
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}

@@ -7,7 +7,7 @@ import torch
 from reference import masked_logits
 from torch import nn
 
-from comp_cli.modeling_comp import TokenPruning
+from comp_cli.runtime.modeling_comp import TokenPruning
 
 
 def run(model, inputs, **more):

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from comp_cli.calibration import Calibration
 from comp_cli.engine import flops, methods, recover, schedule, scoring, stages
 from comp_cli.errors import CompError
+from comp_cli.search.calibration import Calibration
 
 STRATEGY = stages.Strategy()
 
@@ -72,7 +72,7 @@ def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited
 
 @pytest.fixture(scope="module")
 def batches(inputs):
-    from comp_cli.data import Batch
+    from comp_cli.data.batches import Batch
 
     return [Batch(inputs, None)]
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from comp_cli import store
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder, check_output
-from comp_cli.store import find_last, folder_size, read_config, read_tensors_header, sha256
+from comp_cli.files import store
+from comp_cli.files.outputs import atomic_folder, check_output
+from comp_cli.files.store import find_last, folder_size, read_config, read_tensors_header, sha256
 
 ROOT = Path(__file__).parent.parent
 DEAD = 2**22 + 1  # above the largest process id that Linux hands out
@@ -288,8 +288,8 @@ def test_a_swap_cut_in_the_middle_gives_the_old_back(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from comp_cli.outputs import atomic_folder
-from comp_cli.store import sha256
+from comp_cli.files.outputs import atomic_folder
+from comp_cli.files.store import sha256
 moment, output = sys.argv[1], Path(sys.argv[2])
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 def rename(self, target, rename=Path.rename):
@@ -321,8 +321,8 @@ FULL = """
 import sys, torch
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder
-from comp_cli.store import save_tensors
+from comp_cli.files.outputs import atomic_folder
+from comp_cli.files.store import save_tensors
 torch.set_num_threads(1)
 def with_tensors(partial): save_tensors({"a": torch.zeros(1_000_000)}, partial / "model.safetensors")
 def with_text(partial): (partial / "merges.txt").write_text("x" * 1_000_000)
@@ -359,5 +359,6 @@ def test_save_tensors_makes_slices_contiguous(tmp_path):
 
 
 def test_store_is_imported_without_torch():
-    check = "import sys, comp_cli.store, comp_cli.hub; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    check = "import sys, comp_cli.files.store, comp_cli.checkpoint.hub"
+    check += "; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=60)

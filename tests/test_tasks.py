@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from comp_cli import tasks
-from comp_cli.rows import Pair
-from comp_cli.tasks import TASKS, Question, text_number
+from comp_cli.data.rows import Pair
+from comp_cli.tasks import tasks
+from comp_cli.tasks.tasks import TASKS, Question, text_number
 
 
 def test_a_question_of_one_right_answer_is_cross_entropy():

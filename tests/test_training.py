@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from comp_cli import tasks
-from comp_cli.calibration import Calibration
-from comp_cli.cli import app
-from comp_cli.data import Batch
+from comp_cli.cli.app import app
+from comp_cli.cli.output import Output
+from comp_cli.commands.prune import Options, Training
+from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, scoring
 from comp_cli.engine.fading import fade_at, fading, forget_head_masks
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.prune import Options, Training
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
 from comp_cli.search import find
-from comp_cli.training import Trainer, training_batches
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli.search.calibration import Calibration
+from comp_cli.search.trainer import Trainer, training_batches
+from comp_cli.tasks import tasks
 
 QUIET = Output("quiet")
 SCENES = ScenePairs(labelled=False)
@@ -156,7 +156,7 @@ def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
 
     trainer = Trainer(dense, chosen.training, 0.5, read)
     calibration = Calibration(dense, [Batch(taken_inputs(dense), None)], None, "cip")
-    from comp_cli.search import run_stages, stages
+    from comp_cli.search.find import run_stages, stages
 
     progress = stages.Progress.start(dense.plan, 0)
     run_stages(dense, chosen, partial(trainer.look, calibration), progress, lambda: None, QUIET)

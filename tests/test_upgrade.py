@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModel
 
 import comp_cli
-from comp_cli import modeling_comp, upgrade
+from comp_cli.cli.output import Output
+from comp_cli.commands import upgrade
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
-from comp_cli.output import Output
+from comp_cli.runtime import modeling_comp
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # two folders, and what each said when it was written
 TODAY = Path(modeling_comp.__file__).read_bytes()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..modeling_comp import TOKEN_RULES, CompactAttention
 from ..plan import Plan
+from ..runtime.modeling_comp import TOKEN_RULES, CompactAttention
 from . import importance, scoring
 
 TOP = 0.3  # (a): share of a sample's tokens that count as top tokens
