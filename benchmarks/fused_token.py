@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from train_clip import LONGEST, TASK, build_processor
 from transformers import CLIPModel
 
-from comp_cli.data.batches import Collator, described_scenes
+from comp_cli.data.batches import Collator, caption_scenes
 
 SEED = 3  # of the validation scenes
 AFTERWARDS = ("dropped", "mean", "weighted mean")
@@ -81,7 +81,7 @@ def image_embeds(model: CLIPModel, pixel_values: Tensor, layer: int | None, rule
 def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
     collate = Collator(build_processor(), ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
-    batches = list(collate.batches(described_scenes("validation", arguments.scenes, SEED), 32))
+    batches = list(collate.batches(caption_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]
     texts, expected = (torch.cat([getattr(out, name) for out in stock]) for name in ("text_embeds", "image_embeds"))
@@ -91,7 +91,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def recall(images: Tensor) -> str:
         scale = model.logit_scale.exp().expand(len(images))
-        return f"{100 * TASK.metrics(TASK.questions((images, texts, scale), labels))['recall@1']:.1f}"
+        return f"{100 * TASK.metrics(TASK.rankings((images, texts, scale), labels))['recall@1']:.1f}"
 
     torch.testing.assert_close(embeds(None, "", ""), expected, atol=1e-4, rtol=0)  # by hand it is the same model
     layers = range(len(model.vision_model.encoder.layers) - 1)  # behind the last attention nothing reads a patch

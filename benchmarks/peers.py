@@ -24,6 +24,7 @@ from accuracy import TEST_SEED
 from torch import nn
 from torch.nn import functional as F
 
+from comp_cli import tasks
 from comp_cli.checkpoint import loading
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench
@@ -33,7 +34,6 @@ from comp_cli.engine import flops
 from comp_cli.measure import timing, variants
 from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
 from comp_cli.onnx import graphs, sessions
-from comp_cli.tasks import tasks
 
 SCENES = ScenePairs(labelled=True)
 DEMO = Path(loading.__file__).parent / "demo"

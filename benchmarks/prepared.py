@@ -7,13 +7,13 @@ import full_size
 import torch
 from torch import nn
 
+from comp_cli import tasks
 from comp_cli.checkpoint import loading
 from comp_cli.cli.output import Output
 from comp_cli.commands.prune import Options, prune
 from comp_cli.families import FAMILIES
 from comp_cli.measure import variants
 from comp_cli.onnx import graphs, rewrite
-from comp_cli.tasks import tasks
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35

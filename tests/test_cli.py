@@ -371,7 +371,7 @@ def test_help_says_what_each_method_is(monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "200")
     said = comp("prune", "--help").stdout
-    assert all(f"{name}: {method.about}" in said for name, method in METHODS.items())
+    assert all(f"{name}: {method.description}" in said for name, method in METHODS.items())
 
 
 def test_stdout_holds_only_the_document(tiny_folder):

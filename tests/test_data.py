@@ -22,7 +22,7 @@ from comp_cli.data.rows import Columns, Pair, Tally, read_rows
 from comp_cli.data.sources import open_pairs
 from comp_cli.data.splits import choose_split
 from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
-from comp_cli.tasks.tasks import TASKS
+from comp_cli.tasks import TASKS
 
 COUNT = 40
 
@@ -219,7 +219,7 @@ def test_names_of_classes_are_texts(photos, tmp_path):
 def test_retrieval_takes_pairs_that_match_and_knows_their_images(folder):
     table = rows(match=lambda i: i % 2)
     table += [row | {"text": row["text"] + " again"} for row in table]
-    pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].takes))
+    pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].accepts))
     assert len(pairs) == 12 and all(pair.label == 1 for pair in pairs)
     ids = {number: {p.image_id for p, n in zip(pairs, numbers(pairs), strict=True) if n == number} for number in numbers(pairs)}
     assert all(len(found) == 1 for found in ids.values()) and len(set.union(*ids.values())) == len(ids)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from comp_cli import tasks
 from comp_cli.checkpoint.loading import load_model, load_processor
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
 from comp_cli.onnx import graphs, parity, rewrite, sessions
-from comp_cli.tasks import tasks
 
 
 def run_export(source, folder, out=None, **options):

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from comp_cli import load
+from comp_cli import load, tasks
 from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench, export
@@ -27,7 +27,6 @@ from comp_cli.models.dense import Dense, open_dense, with_score_rule
 from comp_cli.onnx import graphs
 from comp_cli.plan import Plan
 from comp_cli.search.trainer import Training
-from comp_cli.tasks import tasks
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -54,15 +53,15 @@ class Case:
     def options(self, ratio: float, **changes) -> Options:
         return Options(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
 
-    def read(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         task = self.dense.task
         with torch.inference_mode():
-            return task.features(task.read(model, inputs))
+            return task.features(task.forward(model, inputs))
 
     def rows(self, inputs: dict[str, torch.Tensor]) -> list[int]:
         """How many rows of what is read belong to each sample."""
         task = self.dense.task
-        if isinstance(task, tasks.Wording):
+        if isinstance(task, tasks.TokenPrediction):
             return (inputs[task.mask].sum(1) - 1).tolist()
         return [1] * len(next(iter(inputs.values())))
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from comp_cli import load_onnx
+from comp_cli import load_onnx, tasks
 from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
@@ -23,7 +23,6 @@ from comp_cli.families import find_family
 from comp_cli.files.store import read_config
 from comp_cli.onnx import graphs, parity, sessions
 from comp_cli.onnx.checks import BIAS, least_runtime
-from comp_cli.tasks import tasks
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}

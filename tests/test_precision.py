@@ -133,7 +133,7 @@ def test_the_precision_of_tensors_with_other_names_is_that_of_their_numbers(tmp_
     exact = {"old.weight": torch.tensor([1.0, 0.5]).bfloat16(), "old.bias": torch.tensor([0.1001])}
     save_file(exact | {"more": torch.ones(2).bfloat16()}, folder / "model.safetensors")
     state = {"new.weight": exact["old.weight"].float(), "new.bias": exact["old.bias"], "ids": torch.arange(3)}
-    found = precision.own_precision(folder, state)
+    found = precision.checkpoint_dtypes(folder, state)
     assert found == {"new.weight": torch.bfloat16, "new.bias": torch.float32}
 
 

@@ -354,7 +354,8 @@ def test_what_is_ignored_stays_ignored(handlers):
 def test_a_process_that_measures_memory_ends_with_its_parent(tmp_path):
     """Also where the parent is killed: what it reads from ends."""
     script = tmp_path / "parent.py"
-    fake = "import os, sys, time; from comp_cli.measure import peak; import threading; threading.Thread(target=peak.end_with_parent)"
+    fake = "import os, sys, time, threading; from comp_cli.measure import peak"
+    fake += "; threading.Thread(target=peak.end_with_parent)"
     script.write_text(
         "import sys\nfrom comp_cli.measure import memory\n"
         f"memory.START = '''{fake}.start(); print(os.getpid(), file=open(sys.argv[2], 'w'), flush=True); time.sleep(60)'''\n"

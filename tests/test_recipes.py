@@ -22,7 +22,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers.image_utils import load_image
 
-from comp_cli.checkpoint.loading import load_model, load_processor, own_state
+from comp_cli.checkpoint.loading import load_model, load_processor, untied_state_dict
 from comp_cli.checkpoint.write import write_checkpoint
 from comp_cli.cli.output import Output
 from comp_cli.commands import export, prune
@@ -138,7 +138,7 @@ def write_compact(family: str, place: Path) -> Written:
     document = prune.describe(dense, plan, options) | {"quality": quality, "command": cards.prune_command(options)}
     document["base_address"] = dense.source.address_from(folder)
     compact = dense.runtime(plan)
-    write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(own_state(compact), torch.float32))
+    write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(untied_state_dict(compact), torch.float32))
     return Written(dense, folder)
 
 
@@ -163,7 +163,7 @@ def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
             inputs = processor(images=image, **asked, return_tensors="pt")
             tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=recipes.LONGEST - 1)[0]
             return found | {"written": tokens.numpy(), "said": processor.decode(tokens, skip_special_tokens=True) + "\n"}
-        if task.paired:
+        if task.paired_inputs:
             inputs = processor(images=[image] * len(texts), text=texts, **read)
             return found | {"scores": model(**inputs).itm_score.numpy()}
         if family.encoders:

@@ -409,22 +409,22 @@ def test_a_name_that_says_match_goes_before_label(folder):
 
 
 def test_mismatches_that_a_task_has_no_use_for_are_counted(folder):
-    from comp_cli.tasks.tasks import TASKS
+    from comp_cli.tasks import TASKS
 
     path = table(folder / "mismatches.csv", {"text": ["a"], "match": ["1", "0", "0"]})
     pairs = opened(path, out=(out := Output("quiet")))
-    found = list(pairs.read("calibration", 100, 0, TASKS["retrieval"].takes))
+    found = list(pairs.read("calibration", 100, 0, TASKS["retrieval"].accepts))
     left_out = pairs.counts()["calibration"]["left_out"]["labelled as mismatches"]
     assert f"{left_out} of {left_out + len(found)} pairs are labelled as mismatches and are not used" in out.warnings[0]
 
 
 def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
     """Fewer pairs are said to be there only where fewer are there: here one row in three is bad, and one makes a pair."""
-    from comp_cli.tasks.tasks import TASKS
+    from comp_cli.tasks import TASKS
 
     path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
     pairs = opened(path, out=Output("quiet"))
-    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].takes))) == 4
+    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].accepts))) == 4
 
 
 # One image -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..families import Family, compact_block, find_architecture, find_family, to
 from ..families.base import INPUTS  # noqa: E402
 from ..files.store import TensorHeader, read_config, read_json  # noqa: E402
 from ..runtime.modeling_comp import compact_class  # noqa: E402
-from ..topology.dual_encoder import speaking_as  # noqa: E402
+from ..topology.dual_encoder import with_dual_interface  # noqa: E402
 from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
 from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
@@ -115,7 +115,7 @@ def load_model(
         )
     check_finite(model.state_dict(), folder)
     check_report(folder)  # last: what is above says more exactly what is wrong
-    return speaking_as(model.eval(), family)
+    return with_dual_interface(model.eval(), family)
 
 
 @contextmanager
@@ -178,11 +178,11 @@ def build_compact(
     for name, source in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, model.get_parameter(source))
-    model = speaking_as(model, family)
+    model = with_dual_interface(model, family)
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 
-def own_state(model: nn.Module) -> dict[str, Tensor]:
+def untied_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model by name, without those that are others under a second name."""
     state, sources = model.state_dict(), model.all_tied_weights_keys
     second = {name for name, source in sources.items() if state[name].data_ptr() == state[source].data_ptr()}

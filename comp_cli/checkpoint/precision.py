@@ -20,7 +20,7 @@ def stored(folder: Path) -> dict[str, str]:
     return {name: header.dtype for name, header in read_headers(folder, names).items()}
 
 
-def own_precision(folder: Path, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+def checkpoint_dtypes(folder: Path, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """The precision that each floating-point tensor of a model, loaded in fp32, has in its checkpoint.
 
     A tensor that has another name there gets the usual one of the file that holds its numbers. Exit 4 for weights in a

@@ -20,7 +20,7 @@ from ..models.dense import Dense
 from ..plan import Plan
 from ..report.cards import model_card
 from ..runtime import modeling_comp
-from .loading import load_model, load_processor, own_state, quiet_libraries, save_processor
+from .loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
 from .precision import of_the_whole
 
 
@@ -30,7 +30,7 @@ def write_checkpoint(
     """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
     facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
     block = plan.comp_block(dense.family, method=document["options"]["method"], **facts, runtime=runtime())
-    state = own_state(compact)
+    state = untied_state_dict(compact)
     whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
     config = dense.config | {"comp": block, "auto_map": auto_map(dense.architecture), "dtype": whole}
     config.pop("torch_dtype", None)
@@ -69,7 +69,7 @@ def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[st
     again = written.to(weight.device, weight.dtype)
     inputs = Batch(inputs, None).to(weight.device, weight.dtype).inputs
     with torch.inference_mode():
-        reads = (dense.task.read(model, inputs) for model in (compact, again))
+        reads = (dense.task.forward(model, inputs) for model in (compact, again))
         expected, found = map(dense.task.features, reads)
     if not torch.allclose(expected, found, atol=1e-5):
         raise _differs(f"the features behind its decisions differ by {(expected - found).abs().max():.2e}")
@@ -84,7 +84,7 @@ def told_apart(dense: Dense, model: nn.Module, plan: Plan) -> nn.Module:
     """The compact model with the channels of zeros of its plan, if it has any."""
     if not any(layer.padding for tower in plan.towers for layer in tower.layers):
         return model
-    return dense.build(plan, padded(own_state(model), dense.family, plan))
+    return dense.build(plan, padded(untied_state_dict(model), dense.family, plan))
 
 
 def runtime() -> dict[str, Any]:

@@ -175,7 +175,7 @@ def analyze(
 
 
 @app.command(
-    cls=Command, epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.about}" for name, method in METHODS.items())
+    cls=Command, epilog="Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.description}" for name, method in METHODS.items())
 )
 def prune(
     model: Model,

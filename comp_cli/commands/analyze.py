@@ -9,7 +9,7 @@ from .. import __version__
 from ..checkpoint.loading import pick_device
 from ..cli.output import Output
 from ..engine import diagnostics, flops, importance, scoring
-from ..models.dense import DataOptions, Dense, batches_of, choose_pairs, cut_texts, open_dense, say_cut
+from ..models.dense import DataOptions, Dense, batches_of, choose_pairs, cut_texts, open_dense, warn_cut_texts
 from ..report.tables import gflops, millions, percent, reference_input
 
 
@@ -33,7 +33,7 @@ def analyze(
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
-    say_cut("calibration", texts, out, dense.longest)
+    warn_cut_texts("calibration", texts, out, dense.longest)
     runtime = dense.runtime(dense.plan)
     with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)

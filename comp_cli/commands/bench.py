@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import __version__, tasks
 from ..checkpoint import hub
 from ..checkpoint.loading import load_model, load_processor, pick_device
 from ..cli.output import Output
@@ -33,7 +33,6 @@ from ..models.dense import longest_text
 from ..onnx import providers
 from ..onnx.graphs import write_graph
 from ..report import benchmark as bench_report
-from ..tasks import tasks
 from .environment import processor_name
 
 BACKENDS = ("torch", "onnx", "compile")

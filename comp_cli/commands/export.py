@@ -12,7 +12,7 @@ import onnx
 import torch
 import transformers
 
-from .. import __version__
+from .. import __version__, tasks
 from ..checkpoint.loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries, save_processor
 from ..checkpoint.precision import cast
 from ..cli.output import Output
@@ -22,14 +22,13 @@ from ..errors import DEVICE, GATE, REFUSED, USAGE, CompError
 from ..families import Decoder, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
-from ..models.dense import collator, longest_text, say_cut
+from ..models.dense import collator, longest_text, warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.graphs import OPSET, TARGETS, can_split, check_target, write_graphs
 from ..onnx.sessions import OnnxModel, open_graphs
 from ..report.cards import graphs_card
 from ..report.tables import mib, percent
-from ..tasks import tasks
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
@@ -109,7 +108,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         pairs = parity.real_pairs(source, task, rounded, collate.seen)
         known = list({id(pair): pair.text for pair in pairs}.values())  # a few pairs come again and again
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
-        say_cut("parity", texts, out, longest)
+        warn_cut_texts("parity", texts, out, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
         out.say("exporting (this takes a minute for a full-size model) ...")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..checkpoint.loading import own_state, pick_dtype
-from ..checkpoint.precision import in_precision, of_the_whole, own_precision, round_as_written
+from ..checkpoint.loading import pick_dtype, untied_state_dict
+from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weights import files_of
 from ..checkpoint.write import check_reload, told_apart, write_checkpoint, write_report
 from ..cli.output import Output
@@ -20,15 +20,15 @@ from ..engine.methods import METHODS
 from ..errors import FAILED, GATE, USAGE, CompError, DeadEnd
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
-from ..models.dense import DataOptions, Dense, Pairs, affordable, choose_pairs, cut_texts, open_dense, say_cut
+from ..models.dense import DataOptions, Dense, Pairs, by_model_size, choose_pairs, cut_texts, open_dense, warn_cut_texts
 from ..plan import Plan
 from ..report.cards import prune_command, without_places
 from ..report.tables import layer_rows, metric_value, print_plan, print_pruned
-from ..search.find import Options, find
 from ..search.journal import Journal
-from ..search.trainer import Training, check_training, count_steps, leads, own_device, precision, processes
-from ..tasks import tasks
-from ..tasks.text_metrics import judge, missing, subjects
+from ..search.run import Options, search
+from ..search.trainer import Training, check_training, count_steps, is_main_process, precision, process_device, processes
+from ..tasks import comparison
+from ..tasks.text_metrics import judge, missing, references
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
 
@@ -57,18 +57,20 @@ def check(options: Options, max_drop: float | None, dry_run: bool) -> None:
         raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
 
 
-def settle(dense: Dense, pairs: Pairs, options: Options, out: Output) -> Options:
+def resolve_defaults(dense: Dense, pairs: Pairs, options: Options, out: Output) -> Options:
     """The options with a number wherever the model decides it: less work for a large one."""
-    num_samples = options.num_samples or max(affordable(dense, 256, 64), options.stage_samples or 0)
+    num_samples = options.num_samples or max(by_model_size(dense, 256, 64), options.stage_samples or 0)
     training = count_steps(options.training, dense.task, pairs, out)
     return replace(
         options,
-        stages=options.stages or affordable(dense, 40, 10),
+        stages=options.stages or by_model_size(dense, 40, 10),
         num_samples=num_samples,
         # Where every sample is a candidate for every other, few are no question.
-        stage_samples=min(options.stage_samples or affordable(dense, 256, 8 if dense.task.paired else 32), num_samples),
-        eval_samples=options.eval_samples or affordable(dense, 1000, 64 if dense.task.paired else 256),
-        training=replace(training, lr=training.lr or affordable(dense, 1e-4, 1e-5)),
+        stage_samples=min(
+            options.stage_samples or by_model_size(dense, 256, 8 if dense.task.paired_inputs else 32), num_samples
+        ),
+        eval_samples=options.eval_samples or by_model_size(dense, 1000, 64 if dense.task.paired_inputs else 256),
+        training=replace(training, lr=training.lr or by_model_size(dense, 1e-4, 1e-5)),
     )
 
 
@@ -89,12 +91,12 @@ def prune(
     metric falls by more than `max_drop` points: then nothing is left. Exit 1 while another process prunes into the folder.
     """
     check(options, max_drop, dry_run)
-    own_device(options.device)
+    process_device(options.device)
     pick_dtype(options.dtype)
     if dry_run:
         return _prune(options, output, None, out, overwrite, max_drop, hub_options)
     typed, output = output, resolve(output)
-    if not leads():  # of several processes one writes
+    if not is_main_process():  # of several processes one writes
         return _prune(options, output, Journal(output, {}) if resume else None, out, overwrite, max_drop, hub_options)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
@@ -132,14 +134,14 @@ def _prune(
 ) -> dict[str, Any]:
     """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
     started = time.perf_counter()
-    dry_run = journal is None and leads()
+    dry_run = journal is None and is_main_process()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
-    dense = open_dense(options.model, out, device=own_device(options.device), task=options.task, **sizes, **hub_options)
-    wanted_dtype, own = pick_dtype(options.dtype), own_precision(dense.source.folder, dense.state)
+    dense = open_dense(options.model, out, device=process_device(options.device), task=options.task, **sizes, **hub_options)
+    wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
     said = {"revision": hub_options.get("revision"), "allow_pickle": hub_options.get("allow_pickle"), "max_drop": max_drop}
     command = prune_command(options, **said)
-    options = settle(dense, pairs, options, out)
+    options = resolve_defaults(dense, pairs, options, out)
     if dry_run and options.training.steps:
         out.say("--dry-run: without the training.")
         options = replace(options, training=Training())
@@ -147,7 +149,7 @@ def _prune(
         journal.settings = settings_of(dense, options)
         check_disk(dense, options, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
-        found = find(dense, pairs, options, journal, out)
+        found = search(dense, pairs, options, journal, out)
         plan = found.plan.told_apart(dense.plan)
         document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
         document |= {"texts": {"calibration": found.texts}, "pairs": counts(pairs, options)}
@@ -155,16 +157,16 @@ def _prune(
             print_plan(document, out)
             return document
         compact = told_apart(dense, found.model, plan)
-        dtypes = in_precision(own, own_state(compact), wanted_dtype) if wanted_dtype else own
+        dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
         round_as_written(compact, dtypes)  # judged with the weights that are written
-        if not leads():
+        if not is_main_process():
             return document
         quality, per_pair = compare(dense, compact, pairs, options, out)
         document |= {"command": command, "base_address": dense.source.address_from(output)}
         document |= {"quality": quality, "pairs": counts(pairs, options)}
         check_drop(quality, max_drop, out)
     except DeadEnd:
-        if journal and leads():
+        if journal and is_main_process():
             journal.remove()
         raise
     with atomic_folder(output, overwrite=overwrite) as folder:
@@ -256,19 +258,19 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     found, seconds, task = {}, {}, dense.task
     models = {"dense": dense.runtime(dense.plan), "compact": compact}
     collate = dense.collate_whole
-    read = map(collate.seen, pairs.read("evaluation", options.eval_samples, takes=task.takes))
+    read = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
     if dense.family.decoder:
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
-    say_cut("evaluation", texts, out, dense.longest)
+    warn_cut_texts("evaluation", texts, out, dense.longest)
     with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in models.items():
             begin = time.perf_counter()
-            found[name] = tasks.evaluate(model, task, batches, bar.advance)
+            found[name] = comparison.evaluate(model, task, batches, bar.advance)
             seconds[name] = time.perf_counter() - begin
     before, after = found["dense"], found["compact"]
-    both = [task.questions(evaluation.read, evaluation.labels) for evaluation in (before, after)]
+    both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
     metric = task.metric
     if dense.family.decoder and before.metrics:
@@ -279,8 +281,8 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
         "data": pairs.describe("evaluation"),
         "metric": metric,
         "metrics": metrics or None,
-        "agreement": tasks.agreements(*both),
-        "divergence": tasks.divergence(*both).item(),
+        "agreement": comparison.agreements(*both),
+        "divergence": comparison.divergence(*both).item(),
         "texts": texts,
         "shared_texts": task.shared(before.labels),
     }
@@ -293,7 +295,7 @@ def judge_texts(
     dense: Dense, models: dict[str, nn.Module], pairs: list[Pair], batch_size: int, out: Output
 ) -> dict[str, dict[str, float]]:
     """Metrics of the captions or answers that the models write on the pairs, for each; the one that counts first."""
-    about, known = subjects(dense.task, pairs)
+    about, known = references(dense.task, pairs)
     if why := missing(dense.task, about):
         out.warn(f"{why}; {dense.task.metric} is what counts")
         return {}

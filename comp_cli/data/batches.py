@@ -47,14 +47,14 @@ def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) ->
         yield Pair(scenes.render(example.scene, example.background), example.caption.text, label)
 
 
-def described_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
+def caption_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
     """Generated scenes, each with a description of all that is in it."""
     for scene, background in scenes.images(split, count, seed):
         text = scenes.describe(scene)  # what is described alike counts as one image
         yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()), known=labelled)
 
 
-def asked_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
+def vqa_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
     """Generated scenes, each with a question about it and the answer."""
     for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
         question, answer = scenes.ask(random.Random(background), scene)

@@ -18,9 +18,9 @@ from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
 from .rows import (
     COLUMN_NAMES,
     UNLABELLED,
+    Accepts,
     Columns,
     Pair,
-    Takes,
     Tally,
     every,
     find_columns,
@@ -85,7 +85,7 @@ class PairSet:
         """What became of the rows, for each purpose that was read for; see `Tally.counts`."""
         return dict(self.told)
 
-    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
+    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, accepts: Accepts = every) -> Iterator[Pair]:
         """Up to `limit` pairs that are taken, in an order that the seed decides. No image serves both purposes.
 
         An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label
@@ -98,7 +98,7 @@ class PairSet:
         more = {"answers": columns.answer, "labels": columns.label}
         found += [f"{what} from {column}" for what, column in more.items() if column]
         self.out.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
-        pairs = self._pairs(rows, columns, purpose, limit, takes)
+        pairs = self._pairs(rows, columns, purpose, limit, accepts)
         return chain([next(pairs)], pairs)
 
     def _wanted(self) -> str | None:
@@ -149,12 +149,12 @@ class PairSet:
         return named or None
 
     def _pairs(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, takes: Takes
+        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, accepts: Accepts
     ) -> Iterator[Pair]:
         where, tally = self.describe(purpose), Tally()
         root = self.roots[self.split(purpose)]
         most = sys.maxsize if limit is None else limit
-        for pair in read_rows(self._of_use(rows, columns, purpose, root, tally), columns, root, most, tally, takes):
+        for pair in read_rows(self._of_use(rows, columns, purpose, root, tally), columns, root, most, tally, accepts):
             if purpose == "calibration" and limit is not None:  # training reads as much as it has time for
                 self.calibrated.add(pair.image_id)
             yield pair

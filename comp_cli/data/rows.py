@@ -53,7 +53,7 @@ class Columns:
     split: str | None = None
 
 
-Takes = Callable[[Pair], bool]  # whether a pair is of use
+Accepts = Callable[[Pair], bool]  # whether a pair is of use
 
 
 @dataclass
@@ -152,12 +152,12 @@ def says_match(column: str, values: Iterable[Any], owner: str) -> str | None:
 
 
 def every(pair: Pair) -> bool:
-    """Takes every pair."""
+    """Accepts every pair."""
     return True
 
 
 def read_rows(
-    rows: Iterable[Mapping[str, Any]], columns: Columns, root: Root, limit: int, tally: Tally, takes: Takes = every
+    rows: Iterable[Mapping[str, Any]], columns: Columns, root: Root, limit: int, tally: Tally, accepts: Accepts = every
 ) -> Iterator[Pair]:
     """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them, and more than
     half of all, end the reading."""
@@ -169,7 +169,7 @@ def read_rows(
             tally.bad.setdefault(bad.problem, []).append(bad.found)
             found = []
         for pair in found:
-            if not takes(pair):
+            if not accepts(pair):
                 tally.left_out["labelled as mismatches" if pair.label == 0 else "without an answer"] += 1
             elif tally.given < limit:
                 tally.given += 1

@@ -12,7 +12,7 @@ from ..errors import DEVICE, CompError
 from ..families import Family, find_family
 from ..onnx import sessions
 from ..plan import dense_plan
-from ..tasks.tasks import Task
+from ..tasks import Task
 from .timing import Inputs, Runner
 
 SIDES = ("dense", "own_dense", "compact")  # the stock model; the same weights on comp's kernels; what is left of them
@@ -26,7 +26,7 @@ def on_own_kernels(stock: nn.Module, family: Family | None = None) -> nn.Module:
     family = family or usual
     config = copy.deepcopy(stock.config)
     config.comp = dense_plan(described, family, architecture).comp_block(family)
-    return loading.build_compact(config, family, architecture, loading.own_state(stock))
+    return loading.build_compact(config, family, architecture, loading.untied_state_dict(stock))
 
 
 def torch_runner(model: nn.Module, device: torch.device) -> Runner:

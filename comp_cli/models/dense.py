@@ -10,11 +10,12 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import tasks
 from ..checkpoint import hub, loading
 from ..cli.output import Output
 from ..data import batches as data
 from ..data.pairset import PairSet
-from ..data.rows import Columns, Pair, Takes, every
+from ..data.rows import Accepts, Columns, Pair, every
 from ..data.sources import open_pairs
 from ..data.splits import Purpose
 from ..engine import flops, scoring
@@ -24,7 +25,6 @@ from ..errors import REFUSED, USAGE, CompError, first_line
 from ..families import Family, find_family, tower_config
 from ..files.store import read_config
 from ..plan import Plan, dense_plan
-from ..tasks import tasks
 
 SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
 
@@ -124,7 +124,7 @@ def open_dense(
     pickled = hub_options.get("allow_pickle", False)
     dense = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
     check_fits(dense, family, processor, chosen, source.name)
-    state = loading.own_state(dense.requires_grad_(False).to(device or "cpu"))
+    state = loading.untied_state_dict(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     reference = flops.reference(full, family, shapes, loading.cut_at(processor, text_tokens))
@@ -176,7 +176,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
         raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
 
 
-def affordable(dense: Dense, many: float, few: float) -> float:
+def by_model_size(dense: Dense, many: float, few: float) -> float:
     """A number of samples and the like: many for a model of less than 10 GFLOPs a pair, few for a larger one."""
     return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
 
@@ -219,10 +219,10 @@ class ScenePairs:
         """Nothing is skipped."""
         return {}
 
-    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, takes: Takes = every) -> Iterator[Pair]:
+    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, accepts: Accepts = every) -> Iterator[Pair]:
         """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
         count = 10**8 if limit is None else limit
-        make = data.asked_scenes if self.asked else data.described_scenes if self.described else data.scene_pairs
+        make = data.vqa_scenes if self.asked else data.caption_scenes if self.described else data.scene_pairs
         return make(self.SPLITS[purpose], count, seed, self.labelled)
 
 
@@ -251,19 +251,19 @@ def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Pat
         return open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
         out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    elif not dense.task.mismatches:
+    elif not dense.task.has_negatives:
         out.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
-    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.mismatches)
+    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.has_negatives)
 
 
 def generated_pairs(task: tasks.Task, labelled: bool) -> ScenePairs:
     """Scenes with the texts that a task reads."""
-    return ScenePairs(labelled, described=not task.mismatches, asked=task.answered)
+    return ScenePairs(labelled, described=not task.has_negatives, asked=task.has_answers)
 
 
 def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:
     """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
-    return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.takes), batch_size))
+    return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.accepts), batch_size))
 
 
 def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
@@ -271,7 +271,7 @@ def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
     return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
 
 
-def say_cut(purpose: str, texts: Mapping[str, int], out: Output, most: int) -> None:
+def warn_cut_texts(purpose: str, texts: Mapping[str, int], out: Output, most: int) -> None:
     """A warning where texts were cut; `most`: tokens that the model takes."""
     if texts["cut"]:
         more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"

@@ -15,7 +15,7 @@ from ..errors import USAGE, CompError
 from ..families import Family
 from ..families.base import ANSWER_INPUTS
 from ..runtime.modeling_comp import CompactAttention, cache_name, refuse_unknown
-from ..tasks.tasks import Task
+from ..tasks import Task
 
 OPSET = 20
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
@@ -38,7 +38,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model, self.family = model, family
         self.outputs = task.outputs
-        images, texts = ("batch", "batch") if task.paired else ("images", "texts")
+        images, texts = ("batch", "batch") if task.paired_inputs else ("images", "texts")
         dynamic = {"pixel_values": {0: images}, "input_ids": {0: texts, 1: "tokens"}, "attention_mask": {0: texts, 1: "tokens"}}
         self.dynamic = {name: dynamic[name] for name in family.inputs if name in dynamic}
 
@@ -346,7 +346,7 @@ def tidy(model: Any) -> None:
         scopes = literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
         line = node.metadata_props.get("pkg.torch.onnx.stack_trace", "").rpartition("\n")[2]
-        prunes = "TOKEN_RULES[" in line or ("self.hand_on(" in line and node.op_type != "Add")  # Add: the residual
+        prunes = "TOKEN_RULES[" in line or ("self.prune_tokens(" in line and node.op_type != "Add")  # Add: the residual
         node.name = "/".join(filter(None, (module, prunes and TOKEN_PRUNING, node.name)))
         node.metadata_props.clear()
         for value in node.outputs:

@@ -7,12 +7,13 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor, nn
 
+from .. import tasks
 from ..data.batches import random_inputs
 from ..data.rows import Pair
 from ..families import Family
 from ..families.base import INPUTS
 from ..models.dense import Pairs, collator, generated_pairs
-from ..tasks import tasks
+from ..tasks import comparison
 from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
 from .sessions import OnnxModel
 
@@ -91,12 +92,12 @@ def make_cases(
     `whole`, if it is more."""
     mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
     # Where all samples of a batch are candidates, the decisions of many are asked for together.
-    size = 8 if task.paired else len(pairs)
+    size = 8 if task.paired_inputs else len(pairs)
     parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
     made_long = collator(family, processor, longest, task, model.config)
     collate = replace(made_long, max_text=max(longest, whole or 0))
     given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
-    if split or (len(family.towers) > 1 and not task.paired):
+    if split or (len(family.towers) > 1 and not task.paired_inputs):
         inputs = given[2][1]
         given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
@@ -111,7 +112,7 @@ def real_pairs(
     count = 8 + DECISIONS * rounded
     if source is None:
         return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
-    found = list(map(ready, source.read("evaluation", count, takes=task.takes)))
+    found = list(map(ready, source.read("evaluation", count, accepts=task.accepts)))
     return list(islice(cycle(found), max(8, len(found))))
 
 
@@ -130,7 +131,7 @@ def expected(
             text = inputs[family.decoder.text]
             asked = (inputs[name] for name in INPUTS)
             return {"logits": decode(model, family, encode(model, family, *asked), text).logits}
-        if task.paired:
+        if task.paired_inputs:
             every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)
             inputs = inputs | {"pixel_values": every}
         outputs = model(**inputs)
@@ -145,7 +146,7 @@ def check(
     for case in cases:
         outputs = onnx_model.run(case.inputs)
         found = {name: torch.from_numpy(outputs[name]) for name in case.expected}
-        agreed = tasks.agreement(task.decisions(case.expected), task.decisions(found))
+        agreed = comparison.agreement(task.decisions(case.expected), task.decisions(found))
         judged = [name for name in found if name in task.judged]
         for name in found:
             same = agreed if name == judged[-1] else None

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from ..families import Family
 from ..onnx.graphs import ENCODER, VISION
 from ..runtime.modeling_comp import TESTED
-from ..tasks.tasks import Task
+from ..tasks import Task
 from . import recipes
 from .tables import gflops, metric_value, millions, percent
 

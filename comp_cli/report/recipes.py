@@ -14,7 +14,7 @@ from transformers import GenerationConfig, SiglipTokenizer
 
 from ..families import Family
 from ..onnx.graphs import ENCODER, TEXT, VISION
-from ..tasks.tasks import Task
+from ..tasks import Task
 
 PICTURE = "scene.png"
 TEXTS = ["a small red circle", "two blue squares above a large circle"]
@@ -178,7 +178,7 @@ def deciding(document: dict[str, Any], family: Family, task: Task) -> str:
     """From texts and a picture to a decision."""
     texts, split = texts_of(task), VISION in document["graphs"]
     vision, text = Path(VISION).stem, Path(TEXT).stem
-    if task.paired:
+    if task.paired_inputs:
         whole = (
             "images = np.repeat(pixels(picture), len(texts), axis=0)  # one for each text\n"
             'scores = run("model", tokens(texts) | {"pixel_values": images})["itm_score"]'
@@ -281,7 +281,7 @@ def _asked(family: Family, task: Task, longest: int, alone: bool) -> str:
             f"written = model.generate(**inputs, max_new_tokens={LONGEST - 1})\n"
             "print(processor.decode(written[0], skip_special_tokens=True))"
         )
-    if task.paired:
+    if task.paired_inputs:
         return (
             f"{texts_of(task)}\n"
             f"inputs = processor(images=[load_image(picture)] * len(texts), text=texts, {given})\n"

@@ -408,7 +408,7 @@ class TokenPruning:
     protected: tuple[str, ...] = ()
     fuse = False
 
-    def hand_on(
+    def prune_tokens(
         self, hidden_states: torch.Tensor, scores: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer; also returns the mask of
@@ -438,15 +438,15 @@ class TokenPruning:
         for; None before any are fused. The logits of n equal tokens are that of one plus log(n), so nothing is lost where
         those that go are alike. For towers without padding.
         """
-        stands_for = hidden_states.new_ones(1, hidden_states.shape[1])
+        token_size = hidden_states.new_ones(1, hidden_states.shape[1])
         if bias is not None:
-            stands_for = bias[:, 0, 0].exp()
+            token_size = bias[:, 0, 0].exp()
             last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
             scores = scores.masked_fill(last, -1.0)
         kept = kept_tokens(scores, keep - 1, self.protected)
-        gone = stands_for.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
+        gone = token_size.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
         mean = (hidden_states * (gone / gone.sum(1, keepdim=True))).sum(1, keepdim=True)  # a sum could overflow fp16
-        weight = (stands_for.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
+        weight = (token_size.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
         bias = torch.cat([hidden_states.new_zeros(1, 1, keep, keep - 1), weight], dim=-1)
         return torch.cat([select_tokens(hidden_states, kept), mean], dim=1), bias, kept
 
@@ -465,7 +465,7 @@ class PreNormLayer(TokenPruning):
         if is_causal is not None and is_causal != self.self_attn.causal:
             raise ValueError(f"is_causal={is_causal}: config.json says that this tower is not so (comp.towers.layout.causal).")
         attended, scores = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask)
-        hidden_states, attention_mask, kept = self.hand_on(hidden_states + attended, scores, attention_mask)
+        hidden_states, attention_mask, kept = self.prune_tokens(hidden_states + attended, scores, attention_mask)
         hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
 
@@ -495,7 +495,7 @@ class PostNormLayer(TokenPruning):
             raise TypeError(f"{type(self.attention).__name__} of transformers {transformers.__version__} takes no cache.")
         past = {} if cache is None else {self.cache_name: cache}
         hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask, **past)
-        hidden_states, attention_mask, kept = self.hand_on(hidden_states, scores, attention_mask)
+        hidden_states, attention_mask, kept = self.prune_tokens(hidden_states, scores, attention_mask)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states, **past)
         hidden_states = self.feed_forward_chunk(hidden_states)

@@ -21,16 +21,17 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checkpoint.loading import own_state, pick_device
+from .. import tasks
+from ..checkpoint.loading import pick_device, untied_state_dict
 from ..cli.output import Output
 from ..data.batches import Batch
 from ..engine import flops, stages
 from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
 from ..errors import FAILED, USAGE, CompError, DeadEnd
-from ..models.dense import Dense, Pairs, ScenePairs, say_cut
+from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
 from ..plan import Plan
-from ..tasks import tasks
+from ..tasks import comparison
 from .calibration import Calibration
 
 WARM_UP = 0.05  # of the steps
@@ -61,12 +62,12 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and speaks."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def own_device(name: str) -> torch.device:
+def process_device(name: str) -> torch.device:
     """The device of this process: each of several has a GPU of its own."""
     device = pick_device(name)
     if device.type == "cuda" and processes() > 1:
@@ -108,7 +109,7 @@ def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output)
     if isinstance(pairs, ScenePairs):
         raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
     out.say("counting the pairs ...")
-    found = sum(1 for _ in pairs.read("calibration", takes=task.takes))
+    found = sum(1 for _ in pairs.read("calibration", accepts=task.accepts))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
@@ -116,7 +117,7 @@ def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, 
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
     passed, collate = 0, dense.collate
     for epoch in count(1):
-        found = pairs.read("calibration", None, seed + epoch, dense.task.takes)
+        found = pairs.read("calibration", None, seed + epoch, dense.task.accepts)
         first = True
         ready = (collate.seen(pair) if passed >= skip else replace(pair, image=None) for pair in found)  # no picture is kept
         while chunk := list(islice(ready, training.batch_size)):
@@ -129,7 +130,7 @@ def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, 
 
 
 class Trainer:
-    """Fine-tunes while it prunes. `look` takes the place of `Calibration.look`: to look at a plan it trains into it, so a
+    """Fine-tunes while it prunes. `measure` takes the place of `Calibration.measure`: to look at a plan it trains into it, so a
     plan that was looked at is taken."""
 
     def __init__(
@@ -158,11 +159,11 @@ class Trainer:
 
     # The search ------------------------------------------------------------------------------------------------------
 
-    def together(self, look: stages.Look) -> stages.Look:
+    def together(self, measure: stages.Measure) -> stages.Measure:
         """All processes go on with what the first one found."""
-        return lambda plan: broadcast_object_list([look(plan) if leads() else None])[0]
+        return lambda plan: broadcast_object_list([measure(plan) if is_main_process() else None])[0]
 
-    def look(self, calibration: Calibration, plan: Plan) -> stages.Sight:
+    def measure(self, calibration: Calibration, plan: Plan) -> stages.Measurement:
         """Train into the plan, unless it is the present one; then what it shows on the calibration pairs."""
         if plan != self.plan:
             self._fade_into(plan)
@@ -170,7 +171,7 @@ class Trainer:
 
     def take(self, plan: Plan, model: nn.Module) -> None:
         """Go on with a plan and a model that were found without training."""
-        state = {name: tensor.detach().clone() for name, tensor in own_state(model).items()}
+        state = {name: tensor.detach().clone() for name, tensor in untied_state_dict(model).items()}
         self.plan, self.state = plan, broadcast(state)
 
     def _fade_into(self, plan: Plan) -> None:
@@ -211,7 +212,7 @@ class Trainer:
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
         self.accelerator.end_training()
-        say_cut("fine-tuning", self.texts, out, self.dense.longest)
+        warn_cut_texts("fine-tuning", self.texts, out, self.dense.longest)
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
     # Both ------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Trainer:
             driver.zero_grad()
         if not math.isfinite(loss.item()):
             raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
-        self.state = {name: tensor.detach() for name, tensor in own_state(model).items()}
+        self.state = {name: tensor.detach() for name, tensor in untied_state_dict(model).items()}
         self.moments = {
             kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
         }
@@ -266,16 +267,16 @@ class Trainer:
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
         task = self.dense.task
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            read = task.read(model, batch.inputs)
+            read = task.forward(model, batch.inputs)
             with torch.no_grad(), self.accelerator.autocast():
-                wanted = task.read(self.teacher, batch.inputs)
-        questions = task.questions(read, batch.labels)
-        decisions = tasks.divergence(task.questions(wanted, batch.labels), questions)
-        features = tasks.distance(task.features(wanted), task.features(read))
+                wanted = task.forward(self.teacher, batch.inputs)
+        rankings = task.rankings(read, batch.labels)
+        decisions = comparison.divergence(task.rankings(wanted, batch.labels), rankings)
+        features = comparison.feature_distance(task.features(wanted), task.features(read))
         if batch.labels is None:
             return decisions + features
         share = self.training.distill
-        return (1 - share) * tasks.loss(questions) + share * decisions + features
+        return (1 - share) * comparison.loss(rankings) + share * decisions + features
 
     # The journal -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..data.rows import Pair
 from ..families.base import INPUTS
 from ..models.dense import Dense
-from .tasks import Task
+from .base import Task
 
 LONGEST = {"caption": 30, "vqa": 10}  # new tokens
 ARTICLES = {"a", "an", "the"}
@@ -20,15 +20,17 @@ DIGITS = {word: str(number) for number, word in enumerate("zero one two three fo
 DIGITS |= {"none": "0"}
 
 
-def write(model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int, advance: Callable[[int], None]) -> list[str]:
+def generate(
+    model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int, advance: Callable[[int], None]
+) -> list[str]:
     """A caption of each pair's image, or an answer to its question. `model` is of the dense model's class.
 
     Questions of a batch are of one length: transformers does not mask the padding of others (see families/blip.py).
     """
     task, processor = dense.task, dense.processor
-    names = INPUTS if task.answered else ("pixel_values",)
+    names = INPUTS if task.has_answers else ("pixel_values",)
     weight, room = next(model.parameters()), model.config.text_config.max_position_embeddings - 1
-    lengths = [len(processor.tokenizer(pair.text)["input_ids"]) if task.answered else 0 for pair in pairs]
+    lengths = [len(processor.tokenizer(pair.text)["input_ids"]) if task.has_answers else 0 for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     found: dict[int, str] = {}
     model.eval()
@@ -43,9 +45,9 @@ def write(model: nn.Module, dense: Dense, pairs: Sequence[Pair], batch_size: int
     return [found[i] for i in range(len(pairs))]
 
 
-def subjects(task: Task, pairs: Sequence[Pair]) -> tuple[list[Pair], list[tuple[str, ...]]]:
+def references(task: Task, pairs: Sequence[Pair]) -> tuple[list[Pair], list[tuple[str, ...]]]:
     """What is written about, and the texts that people wrote about it: every question, or every image once."""
-    if task.answered:
+    if task.has_answers:
         return list(pairs), [pair.answers for pair in pairs]
     captions = defaultdict(list)
     for pair in pairs:
@@ -56,18 +58,18 @@ def subjects(task: Task, pairs: Sequence[Pair]) -> tuple[list[Pair], list[tuple[
 
 def score(task: Task, written: Sequence[str], known: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """Metrics of written texts, the one that counts first."""
-    if not task.answered:
+    if not task.has_answers:
         return {"CIDEr": cider(written, known)}
-    written = [plain(text) for text in written]
-    known = [[plain(answer) for answer in answers] for answers in known]
+    written = [normalize_answer(text) for text in written]
+    known = [[normalize_answer(answer) for answer in answers] for answers in known]
     pairs = list(zip(written, known, strict=True))
     exact = {"accuracy": sum(text == max(answers, key=answers.count) for text, answers in pairs) / len(pairs)}
     if max(map(len, known)) == 1:
         return exact
-    return {"soft accuracy": sum(soft(text, answers) for text, answers in pairs) / len(pairs)} | exact
+    return {"soft accuracy": sum(vqa_accuracy(text, answers) for text, answers in pairs) / len(pairs)} | exact
 
 
-def soft(text: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
     """Accuracy of the VQA challenge: an answer is right in full if three of the other people gave it, averaged over people.
 
     Of fewer than four people one is enough.
@@ -78,7 +80,7 @@ def soft(text: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, agreeing / 3) for agreeing in others) / len(answers)
 
 
-def plain(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """An answer as the VQA challenge compares it: lower case, no punctuation, no articles, numbers in digits."""
     text = re.sub(r"(?<=\d),(?=\d)", "", re.sub("['’]", "", text.lower()))
     words = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", " ", text).split()
@@ -86,13 +88,13 @@ def plain(text: str) -> str:
     return " ".join(DIGITS.get(word, word) for word in kept)
 
 
-def missing(task: Task, subjects: Sequence[Pair]) -> str | None:
+def missing(task: Task, references: Sequence[Pair]) -> str | None:
     """Why what a model writes about these cannot be scored; None where it can."""
-    if task.answered:
+    if task.has_answers:
         return None
     if find_spec("pycocoevalcap") is None:
         return "CIDEr needs pycocoevalcap: pip install 'comp-cli[caption]'"
-    return None if len(subjects) > 1 else "CIDEr needs two images: --eval-samples gives it more"
+    return None if len(references) > 1 else "CIDEr needs two images: --eval-samples gives it more"
 
 
 def cider(written: Sequence[str], known: Sequence[tuple[str, ...]]) -> float:
@@ -115,6 +117,6 @@ def judge(
     batch_size: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """Write about `subjects`, and score it."""
+    """Write about `references`, and score it."""
     with torch.inference_mode():
-        return score(dense.task, write(model, dense, about, batch_size, advance), known)
+        return score(dense.task, generate(model, dense, about, batch_size, advance), known)

@@ -46,7 +46,7 @@ def _dual_class(model_class: type, dual: Dual) -> type:
     return type(f"Dual{model_class.__name__}", (DualEncoder, model_class), {"dual": dual, "__module__": __name__})
 
 
-def speaking_as(model: nn.Module, family: Family | None) -> nn.Module:
+def with_dual_interface(model: nn.Module, family: Family | None) -> nn.Module:
     """The same model, with the methods that a family names where its class does not have them."""
     if family and family.dual:
         model.__class__ = _dual_class(type(model), family.dual)

@@ -11,11 +11,11 @@ from ..cli.output import Output
 from ..data.batches import Batch, fingerprint
 from ..engine import flops, schedule, stages
 from ..engine.methods import METHODS
-from ..models.dense import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, say_cut, with_score_rule
+from ..models.dense import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
 from ..plan import Plan
 from .calibration import Calibration, gather_grams
 from .journal import Journal
-from .trainer import Trainer, Training, leads, training_batches
+from .trainer import Trainer, Training, is_main_process, training_batches
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search ends with: the plan, the stages that led to it, and its model."""
 
     plan: Plan
@@ -58,16 +58,16 @@ class Found:
     texts: dict[str, int]  # of the calibration, and how many of them were cut, see workbench.cut_texts
 
 
-def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> Found:
+def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method, training = METHODS[options.method], options.training
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
-    say_cut("calibration", texts, out, dense.longest)
+    warn_cut_texts("calibration", texts, out, dense.longest)
     if method.removes("tokens"):
-        say_if_short(dense, batches, out)
+        warn_short_texts(dense, batches, out)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = journal.load() if journal else None
@@ -76,7 +76,9 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     if training.steps:
         read = partial(training_batches, dense, pairs, training, options.seed)
         trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-    recovers = options.recover and method.removes("parameters") and not training.stage_steps and not tuning and leads()
+    recovers = (
+        options.recover and method.removes("parameters") and not training.stage_steps and not tuning and is_main_process()
+    )
     grams = gather_grams(dense, batches, out) if recovers else None
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
@@ -90,18 +92,18 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
     def save() -> None:
         if journal and trainer is None:
             journal.save(progress.to_json())
-        elif journal and leads():
+        elif journal and is_main_process():
             trained = trainer.done or training.stage_steps
             tensors = trainer.to_tensors() if trained else None
             journal.save(progress.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
 
-    look = calibration.look
+    measure = calibration.measure
     if trainer:
-        look = partial(trainer.look, calibration) if training.stage_steps else trainer.together(calibration.look)
+        measure = partial(trainer.measure, calibration) if training.stage_steps else trainer.together(calibration.measure)
     if not (tuning and trainer.done > training.stage_steps):
-        if saved and leads():
-            calibration.look(dense.plan)  # what the dense model says is what divergence is measured from
-        run_stages(dense, options, look, progress, save, out)
+        if saved and is_main_process():
+            calibration.measure(dense.plan)  # what the dense model says is what divergence is measured from
+        run_stages(dense, options, measure, progress, save, out)
     if trainer is None or not trainer.done:
         model = dense.runtime(progress.plan, grams)
     seconds = None if saved else time.perf_counter() - begin
@@ -109,10 +111,10 @@ def find(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, 
         if not trainer.done:
             trainer.take(progress.plan, model)
         model = trainer.tune(out, save)
-    return Found(progress.plan, progress.stages, model, seconds, texts)
+    return SearchResult(progress.plan, progress.stages, model, seconds, texts)
 
 
-def say_if_short(dense: Dense, batches: list[Batch], out: Output) -> None:
+def warn_short_texts(dense: Dense, batches: list[Batch], out: Output) -> None:
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
     longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
     reference = dense.reference.tokens.get("language")
@@ -123,7 +125,7 @@ def say_if_short(dense: Dense, batches: list[Batch], out: Output) -> None:
 def run_stages(
     dense: Dense,
     options: Options,
-    look: stages.Look,
+    measure: stages.Measure,
     progress: stages.Progress,
     save: Callable[[], None],
     out: Output,
@@ -143,13 +145,13 @@ def run_stages(
 
         if method.phases:
             rest = (method.phases, each, floors, progress, tell)
-            stages.march(dense.plan, dense.reference, options.ratio, look, *rest)
+            stages.prune_in_phases(dense.plan, dense.reference, options.ratio, measure, *rest)
         else:
-            stages.search(dense.plan, dense.reference, options.ratio, look, strategy_of(options), floors, progress, tell)
+            stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, progress, tell)
 
 
 def strategy_of(options: Options) -> stages.Strategy:
     """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
     off = {"explore": 0.0} if not options.explore else {}
     off |= {"history": 0.0} if not options.history else {}
-    return replace(stages.Strategy(stages=options.stages, look_first=not options.training.stage_steps), **off)
+    return replace(stages.Strategy(stages=options.stages, measure_first=not options.training.stage_steps), **off)
