@@ -14,6 +14,7 @@ import hub_server
 import pytest
 from PIL import Image
 
+from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.data import rows as rows_module
 from comp_cli.data.batches import fingerprint
@@ -21,7 +22,7 @@ from comp_cli.data.cells import read_label
 from comp_cli.data.rows import Columns, Pair, Tally, read_rows
 from comp_cli.data.sources import open_pairs
 from comp_cli.data.splits import choose_split
-from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
+from comp_cli.errors import CompError
 from comp_cli.tasks import TASKS
 
 COUNT = 40
@@ -82,7 +83,7 @@ def read(data, purpose="calibration", limit=None, seed=0, **options):
 def refused(code, *arguments, **options) -> CompError:
     with pytest.raises(CompError) as caught:
         read(*arguments, **options)
-    assert caught.value.code == code, caught.value.message
+    assert caught.value.exit_code == code, caught.value.message
     return caught.value
 
 
@@ -276,7 +277,7 @@ def test_test_splits_are_evaluated_only():
     for splits, wanted, code in ((["test"], None, REFUSED), (["train", "testA"], "testA", USAGE), (["a", "b"], None, USAGE)):
         with pytest.raises(CompError) as caught:
             choose_split("set", splits, "calibration", wanted)
-        assert caught.value.code == code
+        assert caught.value.exit_code == code
 
 
 def test_a_test_file_is_refused(folder):
@@ -526,7 +527,7 @@ for data in sys.argv[1:]:
         found = [[(pair.text, pair.label) for pair in pairs.read(purpose)] for purpose in ("calibration", "evaluation")]
         print([len(part) for part in found], sorted(found[0])[0], pairs.describe("evaluation"))
     except CompError as error:
-        print(error.code, error.message, error.hint)
+        print(error.exit_code, error.message, error.hint)
 """
 
 

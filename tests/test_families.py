@@ -16,11 +16,12 @@ from torch import nn
 
 from comp_cli import load, tasks
 from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import USAGE
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench, export
 from comp_cli.commands.prune import Options, prune
 from comp_cli.engine import flops
-from comp_cli.errors import USAGE, CompError
+from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import Dense, open_dense, with_score_rule
@@ -272,7 +273,7 @@ def test_the_usual_task_and_others():
     assert find_family({"architectures": ["CompactCLIPModel"]})[1:] == ("CLIPModel", "retrieval")
     with pytest.raises(CompError, match="--task caption: this model is for itm, retrieval, zero-shot.") as refused:
         find_family(config, "caption")
-    assert refused.value.code == USAGE
+    assert refused.value.exit_code == USAGE
 
 
 def test_supported_names_are_classes():
@@ -310,4 +311,4 @@ def test_token_scores_that_a_family_does_not_have_are_refused(case):
         return
     with pytest.raises(CompError, match="token scores by cls") as refused:
         with_score_rule(case.dense.plan, "cls", case.dense.family)
-    assert refused.value.code == 2
+    assert refused.value.exit_code == 2

@@ -85,7 +85,7 @@ def test_fuzz_names_of_models(parts, revision, tmp_path_factory):
     if typed in ("demo", "", ".", "..") or typed.startswith(("/", "~", ".")):
         typed = "./gone/" + typed.replace(".", "")
     found = outcome(lambda: hub.resolve(typed, revision=revision, cache_dir=cache, out=Output("quiet")))
-    assert isinstance(found, CompError) and found.code in (1, 2, 4)
+    assert isinstance(found, CompError) and found.exit_code in (1, 2, 4)
 
 
 SETTINGS = {"ratio": 0.5, "seed": 0}
@@ -103,7 +103,7 @@ def test_fuzz_journals(tmp_path_factory, data):
     fuzzing.write(journal.path, data.draw(fuzzing.damaged(json.loads(whole)) | fuzzing.torn(whole)))
     found = outcome(journal.load)
     if isinstance(found, CompError):
-        assert found.code == 2 and "--no-resume" in found.hint
+        assert found.exit_code == 2 and "--no-resume" in found.hint
     else:
         assert found == STATE
 

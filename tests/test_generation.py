@@ -19,6 +19,7 @@ from transformers.image_utils import load_image
 
 from comp_cli import load_onnx, tasks
 from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import REFUSED
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.commands.prune import Options, prune
@@ -26,7 +27,7 @@ from comp_cli.data.batches import caption_scenes, vqa_scenes
 from comp_cli.data.cells import read_answers
 from comp_cli.data.rows import Pair
 from comp_cli.data.scenes import NUMBERS, ask, images, plural
-from comp_cli.errors import REFUSED, CompError
+from comp_cli.errors import CompError
 from comp_cli.files.store import read_tensors_header
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import DataOptions, Dense, choose_pairs, open_dense
@@ -198,7 +199,7 @@ def test_prompts_of_several_lengths_are_refused(writer, served):
 def test_folders_without_such_graphs_are_refused(writer, pruned, tmp_path):
     with pytest.raises(CompError, match="no graphs that write texts") as refused:
         load_onnx(pruned[0])
-    assert refused.value.code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
+    assert refused.value.exit_code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
 
 
 def test_a_pruned_checkpoint_writes_without_comp(writer, pruned, tmp_path):
@@ -313,7 +314,7 @@ def test_questions_of_ones_own(writer, tmp_path):
     assert {pair.answer for pair in pairs} == {"red"}
     with pytest.raises(CompError, match="no pairs that match") as refused:
         list(choose_pairs(writer.dense, DataOptions(tables[1]), QUIET).read("calibration", accepts=takes))
-    assert refused.value.code == REFUSED and "answers" in refused.value.hint
+    assert refused.value.exit_code == REFUSED and "answers" in refused.value.hint
 
 
 def test_texts_that_are_written_are_scored(writer, tmp_path):

@@ -40,7 +40,7 @@ def edit(path: Path, change) -> None:
 def refusal(do, *arguments, **options) -> CompError:
     with pytest.raises(CompError) as caught:
         do(*arguments, **options)
-    assert caught.value.code == 4, caught.value.message
+    assert caught.value.exit_code == 4, caught.value.message
     return caught.value
 
 
@@ -481,7 +481,7 @@ def test_long_and_deep_configs(tiny_folder, tmp_path, content):
     try:
         loading.check_folder(folder)
     except CompError as error:
-        assert error.code == 4
+        assert error.exit_code == 4
     assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 

@@ -20,7 +20,7 @@ def refused(output: Path) -> str:
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(CompError) as caught:
         check_output(output, overwrite=True, source=None)
-    assert caught.value.code == 2 and code_of(fill, output, overwrite=True) == 2
+    assert caught.value.exit_code == 2 and code_of(fill, output, overwrite=True) == 2
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     return caught.value.message
 
@@ -152,7 +152,7 @@ def test_a_failed_export_is_not_put_over_what_the_user_added(compact_folder, tmp
     given = export.Options(keep_failed=True)
     with pytest.raises(CompError, match="thesis.txt") as caught:
         export.export(compact_folder, tmp_path / "x", Output("quiet"), given, overwrite=False)
-    assert caught.value.code == 2 and names(tmp_path) == ["x.failed"]
+    assert caught.value.exit_code == 2 and names(tmp_path) == ["x.failed"]
 
 
 def test_a_write_test_that_was_killed_leaves_nothing_for_ever(tmp_path):
@@ -220,7 +220,7 @@ def test_a_mount_point_is_refused_with_a_name_that_works(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
     with pytest.raises(CompError, match="mount point") as caught:
         check_output(tmp_path / "out", overwrite=False, source=None)
-    assert caught.value.code == 2 and str(tmp_path / "out/compact") in caught.value.hint
+    assert caught.value.exit_code == 2 and str(tmp_path / "out/compact") in caught.value.hint
 
 
 # What room it needs
@@ -236,7 +236,7 @@ def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, 
     options = prune.Options(str(tiny_folder), 0.5, num_samples=4, eval_samples=4)
     with pytest.raises(CompError, match="has 0.5 MiB free; the compact model needs at least 1.1 MiB") as caught:
         prune.prune(options, tmp_path / "out", Output("quiet"))
-    assert caught.value.code == 1 and names(tmp_path) == []
+    assert caught.value.exit_code == 1 and names(tmp_path) == []
     training = prune.replace(options, training=prune.Training(steps=2))
     with pytest.raises(CompError, match="journal of its training, needs at least 7.5 MiB"):
         prune.prune(training, tmp_path / "out", Output("quiet"))
@@ -261,7 +261,7 @@ for state, tensors in (({"a": "x" * 10**6}, None), ({"a": 2}, {"w": torch.zeros(
     try:
         journal.save(state, tensors)
     except CompError as error:
-        print(error.code, error.message)
+        print(error.exit_code, error.message)
 print(os.listdir(root), journal.load())
 """
 

@@ -70,7 +70,7 @@ def changed(block, place, value):
 def refusal(do, *arguments) -> CompError:
     with pytest.raises(CompError) as caught:
         do(*arguments)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
     return caught.value
 
 

@@ -120,7 +120,7 @@ def test_precisions_that_comp_does_not_compute_in_are_refused(kind, tmp_path):
     dense = rewritten(tiny.write("clip", tmp_path / "dense"), lambda n, t: t.to(kind) if n == name else t)
     with pytest.raises(CompError) as refused:
         compact(dense, tmp_path / "compact")
-    assert refused.value.code == 4 and not (tmp_path / "compact").exists()
+    assert refused.value.exit_code == 4 and not (tmp_path / "compact").exists()
     if kind == torch.float64:
         assert f"weight {name} is F64" in refused.value.message and "float32" in refused.value.hint
 

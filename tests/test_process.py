@@ -186,7 +186,7 @@ def test_a_current_folder_that_is_gone_is_said(words, tmp_path, monkeypatch):
 )
 def test_what_the_machine_lacks_is_no_defect(error, said):
     found = explain(error)
-    assert said in found.message and found.code == 1 and "defect" not in found.hint
+    assert said in found.message and found.exit_code == 1 and "defect" not in found.hint
     assert "defect" in explain(KeyError("x")).hint
 
 
@@ -411,7 +411,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path):
         "from comp_cli.errors import CompError\n"
         "try:\n"
         "    with atomic_folder(Path(sys.argv[1]), overwrite=False) as new: (new / 'x').write_bytes(bytes(10**6))\n"
-        "except CompError as error: print(error.code, error.message)\n"
+        "except CompError as error: print(error.exit_code, error.message)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True)
     assert done.stdout.startswith("1 Cannot write") and not list(tmp_path.iterdir()), done.stderr

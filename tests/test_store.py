@@ -27,7 +27,7 @@ DEAD = 2**22 + 1  # above the largest process id that Linux hands out
 def code_of(call, *args, **options) -> int:
     with pytest.raises(CompError) as caught:
         call(*args, **options)
-    return caught.value.code
+    return caught.value.exit_code
 
 
 def our_folder(folder: Path, content: str = "old") -> Path:
@@ -70,7 +70,7 @@ def test_broken_config(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CompError, match="config.json") as caught:
         read_config(tmp_path)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
 
 
 def test_missing_config(tmp_path):
@@ -102,7 +102,7 @@ def test_broken_tensors_name_the_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CompError, match="model.safetensors") as caught:
             read_tensors_header(path)
-        assert caught.value.code == 4, kind
+        assert caught.value.exit_code == 4, kind
     assert code_of(read_tensors_header, tmp_path / "gone.safetensors") == 4
     assert code_of(read_tensors_header, tmp_path) == 4
 
@@ -172,7 +172,7 @@ def test_outputs_that_exist(tmp_path):
     ours = our_folder(tmp_path / "ours")
     with pytest.raises(CompError) as caught:
         check_output(ours, overwrite=False, source=None)
-    assert caught.value.code == 2 and "--overwrite" in caught.value.hint
+    assert caught.value.exit_code == 2 and "--overwrite" in caught.value.hint
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").touch()
@@ -331,7 +331,7 @@ for write in (with_tensors, with_text):
         with atomic_folder(Path(sys.argv[1]) / "out", overwrite=False) as partial:
             write(partial)
     except CompError as error:
-        print(error.code, error.message)
+        print(error.exit_code, error.message)
 print(list(Path(sys.argv[1]).iterdir()))
 """
 

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from test_data import DataHandler, opened, read, refused
 
+from comp_cli.cli.exit_codes import REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.data.cells import BadRow, as_text, read_answers, read_texts, written
 from comp_cli.data.pictures import Hub, read_content
 from comp_cli.data.rows import Columns, read_row
 from comp_cli.data.splits import kind_of
 from comp_cli.data.tables import BROKEN, read_files
-from comp_cli.errors import REFUSED, USAGE
 
 COUNT = 24
 PURPOSES = ("calibration", "evaluation")
@@ -623,7 +623,7 @@ print(next(iter(pairs.splits["train"].rows())) | {"image": 0})
 try:
     pairs.read("calibration")
 except CompError as error:
-    print(error.code, error.message)
+    print(error.exit_code, error.message)
 """
     with hub_server.HubServer({"org/table": hub_server.Repo({"main": tmp_path / "repo"})}) as hub:
         hub._server.RequestHandlerClass = type("Handler", (DataHandler,), {"hub": hub})

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from ..errors import REFUSED, CompError
+from ..errors import RefusedError
 from ..families import Family, Tower, tower_config
 from ..files.store import TensorHeader, read_tensors_header
 
@@ -29,8 +29,8 @@ WRAPPERS = {
 
 
 def read_headers(folder: Path, names: list[str]) -> dict[str, TensorHeader]:
-    """Dtypes and shapes of all tensors in the named weight files. Exit 4 where a file is broken, or a pickle holds more than
-    tensors."""
+    """Dtypes and shapes of all tensors in the named weight files. Raises RefusedError where a file is broken, or a pickle holds
+    more than tensors."""
     found: dict[str, TensorHeader] = {}
     for name in names:
         if name.endswith(".safetensors"):
@@ -46,11 +46,11 @@ def _read_pickle(path: Path) -> dict[str, TensorHeader]:
         held = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch's own advice here is to read it unsafely
         said = f"{path}: not a pickle of plain tensors: it is broken, or wants to run code, which comp does not do."
-        raise CompError(said, code=REFUSED, hint=hint) from error
+        raise RefusedError(said, hint=hint) from error
     if not isinstance(held, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
         inside = f" Its keys are {few(held)}." if isinstance(held, Mapping) else ""
         said = f"{path}: expected names and tensors, found {type(held).__name__} of other things.{inside}"
-        raise CompError(said, code=REFUSED, hint="Save the model with transformers' save_pretrained.")
+        raise RefusedError(said, hint="Save the model with transformers' save_pretrained.")
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return {
         str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
@@ -59,12 +59,13 @@ def _read_pickle(path: Path) -> dict[str, TensorHeader]:
 
 
 def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, folder: Path) -> None:
-    """Exit 4 where a tower of config.json has another number of layers than the weights, or stands under other names."""
+    """Raises RefusedError where a tower of config.json has another number of layers than the weights, or stands under other
+    names."""
     for wrapper, cure in WRAPPERS.items():
         wrapped = [name for name in headers if wrapper in name.split(".")[:-1]]
         if wrapped:
             said = f"{folder}: {len(wrapped)} of {len(headers)} weights are named as in {wrapped[0]!r}: {cure}."
-            raise CompError(said, code=REFUSED, hint="Then give the folder that it writes.")
+            raise RefusedError(said, hint="Then give the folder that it writes.")
     for tower in family.towers:
         sizes = tower_config(config, tower)
         wanted, key = sizes["num_hidden_layers"], f"{tower.config}.num_hidden_layers".removeprefix(".")
@@ -72,12 +73,12 @@ def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], fam
         if prefix:
             said = f"{folder}: weights are named {prefix}{tower.encoder}..., and a model of this kind has {tower.encoder}..."
             cure = f"They come from a larger model, or a wrapper: save the model inside, so that no name has {prefix!r}."
-            raise CompError(said, code=REFUSED, hint=cure)
+            raise RefusedError(said, hint=cure)
         if type(wanted) is not int or wanted != found:
             root = f"{tower.encoder}.{tower.layers}"
             said = f"{folder}: config.json says {key} {wanted}, the weights hold {found} layers {root}.N"
             hint = "Weights and config.json must belong together."
-            raise CompError(f"{said} (first weights: {few(headers)}).", code=REFUSED, hint=hint)
+            raise RefusedError(f"{said} (first weights: {few(headers)}).", hint=hint)
 
 
 def _depth(headers: Mapping[str, TensorHeader], tower: Tower) -> tuple[int, str]:
@@ -95,8 +96,9 @@ def on_meta(model_class: type, config: transformers.PretrainedConfig) -> nn.Modu
 
 
 def check_shapes(headers: Mapping[str, TensorHeader], model: nn.Module, folder: Path) -> None:
-    """Exit 4 at the first tensor whose shape or kind is not the one that config.json asks for, and where config.json asks for
-    far more than the files hold. Missing and left-over names are for the loader, which knows the old ones."""
+    """Raises RefusedError at the first tensor whose shape or kind is not the one that config.json asks for, and where
+    config.json asks for far more than the files hold. Missing and left-over names are for the loader, which knows the old
+    ones."""
     wanted = model.state_dict()
     for name, header in headers.items():
         if name not in wanted:
@@ -104,15 +106,15 @@ def check_shapes(headers: Mapping[str, TensorHeader], model: nn.Module, folder: 
         expected = tuple(wanted[name].shape)
         if header.shape != expected:
             said = f"{folder}: the weight {name} is mismatched: {header.shape} in the file, {expected} by config.json."
-            raise CompError(said, code=REFUSED, hint="Weights and config.json must belong together.")
+            raise RefusedError(said, hint="Weights and config.json must belong together.")
         if wanted[name].is_floating_point() and header.dtype not in FLOATS:
             said = f"{folder}: the weight {name} is of the type {header.dtype}; comp reads {', '.join(FLOATS)}."
-            raise CompError(said, code=REFUSED, hint="Give the model as it was before it was quantized.")
+            raise RefusedError(said, hint="Give the model as it was before it was quantized.")
     missing = {name: tensor.numel() for name, tensor in wanted.items() if name not in headers}
     held = sum(tensor.numel() for name, tensor in wanted.items() if name in headers)
     if sum(missing.values()) > 2 * held + 10**6:
         said = f"{folder}: weights and config.json do not agree (missing keys: {few(missing)})."
-        raise CompError(said, code=REFUSED, hint="comp loads nothing by halves.")
+        raise RefusedError(said, hint="comp loads nothing by halves.")
 
 
 def few(keys: Any) -> str:

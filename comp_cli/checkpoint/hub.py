@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cli.output import Output
-from ..errors import FAILED, REFUSED, USAGE, CompError
+from ..errors import CompError, RefusedError, UsageError
 from ..files.outputs import check_room
 from ..files.store import read_json
 from .verify import check_downloads
@@ -49,7 +49,11 @@ NEAR = 2  # folders up from an output to what it shares with a dense model's fol
 
 
 class NotThere(CompError):
-    """The hub has no such repository, or does not answer and the cache has none."""
+    """The hub does not answer, and the cache has no such repository."""
+
+
+class NotFound(RefusedError, NotThere):
+    """The hub has no such repository, or not for this user."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,16 @@ def resolve(
 
     `accepts` gets config.json before weights are downloaded, and raises what speaks against it.
 
-    An existing folder wins over a hub id. Exit 2 for a name that can be neither, 4 for a checkpoint that is refused
-    (not found, gated, no such revision, broken, or pickled without `allow_pickle`), 1 where the hub cannot be reached.
-    """
+    An existing folder wins over a hub id. Raises UsageError for a name that can be neither, RefusedError for a checkpoint that
+    is refused (not found, gated, no such revision, broken, or pickled without `allow_pickle`), CompError where the hub cannot
+    be reached."""
     if "\0" in model:
         said = f"MODEL is {shown(model)}: no name holds a NUL."
-        raise CompError(said, code=USAGE, hint="MODEL is demo, a folder, or a hub id.")
+        raise UsageError(said, hint="MODEL is demo, a folder, or a hub id.")
     typed = os.path.expanduser(model)
     local = model == "demo" or os.path.isdir(typed)
     if local and revision is not None:
-        raise CompError(f"--revision {revision} needs a hub model; {model} is a folder.", code=USAGE)
+        raise UsageError(f"--revision {revision} needs a hub model; {model} is a folder.")
     if model == "demo":
         if not DEMO.is_dir():
             raise CompError(f"The demo model is missing: no folder {DEMO}.", hint="Install comp again, from its wheel.")
@@ -200,7 +204,7 @@ def suggest(model: str) -> list[str]:
 
 
 def explain(error: Exception, model: str, revision: str | None) -> CompError:
-    """What huggingface_hub raised, as a sentence and an exit code: 4 the model is refused, 2 not a name, 1 the rest."""
+    """What huggingface_hub raised, as a sentence: RefusedError, UsageError for what is no name, CompError for the rest."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -209,30 +213,30 @@ def explain(error: Exception, model: str, revision: str | None) -> CompError:
         case errors.GatedRepoError():
             page = f"{constants.ENDPOINT}/{model}"
             message = f"{model} is gated: its owner has not let you in, or there is no token."
-            return CompError(message, code=REFUSED, hint=f"Ask for access at {page}, then set HF_TOKEN.")
+            return RefusedError(message, hint=f"Ask for access at {page}, then set HF_TOKEN.")
         case errors.RepositoryNotFoundError():
             near = suggest(model)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
             message = f"{model} is neither a folder here nor a model on the hub that you may see."
-            return NotThere(message, code=REFUSED, hint=hint + "For a private model set HF_TOKEN.")
+            return NotFound(message, hint=hint + "For a private model set HF_TOKEN.")
         case errors.RevisionNotFoundError():
             hint = f"See the branches, tags and commits at {constants.ENDPOINT}/{model}/tree/main."
-            return CompError(f"{model} has no revision {revision}.", code=REFUSED, hint=hint)
+            return RefusedError(f"{model} has no revision {revision}.", hint=hint)
         case errors.HFValidationError():
             hint = "MODEL is demo, a folder, or a hub id such as Salesforce/blip-itm-base-coco."
-            return CompError(f"{model} is neither a folder here nor a hub id.", code=USAGE, hint=hint)
+            return UsageError(f"{model} is neither a folder here nor a hub id.", hint=hint)
         case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
             message = f"The hub refuses {model} (status {response.status_code})."
-            return CompError(message, code=REFUSED, hint="Check that HF_TOKEN is valid and may read this model.")
+            return RefusedError(message, hint="Check that HF_TOKEN is valid and may read this model.")
         case errors.HfHubHTTPError(response=response):
             message = f"The hub failed on {model} (status {response.status_code})."
-            return CompError(message, code=FAILED, hint="Try again later, or give a local folder.")
+            return CompError(message, hint="Try again later, or give a local folder.")
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             message = f"{model} is not in the cache, or not all of it, and the hub is off limits (HF_HUB_OFFLINE)."
-            return NotThere(message, code=FAILED, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
+            return NotThere(message, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
         case errors.HTTPError() | errors.XetDownloadError():
             message = f"Cannot reach the hub for {model} at {constants.ENDPOINT} ({type(error).__name__}: {error})."
-            return NotThere(message, code=FAILED, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
+            return NotThere(message, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
         case _ if isinstance(error, NOT_THE_HUB):
             said = f"{type(error).__name__}: {error}"
             message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({said})."
@@ -240,11 +244,11 @@ def explain(error: Exception, model: str, revision: str | None) -> CompError:
             agents = getattr(constants, "AGENT_HARNESSES_PATH", "")
             if isinstance(error, AttributeError) and os.path.exists(agents):  # an old answer that the client keeps
                 hint += f" If it stays so, remove {agents}."
-            return CompError(message, code=FAILED, hint=hint)
+            return CompError(message, hint=hint)
         case OSError(errno=errno.ENOSPC):
             message = f"Cannot store {model}: the disk of the cache is full."
-            return CompError(message, code=FAILED, hint="Free some space, or name another disk with --cache-dir.")
-    return CompError(f"Cannot fetch {model}: {error}", code=FAILED)
+            return CompError(message, hint="Free some space, or name another disk with --cache-dir.")
+    return CompError(f"Cannot fetch {model}: {error}")
 
 
 def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -254,7 +258,7 @@ def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
     if not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
         found = "is a file, not a folder" if os.path.isfile(os.path.expanduser(model)) else "does not exist"
         hint = "MODEL is demo, a folder with a checkpoint, or a hub id such as Salesforce/blip-itm-base-coco."
-        raise CompError(f"The folder {model!r} {found}.", code=USAGE, hint=hint)
+        raise UsageError(f"The folder {model!r} {found}.", hint=hint)
     return model, revision
 
 
@@ -267,9 +271,9 @@ def _read_uri(uri: str, revision: str | None) -> tuple[str, str | None]:
         parsed = parse_hf_uri(uri)
     except (HfUriError, HFValidationError) as error:
         reason = getattr(error, "msg", error)
-        raise CompError(f"{uri} is not the address of a model: {reason}", code=USAGE, hint=hint) from error
+        raise UsageError(f"{uri} is not the address of a model: {reason}", hint=hint) from error
     if parsed.type != "model" or parsed.path_in_repo:
-        raise CompError(f"{uri} is not the address of a model.", code=USAGE, hint=hint)
+        raise UsageError(f"{uri} is not the address of a model.", hint=hint)
     if parsed.revision and revision:
-        raise CompError(f"{uri} names a revision already: leave out --revision {revision}.", code=USAGE)
+        raise UsageError(f"{uri} names a revision already: leave out --revision {revision}.")
     return parsed.id, parsed.revision or revision

@@ -16,7 +16,7 @@ import transformers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
-from ..errors import DEVICE, REFUSED, USAGE, CompError, first_line  # noqa: E402
+from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line  # noqa: E402
 from ..families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
 from ..families.base import INPUTS  # noqa: E402
 from ..files.store import TensorHeader, read_config, read_json  # noqa: E402
@@ -42,27 +42,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:1". Exit 5 where the device is not there: never a silent fall-back."""
+    """ "auto", "cpu", "cuda" or "cuda:1". Raises DeviceError where the device is not there: never a silent fall-back."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CompError(f"--device {name}: not a device.", code=USAGE, hint="Use auto, cpu, cuda or cuda:0.") from None
+        raise UsageError(f"--device {name}: not a device.", hint="Use auto, cpu, cuda or cuda:0.") from None
     if device.type not in ("cpu", "cuda"):
-        raise CompError(f"--device {name}: comp runs on cpu and cuda.", code=USAGE)
+        raise UsageError(f"--device {name}: comp runs on cpu and cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         built = f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "no GPU answers"
-        raise CompError(f"--device {name}: {built}.", code=DEVICE, hint="Use --device cpu, or a machine with an NVIDIA GPU.")
+        raise DeviceError(f"--device {name}: {built}.", hint="Use --device cpu, or a machine with an NVIDIA GPU.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CompError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).", code=DEVICE)
+        raise DeviceError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).")
     return device
 
 
 def pick_dtype(name: str | None) -> torch.dtype | None:
     """fp32, bf16, fp16, or None for the checkpoint's own."""
     if name is not None and name not in DTYPES:
-        raise CompError(f"--dtype {name}: unknown.", code=USAGE, hint=f"Use one of {', '.join(DTYPES)}.")
+        raise UsageError(f"--dtype {name}: unknown.", hint=f"Use one of {', '.join(DTYPES)}.")
     return DTYPES[name] if name else None
 
 
@@ -90,10 +90,9 @@ def load_model(
     """The model of a checkpoint folder, dense or compact, in eval mode on the CPU; it answers as its class does, or as the
     family is described.
 
-    Exit 4 for a folder that `check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left over, not
-    finite, of another size than the config says (which is compared before anything is built), or not those of comp's own
-    report.
-    """
+    Raises RefusedError for a folder that `check_checkpoint` refuses, a plan that cannot be, and where weights are missing, left
+    over, not finite, of another size than the config says (which is compared before anything is built), or not those of comp's
+    own report."""
     files = check_checkpoint(folder, allow_pickle=allow_pickle)
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
@@ -108,9 +107,8 @@ def load_model(
     problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
     if problems:
         said = "; ".join(f"{name.replace('_', ' ')}: {few(keys)}" for name, keys in problems.items())
-        raise CompError(
+        raise RefusedError(
             f"{folder}: weights and config.json do not agree ({said}).",
-            code=REFUSED,
             hint="comp loads nothing by halves: transformers would fill the gaps with random numbers.",
         )
     check_finite(model.state_dict(), folder)
@@ -126,15 +124,15 @@ def sentences(folder: Path):
     except CompError:
         raise
     except Exception as error:
-        raise CompError(
+        raise RefusedError(
             f"{folder}: the checkpoint does not load: {first_line(error)}",
-            code=REFUSED,
             hint="Weights and config.json must belong together. COMP_DEBUG=1 shows the whole story.",
         ) from error
 
 
 def describe(folder: Path) -> tuple[transformers.PretrainedConfig, Family]:
-    """A folder's config with its defaults filled in, and its family. Exit 4 where it is broken, or of no family."""
+    """A folder's config with its defaults filled in, and its family. Raises RefusedError where it is broken, or of no
+    family."""
     family, architecture, _ = find_family(read_config(folder))
     with sentences(folder), quiet_libraries():
         config = getattr(transformers, architecture).config_class.from_pretrained(folder, local_files_only=True)
@@ -143,22 +141,22 @@ def describe(folder: Path) -> tuple[transformers.PretrainedConfig, Family]:
 
 
 def check_positive(config: dict[str, Any], family: Family, folder: Path) -> None:
-    """Exit 4 where a size is no number from one, or the heads do not divide the width."""
+    """Raises RefusedError where a size is no number from one, or the heads do not divide the width."""
     for tower in family.towers:
         for name, value in tower_config(config, tower).items():
             if name in SIZES and not (type(value) is int and value >= 1):
                 place = f"{tower.config}.{name}".removeprefix(".")
-                raise CompError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.", code=REFUSED)
+                raise RefusedError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.")
         width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", "num_attention_heads"))
         if width % heads:
             said = f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads."
             hint = "The config.json of this checkpoint is not one that transformers can load."
-            raise CompError(said, code=REFUSED, hint=hint)
+            raise RefusedError(said, hint=hint)
 
 
 def check_sizes(config: dict[str, Any], family: Family, headers: Mapping[str, TensorHeader], folder: Path) -> None:
-    """Exit 4 where the numbers of a config, defaults filled in, cannot be: layers that the weights do not have, a plan that
-    does not follow from them."""
+    """Raises RefusedError where the numbers of a config, defaults filled in, cannot be: layers that the weights do not have, a
+    plan that does not follow from them."""
     check_depth(headers, config, family, folder)
     if (block := compact_block(config)) is not None:
         check_block(block, config, family, find_architecture(config))
@@ -190,13 +188,13 @@ def untied_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
-    """Image processor and tokenizer of a checkpoint folder, or the one that makes the `inputs` of a model. Exit 4 where they
-    are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
+    """Image processor and tokenizer of a checkpoint folder, or the one that makes the `inputs` of a model. Raises RefusedError
+    where they are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
     check_folder(folder)
     images, texts = "pixel_values" in inputs, "input_ids" in inputs
     if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
-        raise CompError(f"{folder}: no tokenizer files.", code=REFUSED, hint=f"One of {', '.join(files)} is needed.")
+        raise RefusedError(f"{folder}: no tokenizer files.", hint=f"One of {', '.join(files)} is needed.")
     both, one = transformers.AutoProcessor, transformers.AutoImageProcessor if images else transformers.AutoTokenizer
     config, family = describe(folder)
     try:
@@ -209,11 +207,10 @@ def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
         raise
     except ImportError as error:
         message = f"{folder}: the processor needs a package that is missing: {first_line(error)}"
-        raise CompError(message, code=REFUSED, hint="Install it with pip, and try again.") from error
+        raise RefusedError(message, hint="Install it with pip, and try again.") from error
     except Exception as error:
-        raise CompError(
+        raise RefusedError(
             f"{folder}: the processor does not load: {first_line(error)}",
-            code=REFUSED,
             hint="The folder needs preprocessor_config.json (or processor_config.json) and the tokenizer files.",
         ) from error
     return processor
@@ -234,14 +231,13 @@ def cut_at(processor: Any, wanted: int) -> int:
 
 
 def check_finite(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Exit 4 at the first weight that is not a number, with its name and index."""
+    """Raises RefusedError at the first weight that is not a number, with its name and index."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
             bad = (~torch.isfinite(tensor)).nonzero()
             if len(bad):
-                raise CompError(
+                raise RefusedError(
                     f"{folder}: weight {name} is {tensor[tuple(bad[0])].item()} at index {bad[0].tolist()}.",
-                    code=REFUSED,
                     hint="The checkpoint is broken (a diverged training run?); comp would only spread the damage.",
                 )
 

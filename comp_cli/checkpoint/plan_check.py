@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..engine.methods import METHODS
-from ..errors import REFUSED, CompError
+from ..errors import RefusedError
 from ..families import FAMILIES, Family, Tower, tower_config
 from ..plan import PADDING, SCHEMA_VERSION
 from .vetting import shown
@@ -15,8 +15,8 @@ FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method"
 
 
 def check_block(block: dict[str, Any], config: dict[str, Any], family: Family, architecture: str) -> None:
-    """Exit 4 with the place and value of what cannot be. `config` is the whole config.json, defaults filled in; `family` is
-    the one that its architecture and task belong to."""
+    """Raises RefusedError with the place and value of what cannot be. `config` is the whole config.json, defaults filled in;
+    `family` is the one that its architecture and task belong to."""
     version = block.get("schema_version")
     newest = type(version) is int and version > SCHEMA_VERSION
     hint = "A newer comp wrote it: pip install -U comp-cli." if newest else None
@@ -110,4 +110,4 @@ def _count(value: Any, least: int) -> bool:
 def _expect(holds: Any, place: str, value: Any, expected: str, hint: str | None = None) -> None:
     if not holds:
         hint = hint or "The block is not one that comp wrote for this model: write or fetch the folder again."
-        raise CompError(f"config.json: comp.{place} is {shown(value)}; expected {expected}.", code=REFUSED, hint=hint)
+        raise RefusedError(f"config.json: comp.{place} is {shown(value)}; expected {expected}.", hint=hint)

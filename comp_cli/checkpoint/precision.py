@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import REFUSED, CompError
+from ..errors import RefusedError
 from .headers import read_headers
 from .weights import files_of
 
@@ -23,17 +23,15 @@ def stored(folder: Path) -> dict[str, str]:
 def checkpoint_dtypes(folder: Path, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """The precision that each floating-point tensor of a model, loaded in fp32, has in its checkpoint.
 
-    A tensor that has another name there gets the usual one of the file that holds its numbers. Exit 4 for weights in a
-    precision that comp does not compute in: fp64, fp8 and integers would be changed without a word.
-    """
+    A tensor that has another name there gets the usual one of the file that holds its numbers. Raises RefusedError for weights
+    in a precision that comp does not compute in: fp64, fp8 and integers would be changed without a word."""
     there = stored(folder)
     floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
     renamed = floats.keys() - there.keys()
     for name, kind in there.items():
         if kind not in KNOWN and (name in floats or (renamed and name not in state and kind.startswith(("F", "float")))):
-            raise CompError(
+            raise RefusedError(
                 f"{folder}: weight {name} is {kind}; comp reads fp32, bf16 and fp16.",
-                code=REFUSED,
                 hint="Load it with transformers, .to(torch.float32), save_pretrained, and give that folder.",
             )
     usual = [KNOWN[kind] for kind, _ in Counter(there.values()).most_common() if kind in KNOWN]

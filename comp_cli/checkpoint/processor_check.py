@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from ..errors import REFUSED, CompError, first_line
+from ..errors import CompError, RefusedError, first_line
 from ..families import Family, tower_config
 from ..files.store import read_json
 from .vetting import PROCESSORS, leaves, shown
@@ -21,8 +21,8 @@ ENDLESS = 2**31  # transformers writes 1e30 where a tokenizer has no limit
 
 
 def check_code(folder: Path) -> None:
-    """Exit 4 where a processor file names code of the folder's own (auto_map) and no class of transformers that does as well:
-    a stand-in would read pictures and texts otherwise than the author meant."""
+    """Raises RefusedError where a processor file names code of the folder's own (auto_map) and no class of transformers that
+    does as well: a stand-in would read pictures and texts otherwise than the author meant."""
     for path in (folder / name for name in PROCESSORS):
         waiting: list[Any] = [read_json(path)] if path.is_file() else []
         while waiting:
@@ -39,12 +39,12 @@ def check_code(folder: Path) -> None:
             if not known:
                 said = f"{path}: asks for code of its own (auto_map), and comp runs none but its own."
                 hint = "Save the processor again with classes of transformers, and without auto_map."
-                raise CompError(said, code=REFUSED, hint=hint)
+                raise RefusedError(said, hint=hint)
 
 
 def check_processor(processor: Any, config: dict[str, Any], family: Family, folder: Path) -> None:
-    """Exit 4 where what a processor makes cannot be what the model takes. `config` is the whole config.json, defaults filled
-    in."""
+    """Raises RefusedError where what a processor makes cannot be what the model takes. `config` is the whole config.json,
+    defaults filled in."""
     towers = {tower.name: tower_config(config, tower) for tower in family.towers}
     if "pixel_values" in family.inputs:
         check_images(getattr(processor, "image_processor", processor), towers["vision"]["image_size"], folder)
@@ -65,7 +65,7 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
 
 
 def check_images(images: Any, side: int, folder: Path) -> None:
-    """Exit 4 unless pictures become (3, side, side) finite numbers."""
+    """Raises RefusedError unless pictures become (3, side, side) finite numbers."""
     if not hasattr(images, "image_mean"):
         raise _refused(
             folder, "the processor makes no pictures", "preprocessor_config.json or processor_config.json is needed."
@@ -97,7 +97,7 @@ def check_images(images: Any, side: int, folder: Path) -> None:
 
 
 def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
-    """Exit 4 where a tokenizer has words that the model does not know, or a length that is none."""
+    """Raises RefusedError where a tokenizer has words that the model does not know, or a length that is none."""
     if not hasattr(tokenizer, "model_max_length"):
         raise _refused(folder, "the processor makes no tokens", "The tokenizer files are needed.")
     length = tokenizer.model_max_length
@@ -110,8 +110,8 @@ def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
 
 
 def check_end(tokenizer: Any, end: Any, folder: Path) -> None:
-    """Exit 4 where texts do not end with the token that the model reads them at: it would read all of them at their first one.
-    end: `eos_token_id` of the config; 2 stands for the highest id of a text (see modeling_comp.EndOfText)."""
+    """Raises RefusedError where texts do not end with the token that the model reads them at: it would read all of them at
+    their first one. end: `eos_token_id` of the config; 2 stands for the highest id of a text (see modeling_comp.EndOfText)."""
     ids = tokenizer(["a"])["input_ids"][0]
     if end != 2 and end not in ids[1:]:
         said = f"the tokenizer makes {ids} of 'a', which has no end: config.json says eos_token_id {shown(end)}"
@@ -119,4 +119,4 @@ def check_end(tokenizer: Any, end: Any, folder: Path) -> None:
 
 
 def _refused(folder: Path, said: str, hint: str = "config.json, weights and processor files must fit.") -> CompError:
-    return CompError(f"{folder}: {said}.", code=REFUSED, hint=hint)
+    return RefusedError(f"{folder}: {said}.", hint=hint)

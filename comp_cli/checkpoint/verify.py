@@ -5,14 +5,14 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ..errors import REFUSED, CompError
+from ..errors import RefusedError
 from ..files.store import sha256
 
 
 def check_downloads(
     folder: Path, names: Collection[str], announced: Mapping[str, tuple[str, int]], known: Collection[str], model: str
 ) -> None:
-    """Exit 4 at the first of some files of a snapshot whose bytes are not those that the hub announced.
+    """Raises RefusedError at the first of some files of a snapshot whose bytes are not those that the hub announced.
 
     The cache names every blob by its announced ETag: SHA-256 for large files, git's hash for small ones. `announced` adds the
     SHA-256 and size of large files from the repository's listing. A bad blob that came just now (not in `known`, the names of
@@ -34,7 +34,7 @@ def check_downloads(
             else:
                 hint = f"Remove {path.resolve()} and try again: it was changed, or its download went wrong."
             said = f"{path.name} of {model} is not what the hub announced: its bytes have another hash or size."
-            raise CompError(said, code=REFUSED, hint=hint)
+            raise RefusedError(said, hint=hint)
 
 
 def is_hash(name: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import REFUSED, CompError
+from ..errors import CompError, RefusedError
 from ..files.store import JSON_LIMIT, read_json, sha256
 
 REPORT = "comp_report.json"
@@ -28,19 +28,19 @@ MOST_LABELS = 100_000  # transformers writes down a name for each
 
 
 def check_folder(folder: Path) -> None:
-    """Exit 4 where a file that would be read is no plain file, lies outside the folder, or a config asks for code, kernels,
-    quantized weights or files from elsewhere, or holds a number that is none."""
+    """Raises RefusedError where a file that would be read is no plain file, lies outside the folder, or a config asks for code,
+    kernels, quantized weights or files from elsewhere, or holds a number that is none."""
     check_files(folder)
     for name in CONFIGS + PROCESSORS:
         if (folder / name).is_file():
             if (folder / name).stat().st_size > CONFIG_LIMIT:
-                raise CompError(f"{folder / name}: larger than {CONFIG_LIMIT // 2**20} MiB, which none is.", code=REFUSED)
+                raise RefusedError(f"{folder / name}: larger than {CONFIG_LIMIT // 2**20} MiB, which none is.")
             check_config(read_json(folder / name), folder / name)
 
 
 def check_files(folder: Path) -> None:
-    """Exit 4 for devices, pipes, links that lead out of the folder (but into a cache of the hub) and small files that are
-    not small."""
+    """Raises RefusedError for devices, pipes, links that lead out of the folder (but into a cache of the hub) and small files
+    that are not small."""
     home = folder.resolve()
     nested = home / "additional_chat_templates"
     for path in sorted([*home.iterdir(), *(nested.iterdir() if nested.is_dir() else ())]):
@@ -50,14 +50,14 @@ def check_files(folder: Path) -> None:
             target = path.resolve(strict=True)
             found = target.stat()
         except (OSError, RuntimeError) as error:  # a loop
-            raise CompError(f"{path}: a link that leads to no file.", code=REFUSED) from error
+            raise RefusedError(f"{path}: a link that leads to no file.") from error
         if not stat.S_ISREG(found.st_mode):
-            raise CompError(f"{path}: not a plain file (a device, a pipe, a socket or a folder).", code=REFUSED)
+            raise RefusedError(f"{path}: not a plain file (a device, a pipe, a socket or a folder).")
         if not target.is_relative_to(home) and not _in_hub_cache(target):
             hint = "comp reads nothing outside the folder. Copy the file into it if that is what you want."
-            raise CompError(f"{path}: a link to {target}, outside the folder.", code=REFUSED, hint=hint)
+            raise RefusedError(f"{path}: a link to {target}, outside the folder.", hint=hint)
         if path.suffix in SMALL and found.st_size > JSON_LIMIT:
-            raise CompError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.", code=REFUSED)
+            raise RefusedError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.")
 
 
 def _in_hub_cache(target: Path) -> bool:
@@ -68,7 +68,7 @@ def _in_hub_cache(target: Path) -> bool:
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Exit 4 with the place and value of what speaks against a config."""
+    """Raises RefusedError with the place and value of what speaks against a config."""
     for place, value in leaves(config):
         key = place.rsplit(".", 1)[-1].split("[")[0]
         if isinstance(value, float) and not math.isfinite(value):
@@ -89,7 +89,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             raise _refused(path, place, value, "comp reads model.safetensors and its shards", "Remove the line.")
         if place.startswith("quantization_config"):
             hint = "Give the model as it was before it was quantized; comp export --quantize int8 quantizes what comp wrote."
-            raise CompError(f"{path}: the weights are quantized (quantization_config).", code=REFUSED, hint=hint)
+            raise RefusedError(f"{path}: the weights are quantized (quantization_config).", hint=hint)
         if place.startswith("init_inputs"):
             raise _refused(path, place, value, "names files for the tokenizer by itself", "Remove the line.")
 
@@ -115,7 +115,7 @@ def _inside(place: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str
 
 
 def check_report(folder: Path) -> None:
-    """Exit 4 where comp's own report lies in the folder and a file is not, byte for byte, the one that it lists.
+    """Raises RefusedError where comp's own report lies in the folder and a file is not, byte for byte, the one that it lists.
 
     README.md and modeling_comp.py may be edited. Without a report (a model that was trained further and saved elsewhere)
     there is nothing to compare with.
@@ -125,19 +125,19 @@ def check_report(folder: Path) -> None:
     report = read_json(folder / REPORT)
     files = report.get("files")
     if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
-        raise CompError(f"{folder / REPORT}: expected the files of the folder under 'files'.", code=REFUSED, hint=_cure(folder))
+        raise RefusedError(f"{folder / REPORT}: expected the files of the folder under 'files'.", hint=_cure(folder))
     for name, known in files.items():
         path = folder / name
         if name in FREE:
             continue
         if name != os.path.basename(name) or not path.is_file():
-            raise CompError(f"{folder}: {name!r}, which {REPORT} lists, is missing.", code=REFUSED, hint=_cure(folder))
+            raise RefusedError(f"{folder}: {name!r}, which {REPORT} lists, is missing.", hint=_cure(folder))
         if path.stat().st_size != known.get("bytes"):
             said = f"{path}: {path.stat().st_size} bytes, and comp wrote {known.get('bytes')} ({REPORT})."
-            raise CompError(said, code=REFUSED, hint=_cure(folder))
+            raise RefusedError(said, hint=_cure(folder))
         if sha256(path) != known.get("sha256"):
             said = f"{path}: not the bytes that comp wrote: their SHA-256 is not the one in {REPORT}."
-            raise CompError(said, code=REFUSED, hint=_cure(folder))
+            raise RefusedError(said, hint=_cure(folder))
 
 
 def _cure(folder: Path) -> str:
@@ -148,7 +148,7 @@ def _cure(folder: Path) -> str:
 
 
 def _refused(path: Path, place: str, value: Any, why: str, hint: str | None = None) -> CompError:
-    return CompError(f"{path}: {place} is {shown(value)}: {why}.", code=REFUSED, hint=hint)
+    return RefusedError(f"{path}: {place} is {shown(value)}: {why}.", hint=hint)
 
 
 def shown(value: Any) -> str:

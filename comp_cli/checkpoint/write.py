@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from .. import __version__
 from ..data.batches import Batch
 from ..engine.slicing import padded
-from ..errors import FAILED, CompError
+from ..errors import CompError
 from ..files.store import save_tensors, sha256
 from ..models.dense import Dense
 from ..plan import Plan
@@ -77,7 +77,7 @@ def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[st
 
 def _differs(how: str) -> CompError:
     hint = "Nothing was kept. Please report this with the command and the model."
-    return CompError(f"the written model is not the one in memory: {how}.", code=FAILED, hint=hint)
+    return CompError(f"the written model is not the one in memory: {how}.", hint=hint)
 
 
 def told_apart(dense: Dense, model: nn.Module, plan: Plan) -> nn.Module:

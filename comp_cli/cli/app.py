@@ -14,8 +14,9 @@ import typer
 
 from .. import __version__
 from ..engine.methods import METHODS
-from ..errors import FAILED, USAGE, CompError, explain
+from ..errors import CompError, UsageError, explain
 from . import signals, streams
+from .exit_codes import FAILED
 from .output import Output, Unprintable
 from .parsing import Command, Commands
 from .signals import Interrupted
@@ -90,7 +91,7 @@ def _run(out: Output, work: Callable[[], tuple[dict[str, Any], Path | None]], *,
         error = explain(found)
         _trace()
     out.error(error)
-    raise typer.Exit(error.code)
+    raise typer.Exit(error.exit_code)
 
 
 def _check_place() -> None:
@@ -98,7 +99,7 @@ def _check_place() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise CompError("the current folder is gone.", code=USAGE, hint="Change to another one.") from None
+        raise UsageError("the current folder is gone.", hint="Change to another one.") from None
 
 
 def _trace() -> None:
@@ -111,7 +112,7 @@ def _interruption(end: BaseException, resumes: bool) -> CompError:
     end = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
     again = " ".join(word for word in Output.command.split(" ") if word != "--no-resume")
     hint = f"The same command goes on where it was: {again}" if resumes else f"Start it again: {again}"
-    return CompError(f"{end.said}.", code=end.code, hint=hint)
+    return CompError(f"{end.said}.", exit_code=end.code, hint=hint)
 
 
 def _version(wanted: bool) -> None:
@@ -352,7 +353,7 @@ def export(
 
     def work():
         if not onnx:
-            raise CompError("name a format.", code=USAGE, hint="comp export FOLDER --onnx")
+            raise UsageError("name a format.", hint="comp export FOLDER --onnx")
         from ..commands import export as command
 
         source = command.resolve_folder(folder, out)
@@ -501,7 +502,7 @@ def run_command(has_stdout: bool = True) -> None:
     except SystemExit as end:
         code = end.code
     except Unprintable as error:
-        code = error.code
+        code = error.exit_code
         Output().error(error)
     except OSError as error:  # of help texts; commands end well
         code = FAILED
@@ -517,7 +518,7 @@ def end_early(end: Interrupted) -> None:
     Output.command = shlex.join(["comp", *sys.argv[1:]])
     error = _interruption(end, False)
     Output(mode).error(error)
-    _end(error.code)
+    _end(error.exit_code)
 
 
 def _end(code: Any) -> None:

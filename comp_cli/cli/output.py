@@ -94,7 +94,8 @@ class Output:
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
-        """Exit 1 where stdout fails. `exactly`: as the bytes of the file system, whatever the encoding of the terminal."""
+        """Raises CompError where stdout fails. `exactly`: as the bytes of the file system, whatever the encoding of the
+        terminal."""
         try:
             if exactly:
                 self.results.flush()
@@ -110,7 +111,7 @@ class Output:
     def error(self, error: CompError, say: bool = True) -> None:
         """One sentence, and what to do next. In JSON mode the document says the same, beside the report if there is one."""
         if self.mode == "json":
-            told = {"code": error.code, "message": error.message, "hint": error.hint}
+            told = {"code": error.exit_code, "message": error.message, "hint": error.hint}
             with suppress(Unprintable):  # it is said on stderr
                 self._document(error.document | {"error": told})
         if not say or self.mode == "mute":

@@ -12,7 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import FAILED, CompError
+from ..errors import CompError
+from .exit_codes import FAILED
 from .output import MODES, Output
 from .streams import wants_json
 
@@ -94,4 +95,4 @@ def _refusal(end: SystemExit) -> CompError:
     said = refused.format_message() if hasattr(refused, "format_message") else "see stderr."
     ctx = getattr(refused, "ctx", None)
     code = end.code if isinstance(end.code, int) else FAILED
-    return CompError(said, code=code, hint=f"{ctx.command_path if ctx else 'comp'} --help")
+    return CompError(said, exit_code=code, hint=f"{ctx.command_path if ctx else 'comp'} --help")

@@ -21,7 +21,7 @@ from ..checkpoint.loading import load_model, load_processor, pick_device
 from ..cli.output import Output
 from ..data.batches import random_inputs
 from ..engine import flops
-from ..errors import GATE, REFUSED, USAGE, CompError
+from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
 from ..files.outputs import check_room
 from ..files.store import folder_size, read_config
@@ -57,7 +57,7 @@ def parse_backends(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
-        raise CompError(f"--backend {text}: expected some of {', '.join(BACKENDS)}, with commas.", code=USAGE)
+        raise UsageError(f"--backend {text}: expected some of {', '.join(BACKENDS)}, with commas.")
     return names
 
 
@@ -67,12 +67,13 @@ def parse_batches(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
-        raise CompError(f"--batch {text}: expected numbers from 1 to 100000, with commas, such as 1,8.", code=USAGE)
+        raise UsageError(f"--batch {text}: expected numbers from 1 to 100000, with commas, such as 1,8.")
     return sizes
 
 
 def bench(folder: Path, baseline: str | None, options: Options, out: Output, **hub_options: Any) -> dict[str, Any]:
-    """Measure and print; returns the report. Exit 3 after that where a gate was not met; the error carries the report."""
+    """Measure and print; returns the report. Raises GateError after that where a gate was not met; the error carries the
+    report."""
     device = check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -119,12 +120,12 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
         out.line(f"Wrote {options.plot}.")
     missed = [outcome for outcome in document["gates"] if not outcome["passed"]]
     if missed:
-        raise CompError(" ".join(gates.sentence(outcome) for outcome in missed), code=GATE, document=document)
+        raise GateError(" ".join(gates.sentence(outcome) for outcome in missed), document=document)
     return document
 
 
 def check(options: Options) -> torch.device:
-    """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Exit 2 or 5."""
+    """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Raises UsageError or DeviceError."""
     if options.backends == ("onnx",) and re.fullmatch(r"cuda(:\d+)?", options.device):
         device = torch.device(options.device)  # torch only exports; it may be a build without CUDA
     else:
@@ -137,19 +138,20 @@ def check(options: Options) -> torch.device:
         bench_report.check_plot(options.plot)
     measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
     if options.gates.max_memory_mb is not None and not measured & set(options.backends):
-        raise CompError("--max-memory-mb: no backend whose memory is measured.", code=USAGE, hint="Add torch to --backend.")
+        raise UsageError("--max-memory-mb: no backend whose memory is measured.", hint="Add torch to --backend.")
     return device
 
 
 def made_of(folder: Path, comp: dict[str, Any]) -> str:
-    """The dense model that a compact folder was made of. Exit 2 where it does not say, or a folder is not where it was."""
+    """The dense model that a compact folder was made of. Raises UsageError where it does not say, or a folder is not where it
+    was."""
     name, address = comp.get("base_model"), comp.get("base_address")
     if isinstance(address, str) and address.startswith(".."):  # the way to a folder
         there = (folder.resolve() / address).resolve()
         address = str(there) if there.is_dir() else None
     if not address:
         was = f"was made of {name}, and does not know where that is" if name else "does not say what it was made of"
-        raise CompError(f"{folder} {was}.", code=USAGE, hint="Name the dense model: --baseline MODEL")
+        raise UsageError(f"{folder} {was}.", hint="Name the dense model: --baseline MODEL")
     return address
 
 
@@ -164,18 +166,16 @@ def open_models(
     source = hub.resolve(baseline, out=out, accepts=find_architecture, **hub_options)
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
-        raise CompError(f"--baseline {baseline} is a compact model.", code=REFUSED, hint="Name the dense model.")
+        raise RefusedError(f"--baseline {baseline} is a compact model.", hint="Name the dense model.")
     if find_architecture(dense_config) != architecture:
-        raise CompError(f"--baseline {baseline} is not a {architecture}.", code=REFUSED)
+        raise RefusedError(f"--baseline {baseline} is not a {architecture}.")
     out.say(f"loading {source.name} ...")
     pickled = hub_options.get("allow_pickle", False)
     dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
     parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:
-        raise CompError(
-            f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.", code=REFUSED
-        )
+        raise RefusedError(f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.")
     models = {"dense": dense, "own_dense": variants.on_own_kernels(dense, family), "compact": compact}
     folders = {"dense": source.folder, "compact": folder}
     return source, folders, models

@@ -18,7 +18,7 @@ from ..checkpoint.precision import cast
 from ..cli.output import Output
 from ..data.rows import Columns
 from ..data.sources import open_pairs
-from ..errors import DEVICE, GATE, REFUSED, USAGE, CompError
+from ..errors import DeviceError, GateError, RefusedError, UsageError
 from ..families import Decoder, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
@@ -70,7 +70,7 @@ class Check:
 def export(folder: Path, output: Path, out: Output, options: Options, *, overwrite: bool) -> dict[str, Any]:
     """Export a compact (or dense) checkpoint folder; returns the report.
 
-    Exit 3 above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
+    Raises GateError above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
     """
     check_options(options)
     typed, output = output, resolve(output)
@@ -95,7 +95,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and not can_split(family):
         why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
-        raise CompError(f"--split: {architecture} {why}.", code=USAGE)
+        raise UsageError(f"--split: {architecture} {why}.")
     source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, family=family, dtype=torch.float32)
@@ -166,19 +166,18 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
 
 
 def check_options(options: Options) -> None:
-    """Exit 2 for options that make no sense, 5 for graphs that nothing here can run."""
+    """Raises UsageError for options that make no sense, DeviceError for graphs that nothing here can run."""
     check_target(options.target, options.opset)
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
     if options.quantize not in (None, "int8"):
-        raise CompError(f"--quantize {options.quantize}: unknown.", code=USAGE, hint="Use int8.")
+        raise UsageError(f"--quantize {options.quantize}: unknown.", hint="Use int8.")
     if options.quantize and dtype != torch.float32:
-        raise CompError("--quantize starts from fp32.", code=USAGE, hint=f"Leave --dtype {options.dtype} out.")
+        raise UsageError("--quantize starts from fp32.", hint=f"Leave --dtype {options.dtype} out.")
     if options.optimize and options.target != TARGETS[0]:
-        raise CompError("--optimize writes nodes that only ONNX Runtime knows.", code=USAGE, hint="Leave --target out.")
+        raise UsageError("--optimize writes nodes that only ONNX Runtime knows.", hint="Leave --target out.")
     if dtype == torch.bfloat16 and device.type == "cpu":
-        raise CompError(
+        raise DeviceError(
             "ONNX Runtime runs no bf16 graph on the CPU, so it could not be checked, and nothing is written unchecked.",
-            code=DEVICE,
             hint="--device cuda checks it on a GPU; --dtype fp16 can be checked here.",
         )
 
@@ -235,13 +234,13 @@ def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -
 
 
 def refuse(problem: str, partial: Path, failed: Path | None) -> None:
-    """Exit 3, with the graphs moved to `failed` if it is given."""
+    """Raises GateError, with the graphs moved to `failed` if it is given."""
     hint = "Nothing was written. --atol sets the tolerance, --keep-failed leaves the graphs for a look."
     if failed is not None:
         with atomic_folder(failed, overwrite=True) as kept:
             _move(partial, kept)
         hint = f"{failed} holds the graphs for a look; export.json says where they differ."
-    raise CompError(problem, code=GATE, hint=hint)
+    raise GateError(problem, hint=hint)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -256,18 +255,15 @@ def resolve_folder(folder: Path | None, out: Output) -> Path:
     if folder is None:
         folder = find_last("comp_report.json", resolve(Path(), "the current folder"))
         if folder is None:
-            raise CompError(
+            raise UsageError(
                 "no folder named, and no compact model below the current folder.",
-                code=USAGE,
                 hint="Make one with: comp prune demo --ratio 0.5 -o compact",
             )
         out.say(f"taking {folder}")
     if not folder.is_dir():
-        raise CompError(f"{folder}: no such folder.", code=USAGE, hint="Name a folder that `comp prune` wrote.")
+        raise UsageError(f"{folder}: no such folder.", hint="Name a folder that `comp prune` wrote.")
     if "comp" not in read_config(folder):
-        raise CompError(
-            f"{folder} is not a compact model.", code=REFUSED, hint=f"Make one with: comp prune {folder} --ratio 0.5"
-        )
+        raise RefusedError(f"{folder} is not a compact model.", hint=f"Make one with: comp prune {folder} --ratio 0.5")
     return folder.resolve()
 
 

@@ -17,7 +17,7 @@ from ..cli.output import Output
 from ..data.rows import Pair
 from ..engine import flops
 from ..engine.methods import METHODS
-from ..errors import FAILED, GATE, USAGE, CompError, DeadEnd
+from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
 from ..models.dense import DataOptions, Dense, Pairs, by_model_size, choose_pairs, cut_texts, open_dense, warn_cut_texts
@@ -34,27 +34,26 @@ __all__ = ["DataOptions", "Options", "Training", "prune"]
 
 
 def check(options: Options, max_drop: float | None, dry_run: bool) -> None:
-    """Exit 2 where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
+    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
     if not 0 < options.ratio < 1:
-        raise CompError(
+        raise UsageError(
             f"--ratio {options.ratio}: expected a number between 0 and 1.",
-            code=USAGE,
             hint="The ratio is the share of the FLOPs that goes: 0.5 halves them.",
         )
     if options.method not in METHODS:
-        raise CompError(f"--method {options.method}: unknown.", code=USAGE, hint=f"Use one of {', '.join(METHODS)}.")
+        raise UsageError(f"--method {options.method}: unknown.", hint=f"Use one of {', '.join(METHODS)}.")
     check_training(options.training)
     if options.method != "comp" and not (options.cip and options.explore and options.history):
-        raise CompError("--no-cip, --no-explore and --no-history are for --method comp.", code=USAGE)
+        raise UsageError("--no-cip, --no-explore and --no-history are for --method comp.")
     if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
-        raise CompError("--no-cit changes nothing here.", code=USAGE, hint=hint)
+        raise UsageError("--no-cit changes nothing here.", hint=hint)
     if max_drop is not None and not 0 <= max_drop <= 100:
-        raise CompError(f"--max-drop {max_drop:g}: expected points from 0 to 100.", code=USAGE)
+        raise UsageError(f"--max-drop {max_drop:g}: expected points from 0 to 100.")
     if max_drop is not None and dry_run:
-        raise CompError("--max-drop needs a model to judge, which --dry-run does not make.", code=USAGE)
+        raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
-        raise CompError("--stage-samples are some of the --num-samples, not more.", code=USAGE)
+        raise UsageError("--stage-samples are some of the --num-samples, not more.")
 
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: Options, out: Output) -> Options:
@@ -87,9 +86,9 @@ def prune(
 ) -> dict[str, Any]:
     """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
 
-    A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Exit 3 where the
-    metric falls by more than `max_drop` points: then nothing is left. Exit 1 while another process prunes into the folder.
-    """
+    A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Raises GateError
+    where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
+    into the folder."""
     check(options, max_drop, dry_run)
     process_device(options.device)
     pick_dtype(options.dtype)
@@ -106,7 +105,7 @@ def prune(
         finished = drop_finished(journal, output)
         if finished and not overwrite:
             message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
-            raise CompError(message, code=USAGE, hint="Use it, or replace it with --overwrite.")
+            raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
         document = _prune(options, output, journal, out, overwrite, max_drop, hub_options)
@@ -165,7 +164,7 @@ def _prune(
         document |= {"command": command, "base_address": dense.source.address_from(output)}
         document |= {"quality": quality, "pairs": counts(pairs, options)}
         check_drop(quality, max_drop, out)
-    except DeadEnd:
+    except (DeadEnd, GateError):
         if journal and is_main_process():
             journal.remove()
         raise
@@ -215,8 +214,8 @@ def early_settings(options: Options) -> dict[str, Any]:
 
 
 def check_disk(dense: Dense, options: Options, dtype: torch.dtype, output: Path) -> None:
-    """Exit 1 where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and two
-    moments, as it is and as it was at the last step."""
+    """Raises CompError where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and
+    two moments, as it is and as it was at the last step."""
     left = (1 - options.ratio) * dense.params(dense.plan)
     if options.training.steps:
         check_room(output, left * (dtype.itemsize + 2 * 3 * 4), "the compact model, with the journal of its training,")
@@ -229,7 +228,7 @@ def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
     before, after = flops.count(dense.plan, dense.reference), flops.count(plan, dense.reference)
     ratio = 1 - after.total / before.total
     if ratio <= 0:
-        raise CompError("nothing was pruned.", code=FAILED, hint="Raise --ratio.")
+        raise CompError("nothing was pruned.", hint="Raise --ratio.")
     return {
         "comp_version": __version__,
         "torch_version": str(torch.__version__),
@@ -318,7 +317,7 @@ def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> N
         name = name if metrics else "agreement"
         said = f"{name} falls from {metric_value(name, before)} to {metric_value(name, after)}"
         hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
-        raise DeadEnd(f"{said}; --max-drop allows {allowed:g} points.", code=GATE, hint=hint, document={"quality": quality})
+        raise GateError(f"{said}; --max-drop allows {allowed:g} points.", hint=hint, document={"quality": quality})
 
 
 def cost(searched: float, dense_pass: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from ..checkpoint.vetting import check_report
 from ..checkpoint.write import auto_map, file_facts, runtime
 from ..cli import signals
 from ..cli.output import Output
-from ..errors import REFUSED, USAGE, CompError, is_full
+from ..errors import CompError, RefusedError, UsageError, is_full
 from ..families import find_architecture
 from ..files.outputs import reserve, resolve, sibling, swap
 from ..files.ownership import discard, seen
@@ -27,9 +27,9 @@ def upgrade(folder: Path, out: Output) -> dict[str, Any]:
     """Replace the runtime, and refresh what names it: auto_map and versions in config.json, hashes in comp_report.json. All
     other files stay as they are. Returns what changed, {"changed": {what: how}}; nothing where all is as comp writes it today.
 
-    The folder changes as a whole or not at all, after what is new in it has loaded. Exit 4 for a folder that is no compact
-    model of comp, or whose files are not those that its report names; 2 where there is none, or one stands in it.
-    """
+    The folder changes as a whole or not at all, after what is new in it has loaded. Raises RefusedError for a folder that is no
+    compact model of comp, or whose files are not those that its report names; UsageError where there is none, or one stands in
+    it."""
     folder = resolve(folder, "FOLDER")
     with reserve(folder, source=None):
         changed = _upgrade(folder, out)
@@ -65,20 +65,18 @@ def _upgrade(folder: Path, out: Output) -> dict[str, str]:
 def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and comp_report.json of a compact folder that comp wrote; exit 4 for any other."""
     if not folder.is_dir():
-        raise CompError(f"{folder}: no such folder.", code=USAGE, hint="Give a folder that comp prune wrote.")
+        raise UsageError(f"{folder}: no such folder.", hint="Give a folder that comp prune wrote.")
     config = read_config(folder)
     block = config.get("comp")
     whole = isinstance(block, dict) and isinstance(block.get("towers"), list) and isinstance(block.get("runtime", {}), dict)
     if not whole or not isinstance(config.get("auto_map", {}), dict) or not (folder / RUNTIME).is_file():
-        raise CompError(
+        raise RefusedError(
             f"{folder} is not a compact model that comp wrote: expected a block comp in {CONFIG}, and {RUNTIME}.",
-            code=REFUSED,
             hint="Graphs are written anew with comp export; dense models need no runtime.",
         )
     if not (folder / REPORT).is_file():
-        raise CompError(
+        raise RefusedError(
             f"{folder}: no {REPORT}; comp did not write this folder, or it was trained further and saved since.",
-            code=REFUSED,
             hint='comp_cli.load(FOLDER).save_pretrained("NEW") writes such a model anew, with today\'s runtime.',
         )
     check_report(folder)
@@ -86,10 +84,11 @@ def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_left(folder: Path) -> None:
-    """Exit 2 where the current folder is this one or lies in it: whoever typed the command would stand in a deleted folder."""
+    """Raises UsageError where the current folder is this one or lies in it: whoever typed the command would stand in a deleted
+    folder."""
     if folder in (Path.cwd(), *Path.cwd().parents):
         hint = f"From outside: cd {shlex.quote(str(folder.parent))} && comp upgrade {shlex.quote(folder.name)}"
-        raise CompError(f"{folder} is replaced as a whole, and the current folder lies in it.", code=USAGE, hint=hint)
+        raise UsageError(f"{folder} is replaced as a whole, and the current folder lies in it.", hint=hint)
 
 
 def dense_shapes(config: dict[str, Any]) -> bool:

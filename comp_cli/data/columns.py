@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FAILED, REFUSED, USAGE, CompError
+from ..errors import CompError, RefusedError, UsageError
 from .pictures import Hub, Root
 from .tables import BROKEN, TextTable
 
@@ -25,7 +25,7 @@ def column_types(table: Table, owner: str) -> dict[str, Any]:
             found |= row if BROKEN in row else dict.fromkeys(row)
         if (broken := found.pop(BROKEN, None)) and not found:
             problem, place = broken
-            raise CompError(f"{owner}: no row can be read. The last was a {problem} ({place}).", code=REFUSED)
+            raise RefusedError(f"{owner}: no row can be read. The last was a {problem} ({place}).")
         return found
     return dict(table.features or dict.fromkeys(next(rows_of(table, owner), {})))
 
@@ -71,16 +71,16 @@ def unreadable(owner: str, error: Exception) -> CompError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     match error:
         case HFValidationError():
-            return CompError(f"{owner}: neither a path here nor the name of a data set.", code=USAGE)
+            return UsageError(f"{owner}: neither a path here nor the name of a data set.")
         case DatasetNotFoundError():
             hint = "For a private or gated data set set HF_TOKEN."
-            return CompError(f"{owner}: neither a path here nor a data set you may see. {lines[0]}", code=REFUSED, hint=hint)
+            return RefusedError(f"{owner}: neither a path here nor a data set you may see. {lines[0]}", hint=hint)
         case ConnectionError() | HTTPError() | OfflineModeIsEnabled():
             message = f"{owner}: no path here, and the hub cannot be reached. {lines[0]}"
-            return CompError(message, code=FAILED, hint="Check path, network, HF_ENDPOINT and HF_HUB_OFFLINE.")
+            return CompError(message, hint="Check path, network, HF_ENDPOINT and HF_HUB_OFFLINE.")
         case ValueError() if "onfig" in lines[0]:
-            return CompError(f"{owner}: {' '.join(lines)}", code=USAGE, hint="Write org/name:config.")
-    return CompError(f"{owner} cannot be read: {lines[0]}", code=REFUSED)
+            return UsageError(f"{owner}: {' '.join(lines)}", hint="Write org/name:config.")
+    return RefusedError(f"{owner} cannot be read: {lines[0]}")
 
 
 def rows_of(dataset: Any, owner: str) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.output import Output
-from ..errors import REFUSED, USAGE, CompError
+from ..errors import RefusedError, UsageError
 from .cells import BadRow, written
 from .columns import REMOTE_SAMPLE, SAMPLE, Table, chosen_columns, column_types, first_rows, is_string, rows_of, sample_size
 from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
@@ -69,9 +69,11 @@ class PairSet:
         """The split that serves a purpose; see `choose_split`."""
         try:
             return choose_split(self.name, list(self.splits), purpose, self._wanted())
-        except CompError as error:
-            if self.by_column and error.code == USAGE:
-                error.hint += f" They are from the column {self.by_column.name}; --split-column '' takes all rows."
+        except UsageError as error:
+            if self.by_column:
+                error.hint = (
+                    error.hint or ""
+                ) + f" They are from the column {self.by_column.name}; --split-column '' takes all rows."
             raise
 
     def describe(self, purpose: Purpose) -> str:
@@ -88,11 +90,10 @@ class PairSet:
     def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, accepts: Accepts = every) -> Iterator[Pair]:
         """Up to `limit` pairs that are taken, in an order that the seed decides. No image serves both purposes.
 
-        An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label
-        where there are labels, is skipped; a warning at the end counts them. Exit 2 for columns that are missing or not
-        clear, 4 for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so
-        that a set that is no good is refused before any work is done.
-        """
+        An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label where there
+        are labels, is skipped; a warning at the end counts them. Raises UsageError for columns that are missing or not clear,
+        RefusedError for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so that a set that
+        is no good is refused before any work is done."""
         rows, columns, held = self._open(self.split(purpose), seed)
         found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
         more = {"answers": columns.answer, "labels": columns.label}
@@ -117,7 +118,7 @@ class PairSet:
         table = self.splits[split]
         found = column_types(table, self.name)
         if not found:
-            raise CompError(f"{self.name}, split {split}: no pairs.", code=REFUSED)
+            raise RefusedError(f"{self.name}, split {split}: no pairs.")
         columns = find_columns(found, self.columns, self.name)
         columns = replace(columns, split=self._split_column(found))
         read = [name for name in (columns.image, columns.text, columns.label, columns.answer, columns.split) if name]
@@ -159,20 +160,19 @@ class PairSet:
                 self.calibrated.add(pair.image_id)
             yield pair
         if tally.looked > tally.skipped and not tally.given:
-            raise CompError(
+            raise RefusedError(
                 f"{where}: no pairs that match, or none with an answer.",
-                code=REFUSED,
                 hint="Are the columns of labels and answers the right ones?",
             )
         if not tally.looked:
             left_out = f" Left out: {', '.join(f'{n} {why}' for why, n in tally.left_out.items())}." if tally.left_out else ""
             hint = "Give more pairs, or a split for each purpose: train and validation."
-            raise CompError(f"{where}: no pairs.{left_out}", code=REFUSED, hint=hint)
+            raise RefusedError(f"{where}: no pairs.{left_out}", hint=hint)
         if 2 * tally.skipped > tally.looked:
             hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
             hints[UNLABELLED] = f"If {columns.label} says something else, leave it out with --label-column ''."
             hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
-            raise CompError(f"{where}: {tally}.", code=REFUSED, hint=hint)
+            raise RefusedError(f"{where}: {tally}.", hint=hint)
         self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)
 
     def _of_use(
@@ -241,7 +241,7 @@ def split_by_column(pairs: PairSet) -> PairSet:
         found = column_types(table, pairs.name)
         if named and named not in found:
             hint = f"Columns: {', '.join(found)}. Name one with --split-column."
-            raise CompError(f"{pairs.name} has no column {named!r}.", code=USAGE, hint=hint)
+            raise UsageError(f"{pairs.name} has no column {named!r}.", hint=hint)
     if len(pairs.splits) > 1:
         return pairs
     (root,) = pairs.roots.values()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import USAGE, CompError
+from ..errors import UsageError
 from .cells import MATCHES, MISMATCHES, BadRow, read_answers, read_label, read_texts, shown
 from .pictures import Root, decode, digest, read_content, stored_image
 from .splits import Purpose
@@ -102,7 +102,7 @@ class Tally:
 
 
 def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Columns:
-    """The columns to read of those a table has (name -> type, or None). Exit 2 where one is missing or not clear."""
+    """The columns to read of those a table has (name -> type, or None). Raises UsageError where one is missing or not clear."""
     from datasets import Image as ImageType
 
     listed = f"Columns: {', '.join(found)}."
@@ -119,13 +119,13 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
                 candidates = [column for column in candidates if column.lower() not in UNCERTAIN] or candidates
             if len(candidates) > 1:
                 several = " or ".join(candidates)
-                raise CompError(f"{owner}: is the {role} in {several}?", code=USAGE, hint=f"{listed} Name one with {flag}.")
+                raise UsageError(f"{owner}: is the {role} in {several}?", hint=f"{listed} Name one with {flag}.")
             name = candidates[0] if candidates else ""
         elif name and name not in found:
-            raise CompError(f"{owner} has no column {name!r}.", code=USAGE, hint=f"{listed} Name one with {flag}.")
+            raise UsageError(f"{owner} has no column {name!r}.", hint=f"{listed} Name one with {flag}.")
         if not name and role not in ("label", "answer"):
             hint = f"{listed} Name the one with the {role} with {flag}."
-            raise CompError(f"{owner}: no {role} column found.", code=USAGE, hint=hint)
+            raise UsageError(f"{owner}: no {role} column found.", hint=hint)
         taken[role] = name or None
     return Columns(**taken)
 
@@ -144,9 +144,8 @@ def says_match(column: str, values: Iterable[Any], owner: str) -> str | None:
         return None
     if not words or any(read_label(value) is None for value in present):
         return next((shown(value) for value in present if read_label(value) is None), "None")[:60]
-    raise CompError(
+    raise UsageError(
         f"{owner}: does the column {column!r} ({few(sorted(words))}) say whether image and text match?",
-        code=USAGE,
         hint=f"If so, --label-column {column}. If it says something else of them, --label-column ''.",
     )
 

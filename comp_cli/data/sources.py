@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.output import Output
-from ..errors import REFUSED, USAGE, CompError
+from ..errors import RefusedError, UsageError
 from .columns import Table, unreadable
 from .pairset import PairSet, split_by_column
 from .pictures import Hub, Root
@@ -38,17 +38,16 @@ def open_pairs(
 ) -> PairSet:
     """Open a file, a folder, or a hub data set: "org/name", or "org/name:config" where it has several configurations.
 
-    `split` is the one to calibrate on. Exit 2 for a path that does not exist or a file of an unknown kind, 4 for data
-    that holds no pairs or cannot be read, 1 where the hub cannot be reached.
-    """
+    `split` is the one to calibrate on. Raises UsageError for a path that does not exist or a file of an unknown kind,
+    RefusedError for data that holds no pairs or cannot be read, CompError where the hub cannot be reached."""
     path, name = Path(data).expanduser(), re.sub("^(hf://|https://huggingface.co/)datasets/", "", data)
     quiet_datasets(out)
     if path.exists():
         if revision is not None:
-            raise CompError(f"--revision {revision} needs a hub data set; {data} is a local path.", code=USAGE)
+            raise UsageError(f"--revision {revision} needs a hub data set; {data} is a local path.")
         splits, roots = open_files(path.absolute(), out)
     elif path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CompError(f"--data {data}: no such file or folder.", code=USAGE)
+        raise UsageError(f"--data {data}: no such file or folder.")
     else:
         splits, root = open_hub(name, revision, cache_dir)
         roots = dict.fromkeys(splits, root)
@@ -71,7 +70,7 @@ def open_files(path: Path, out: Output) -> tuple[Mapping[str, Table], dict[str, 
     if len(suffixes) > 1 or any(len(places) > 1 for places in parents.values()):
         listed = few([str(file.relative_to(path)) for files in tables.values() for file in files])
         message = f"{path}: which tables hold the pairs? Found {listed}."
-        raise CompError(message, code=USAGE, hint="Give one file, or one kind of tables with each split in one folder.")
+        raise UsageError(message, hint="Give one file, or one kind of tables with each split in one folder.")
     roots = {split: places[0] for split, places in parents.items()}
     if suffixes[0] in TEXTS:
         return {split: TextTable(tuple(map(str, files))) for split, files in tables.items()}, roots
@@ -89,14 +88,14 @@ def find_tables(path: Path, out: Output) -> dict[str, list[Path]]:
     kinds = f"Expected {', '.join(KINDS)}."
     if path.is_file():
         if path.suffix.lower() not in KINDS:
-            raise CompError(f"{path}: not a table of pairs.", code=USAGE, hint=kinds)
+            raise UsageError(f"{path}: not a table of pairs.", hint=kinds)
         files, folder = [path], path.parent
     else:
         files, folder = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS and file.is_file()), path
         shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
         files = [file for file in shown if file.stem == "metadata"] or [file for file in shown if is_table(file)]
     if not (files := [file for file in files if file.stat().st_size]):
-        raise CompError(f"{path}: no pairs.", code=REFUSED, hint=f"{kinds} An imagefolder needs texts in metadata files.")
+        raise RefusedError(f"{path}: no pairs.", hint=f"{kinds} An imagefolder needs texts in metadata files.")
     own = next((split for split, words in SPLIT_WORDS.items() if folder.name.lower() in words), "train")
     tables = defaultdict(list)
     for file in files:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from ..errors import REFUSED, USAGE, CompError
+from ..errors import RefusedError, UsageError
 from .cells import read_label, shown
 
 # Words that name a split: those of `datasets` and of Karpathy's COCO and Flickr files, the one to be careful with first.
@@ -38,9 +38,8 @@ def is_test(split: str) -> bool:
 def choose_split(owner: str, splits: Sequence[str], purpose: Purpose, wanted: str | None) -> str:
     """Calibration: the wanted split, else train, else validation, else the only one; never a test split.
 
-    Evaluation: validation, else test, else the split of the calibration, which then share it.
-    Exit 2 for a wanted split that is unknown or a test split, or none where one is needed; 4 for nothing but test data.
-    """
+    Evaluation: validation, else test, else the split of the calibration, which then share it. Raises UsageError for a wanted
+    split that is unknown or a test split, or none where one is needed; RefusedError for nothing but test data."""
     tests = [split for split in splits if is_test(split)]
     usable = [split for split in splits if not is_test(split)]
     if purpose == "evaluation":
@@ -49,15 +48,15 @@ def choose_split(owner: str, splits: Sequence[str], purpose: Purpose, wanted: st
         return [*validation, *tests, calibration][0]
     listed = f"Splits: {', '.join(splits)}."
     if wanted and wanted not in splits:
-        raise CompError(f"{owner} has no split {wanted!r}.", code=USAGE, hint=listed)
+        raise UsageError(f"{owner} has no split {wanted!r}.", hint=listed)
     if wanted in tests:
-        raise CompError(f"{wanted} is a test split: comp never calibrates on one.", code=USAGE, hint=listed)
+        raise UsageError(f"{wanted} is a test split: comp never calibrates on one.", hint=listed)
     if not usable:
         hint = "Give training or validation pairs; if these are, rename the file, folder or split."
-        raise CompError(f"{owner} is test data: comp never calibrates on it.", code=REFUSED, hint=hint)
+        raise RefusedError(f"{owner} is test data: comp never calibrates on it.", hint=hint)
     known = [split for kind in ("train", "validation") for split in usable if split.lower() in SPLIT_WORDS[kind]]
     if not wanted and not known and len(usable) > 1:
-        raise CompError(f"{owner} has no split called train.", code=USAGE, hint=f"{listed} Name one with --split.")
+        raise UsageError(f"{owner} has no split called train.", hint=f"{listed} Name one with --split.")
     return wanted or [*known, *usable][0]
 
 
@@ -128,7 +127,7 @@ def split_column(
     if not certain and reader is split_value and {"test", None} <= set(kinds.values()):
         listed = ", ".join(list(kinds)[:FEW])
         hint = f"If so, --split-column {name}. If it says something else of them, --split-column ''."
-        raise CompError(f"Does the column {name!r} ({listed}) name the splits of the rows?", code=USAGE, hint=hint)
+        raise UsageError(f"Does the column {name!r} ({listed}) name the splits of the rows?", hint=hint)
     if not kinds or not (certain or all(kinds.values())):
         return None
     splits: dict[str, set[str]] = {}

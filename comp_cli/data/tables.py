@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from ..errors import REFUSED, CompError
+from ..errors import RefusedError
 from .cells import VERBATIM
 
 BROKEN = "\0broken"  # the key of a row that could not be read: what is wrong, and where
@@ -66,8 +66,8 @@ class TextTable:
 
 
 def read_files(files: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of files one after another. A line that cannot be read is a row with the key BROKEN. Exit 4 for a file that is
-    no text, or whose end is missing."""
+    """The rows of files one after another. A line that cannot be read is a row with the key BROKEN. Raises RefusedError for a
+    file that is no text, or whose end is missing."""
     for file in files:
         name = file.rpartition("/")[2]
         read = {"csv": read_csv, "tsv": read_csv, "json": read_json}.get(file.lower().rpartition(".")[2], read_lines)
@@ -77,7 +77,7 @@ def read_files(files: Sequence[str], columns: Sequence[str] | None = None) -> It
                     yield row if columns is None or BROKEN in row else {column: row.get(column) for column in columns}
         except UnicodeError as error:
             hint = "Save it as UTF-8: iconv -f latin1 -t utf-8, or CSV UTF-8 in a spreadsheet program."
-            raise CompError(f"{name} is no UTF-8 text: {error}.", code=REFUSED, hint=hint) from error
+            raise RefusedError(f"{name} is no UTF-8 text: {error}.", hint=hint) from error
 
 
 @contextmanager
@@ -138,9 +138,9 @@ def read_csv(stream: TextIO, name: str) -> Iterator[Row]:
         reader = csv.reader(lines, strict=True, skipinitialspace=between != "\t", delimiter=between)
         header = [column.strip() for column in next(reader, [])]
     except csv.Error as error:
-        raise CompError(f"{name}: the header cannot be read: {error}.", code=REFUSED) from error
+        raise RefusedError(f"{name}: the header cannot be read: {error}.") from error
     if twice := next((column for column in header if column and header.count(column) > 1), None):
-        raise CompError(f"{name} has two columns {twice!r}.", code=REFUSED, hint="Rename one: which is meant is not clear.")
+        raise RefusedError(f"{name} has two columns {twice!r}.", hint="Rename one: which is meant is not clear.")
     while True:
         before = lines.number + 1
         try:
@@ -150,7 +150,7 @@ def read_csv(stream: TextIO, name: str) -> Iterator[Row]:
         except csv.Error as error:
             if "unexpected end" in str(error):
                 hint = 'Text with a quote in it is written with "" for each, in quotes.'
-                raise CompError(f"{name}: a quote in line {before} never ends.", code=REFUSED, hint=hint) from error
+                raise RefusedError(f"{name}: a quote in line {before} never ends.", hint=hint) from error
             yield broken("line that is no CSV", before)
             continue
         if cells and len(cells) != len(header):
@@ -195,20 +195,20 @@ def read_json(stream: TextIO, name: str) -> Iterator[Row]:
     text = stream.read(FILE + 1)
     if len(text) > FILE:
         hint = "Write a record a line (.jsonl), which is read line by line."
-        raise CompError(f"{name} is larger than {FILE >> 30} GiB.", code=REFUSED, hint=hint)
+        raise RefusedError(f"{name} is larger than {FILE >> 30} GiB.", hint=hint)
     try:
         found = json.loads(text, **VERBATIM)
     except RecursionError as error:
-        raise CompError(f"{name} is nested too deeply.", code=REFUSED, hint=RECORDS) from error
+        raise RefusedError(f"{name} is nested too deeply.", hint=RECORDS) from error
     except ValueError as error:
         if text.lstrip().startswith("["):
-            raise CompError(f"{name} is no JSON: {error}.", code=REFUSED) from error
+            raise RefusedError(f"{name} is no JSON: {error}.") from error
         yield from read_lines(io.StringIO(text), name)
         return
     if isinstance(found, dict):
         found = from_columns(found)
     if not isinstance(found, list):
-        raise CompError(f"{name} holds no records.", code=REFUSED, hint=RECORDS)
+        raise RefusedError(f"{name} holds no records.", hint=RECORDS)
     for number, record in enumerate(found, 1):
         yield record if isinstance(record, dict) else {BROKEN: ("entry that is no record", f"entry {number}")}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import signals
-from ..errors import FAILED, USAGE, CompError, is_full
+from ..errors import CompError, UsageError, is_full
 
 BEAT, STALE = 15, 120  # seconds
 NO_KERNEL_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # some network disks
@@ -33,7 +33,7 @@ _held: dict[Path, "_Lock"] = {}
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output, whose parent folder exists; a process may hold it several times.
 
-    Exit 1, naming the holder, where another process holds it; 2 where the lock cannot be written.
+    Raises CompError, naming the holder, where another process holds it, UsageError where the lock cannot be written.
     """
     path = lock_path(output)
     if path in _held:
@@ -54,11 +54,11 @@ def holds(output: Path) -> bool:
 
 
 def confirm(output: Path) -> None:
-    """Exit 1 where the lock was lost meanwhile: another machine took this process for dead, or somebody removed the file."""
+    """Raises CompError where the lock was lost meanwhile: another machine took this process for dead, or somebody removed the
+    file."""
     if not _held[lock_path(output)].is_there():
         raise CompError(
             f"The lock of {output} is gone: another process may be writing it.",
-            code=FAILED,
             hint="Run it again once no other command writes there.",
         )
 
@@ -85,8 +85,8 @@ class _Lock:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except OSError as error:
-                code = FAILED if is_full(error) else USAGE
-                raise CompError(f"Cannot write {output}: {self.path}: {_why(error)}.", code=code) from error
+                kind = CompError if is_full(error) else UsageError
+                raise kind(f"Cannot write {output}: {self.path}: {_why(error)}.") from error
             try:
                 kernel = _try_lock(handle)
                 self._refuse_others(handle, kernel, output)
@@ -105,7 +105,7 @@ class _Lock:
             raise _busy(output, holder, "Wait for it or choose another -o/--output.")
         if content and holder is None:
             hint = "Choose another -o/--output, or move that file away."
-            raise CompError(f"{self.path} stands where comp's lock would be, and is not one.", code=USAGE, hint=hint)
+            raise UsageError(f"{self.path} stands where comp's lock would be, and is not one.", hint=hint)
         elsewhere = holder and (kernel is None or holder["boot"] != boot_id())
         silent = time.time() - os.fstat(handle).st_mtime
         if elsewhere and silent < STALE:
@@ -195,4 +195,4 @@ def _read(content: bytes) -> dict[str, Any] | None:
 def _busy(output: Path, holder: dict[str, Any] | None, hint: str) -> CompError:
     who = f"Process {holder['pid']} on {holder['host']}" if holder else "Another process"
     command = f" ({holder['command']})" if holder and holder.get("command") else ""
-    return CompError(f"{who} is writing {output}{command}.", code=FAILED, hint=hint)
+    return CompError(f"{who} is writing {output}{command}.", hint=hint)

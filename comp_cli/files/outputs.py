@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from ..cli import signals
-from ..errors import USAGE, CompError, is_full
+from ..errors import CompError, UsageError, is_full
 from . import locks
 from .ownership import MARKERS, Judged, discard, seen, strangers, written
 from .store import sha256, write_failed
@@ -24,7 +24,7 @@ LAST = (".onnx", ".safetensors", "config.json", *MARKERS)  # files without which
 
 
 def resolve(path: Path, option: str = "-o/--output") -> Path:
-    """The path without links and dots, as it is used from then on. Exit 2 where there is none."""
+    """The path without links and dots, as it is used from then on. Raises UsageError where there is none."""
     try:
         str(path).encode()  # names that are no text end up in JSON, in tables and in libraries
         found = path.resolve()
@@ -32,23 +32,23 @@ def resolve(path: Path, option: str = "-o/--output") -> Path:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         found.is_dir()
     except UnicodeEncodeError:
-        raise CompError(f"{option} {str(path)!r}: the name is not valid UTF-8.", code=USAGE) from None
+        raise UsageError(f"{option} {str(path)!r}: the name is not valid UTF-8.") from None
     except FileNotFoundError:
-        raise CompError("the current folder is gone.", code=USAGE, hint="Change to another one.") from None
+        raise UsageError("the current folder is gone.", hint="Change to another one.") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
         why = getattr(error, "strerror", None) or str(error)
-        raise CompError(f"{option} {path}: no usable path ({why}).", code=USAGE) from None
+        raise UsageError(f"{option} {path}: no usable path ({why}).") from None
     if not found.name:
-        raise CompError(f"{option} {path}: expected a folder with a name.", code=USAGE)
+        raise UsageError(f"{option} {path}: expected a folder with a name.")
     return found
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
     """Refuse, before any work is done, an output folder that could not be written or would destroy something.
 
-    Exit 2 where it is a file, overlaps `source`, cannot be written, or holds something and `overwrite` is not given or
-    comp did not write all of it. Exit 1 while another process writes it. What killed runs left beside it is settled.
-    """
+    Raises UsageError where it is a file, overlaps `source`, cannot be written, or holds something and `overwrite` is not given
+    or comp did not write all of it. Raises CompError while another process writes it. What killed runs left beside it is
+    settled."""
     if resolve(output).parent.is_dir():
         with reserve(output, source=source) as output:
             check_replaceable(output, overwrite)
@@ -103,7 +103,7 @@ def atomic_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; the file takes its place when the block ends well. Exit 1 on a full disk."""
+    """A path beside `path` to write to; the file takes its place when the block ends well. Raises CompError on a full disk."""
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
@@ -116,14 +116,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Exit 2 where a file cannot be written: it is a folder or the like, or its own folder does not let us."""
+    """Raises UsageError where a file cannot be written: it is a folder or the like, or its own folder does not let us."""
     if path.exists() and not path.is_file():
-        raise CompError(f"{path} is no file.", code=USAGE)
+        raise UsageError(f"{path} is no file.")
     _check_writable(path)
 
 
 def check_room(place: Path, need: float, what: str) -> None:
-    """Exit 1 where the disk of `place`, or of the nearest folder above it that exists, has less than `need` bytes free."""
+    """Raises CompError where the disk of `place`, or of the nearest folder above it that exists, has less than `need` bytes
+    free."""
     while not place.is_dir():
         place = place.parent
     disk = shutil.disk_usage(place)
@@ -146,7 +147,7 @@ def _check_place(output: Path, source: Path | None) -> None:
     _check_writable(output)
     if os.path.ismount(output):
         hint = f"Name a folder below it: {output / 'compact'}"
-        raise CompError(f"The output {output} is a mount point, which nothing can take the place of.", code=USAGE, hint=hint)
+        raise UsageError(f"The output {output} is a mount point, which nothing can take the place of.", hint=hint)
 
 
 def _check_apart(output: Path, source: Path) -> None:
@@ -159,7 +160,7 @@ def _check_apart(output: Path, source: Path) -> None:
     else:
         return
     hint = "Choose another -o/--output."
-    raise CompError(f"The output {output} {relation} the input {source}.", code=USAGE, hint=hint)
+    raise UsageError(f"The output {output} {relation} the input {source}.", hint=hint)
 
 
 def _check_writable(output: Path) -> None:
@@ -176,35 +177,33 @@ def _check_writable(output: Path) -> None:
         if is_full(error):
             raise write_failed(output, error) from error
         if error.errno != errno.ENOTEMPTY:
-            raise CompError(f"Cannot write {output}: {parent}: {error.strerror}.", code=USAGE) from error
+            raise UsageError(f"Cannot write {output}: {parent}: {error.strerror}.") from error
 
 
 def check_replaceable(output: Path, overwrite: bool) -> Judged:
-    """Exit 2 where the output holds anything, unless `overwrite` is given and comp wrote all of it. What was found to be
-    comp's, as it was then."""
+    """Raises UsageError where the output holds anything, unless `overwrite` is given and comp wrote all of it. What was found
+    to be comp's, as it was then."""
     if not output.exists():
         return {}
     if not output.is_dir():
-        raise CompError(f"The output {output} is a file.", code=USAGE, hint="Give a folder to -o/--output.")
+        raise UsageError(f"The output {output} is a file.", hint="Give a folder to -o/--output.")
     found = seen(output)
     if not found:
         return {}
     another = "Choose another -o/--output, or "
     if written(output) is None:
-        raise CompError(
+        raise UsageError(
             f"The output {output} is not empty, and was not written by comp: no {' or '.join(MARKERS)} lists its files.",
-            code=USAGE,
             hint=f"{another}remove the folder yourself.",
         )
     if not overwrite:
         hint = "--overwrite replaces it once the new one is complete."
-        raise CompError(f"The output {output} exists and is not empty.", code=USAGE, hint=hint)
+        raise UsageError(f"The output {output} exists and is not empty.", hint=hint)
     if foreign := strangers(output):
         few = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        raise CompError(
+        raise UsageError(
             f"The output {output} holds what comp did not write, or what was changed since: {few}. "
             "--overwrite leaves such a folder alone.",
-            code=USAGE,
             hint=f"{another}move these files away.",
         )
     return found
@@ -265,7 +264,7 @@ def swap(partial: Path, output: Path, judged: Judged) -> Path | None:
             output.rename(old)
             if seen(old) != judged:
                 hint = "Run it again once nothing else writes there."
-                raise CompError(f"The folder {output} was changed while it was replaced.", code=USAGE, hint=hint)
+                raise UsageError(f"The folder {output} was changed while it was replaced.", hint=hint)
         partial.rename(output)
     except BaseException:
         if old.exists() and not output.exists():

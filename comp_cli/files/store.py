@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import REFUSED, CompError, is_full
+from ..errors import CompError, RefusedError, is_full
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,32 +26,33 @@ class TensorHeader(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Exit 4 where the file is missing, is no plain file of up to 64 MiB (a device, a pipe), is not JSON, or
-    holds something else than an object."""
+    """A JSON object. Raises RefusedError where the file is missing, is no plain file of up to 64 MiB (a device, a pipe), is not
+    JSON, or holds something else than an object."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CompError(f"{path}: not a plain file (a device, a pipe or a socket).", code=REFUSED)
+            raise RefusedError(f"{path}: not a plain file (a device, a pipe or a socket).")
         with path.open("rb") as file:
             read = file.read(JSON_LIMIT + 1)
         if len(read) > JSON_LIMIT:
-            raise CompError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.", code=REFUSED)
+            raise RefusedError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.")
         content = json.loads(read.decode("utf-8"))
     except OSError as error:
-        raise CompError(f"{path}: cannot be read ({error.strerror}).", code=REFUSED) from error
+        raise RefusedError(f"{path}: cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise CompError(f"{path}: not valid JSON ({error}).", code=REFUSED, hint="Fetch or write it again.") from error
+        raise RefusedError(f"{path}: not valid JSON ({error}).", hint="Fetch or write it again.") from error
     if not isinstance(content, dict):
-        raise CompError(f"{path}: expected a JSON object, found {type(content).__name__}.", code=REFUSED)
+        raise RefusedError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint folder. Exit 4 where it is missing or broken."""
+    """The config.json of a checkpoint folder. Raises RefusedError where it is missing or broken."""
     return read_json(folder / "config.json")
 
 
 def read_tensors_header(path: Path) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes of a safetensors file, without its values. Exit 4 where it is corrupt or truncated."""
+    """Names, dtypes and shapes of a safetensors file, without its values. Raises RefusedError where it is corrupt or
+    truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -59,21 +60,20 @@ def read_tensors_header(path: Path) -> dict[str, TensorHeader]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise CompError(
+        raise RefusedError(
             f"{path}: not a whole safetensors file ({error}).",
-            code=REFUSED,
             hint="It is missing, cut off or damaged: fetch or write it again.",
         ) from error
 
 
 def count_weights(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder. Exit 4 where one is corrupt."""
+    """Numbers in the safetensors files of a folder. Raises RefusedError where one is corrupt."""
     headers = (read_tensors_header(path) for path in folder.glob("*.safetensors"))
     return sum(math.prod(header.shape) for file in headers for header in file.values())
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path) -> None:
-    """Write a safetensors file; slices are made contiguous. Tensors must not share memory. Exit 1 on a full disk."""
+    """Write a safetensors file; slices are made contiguous. Tensors must not share memory. Raises CompError on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

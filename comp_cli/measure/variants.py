@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import loading
-from ..errors import DEVICE, CompError
+from ..errors import DeviceError
 from ..families import Family, find_family
 from ..onnx import sessions
 from ..plan import dense_plan
@@ -53,14 +53,13 @@ def onnx_runner(path: Path, task: Task, device: str) -> Runner:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Exit 5 where torch.compile cannot compile: it needs a C++ compiler for CPUs, Triton for GPUs."""
+    """Raises DeviceError where torch.compile cannot compile: it needs a C++ compiler for CPUs, Triton for GPUs."""
     number = random.Random().random()  # a function of its own, so that no cache of compiled code answers
     try:
         torch.compile(lambda x: (x + number).sin())(torch.ones(8, device=device))
     except Exception as error:  # torch wraps a missing compiler in several kinds; the sentence is what matters
         said = [line for line in str(error).splitlines() if line.strip()]
-        raise CompError(
+        raise DeviceError(
             f"--backend compile: torch.compile does not work here ({said[0] if said else type(error).__name__}).",
-            code=DEVICE,
             hint="It needs a C++ compiler (g++ or clang++) on CPUs and Triton on GPUs; or leave compile out of --backend.",
         ) from None

@@ -21,7 +21,7 @@ from ..data.splits import Purpose
 from ..engine import flops, scoring
 from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
-from ..errors import REFUSED, USAGE, CompError, first_line
+from ..errors import RefusedError, UsageError, first_line
 from ..families import Family, find_family, tower_config
 from ..files.store import read_config
 from ..plan import Plan, dense_plan
@@ -102,15 +102,14 @@ def open_dense(
     task: str | None = None,
     **hub_options: Any,
 ) -> Dense:
-    """Resolve, check and load a dense model in fp32, for its usual task or another. Exit 4 for a model that is compact
-    already."""
+    """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
+    compact already."""
 
     def described(config: dict[str, Any]) -> tuple[Family, str, str]:
         found = find_family(config, task)
         if "comp" in config:
-            raise CompError(
+            raise RefusedError(
                 f"{model} is a compact model already.",
-                code=REFUSED,
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
         return found
@@ -157,7 +156,8 @@ def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
 
 
 def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
-    """Exit 4 where the parts that the family describes are missing, or the processor makes what the model cannot take."""
+    """Raises RefusedError where the parts that the family describes are missing, or the processor makes what the model cannot
+    take."""
     problem = None
     for tower in family.towers:
         layer = getattr(model.get_submodule(tower.encoder), tower.layers)[0]
@@ -173,7 +173,7 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
     except Exception as error:
         problem = problem or f"what its processor makes does not go through it ({first_line(error)})"
     if problem:
-        raise CompError(f"{name}: {problem}.", code=REFUSED, hint="config.json, weights and processor files must fit.")
+        raise RefusedError(f"{name}: {problem}.", hint="config.json, weights and processor files must fit.")
 
 
 def by_model_size(dense: Dense, many: float, few: float) -> float:
@@ -183,13 +183,13 @@ def by_model_size(dense: Dense, many: float, few: float) -> float:
 
 def with_score_rule(plan: Plan, rule: str | None, family: Family) -> Plan:
     """Images are ranked by another rule, if any, and what goes by it is dropped; texts, which have no patches, by their own as
-    ever. Exit 2 where that is no rule for the model."""
+    ever. Raises UsageError where that is no rule for the model."""
     classes = {tower.name: tower.class_token for tower in family.towers}
     if rule is None or (rule == "attention" and "vision" not in classes):
         return plan
     if "vision" not in classes or (rule == "cls" and classes["vision"] is None):
         lacks = "has no images to rank so" if "vision" not in classes else "has no [CLS] to ask"
-        raise CompError(f"token scores by {rule}: a {family.name} model {lacks}.", code=USAGE, hint="Use --method token.")
+        raise UsageError(f"token scores by {rule}: a {family.name} model {lacks}.", hint="Use --method token.")
     if rule == family.tower("vision").score_rule:
         return plan
     return plan.with_tower(replace(plan.tower("vision"), score_rule=rule, fuse=False))

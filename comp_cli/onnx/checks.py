@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import onnx
 from packaging.version import Version
 
-from ..errors import DEVICE, REFUSED, CompError
+from ..errors import DeviceError, RefusedError
 from ..families import Family, Tower, tower_config
 from ..files.store import read_json, sha256
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
@@ -41,38 +41,35 @@ def _needs(model: onnx.ModelProto) -> list[str]:
 
 
 def require_runtime(least: str, folder: Path) -> None:
-    """Exit 5 where the ONNX Runtime that is installed is older."""
+    """Raises DeviceError where the ONNX Runtime that is installed is older."""
     import onnxruntime
 
     if Version(onnxruntime.__version__) < Version(least):
-        raise CompError(
+        raise DeviceError(
             f"{folder}: its graphs need ONNX Runtime {least} or newer; {onnxruntime.__version__} is installed.",
-            code=DEVICE,
             hint="An older one refuses them, or computes them wrongly. pip install -U onnxruntime",
         )
 
 
 def check_files(folder: Path, names: Collection[str]) -> None:
-    """Exit 4 where one of these files, or weights beside a graph, is not the one that `comp export` wrote: by the hashes in
-    export.json. Without one of comp's there is nothing to compare with."""
+    """Raises RefusedError where one of these files, or weights beside a graph, is not the one that `comp export` wrote: by the
+    hashes in export.json. Without one of comp's there is nothing to compare with."""
     document = read_json(folder / "export.json") if (folder / "export.json").is_file() else {}
     if "comp_version" not in document:
         return
     written = document.get("files")
     if not isinstance(written, dict) or not all(name in written for name in names):
-        raise CompError(
+        raise RefusedError(
             f"{folder / 'export.json'} does not list {', '.join(sorted(names))} under `files`.",
-            code=REFUSED,
             hint="It is not of this folder, or was changed. Export the model again.",
         )
     for name in (*names, *(name for name in written if Path(name).stem in names)):
         path = folder / name
         if not path.is_file():
-            raise CompError(f"{path} is missing; export.json lists it.", code=REFUSED, hint="Copy the whole folder again.")
+            raise RefusedError(f"{path} is missing; export.json lists it.", hint="Copy the whole folder again.")
         if sha256(path) != written[name]:
-            raise CompError(
+            raise RefusedError(
                 f"{path} is not the file that `comp export` wrote: its SHA-256 is not that in export.json.",
-                code=REFUSED,
                 hint="It was cut off, damaged or changed. Copy the folder again, or export the model again.",
             )
     if isinstance(least := document.get("min_onnxruntime"), str):
@@ -80,7 +77,7 @@ def check_files(folder: Path, names: Collection[str]) -> None:
 
 
 def check_signature(path: Path, session: Any, expected: Signature) -> None:
-    """Exit 4 where a graph takes or hands out something else than config.json beside it says."""
+    """Raises RefusedError where a graph takes or hands out something else than config.json beside it says."""
     for what, values, wanted in (
         ("takes", session.get_inputs(), expected.inputs),
         ("hands out", session.get_outputs(), expected.outputs),
@@ -90,23 +87,24 @@ def check_signature(path: Path, session: Any, expected: Signature) -> None:
         if found.keys() != wanted.keys():
             less, more = (sorted(a - b)[:3] for a, b in ((wanted.keys(), found.keys()), (found.keys(), wanted.keys())))
             said = " and ".join(filter(None, (less and f"not {', '.join(less)}", more and f"also {', '.join(more)}")))
-            raise CompError(f"{path} {what} {said}: that is no graph of this model.", code=REFUSED, hint=hint)
+            raise RefusedError(f"{path} {what} {said}: that is no graph of this model.", hint=hint)
         for name, shape in wanted.items():
             here = tuple(found[name])
             known = [(a, b) for a, b in zip(here, shape, strict=False) if isinstance(a, int) and b is not None]
             if len(here) != len(shape) or any(a != b for a, b in known):
                 sizes = [", ".join("*" if not isinstance(size, int) else str(size) for size in one) for one in (shape, here)]
                 said = f"{name} as ({sizes[1]}); config.json says ({sizes[0]})"
-                raise CompError(f"{path} {what} {said}.", code=REFUSED, hint=hint)
+                raise RefusedError(f"{path} {what} {said}.", hint=hint)
 
 
 def writer_signatures(config: dict[str, Any], family: Family) -> dict[str, Signature]:
-    """Of the three graphs of a model that writes texts, by their names. Exit 4 where the config is not one of such a model."""
+    """Of the three graphs of a model that writes texts, by their names. Raises RefusedError where the config is not one of such
+    a model."""
     try:
         return _writer_signatures(config, family)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
         said = f"config.json describes no model that writes texts ({type(error).__name__}: {error})."
-        raise CompError(said, code=REFUSED, hint="Copy the folder again, or export the model again.") from error
+        raise RefusedError(said, hint="Copy the folder again, or export the model again.") from error
 
 
 def _writer_signatures(config: dict[str, Any], family: Family) -> dict[str, Signature]:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions
 
 from ..checkpoint.loading import quiet_libraries
-from ..errors import REFUSED, USAGE, CompError
+from ..errors import RefusedError, UsageError
 from ..families import find_family
 from ..files.store import read_config
 from ..runtime.modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
@@ -25,13 +25,13 @@ CACHE = cache_name(CausalLMOutputWithCrossAttentions) or CACHES[0]
 def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedModel:
     """A model of the stock class with no weights: its parts run the graphs that `comp export` wrote into a folder.
 
-    `generate` takes what it always takes: prompts, beams, sampling. Exit 4 for graphs that write no texts, or a folder without.
-    """
+    `generate` takes what it always takes: prompts, beams, sampling. Raises RefusedError for graphs that write no texts, or a
+    folder without."""
     config = read_config(folder)
     family, architecture, _ = find_family(config)
     names = [ENCODER, DECODER, PAST]
     if family.decoder is None or not all((folder / name).is_file() for name in names):
-        raise CompError(f"{folder}: no graphs that write texts.", code=REFUSED, hint=f"Needed: {', '.join(names)}.")
+        raise RefusedError(f"{folder}: no graphs that write texts.", hint=f"Needed: {', '.join(names)}.")
     check_files(folder, ["config.json", *names])
     stock = getattr(transformers, architecture)
     expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
@@ -102,7 +102,7 @@ class OnnxDecoder:
         refuse_unmade(self, kwargs)
         known = the_cache(cache, past_key_values)
         if attention_mask is not None and not attention_mask.all():
-            raise CompError("the graphs take prompts of one length in a batch: no padding.", code=USAGE)
+            raise UsageError("the graphs take prompts of one length in a batch: no padding.")
         text = input_ids.numpy()
         if known is None or known.get_seq_length() == 0:
             made = self.graphs.begin(text, encoder_hidden_states.numpy())
@@ -110,7 +110,7 @@ class OnnxDecoder:
         else:
             parts = isinstance(known, EncoderDecoderCache) and (known.self_attention_cache, known.cross_attention_cache)
             if not parts or not all(isinstance(part, DynamicCache) for part in parts):
-                raise CompError("the graphs go on from an EncoderDecoderCache of two DynamicCaches only.", code=USAGE)
+                raise UsageError("the graphs go on from an EncoderDecoderCache of two DynamicCaches only.")
             across = known.cross_attention_cache
             made = self.graphs.go_on(text, to_values(known.self_attention_cache, "decoder") | to_values(across, "encoder"))
         grown = {CACHE: EncoderDecoderCache(from_values(made, "decoder"), across)} if use_cache else {}
@@ -120,7 +120,7 @@ class OnnxDecoder:
 def refuse_unmade(module: nn.Module, given: dict[str, Any]) -> None:
     """Raise for what graphs cannot do, and for arguments that nobody knows."""
     if given.get("output_hidden_states"):
-        raise CompError("the graphs hand out no hidden states: leave output_hidden_states out.", code=USAGE)
+        raise UsageError("the graphs hand out no hidden states: leave output_hidden_states out.")
     refuse_unknown(module, given)
 
 

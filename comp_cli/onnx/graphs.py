@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoint.loading import quiet_libraries
 from ..data.batches import random_inputs
-from ..errors import USAGE, CompError
+from ..errors import UsageError
 from ..families import Family
 from ..families.base import ANSWER_INPUTS
 from ..runtime.modeling_comp import CompactAttention, cache_name, refuse_unknown
@@ -358,8 +358,8 @@ def tidy(model: Any) -> None:
 
 
 def check_target(target: str, opset: int) -> None:
-    """Exit 2 for a target or an opset that comp does not write."""
+    """Raises UsageError for a target or an opset that comp does not write."""
     if target not in TARGETS:
-        raise CompError(f"--target {target}: unknown.", code=USAGE, hint=f"Use one of {', '.join(TARGETS)}.")
+        raise UsageError(f"--target {target}: unknown.", hint=f"Use one of {', '.join(TARGETS)}.")
     if not 18 <= opset <= 23:
-        raise CompError(f"--opset {opset}: expected 18 to 23.", code=USAGE)
+        raise UsageError(f"--opset {opset}: expected 18 to 23.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DEVICE, CompError
+from ..errors import DeviceError
 from ..measure.timing import Inputs
 from . import sessions
 
@@ -76,7 +76,7 @@ def _node(name: str, events: list[dict[str, Any]]) -> Node:
 
 
 def check_cuda() -> None:
-    """Exit 5 where ONNX Runtime has no working CUDA provider, with the library that is missing."""
+    """Raises DeviceError where ONNX Runtime has no working CUDA provider, with the library that is missing."""
     import onnxruntime
 
     if CUDA not in onnxruntime.get_available_providers():
@@ -86,7 +86,7 @@ def check_cuda() -> None:
         why = missing_library(Path(onnxruntime.__file__).parent / "capi")
         hint = "Install what onnxruntime-gpu needs (CUDA and cuDNN of the version it was built for), or use --device cpu."
     if why:
-        raise CompError(f"ONNX Runtime has no working {CUDA}: {why}.", code=DEVICE, hint=hint)
+        raise DeviceError(f"ONNX Runtime has no working {CUDA}: {why}.", hint=hint)
 
 
 def missing_library(folder: Path) -> str | None:

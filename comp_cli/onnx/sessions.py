@@ -10,13 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoint.loading import quiet_libraries
-from ..errors import DEVICE, REFUSED, CompError
+from ..errors import CompError, DeviceError, RefusedError
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
 
 
 def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
-    """An ONNX Runtime session whose first provider is the one that was asked for. Exit 5 where it is another, or none; 4 where
-    the file holds no graph that could run.
+    """An ONNX Runtime session whose first provider is the one that was asked for. Raises DeviceError where it is another, or
+    none; RefusedError where the file holds no graph that could run.
 
     With `profile` the session times its nodes into a file that begins so.
     """
@@ -42,9 +42,8 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
         raise _refused(path, device, error) from error
     first = session.get_providers()[0]
     if first != wanted:
-        raise CompError(
+        raise DeviceError(
             f"ONNX Runtime runs on {first}, not on {wanted}.",
-            code=DEVICE,
             hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
         )
     return session
@@ -54,9 +53,9 @@ def _refused(path: Path, device: str, error: Exception) -> CompError:
     """A sentence for what ONNX Runtime says about a file: broken, or in order but too much for the device."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if type(error).__name__ in ("NotImplemented", "EPFail", "RuntimeException", "MemoryError"):
-        return CompError(f"ONNX Runtime cannot run {path.name} on {device}: {lines[0]}", code=DEVICE)
+        return DeviceError(f"ONNX Runtime cannot run {path.name} on {device}: {lines[0]}")
     hint = "It is cut off, damaged, no ONNX graph, or of a newer kind than this ONNX Runtime knows. Export the model again."
-    return CompError(f"{path}: ONNX Runtime refuses it: {lines[0]}", code=REFUSED, hint=hint)
+    return RefusedError(f"{path}: ONNX Runtime refuses it: {lines[0]}", hint=hint)
 
 
 def preload_cuda() -> None:

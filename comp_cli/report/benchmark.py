@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.output import Output
-from ..errors import USAGE, CompError
+from ..errors import UsageError
 from ..files.outputs import atomic_file, check_file, resolve
 from ..measure.gates import sentence
 from .tables import change, gflops, mib, millions, percent
@@ -91,20 +91,20 @@ def _costs(document: dict[str, Any]) -> list[list[str]]:
 
 
 def check_plot(path: Path) -> None:
-    """Exit 2 where the picture could not be written in the end."""
+    """Raises UsageError where the picture could not be written in the end."""
     if path.suffix.lower() not in PICTURES:
-        raise CompError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}.", code=USAGE)
+        raise UsageError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}.")
     path = resolve(path, "--plot")
     if not path.parent.is_dir():
-        raise CompError(f"--plot {path}: no such folder.", code=USAGE, hint="Create the folder first.")
+        raise UsageError(f"--plot {path}: no such folder.", hint="Create the folder first.")
     check_file(path)
     if path.exists() and MARK not in path.read_bytes():
         hint = "Choose another name, or remove it yourself."
-        raise CompError(f"--plot {path}: exists, and is no picture that comp drew.", code=USAGE, hint=hint)
+        raise UsageError(f"--plot {path}: exists, and is no picture that comp drew.", hint=hint)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CompError("--plot needs matplotlib.", code=USAGE, hint="pip install 'comp-cli[plot]'") from None
+        raise UsageError("--plot needs matplotlib.", hint="pip install 'comp-cli[plot]'") from None
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

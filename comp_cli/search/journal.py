@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import USAGE, CompError
+from ..errors import CompError, UsageError
 from ..files.store import save_tensors, sha256, write_failed
 
 
@@ -30,7 +30,7 @@ class Journal:
         self._state: dict[str, Any] | None = None
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, None where there is none. Exit 2 where it was made with other settings."""
+        """The state that was saved last, None where there is none. Raises UsageError where it was made with other settings."""
         found = self._read()
         if found is None:
             return None
@@ -40,8 +40,8 @@ class Journal:
         return self._state
 
     def compare(self, settings: dict[str, Any]) -> None:
-        """Exit 2 where it was made with other values of these settings, which are some of them: what is known early. Dicts are
-        compared in the names that are given."""
+        """Raises UsageError where it was made with other values of these settings, which are some of them: what is known early.
+        Dicts are compared in the names that are given."""
         found = self._read()
         if found is None:
             return
@@ -58,7 +58,8 @@ class Journal:
         return None if found is None else found["finished"]
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Replace the file; a kill leaves the old one or the new one, each with its own weights. Exit 1 on a full disk."""
+        """Replace the file; a kill leaves the old one or the new one, each with its own weights. Raises CompError on a full
+        disk."""
         old = self._tensor_files()
         if tensors is not None:
             weights = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.safetensors")
@@ -78,7 +79,7 @@ class Journal:
         self._write(finished=sha256(report))
 
     def tensors(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        """The weights that were saved with a state. Exit 2 where they are gone or torn."""
+        """The weights that were saved with a state. Raises UsageError where they are gone or torn."""
         try:
             path = self.path.with_name(state["tensors"])
             if sha256(path) != state["tensors_sha256"]:
@@ -88,7 +89,7 @@ class Journal:
             raise self._refusal(f"has lost its weights ({type(error).__name__})") from None
 
     def remove(self) -> None:
-        """Its weights first, for nothing else names them. Exit 2 where something else than a file has its name."""
+        """Its weights first, for nothing else names them. Raises UsageError where something else than a file has its name."""
         try:
             for path in [*self.path.parent.glob(f"{glob.escape(self.path.name)}.*"), self.path]:
                 path.unlink(missing_ok=True)
@@ -96,7 +97,8 @@ class Journal:
             raise self._refusal(f"cannot be removed ({error.strerror})", "Move it away") from None
 
     def _read(self) -> dict[str, Any] | None:
-        """Settings, state and what finished; None where there is no journal. Exit 2 where it is not as it was written."""
+        """Settings, state and what finished; None where there is no journal. Raises UsageError where it is not as it was
+        written."""
         if not os.path.lexists(self.path):
             return None
         if self.path.is_symlink() or not self.path.is_file():
@@ -135,7 +137,7 @@ class Journal:
 
     def _refusal(self, why: str, do: str = "Start anew with --no-resume") -> CompError:
         hint = f"{do}, or change the output."
-        return CompError(f"the journal {self.path} {why}.", code=USAGE, hint=hint)
+        return UsageError(f"the journal {self.path} {why}.", hint=hint)
 
 
 def _digest(content: Any) -> str:

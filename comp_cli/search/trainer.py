@@ -28,7 +28,7 @@ from ..data.batches import Batch
 from ..engine import flops, stages
 from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
-from ..errors import FAILED, USAGE, CompError, DeadEnd
+from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
 from ..plan import Plan
 from ..tasks import comparison
@@ -76,25 +76,25 @@ def process_device(name: str) -> torch.device:
 
 
 def check_training(training: Training) -> None:
-    """Exit 2 for settings that make no sense together."""
+    """Raises UsageError for settings that make no sense together."""
     if training.epochs is not None and training.steps:
-        raise CompError("--steps and --epochs: give one of them.", code=USAGE)
+        raise UsageError("--steps and --epochs: give one of them.")
     if training.epochs is not None and not 0 < training.epochs < math.inf:
-        raise CompError(f"--epochs {training.epochs}: expected a number above 0.", code=USAGE)
+        raise UsageError(f"--epochs {training.epochs}: expected a number above 0.")
     if not training.steps and training.epochs is None and training != Training(batch_size=training.batch_size):
         hint = "Give --steps N, or --epochs E with --data."
-        raise CompError("--stage-share, --lr, --distill and --mixed-precision are for training.", code=USAGE, hint=hint)
+        raise UsageError("--stage-share, --lr, --distill and --mixed-precision are for training.", hint=hint)
     if not 0 <= training.stage_share <= 1 or not 0 <= training.distill <= 1:
-        raise CompError("--stage-share and --distill are shares, from 0 to 1.", code=USAGE)
+        raise UsageError("--stage-share and --distill are shares, from 0 to 1.")
     if training.lr is not None and not 0 < training.lr < 1:
-        raise CompError(f"--lr {training.lr}: expected a number between 0 and 1.", code=USAGE)
+        raise UsageError(f"--lr {training.lr}: expected a number between 0 and 1.")
     if training.mixed_precision not in (None, "no", "fp16", "bf16"):
-        raise CompError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.", code=USAGE)
+        raise UsageError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.")
     if processes() > 1 and not training.steps and training.epochs is None:
-        raise CompError("pruning without --steps or --epochs runs in one process.", code=USAGE, hint="Start comp directly.")
+        raise UsageError("pruning without --steps or --epochs runs in one process.", hint="Start comp directly.")
     if training.batch_size % processes():
         several = f"--train-batch-size {training.batch_size} does not divide into {processes()} processes"
-        raise CompError(f"{several}: a pair would count more in one than in another.", code=USAGE)
+        raise UsageError(f"{several}: a pair would count more in one than in another.")
 
 
 def precision(training: Training) -> str:
@@ -103,11 +103,11 @@ def precision(training: Training) -> str:
 
 
 def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output) -> Training:
-    """Epochs as steps. Exit 2 for epochs of generated scenes, which do not end."""
+    """Epochs as steps. Raises UsageError for epochs of generated scenes, which do not end."""
     if training.epochs is None:
         return training
     if isinstance(pairs, ScenePairs):
-        raise CompError("--epochs needs --data: generated scenes have no end.", code=USAGE, hint="Use --steps.")
+        raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
     out.say("counting the pairs ...")
     found = sum(1 for _ in pairs.read("calibration", accepts=task.accepts))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
@@ -252,7 +252,7 @@ class Trainer:
             driver.step()
             driver.zero_grad()
         if not math.isfinite(loss.item()):
-            raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", code=FAILED, hint="Try a smaller --lr.")
+            raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", hint="Try a smaller --lr.")
         self.state = {name: tensor.detach() for name, tensor in untied_state_dict(model).items()}
         self.moments = {
             kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
