@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 ASK = """
 import json, sys
 from pathlib import Path
-from comp_cli import hub
+from comp_cli.checkpoint import hub
 from comp_cli.errors import CompError
 from comp_cli.cli.output import Output
 
@@ -291,7 +291,7 @@ def test_local_folders_are_checked(tmp_path):
     (tmp_path / "bare").mkdir()
     assert "no config.json" in refusal(str(tmp_path / "bare")).message
     pickled = checkpoint(tmp_path / "pickled", "pytorch_model.bin")
-    assert refusal(str(pickled)).code == 4 and "--allow-pickle" in refusal(str(pickled)).hint
+    assert refusal(str(pickled)).exit_code == 4 and "--allow-pickle" in refusal(str(pickled)).hint
     assert resolve(str(pickled), allow_pickle=True).folder == pickled
     empty = checkpoint(tmp_path / "empty")
     assert "holds no weights" in refusal(str(empty), allow_pickle=True).message
@@ -309,7 +309,7 @@ def test_shards_that_lead_elsewhere(shard, tmp_path):
 def test_broken_shard_index(index, tmp_path):
     folder = checkpoint(tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(index)
-    assert refusal(str(folder)).code == 4
+    assert refusal(str(folder)).exit_code == 4
 
 
 def test_missing_shard(tmp_path):

@@ -33,8 +33,8 @@ FEW = [
 # Kills itself when the journal is saved for the n-th time, or when the checkpoint is being written.
 KILLED = """
 import os, signal, sys
-from comp_cli import journal, prune
-from comp_cli import prune
+from comp_cli.commands import prune
+from comp_cli.search import journal
 from comp_cli.cli.app import app
 
 def die(*args, **kwargs):

@@ -92,8 +92,8 @@ class PairSet:
 
         An image with several texts makes as many pairs. A row with a missing or broken image, no text, or no label where there
         are labels, is skipped; a warning at the end counts them. Raises UsageError for columns that are missing or not clear,
-        RefusedError for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so that a set that
-        is no good is refused before any work is done."""
+        RefusedError for a set that is empty, unreadable, or bad by more than half. The call itself opens the first pair, so
+        that a set that is no good is refused before any work is done."""
         rows, columns, held = self._open(self.split(purpose), seed)
         found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
         more = {"answers": columns.answer, "labels": columns.label}
