@@ -73,7 +73,7 @@ def write(path: Path, table: list[dict]) -> Path:
 
 
 def opened(data, out=None, **options):
-    return open_pairs(str(data), out=out or Output("quiet"), **options)
+    return open_pairs(str(data), progress=out or Output("quiet"), **options)
 
 
 def read(data, purpose="calibration", limit=None, seed=0, **options):
@@ -212,7 +212,7 @@ def test_names_of_classes_are_texts(photos, tmp_path):
     columns = {"image": [str(photos / f"{i}.png") for i in range(COUNT)], "label": [i % 3 for i in range(COUNT)]}
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.cast_column("label", datasets.ClassLabel(names=["cat", "dog", "crane"])).save_to_disk(tmp_path / "saved")
-    pairs = open_pairs(str(tmp_path / "saved"), out=Output("quiet"), columns=Columns(text="label")).read("calibration")
+    pairs = open_pairs(str(tmp_path / "saved"), progress=Output("quiet"), columns=Columns(text="label")).read("calibration")
     found = list(pairs)
     assert {pair.text for pair in found} == {"cat", "dog", "crane"} and {pair.label for pair in found} == {None}
 
@@ -468,7 +468,7 @@ def test_nothing_is_written_and_nothing_is_said(folder, tmp_path):
     code = f"""
 from comp_cli.data.sources import open_pairs
 from comp_cli.cli.output import Output
-print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration', 3))))
+print(len(list(open_pairs({str(path)!r}, progress=Output('json')).read('calibration', 3))))
 """
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
     (tmp_path / "tmp").mkdir()
@@ -523,7 +523,7 @@ from comp_cli.cli.output import Output
 
 for data in sys.argv[1:]:
     try:
-        pairs = open_pairs(data, out=Output("json"))
+        pairs = open_pairs(data, progress=Output("json"))
         found = [[(pair.text, pair.label) for pair in pairs.read(purpose)] for purpose in ("calibration", "evaluation")]
         print([len(part) for part in found], sorted(found[0])[0], pairs.describe("evaluation"))
     except CompError as error:

@@ -247,7 +247,7 @@ def test_siblings_of_a_split_column_must_hold_splits(folder, name):
     path = table(folder / "no_sibling.csv", {"text": ["a"], name: ["train", "blue"]})
     out = Output("human")
     out.say = (said := []).append
-    assert len(whole(path, out=out)) == COUNT
+    assert len(whole(path, progress=out)) == COUNT
     assert any(f"column {name} names no splits" in line for line in said)
 
 
@@ -389,7 +389,7 @@ def test_words_that_say_match_are_certain(folder):
 def test_a_late_row_that_is_no_label_is_a_counted_bad_row(folder):
     path = table(folder / "late_label.csv", {"text": ["a"], "is_match": ["1", "0"] * 10 + ["cat"] * 4})
     out = Output("quiet")
-    pairs = whole(path, out=out)
+    pairs = whole(path, progress=out)
     assert len(pairs) == 20 and {pair.label for pair in pairs} == {0, 1}
     assert all("no match or mismatch as label" in warning for warning in out.warnings) and out.warnings
     path = table(folder / "sports.csv", {"text": ["a"], "match": ["England - Wales"]})
@@ -423,7 +423,7 @@ def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
     from comp_cli.tasks import TASKS
 
     path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
-    pairs = opened(path, out=Output("quiet"))
+    pairs = opened(path, progress=Output("quiet"))
     assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].accepts))) == 4
 
 
@@ -618,7 +618,7 @@ from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
 from comp_cli.cli.output import Output
 
-pairs = open_pairs("org/table", out=Output("json"))
+pairs = open_pairs("org/table", progress=Output("json"))
 print(next(iter(pairs.splits["train"].rows())) | {"image": 0})
 try:
     pairs.read("calibration")
@@ -642,7 +642,7 @@ sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddr
 from comp_cli.data.sources import open_pairs
 from comp_cli.cli.output import Output
 for path in sys.argv[1:]:
-    print(len(list(open_pairs(path, out=Output("quiet")).read("calibration"))), asked)
+    print(len(list(open_pairs(path, progress=Output("quiet")).read("calibration"))), asked)
 """
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cli.output import Output
 from ..errors import CompError, RefusedError, UsageError
 from ..files.outputs import check_room
 from ..files.store import read_json
+from ..progress import Progress
 from .verify import check_downloads
 from .vetting import shown
 from .weights import check_checkpoint, pick_weights, pickled, safe
@@ -89,7 +89,7 @@ def resolve(
     cache_dir: Path | None = None,
     allow_pickle: bool = False,
     accepts: Callable[[dict], object] = lambda config: None,
-    out: Output,
+    progress: Progress,
 ) -> Source:
     """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
 
@@ -114,25 +114,25 @@ def resolve(
         source = Source(folder, folder.name, None, "folder")
     else:
         name, revision = _read_hub_name(model, revision)
-        options = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle, "accepts": accepts, "out": out}
-        name, folder = download_known(name, **options)
+        where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
+        name, folder = download_known(name, progress, accepts=accepts, **where)
         source = Source(folder, name, folder.name, "hub")
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     return source
 
 
-def download_known(name: str, out: Output, **options: Any) -> tuple[str, Path]:
+def download_known(name: str, progress: Progress, **options: Any) -> tuple[str, Path]:
     """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it."""
     real = ALIASES.get(name)
     if real is None:
-        return name, download(name, out=out, **options)
+        return name, download(name, progress=progress, **options)
     if "/" in name:
         try:
-            return name, download(name, out=out, **options)
+            return name, download(name, progress=progress, **options)
         except NotThere:
             pass
-    out.say(f"{name}: taking {real}, its id on the hub.")
-    return real, download(real, out=out, **options)
+    progress.say(f"{name}: taking {real}, its id on the hub.")
+    return real, download(real, progress=progress, **options)
 
 
 def download(
@@ -142,7 +142,7 @@ def download(
     cache_dir: Path | None,
     allow_pickle: bool,
     accepts: Callable[[dict], object] = lambda config: None,
-    out: Output,
+    progress: Progress,
 ) -> Path:
     """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
 
@@ -151,7 +151,7 @@ def download(
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars
 
-    if not out.show_progress:
+    if not progress.shows_bars:
         disable_progress_bars()
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"

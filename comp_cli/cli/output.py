@@ -36,7 +36,7 @@ class Output:
         self.console = Console(stderr=True, highlight=False)
         self.results = sys.stdout  # while a command works, what others print goes to stderr
         self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
-        self.show_progress = progress and mode == "human"
+        self.shows_bars = progress and mode == "human"
         self.warnings: list[str] = []
 
     def say(self, message: str) -> None:
@@ -51,11 +51,11 @@ class Output:
             self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator["Bar"]:
+    def track(self, title: str, total: int) -> Iterator["Bar"]:
         """A bar with the time left; now and then a plain line where stderr is no terminal."""
-        if not (self.show_progress and self.console.is_terminal):
+        if not (self.shows_bars and self.console.is_terminal):
             self.say(f"{title} ...")
-            yield Lines(self.say, title, total) if self.show_progress else Bar()
+            yield Lines(self.say, title, total) if self.shows_bars else Bar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:

@@ -10,8 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..cli.output import Output
 from ..errors import RefusedError, UsageError
+from ..progress import Progress
 from .cells import BadRow, written
 from .columns import REMOTE_SAMPLE, SAMPLE, Table, chosen_columns, column_types, first_rows, is_string, rows_of, sample_size
 from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
@@ -60,10 +60,11 @@ class PairSet:
     roots: Mapping[str, Root]
     columns: Columns
     wanted: str | None  # the split to calibrate on, where the user named one
-    out: Output
+    progress: Progress
     by_column: SplitColumn | None = None  # what the splits come from, if not from files
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # purpose -> counts of rows, see Tally
     calibrated: set[int] = field(default_factory=set)  # images that calibration has read
+    warned: set[str] = field(default_factory=set)  # what was said already
 
     def split(self, purpose: Purpose) -> str:
         """The split that serves a purpose; see `choose_split`."""
@@ -98,7 +99,7 @@ class PairSet:
         found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
         more = {"answers": columns.answer, "labels": columns.label}
         found += [f"{what} from {column}" for what, column in more.items() if column]
-        self.out.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
+        self.progress.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
         pairs = self._pairs(rows, columns, purpose, limit, accepts)
         return chain([next(pairs)], pairs)
 
@@ -127,8 +128,9 @@ class PairSet:
         if columns.label and self.columns.label is None:
             if odd := says_match(columns.label, (row.get(columns.label) for row in sample), self.name):
                 told = f"{self.name}: {columns.label} holds {odd}, not match or mismatch; it is not taken for labels."
-                if told not in self.out.warnings:
-                    self.out.warn(told)
+                if told not in self.warned:
+                    self.warned.add(told)
+                    self.progress.warn(told)
                 columns = replace(columns, label=None)
         held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
         kind = found[columns.image]
@@ -213,12 +215,12 @@ class PairSet:
         if purpose in self.told:
             return
         self.told[purpose] = tally.counts(limit)
-        self.out.say(f"{purpose}: {tally.line(limit)}")
+        self.progress.say(f"{purpose}: {tally.line(limit)}")
         if mismatches := tally.left_out["labelled as mismatches"]:
-            of = f"{mismatches} of {mismatches + tally.given} pairs"
-            self.out.warn(f"{where}: {of} are labelled as mismatches and are not used: this task is about those that match.")
+            of = f"{mismatches} of {mismatches + tally.given} pairs are labelled as mismatches and are not used"
+            self.progress.warn(f"{where}: {of}: this task is about those that match.")
         if tally.skipped:
-            self.out.warn(f"{where}: {tally}. They are skipped.")
+            self.progress.warn(f"{where}: {tally}. They are skipped.")
 
 
 def is_list(value: Any) -> bool:
@@ -252,14 +254,14 @@ def split_by_column(pairs: PairSet) -> PairSet:
         return split_column(name, (row[name] for row in rows if BROKEN not in row), pairs.wanted, **options)
 
     def split_up(made: SplitColumn) -> PairSet:
-        pairs.out.say(f"{pairs.name}: {made}")
+        pairs.progress.say(f"{pairs.name}: {made}")
         return replace(pairs, splits=dict.fromkeys(made.splits, table), roots=dict.fromkeys(made.splits, root), by_column=made)
 
     used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
     for name in [named] if named else [name for name in find_split_columns(found) if name not in used]:
         if made := column(name, certain=bool(named) or name.lower() == SPLIT_COLUMN):
             return split_up(made)
-        pairs.out.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
+        pairs.progress.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
     if not named and isinstance(root, Path):
         for name, reader in other_split_columns(pairs, table, found):
             made = column(name, reader=reader)
