@@ -13,7 +13,6 @@ import statistics
 import time
 from pathlib import Path
 
-import full_size
 import latency
 import prepared
 import torch
@@ -39,9 +38,7 @@ def exported(folder: Path, source: Path, model: torch.nn.Module) -> Path:
 
 def writers(work: Path) -> dict[str, torch.nn.Module]:
     """What writes, by its name in the table."""
-    dense = work / "dense"
-    if not dense.exists():
-        full_size.write(dense, task="caption")
+    dense = prepared.dense_folder(work, "caption")
     stock = load(dense)
     onnx = "ONNX Runtime"
     found = {

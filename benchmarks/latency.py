@@ -1,4 +1,4 @@
-"""The speed table of the README: full-size BLIP ITM (random weights), stock against compact, on one pinned thread.
+"""The speed table of docs/performance.md: full-size BLIP ITM (random weights), stock against compact, on one pinned thread.
 
     python benchmarks/latency.py --work out/speed --core 1
 
