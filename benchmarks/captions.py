@@ -44,7 +44,7 @@ def writers(work: Path) -> dict[str, torch.nn.Module]:
     found = {
         "torch, stock transformers": stock,
         f"{onnx}, export of the stock model": load_onnx(exported(work / "stock-onnx", dense, stock)),
-        f"{onnx}, dense on comp's kernels": load_onnx(exported(work / "own-onnx", dense, on_own_kernels(stock))),
+        f"{onnx}, dense (comp runtime)": load_onnx(exported(work / "own-onnx", dense, on_own_kernels(stock))),
     }
     for ratio in RATIOS:
         folder = prepared.compact_folder(work, ratio, dense)
