@@ -24,14 +24,14 @@ from pathlib import Path
 
 from torch import nn
 
-from comp_cli import tasks
+from comp_cli.cli.output import Output
 from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.search import Options, find
-from comp_cli.training import Trainer, Training, training_batches
-from comp_cli.workbench import Dense, ScenePairs, affordable, batches_of, open_dense
+from comp_cli.models.dense import Dense, ScenePairs, batches_of, by_model_size, open_dense
+from comp_cli.search.run import Options, search
+from comp_cli.search.trainer import Trainer, Training, training_batches
+from comp_cli.tasks import comparison
 
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
@@ -90,20 +90,24 @@ def measure(subject: Subject, name: str, ratio: float, seed: int, steps: int, pa
     begin, dense = time.perf_counter(), subject.dense
     share = SETTINGS["share"] if name in FADING else 0.0
     training = Training(
-        steps=steps, lr=affordable(dense, 1e-4, 1e-5), stage_share=share, batch_size=SETTINGS["batch"], mixed_precision="bf16"
+        steps=steps,
+        lr=by_model_size(dense, 1e-4, 1e-5),
+        stage_share=share,
+        batch_size=SETTINGS["batch"],
+        mixed_precision="bf16",
     )
     options = options_of(name, ratio, seed, training if share else Training())
     key = {"name": name, "ratio": ratio, "seed": seed, **subject.identity}
 
     def result(model: nn.Module, steps: int) -> dict:
-        scored = tasks.evaluate(model, dense.task, pairs)
+        scored = comparison.evaluate(model, dense.task, pairs)
         reached = 1 - flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
         facts = {"accuracy": scored.metric(dense.task), "loss": scored.loss, "reached": reached, "samples": scored.samples}
         return key | {"steps": steps} | facts | {"seconds": round(time.perf_counter() - begin, 1)}
 
     reported = set()
     try:
-        found = find(dense, subject.scenes, options, None, Output("quiet"))
+        found = search(dense, subject.scenes, options, None, Output("quiet"))
         reported.add(steps if share else 0)
         yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages]}
         if steps and not share:
@@ -163,7 +167,7 @@ def plot(runs: list[dict], subject: Subject, dense_accuracy: float, path: Path) 
             left = [100 * (1 - r) for r in ratios]
             axes.errorbar(left, means, spread, marker="o", markersize=3, capsize=2, label=method, **style)
         axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")
-        if subject.dense.task.mismatches:
+        if subject.dense.task.has_negatives:
             axes.axhline(50, color="grey", linestyle="--", linewidth=0.8, label="chance")
         axes.invert_xaxis()
         axes.set_xlabel("FLOPs left, %")
@@ -178,7 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
     subject = Subject.open(arguments.model)
     dense = subject.dense
     pairs = batches_of(dense, subject.scenes, "evaluation", arguments.pairs, 32, TEST_SEED)
-    dense_accuracy = tasks.evaluate(dense.runtime(dense.plan), dense.task, pairs).metric(dense.task)
+    dense_accuracy = comparison.evaluate(dense.runtime(dense.plan), dense.task, pairs).metric(dense.task)
     usual = "accuracy" if arguments.model == "demo" else f"accuracy_{dense.family.name}"
     output = arguments.output or Path(__file__).parent / "results" / f"{usual}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)

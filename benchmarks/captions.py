@@ -17,10 +17,11 @@ import latency
 import prepared
 import torch
 
-from comp_cli import graphs, load, load_onnx, tasks
-from comp_cli.data import random_inputs
+from comp_cli import load, load_onnx, tasks
+from comp_cli.data.batches import random_inputs
 from comp_cli.families import FAMILIES
-from comp_cli.variants import on_own_kernels
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.onnx import graphs
 
 FAMILY, TASK = FAMILIES["blip_caption"], tasks.TASKS["caption"]
 RATIOS = (0.5, 0.85)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from comp_cli import data, tasks
+from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.tasks import TASKS
 
-TASK = tasks.TASKS["retrieval"]
+TASK = TASKS["retrieval"]
 SEED = 3  # of the validation scenes
 AFTERWARDS = ("dropped", "mean", "weighted mean")
 
@@ -82,8 +83,8 @@ def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
     processor = CLIPProcessor.from_pretrained(arguments.model)
     inputs, longest = ("pixel_values", "input_ids", "attention_mask"), processor.tokenizer.model_max_length
-    collate = data.Collator(processor, inputs, "longest", longest, TASK.labels)
-    batches = list(collate.batches(data.described_scenes("validation", arguments.scenes, SEED), 32))
+    collate = Collator(processor, inputs, "longest", longest, TASK.labels)
+    batches = list(collate.batches(caption_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]
     texts, expected = (torch.cat([getattr(out, name) for out in stock]) for name in ("text_embeds", "image_embeds"))
@@ -93,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def recall(images: Tensor) -> str:
         scale = model.logit_scale.exp().expand(len(images))
-        return f"{100 * TASK.metrics(TASK.questions((images, texts, scale), labels))['recall@1']:.1f}"
+        return f"{100 * TASK.metrics(TASK.rankings((images, texts, scale), labels))['recall@1']:.1f}"
 
     torch.testing.assert_close(embeds(None, "", ""), expected, atol=1e-4, rtol=0)  # by hand it is the same model
     layers = range(len(model.vision_model.encoder.layers) - 1)  # behind the last attention nothing reads a patch

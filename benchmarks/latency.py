@@ -18,8 +18,9 @@ import numpy as np
 import prepared
 import torch
 
-from comp_cli import bench, timing, variants
-from comp_cli.data import random_inputs
+from comp_cli.commands import bench
+from comp_cli.data.batches import random_inputs
+from comp_cli.measure import timing, variants
 
 RATIOS = ("0.5", "0.85")
 TORCH = ("stock", "own", *RATIOS)

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from comp_cli import load, tasks
-from comp_cli.output import Output
-from comp_cli.report import mib, percent
-from comp_cli.sessions import OnnxModel
-from comp_cli.store import folder_size
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli.cli.output import Output
+from comp_cli.files.store import folder_size
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.onnx.sessions import OnnxModel
+from comp_cli.report.tables import mib, percent
+from comp_cli.tasks import comparison
 
 PAIRS = 1000
 
@@ -21,7 +22,7 @@ def main(compact: Path, exports: list[Path]) -> None:
     demo, task = open_dense("demo", out), tasks.TASKS["itm"]
     batches = batches_of(demo, ScenePairs(labelled=True), "evaluation", PAIRS, 8)
     labels = torch.cat([batch.labels for batch in batches])
-    logits = {folder: tasks.evaluate(model, task, batches).read[0] for folder, model in models(demo, compact).items()}
+    logits = {folder: comparison.evaluate(model, task, batches).outputs[0] for folder, model in models(demo, compact).items()}
     for folder in exports:
         names = list(json.loads((folder / "export.json").read_text())["graphs"])
         graphs = OnnxModel(folder, names)
@@ -30,7 +31,7 @@ def main(compact: Path, exports: list[Path]) -> None:
     for folder, found in logits.items():
         right = (found.argmax(-1) == labels).float().mean().item()
         error = (found - logits[compact]).abs()
-        same = tasks.agreement(logits[compact], found)
+        same = comparison.agreement(logits[compact], found)
         rows.append([str(folder), mib(folder_size(folder)), percent(right), percent(same), f"{error.max():.1e}"])
     columns = ["", "size", "accuracy", "decides like compact", "max difference"]
     out.table(f"{PAIRS} pairs of the test split", columns, rows)

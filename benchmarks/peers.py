@@ -24,12 +24,16 @@ from accuracy import TEST_SEED
 from torch import nn
 from torch.nn import functional as F
 
-from comp_cli import bench, graphs, loading, sessions, tasks, timing, variants
-from comp_cli.data import random_inputs
+from comp_cli import tasks
+from comp_cli.checkpoint import loading
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench
+from comp_cli.commands.prune import Options, prune
+from comp_cli.data.batches import random_inputs
 from comp_cli.engine import flops
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense
+from comp_cli.measure import timing, variants
+from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
+from comp_cli.onnx import graphs, sessions
 
 SCENES = ScenePairs(labelled=True)
 DEMO = Path(loading.__file__).parent / "demo"

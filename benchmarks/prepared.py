@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from comp_cli import graphs, loading, rewrite, tasks, variants
+from comp_cli import tasks
+from comp_cli.checkpoint import loading
+from comp_cli.cli.output import Output
+from comp_cli.commands.prune import Options, prune
 from comp_cli.families import FAMILIES
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
+from comp_cli.measure import variants
+from comp_cli.onnx import graphs, rewrite
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35

@@ -18,10 +18,10 @@ from pathlib import Path
 import prepared
 import torch
 
-from comp_cli import modeling_comp as runtime
-from comp_cli import providers
-from comp_cli.data import random_inputs
-from comp_cli.graphs import TOKEN_PRUNING
+from comp_cli.data.batches import random_inputs
+from comp_cli.onnx import providers
+from comp_cli.onnx.graphs import TOKEN_PRUNING
+from comp_cli.runtime import modeling_comp as runtime
 
 MATMULS = ("MatMul", "Gemm", "FusedMatMul")
 GROUPS = {

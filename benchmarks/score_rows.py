@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from comp_cli import tasks
+from comp_cli.cli.output import Output
 from comp_cli.engine import diagnostics, scoring
-from comp_cli.modeling_comp import CompactAttention, token_scores
-from comp_cli.output import Output
-from comp_cli.workbench import Dense, ScenePairs, batches_of, open_dense, with_score_rows
+from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense, with_score_rows
+from comp_cli.runtime.modeling_comp import CompactAttention, token_scores
+from comp_cli.tasks import comparison
 
 SCENES = ScenePairs(labelled=True)
 ROWS = (4, 8, 16, 32, 64, 0)  # 0: all
@@ -102,7 +102,7 @@ def accuracy(dense: Dense, rows: int, share: float, batches: list) -> float:
     keep = 1 + round(share * (dense.reference.tokens["vision"] - 1))
     layers = tuple(replace(layer, keep=keep) if i == PRUNED_LAYER else layer for i, layer in enumerate(tower.layers))
     model = dense.runtime(plan.with_tower(replace(tower, layers=layers)))
-    return tasks.evaluate(model, dense.task, batches).metric(dense.task)
+    return comparison.evaluate(model, dense.task, batches).metric(dense.task)
 
 
 def table(document: dict) -> str:

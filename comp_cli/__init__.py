@@ -17,7 +17,7 @@ def load(folder: str | PathLike, *, dtype: str | None = None, device: str = "cpu
     """
     from pathlib import Path
 
-    from . import loading
+    from .checkpoint import loading
 
     return loading.load_model(Path(folder), dtype=loading.pick_dtype(dtype)).to(loading.pick_device(device))
 
@@ -30,6 +30,7 @@ def load_onnx(folder: str | PathLike, *, device: str = "cpu"):
     """
     from pathlib import Path
 
-    from . import generation, loading
+    from .checkpoint import loading
+    from .onnx import generation
 
     return generation.load_writer(Path(folder), str(loading.pick_device(device)))

@@ -5,6 +5,6 @@ import sys
 if not sys.flags.safe_path:
     del sys.path[0]  # before anything more is imported
 
-from .main import run  # noqa: E402
+from .cli import run  # noqa: E402
 
 run()

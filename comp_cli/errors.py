@@ -1,25 +1,50 @@
-"""Exit codes, and the one exception that carries a sentence for the user."""
+"""What can go wrong, by meaning: each exception carries a sentence for the user and what to do next."""
 
 import errno
 from typing import Any
 
-DONE, FAILED, USAGE, GATE, REFUSED, DEVICE = range(6)  # and 128 + its number for a signal, see signals
-
 
 class CompError(Exception):
-    """What went wrong, in a sentence for the user, with the exit code of the command and what to do next.
+    """The work failed: no room on the disk, no answer from the hub, a defect.
 
-    Codes: 1 failed, 2 wrong usage, 3 a gate was not met (parity, accuracy, speed), 4 the input is refused (unsafe, corrupt,
-    unsupported), 5 the device or provider is missing. `document` is the report of a command that did its work and then
-    missed a gate.
+    message: what went wrong, in a sentence. hint: what to do next. exit_code: what the command line ends with, by which scripts
+    tell the kinds apart. document: the report of a command that did its work before it failed.
     """
 
-    def __init__(self, message: str, *, code: int = FAILED, hint: str | None = None, document: dict[str, Any] | None = None):
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, document: dict[str, Any] | None = None, exit_code: int | None = None
+    ):
         super().__init__(message)
-        self.message = message
-        self.code = code
-        self.hint = hint
+        self.message, self.hint = message, hint
         self.document = document or {}
+        if exit_code is not None:  # of a signal
+            self.exit_code = exit_code
+
+
+class UsageError(CompError):
+    """An argument or an option that cannot be, or that contradicts another one."""
+
+    exit_code = 2
+
+
+class GateError(CompError):
+    """The work is done and misses a gate: parity, accuracy, speed, memory."""
+
+    exit_code = 3
+
+
+class RefusedError(CompError):
+    """A model, a folder or data that is unsafe, corrupt or unsupported."""
+
+    exit_code = 4
+
+
+class DeviceError(CompError):
+    """A device or a provider that is not there."""
+
+    exit_code = 5
 
 
 class DeadEnd(CompError):

@@ -25,7 +25,10 @@ from transformers import AttentionInterface, CLIPConfig, CLIPModel, CLIPProcesso
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from comp_cli import data, scenes, tasks
+from comp_cli import tasks
+from comp_cli.data import scenes
+from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.tasks import comparison
 
 TASK = tasks.TASKS["retrieval"]
 THINGS = 5  # in a scene at most
@@ -127,13 +130,13 @@ def step_loss(model: CLIPModel, helpers: Helpers, batch: tuple) -> torch.Tensor:
     named = helpers.named_loss(images, scene_list) + helpers.named_loss(texts, scene_list)
     patches = helpers.patch_loss(out.vision_model_output.last_hidden_state[:, 1:], scene_list)
     read = (out.image_embeds.float(), out.text_embeds.float(), model.logit_scale.exp().expand(len(images)))
-    return tasks.loss(TASK.questions(read, labels)) + named + patches
+    return comparison.loss(TASK.rankings(read, labels)) + named + patches
 
 
 def recall(model: CLIPModel, processor, split: str, count: int, seed: int = 0) -> dict[str, float]:
     """Recalls among the first `count` scenes of a split, in fp32."""
-    collate = data.Collator(processor, ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
-    found = tasks.evaluate(model, TASK, collate.batches(data.described_scenes(split, count, seed), 64)).metrics
+    collate = Collator(processor, ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    found = comparison.evaluate(model, TASK, collate.batches(caption_scenes(split, count, seed), 64)).metrics
     model.train()
     return {name: round(value, 4) for name, value in found.items()}
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizerFast, BlipConfig, BlipForImageTextRetrieval, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from comp_cli import scenes
+from comp_cli.data import scenes
 
 PATCH = 8
 GRID = scenes.IMAGE_SIZE // PATCH

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from comp_cli import scenes
+from comp_cli.data import scenes
 
 
 def write(folder: Path, counts: dict[str, int]) -> None:

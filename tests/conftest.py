@@ -44,8 +44,8 @@ def tiny_folder(stock, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def compact_folder(tiny_folder, tmp_path_factory) -> Path:
     """The tiny model, compact at ratio 0.7: heads, channels and tokens are gone."""
-    from comp_cli.output import Output
-    from comp_cli.prune import Options, prune
+    from comp_cli.cli.output import Output
+    from comp_cli.commands.prune import Options, prune
 
     folder = tmp_path_factory.mktemp("compact") / "compact"
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
@@ -56,8 +56,8 @@ def compact_folder(tiny_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def served(compact_folder) -> dict[str, Path]:
     """The compact model as ONNX, "whole" and "split"."""
-    from comp_cli import export
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import export
 
     folders = {name: compact_folder.with_name(f"served-{name}") for name in ("whole", "split")}
     for name, folder in folders.items():
@@ -70,9 +70,9 @@ def clip(tmp_path_factory) -> tuple[Path, Path]:
     """A compact CLIP and its graph: a causal mask in one tower, a fused token in the other."""
     import tiny
 
-    from comp_cli import export
-    from comp_cli.output import Output
-    from comp_cli.prune import Options, prune
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import export
+    from comp_cli.commands.prune import Options, prune
 
     place = tmp_path_factory.mktemp("clip")
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
@@ -84,8 +84,8 @@ def clip(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def dense(tiny_folder):
-    from comp_cli.output import Output
-    from comp_cli.workbench import open_dense
+    from comp_cli.cli.output import Output
+    from comp_cli.models.dense import open_dense
 
     return open_dense(str(tiny_folder), Output("quiet"), text_tokens=12)
 

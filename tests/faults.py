@@ -67,7 +67,7 @@ def show_native_writes() -> None:
 
 def remember_graphs() -> None:
     """torch.onnx.export takes seconds: the graphs of a model are made once, and are written again from memory."""
-    from comp_cli import export
+    from comp_cli.commands import export
 
     made, write_graphs = {}, export.write_graphs
     cache = Path(tempfile.mkdtemp())
@@ -100,7 +100,8 @@ def run(request: dict) -> dict:
 
 
 def child(request: dict, log: int, said: int, errors: int) -> None:
-    from comp_cli import cli, signals, streams
+    from comp_cli.cli import signals, streams
+    from comp_cli.cli.app import run_command
 
     os.dup2(said, 1)
     os.dup2(errors, 2)
@@ -112,7 +113,7 @@ def child(request: dict, log: int, said: int, errors: int) -> None:
     sys.addaudithook(Faults(request["root"], request["point"], request["how"], log))
     code = 1
     try:
-        cli.run_command()
+        run_command()
     except SystemExit as end:
         code = end.code or 0
     finally:
@@ -124,13 +125,13 @@ def child(request: dict, log: int, said: int, errors: int) -> None:
 def main() -> None:
     import torch
 
-    from comp_cli import cli, export  # noqa: F401
+    from comp_cli.cli.app import app
 
     torch.set_num_threads(1)
     show_native_writes()
     remember_graphs()
     with redirect_stdout(sys.stderr):
-        cli.app(sys.argv[1:], standalone_mode=False)
+        app(sys.argv[1:], standalone_mode=False)
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

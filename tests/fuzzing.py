@@ -103,7 +103,7 @@ def outcome(do: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(said):
             found = do()
     except CompError as error:
-        assert error.code in (1, 2, 3, 4, 5) and error.message and "defect" not in f"{error.message} {error.hint}"
+        assert error.exit_code in (1, 2, 3, 4, 5) and error.message and "defect" not in f"{error.message} {error.hint}"
         found = error
     assert said.getvalue() == ""
     assert time.process_time() - started < SECONDS

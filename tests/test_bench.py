@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from comp_cli import bench, bench_report, gates, hub, providers, timing, variants
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.measure import gates, timing, variants
+from comp_cli.onnx import providers
+from comp_cli.report.benchmark import check_plot, plot
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_a_compact_folder_knows_the_way_to_a_dense_one_nearby(tmp_path):
 def test_without_one_the_baseline_is_asked_for(tmp_path, comp):
     with pytest.raises(CompError, match="dense|does not say") as refused:
         bench.made_of(tmp_path, comp)
-    assert refused.value.code == 2 and "--baseline" in refused.value.hint
+    assert refused.value.exit_code == 2 and "--baseline" in refused.value.hint
 
 
 def test_a_pickled_baseline_is_taken_only_when_asked_for(compact_folder, tiny_folder, stock, tmp_path):
@@ -114,7 +118,7 @@ def test_a_pickled_baseline_is_taken_only_when_asked_for(compact_folder, tiny_fo
     options = bench.Options(device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12)
     with pytest.raises(CompError) as refused:
         bench.bench(compact_folder, str(tmp_path), options, Output("quiet"))
-    assert refused.value.code == 4
+    assert refused.value.exit_code == 4
     found = bench.bench(compact_folder, str(tmp_path), options, Output("quiet"), allow_pickle=True)
     assert [row["side"] for row in found["peak_memory_bytes"]] == ["dense", "compact"]
 
@@ -190,7 +194,7 @@ def test_the_missing_library_of_the_cuda_provider_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(providers, "missing_library", lambda folder: "libcublas.so.13: cannot open shared object file")
     with pytest.raises(CompError, match="libcublas.so.13") as refused:
         bench.check(bench.Options(device="cuda", backends=("onnx",)))
-    assert refused.value.code == 5
+    assert refused.value.exit_code == 5
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(CompError, match="built without it"):
         bench.check(bench.Options(device="cuda", backends=("onnx",)))
@@ -201,7 +205,7 @@ def test_cuda_without_cuda_is_refused_before_anything_is_loaded():
     for backends in (("onnx",), ("torch",), ("torch", "onnx")):
         with pytest.raises(CompError) as refused:
             bench.check(bench.Options(device="cuda", backends=backends))
-        assert refused.value.code == 5
+        assert refused.value.exit_code == 5
 
 
 # Gates and the picture -------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def test_a_missed_gate_carries_the_whole_report(compact_folder, tiny_folder, cap
     )
     with pytest.raises(CompError, match="--min-speedup 1000 not met") as missed:
         bench.bench(compact_folder, str(tiny_folder), options, Output())
-    assert missed.value.code == 3
+    assert missed.value.exit_code == 3
     assert "Speed-up of the compact model" in capsys.readouterr().out  # printed before the exit
     Output("json").error(missed.value)
     document = json.loads(capsys.readouterr().out)
@@ -254,8 +258,8 @@ def test_a_memory_gate_needs_a_backend_whose_memory_is_known():
 
 def test_the_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
-    bench_report.check_plot(tmp_path / "a.png")
-    bench_report.plot(report, tmp_path / "a.png")
+    check_plot(tmp_path / "a.png")
+    plot(report, tmp_path / "a.png")
     from PIL import Image
 
     assert Image.open(tmp_path / "a.png").size == (1500, 630)
@@ -265,7 +269,7 @@ def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch
     for path in (tmp_path / "a.txt", tmp_path / "nowhere" / "a.png"):
         with pytest.raises(CompError, match="--plot") as refused:
             bench.check(bench.Options(device="cpu", plot=path))
-        assert refused.value.code == 2
+        assert refused.value.exit_code == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CompError, match="needs matplotlib"):
         bench.check(bench.Options(device="cpu", plot=tmp_path / "a.png"))
@@ -279,7 +283,7 @@ def test_compile_is_refused_with_a_sentence_where_no_compiler_exists(monkeypatch
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(CompError, match="torch.compile does not work here") as refused:
         bench.check(bench.Options(device="cpu", backends=("compile",)))
-    assert refused.value.code == 5
+    assert refused.value.exit_code == 5
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from tiny import table
 from typer.testing import CliRunner
 
-from comp_cli.cli import app
+from comp_cli.cli.app import app
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 FAST = [*FEW, "--eval-samples", "8", "--stages", "6"]  # for prune
@@ -336,7 +336,7 @@ def test_failures_are_documents_too(tmp_path):
 
 
 def test_ctrl_c(tiny_folder, tmp_path, monkeypatch):
-    from comp_cli import prune
+    from comp_cli.commands import prune
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -355,7 +355,7 @@ def python(code, **environment):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from comp_cli.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from comp_cli.cli.app import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
     done = python(code + "print('HEAVY' if {'torch', 'transformers', 'onnx'} & set(sys.modules) else 'light')")
     assert done.stdout.strip().endswith("light") and "analyze" in done.stdout
 
@@ -371,7 +371,7 @@ def test_help_says_what_each_method_is(monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "200")
     said = comp("prune", "--help").stdout
-    assert all(f"{name}: {method.about}" in said for name, method in METHODS.items())
+    assert all(f"{name}: {method.description}" in said for name, method in METHODS.items())
 
 
 def test_stdout_holds_only_the_document(tiny_folder):
@@ -387,7 +387,7 @@ def test_version():
 
 def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
     """Exit 3 and no folder; the advice that is given, another ratio, then runs."""
-    from comp_cli import prune as command
+    from comp_cli.commands import prune as command
 
     quality = {"metric": "accuracy", "metrics": {"accuracy": {"dense": 0.9, "compact": 0.88}}, "agreement": 0.95}
     quality |= {"samples": 8, "data": "", "divergence": 0.0}

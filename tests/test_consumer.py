@@ -15,8 +15,8 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 import comp_cli
-from comp_cli import scenes
-from comp_cli.loading import load_processor
+from comp_cli.checkpoint.loading import load_processor
+from comp_cli.data import scenes
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["onnxruntime", "numpy", "pillow", "tokenizers"]

@@ -9,12 +9,12 @@ from tiny import WORDS, masked, table, uneven
 from transformers import AutoModel, BlipForImageTextRetrieval
 
 from comp_cli import load
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.output import Output
+from comp_cli.commands.prune import Options, prune
 from comp_cli.families.blip import BLIP_CONTRASTIVE
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import DataOptions, open_dense
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import DataOptions, open_dense
 
 QUIET = Output("quiet")
 

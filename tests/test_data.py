@@ -14,14 +14,15 @@ import hub_server
 import pytest
 from PIL import Image
 
-from comp_cli import rows as rows_module
-from comp_cli.cells import read_label
-from comp_cli.data import fingerprint
-from comp_cli.datafiles import open_pairs
-from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
-from comp_cli.output import Output
-from comp_cli.rows import Columns, Pair, Tally, read_rows
-from comp_cli.splits import choose_split
+from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
+from comp_cli.cli.output import Output
+from comp_cli.data import rows as rows_module
+from comp_cli.data.batches import fingerprint
+from comp_cli.data.cells import read_label
+from comp_cli.data.rows import Columns, Pair, Tally, read_rows
+from comp_cli.data.sources import open_pairs
+from comp_cli.data.splits import choose_split
+from comp_cli.errors import CompError
 from comp_cli.tasks import TASKS
 
 COUNT = 40
@@ -82,7 +83,7 @@ def read(data, purpose="calibration", limit=None, seed=0, **options):
 def refused(code, *arguments, **options) -> CompError:
     with pytest.raises(CompError) as caught:
         read(*arguments, **options)
-    assert caught.value.code == code, caught.value.message
+    assert caught.value.exit_code == code, caught.value.message
     return caught.value
 
 
@@ -219,7 +220,7 @@ def test_names_of_classes_are_texts(photos, tmp_path):
 def test_retrieval_takes_pairs_that_match_and_knows_their_images(folder):
     table = rows(match=lambda i: i % 2)
     table += [row | {"text": row["text"] + " again"} for row in table]
-    pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].takes))
+    pairs = list(opened(write(folder / "pairs.jsonl", table)).read("calibration", 12, 0, TASKS["retrieval"].accepts))
     assert len(pairs) == 12 and all(pair.label == 1 for pair in pairs)
     ids = {number: {p.image_id for p, n in zip(pairs, numbers(pairs), strict=True) if n == number} for number in numbers(pairs)}
     assert all(len(found) == 1 for found in ids.values()) and len(set.union(*ids.values())) == len(ids)
@@ -276,7 +277,7 @@ def test_test_splits_are_evaluated_only():
     for splits, wanted, code in ((["test"], None, REFUSED), (["train", "testA"], "testA", USAGE), (["a", "b"], None, USAGE)):
         with pytest.raises(CompError) as caught:
             choose_split("set", splits, "calibration", wanted)
-        assert caught.value.code == code
+        assert caught.value.exit_code == code
 
 
 def test_a_test_file_is_refused(folder):
@@ -465,8 +466,8 @@ def test_nothing_is_written_and_nothing_is_said(folder, tmp_path):
     path = write(folder / "pairs.jsonl", rows())
     before = sorted(folder.rglob("*"))
     code = f"""
-from comp_cli.datafiles import open_pairs
-from comp_cli.output import Output
+from comp_cli.data.sources import open_pairs
+from comp_cli.cli.output import Output
 print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration', 3))))
 """
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
@@ -479,7 +480,7 @@ print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration',
 
 
 def test_datasets_is_imported_only_to_read():
-    code = "import sys, comp_cli.datafiles; sys.exit('datasets' in sys.modules)"
+    code = "import sys, comp_cli.data.sources; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -516,9 +517,9 @@ class DataHandler(hub_server._Handler):
 
 ASK_THE_HUB = """
 import sys
-from comp_cli.datafiles import open_pairs
+from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.cli.output import Output
 
 for data in sys.argv[1:]:
     try:
@@ -526,7 +527,7 @@ for data in sys.argv[1:]:
         found = [[(pair.text, pair.label) for pair in pairs.read(purpose)] for purpose in ("calibration", "evaluation")]
         print([len(part) for part in found], sorted(found[0])[0], pairs.describe("evaluation"))
     except CompError as error:
-        print(error.code, error.message, error.hint)
+        print(error.exit_code, error.message, error.hint)
 """
 
 

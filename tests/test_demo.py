@@ -6,9 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
-from comp_cli import data, hub, scenes, tasks
-from comp_cli.output import Output
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
+from comp_cli.data import scenes
+from comp_cli.data.batches import scene_pairs
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.tasks import comparison
 
 SCENES = ScenePairs(labelled=True)
 
@@ -88,7 +91,7 @@ def test_it_is_an_ordinary_small_checkpoint():
 def test_it_matches_scenes_with_hard_captions(demo):
     """At least 90 % of 2000 unseen pairs, chance being 50 %; and something of every family."""
     pairs = list(scenes.examples("test", 2000))
-    found = tasks.evaluate(demo.runtime(demo.plan), demo.task, batches_of(demo, SCENES, "evaluation", 2000, 50))
+    found = comparison.evaluate(demo.runtime(demo.plan), demo.task, batches_of(demo, SCENES, "evaluation", 2000, 50))
     right = found.read[0].argmax(-1) == torch.tensor([example.label for example in pairs])
     assert found.metrics["accuracy"] == pytest.approx(right.float().mean().item()) and found.metric(demo.task) >= 0.9
     for family in scenes.FAMILIES:
@@ -104,14 +107,16 @@ def test_it_knows_every_word_of_its_captions(demo):
 
 
 def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
-    from comp_cli.search import Options, find
+    from comp_cli.search.run import Options, search
 
-    found = find(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
+    found = search(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
     pairs = batches_of(demo, SCENES, "evaluation", 600, 50)
-    dense, compact = (tasks.evaluate(m, demo.task, pairs).metric(demo.task) for m in (demo.runtime(demo.plan), found.model))
+    dense, compact = (
+        comparison.evaluate(m, demo.task, pairs).metric(demo.task) for m in (demo.runtime(demo.plan), found.model)
+    )
     assert compact > dense - 0.1
 
 
 def test_scene_pairs_carry_labels_only_where_asked():
-    assert {pair.label for pair in data.scene_pairs("train", 8)} == {0, 1}
-    assert {pair.label for pair in data.scene_pairs("train", 8, labelled=False)} == {None}
+    assert {pair.label for pair in scene_pairs("train", 8)} == {0, 1}
+    assert {pair.label for pair in scene_pairs("train", 8, labelled=False)} == {None}

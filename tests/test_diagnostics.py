@@ -106,7 +106,7 @@ def test_the_diagnosis_of_a_layer_from_the_stock_model(stock, dense, inputs):
 
 
 def full_rows(plan):
-    from comp_cli.workbench import with_score_rows
+    from comp_cli.models.dense import with_score_rows
 
     return with_score_rows(plan, 0)
 

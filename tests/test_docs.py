@@ -9,7 +9,7 @@ import pytest
 import typer
 import yaml
 
-from comp_cli.cli import app
+from comp_cli.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("*.md", "docs/*.md", "scripts/README.md", "benchmarks/README.md")

@@ -5,14 +5,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from comp_cli.calibration import Calibration
-from comp_cli.data import Batch
+from comp_cli.cli.output import Output
+from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import fused_channels, head_channels
 from comp_cli.errors import CompError
-from comp_cli.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
-from comp_cli.output import Output
-from comp_cli.workbench import ScenePairs, batches_of, open_dense, with_score_rule
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense, with_score_rule
+from comp_cli.runtime.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
+from comp_cli.search.calibration import Calibration
 
 
 def counted(model, inputs) -> int:
@@ -193,12 +193,12 @@ def test_padding_does_not_change_scores(dense, inputs):
     torch.testing.assert_close(padded.tokens["language", 1][:, :7], plain.tokens["language", 1], rtol=1e-4, atol=1e-5)
 
 
-def march(dense, inputs, name, ratio, each=1):
+def prune_in_phases(dense, inputs, name, ratio, each=1):
     """The training-free plan of a method with phases."""
     method = methods.METHODS[name]
     progress = stages.Progress.start(with_score_rule(dense.plan, method.tokens, dense.family), 0)
     look = Calibration(dense, [Batch(inputs, None)], None, method.params).look
-    return stages.march(dense.plan, dense.reference, ratio, look, method.phases, each, schedule.Floors(), progress)
+    return stages.prune_in_phases(dense.plan, dense.reference, ratio, look, method.phases, each, schedule.Floors(), progress)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def demo():
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 def test_the_ratio_is_reached(dense, inputs, ratio):
-    plan = march(dense, inputs, "joint", ratio)
+    plan = prune_in_phases(dense, inputs, "joint", ratio)
     before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(ratio, abs=0.01)
 
@@ -219,7 +219,7 @@ def test_the_ratio_is_reached(dense, inputs, ratio):
 def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
     """What the compact model really computes, counted."""
     dense, inputs = demo
-    plan = march(dense, inputs, name, 0.4)
+    plan = prune_in_phases(dense, inputs, name, 0.4)
     reference = dense.random_inputs(1, dense.reference.tokens["language"])
     before, after = (counted(dense.runtime(p), reference) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(0.4, abs=0.01)
@@ -235,13 +235,13 @@ def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
 
 
 def test_the_order_of_phases_matters(demo):
-    assert march(*demo, "sjp", 0.5) != march(*demo, "sjp-reversed", 0.5)
+    assert prune_in_phases(*demo, "sjp", 0.5) != prune_in_phases(*demo, "sjp-reversed", 0.5)
 
 
 def test_many_small_steps_end_where_one_does(dense, inputs):
-    plan = march(dense, inputs, "joint", 0.5, each=4)
+    plan = prune_in_phases(dense, inputs, "joint", 0.5, each=4)
     left = flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
-    assert left == pytest.approx(0.5, abs=0.01) and plan != march(dense, inputs, "joint", 0.5)
+    assert left == pytest.approx(0.5, abs=0.01) and plan != prune_in_phases(dense, inputs, "joint", 0.5)
 
 
 def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
@@ -278,7 +278,7 @@ def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
 
 
 def test_everything_shrinks_and_unevenly(dense, inputs):
-    plan = march(dense, inputs, "joint", 0.6)
+    plan = prune_in_phases(dense, inputs, "joint", 0.6)
     vision, language = plan.towers
     assert len({(len(layer.ffn), len(layer.attention.heads)) for layer in (*vision.layers, *language.layers)}) > 2
     assert any(len(layer.attention.heads) < 6 for layer in vision.layers)
@@ -309,7 +309,7 @@ def test_texts_shorter_than_the_reference_say_nothing_about_language_tokens(dens
 
 def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, inputs):
     with pytest.raises(CompError, match="cannot be reached.*has 0.9") as caught:
-        march(dense, inputs, "joint", 0.999)
+        prune_in_phases(dense, inputs, "joint", 0.999)
     assert caught.value.hint.startswith("Try --ratio 0.9")
 
 

@@ -7,8 +7,8 @@ from importlib import metadata
 import pytest
 from typer.testing import CliRunner
 
-from comp_cli import environment
-from comp_cli.cli import app
+from comp_cli.cli.app import app
+from comp_cli.commands import environment
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_little_room_for_downloads_is_said(monkeypatch):
 
 
 def test_a_transformers_that_nobody_tested_with_is_said(monkeypatch):
-    from comp_cli import modeling_comp
+    from comp_cli.runtime import modeling_comp
 
     assert environment.read_tested() == (None, [])
     monkeypatch.setattr(modeling_comp.transformers, "__version__", "5.99.0")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from comp_cli import export, graphs, parity, rewrite, sessions, tasks
+from comp_cli import tasks
+from comp_cli.checkpoint.loading import load_model, load_processor
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
-from comp_cli.loading import load_model, load_processor
-from comp_cli.output import Output
+from comp_cli.onnx import graphs, parity, rewrite, sessions
 
 
 def run_export(source, folder, out=None, **options):
@@ -165,7 +167,7 @@ def test_fp16_halves_the_file_and_keeps_its_inputs(compact_folder, served, tmp_p
 def test_bf16_is_refused_where_it_cannot_be_checked(compact_folder, tmp_path):
     with pytest.raises(CompError, match="no bf16 graph on the CPU") as caught:
         run_export(compact_folder, tmp_path / "b", dtype="bf16")
-    assert caught.value.code == 5 and not list(tmp_path.iterdir())
+    assert caught.value.exit_code == 5 and not list(tmp_path.iterdir())
 
 
 def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, judge, capsys):
@@ -272,14 +274,14 @@ def torch_says_more(pair, monkeypatch):
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact_folder, tmp_path, torch_says_more):
     with pytest.raises(CompError, match="differs from torch by 1.00e-02") as caught:
         run_export(compact_folder, tmp_path / "served")
-    assert caught.value.code == 3 and list(tmp_path.iterdir()) == []
+    assert caught.value.exit_code == 3 and list(tmp_path.iterdir()) == []
 
 
 def test_keep_failed_leaves_it_for_a_look(compact_folder, tmp_path, torch_says_more):
     for _ in range(2):  # the second takes the place of the first
         with pytest.raises(CompError, match="differs from torch") as caught:
             run_export(compact_folder, tmp_path / "served", keep_failed=True)
-        assert caught.value.code == 3 and "served.failed" in caught.value.hint
+        assert caught.value.exit_code == 3 and "served.failed" in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["served.failed"]
     report = json.loads((tmp_path / "served.failed/export.json").read_text())
     assert not report["passed"] and (tmp_path / "served.failed/text_model.onnx").stat().st_size > 10000
@@ -290,7 +292,7 @@ def test_keep_failed_does_not_take_the_place_of_something_else(compact_folder, t
     (tmp_path / "served.failed/thesis.txt").touch()
     with pytest.raises(CompError, match="not written by comp") as caught:
         run_export(compact_folder, tmp_path / "served", keep_failed=True)
-    assert caught.value.code == 2
+    assert caught.value.exit_code == 2
 
 
 def row(error, same, inputs="real"):
@@ -318,7 +320,7 @@ def test_a_session_on_another_provider_is_refused(exported):
         pytest.skip("this machine has a GPU")
     with pytest.raises(CompError) as caught:
         sessions.open_session(exported / "model.onnx", "cuda")
-    assert caught.value.code == 5
+    assert caught.value.exit_code == 5
 
 
 def test_nodes_tell_where_tokens_are_pruned(exported):
@@ -350,7 +352,7 @@ def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
 
 def test_embeddings_are_judged_by_their_size():
     """Unit vectors of 512 numbers: unrelated ones differ by 0.2, which would pass for a score of size 10."""
-    from comp_cli.parity import Case, check
+    from comp_cli.onnx.parity import Case, check
 
     generator = torch.Generator().manual_seed(0)
     real = torch.nn.functional.normalize(torch.randn(8, 512, generator=generator), dim=-1)

@@ -14,17 +14,20 @@ import torch
 import transformers
 from torch import nn
 
-from comp_cli import bench, export, graphs, load, tasks
+from comp_cli import load, tasks
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import USAGE
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench, export
+from comp_cli.commands.prune import Options, prune
 from comp_cli.engine import flops
-from comp_cli.errors import USAGE, CompError
+from comp_cli.errors import CompError
 from comp_cli.families import find_family
-from comp_cli.loading import load_model
-from comp_cli.output import Output
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import Dense, open_dense, with_score_rule
+from comp_cli.onnx import graphs
 from comp_cli.plan import Plan
-from comp_cli.prune import Options, prune
-from comp_cli.training import Training
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import Dense, open_dense, with_score_rule
+from comp_cli.search.trainer import Training
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -51,15 +54,15 @@ class Case:
     def options(self, ratio: float, **changes) -> Options:
         return Options(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
 
-    def read(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         task = self.dense.task
         with torch.inference_mode():
-            return task.features(task.read(model, inputs))
+            return task.features(task.forward(model, inputs))
 
     def rows(self, inputs: dict[str, torch.Tensor]) -> list[int]:
         """How many rows of what is read belong to each sample."""
         task = self.dense.task
-        if isinstance(task, tasks.Wording):
+        if isinstance(task, tasks.TokenPrediction):
             return (inputs[task.mask].sum(1) - 1).tolist()
         return [1] * len(next(iter(inputs.values())))
 
@@ -187,7 +190,7 @@ def test_comp_prunes_it_and_it_loads_without_comp(case, compact_folder):
 
 
 def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, monkeypatch):
-    from comp_cli import journal
+    from comp_cli.search import journal
 
     saved = journal.Journal.save
 
@@ -253,7 +256,7 @@ def test_it_is_benchmarked(case, compact_folder):
 
 
 def test_it_is_analysed(case):
-    from comp_cli.analyze import DataOptions, analyze
+    from comp_cli.commands.analyze import DataOptions, analyze
 
     how = {"num_samples": 4, "batch_size": 4, "text_tokens": 12, "score_rows": 64, "device": "cpu", "seed": 0}
     document = analyze(str(case.folder), QUIET, data=DataOptions(), task=tiny.TASKS.get(case.name), **how)
@@ -270,7 +273,7 @@ def test_the_usual_task_and_others():
     assert find_family({"architectures": ["CompactCLIPModel"]})[1:] == ("CLIPModel", "retrieval")
     with pytest.raises(CompError, match="--task caption: this model is for itm, retrieval, zero-shot.") as refused:
         find_family(config, "caption")
-    assert refused.value.code == USAGE
+    assert refused.value.exit_code == USAGE
 
 
 def test_supported_names_are_classes():
@@ -308,4 +311,4 @@ def test_token_scores_that_a_family_does_not_have_are_refused(case):
         return
     with pytest.raises(CompError, match="token scores by cls") as refused:
         with_score_rule(case.dense.plan, "cls", case.dense.family)
-    assert refused.value.code == 2
+    assert refused.value.exit_code == 2

@@ -13,8 +13,8 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 # Runs a command and prints the peak memory of its process: VmHWM does not remember the parent's size.
 MEASURED = """
 import sys
-from comp_cli.cli import app
-from comp_cli.peak import resident_peak
+from comp_cli.cli.app import app
+from comp_cli.measure.peak import resident_peak
 try:
     app(sys.argv[1:])
 finally:

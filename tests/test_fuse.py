@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.workbench import open_dense
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.output import Output
+from comp_cli.models.dense import open_dense
 
 KEEPS = [30, None, 19, 11, None]
 

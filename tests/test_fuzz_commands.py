@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from comp_cli import analyze, bench, cli, export, hub, prune
-from comp_cli.datafiles import open_pairs
+from comp_cli.checkpoint import hub
+from comp_cli.cli.app import app
+from comp_cli.cli.output import Output
+from comp_cli.commands import analyze, bench, export, prune
+from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
-from comp_cli.journal import Journal
-from comp_cli.output import Output
+from comp_cli.search.journal import Journal
 
 COMMANDS = ("analyze", "prune", "export", "bench")
 WORDS = [
@@ -63,7 +65,7 @@ def stubbed(tmp_path_factory):
 @examples(400)
 @given(command=st.sampled_from(COMMANDS), tokens=st.lists(TOKENS, max_size=7))
 def test_fuzz_command_lines(stubbed, command, tokens):
-    result = CliRunner().invoke(cli.app, [command, *tokens])
+    result = CliRunner().invoke(app, [command, *tokens])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code in (0, 1, 2, 4, 5) and "defect" not in result.output and "Traceback" not in result.output
 
@@ -83,7 +85,7 @@ def test_fuzz_names_of_models(parts, revision, tmp_path_factory):
     if typed in ("demo", "", ".", "..") or typed.startswith(("/", "~", ".")):
         typed = "./gone/" + typed.replace(".", "")
     found = outcome(lambda: hub.resolve(typed, revision=revision, cache_dir=cache, out=Output("quiet")))
-    assert isinstance(found, CompError) and found.code in (1, 2, 4)
+    assert isinstance(found, CompError) and found.exit_code in (1, 2, 4)
 
 
 SETTINGS = {"ratio": 0.5, "seed": 0}
@@ -101,7 +103,7 @@ def test_fuzz_journals(tmp_path_factory, data):
     fuzzing.write(journal.path, data.draw(fuzzing.damaged(json.loads(whole)) | fuzzing.torn(whole)))
     found = outcome(journal.load)
     if isinstance(found, CompError):
-        assert found.code == 2 and "--no-resume" in found.hint
+        assert found.exit_code == 2 and "--no-resume" in found.hint
     else:
         assert found == STATE
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import comp_cli
-from comp_cli import loading
+from comp_cli.checkpoint import loading
+from comp_cli.checkpoint.weights import check_checkpoint
+from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.weights import check_checkpoint
-from comp_cli.workbench import open_dense
+from comp_cli.models.dense import open_dense
 
 
 class Box:
@@ -79,7 +79,7 @@ def test_fuzz_configs_of_dense_models(dense_box, inputs, data):
 
     config = data.draw(fuzzing.damaged(dense_box.json("config.json")))
     found = dense_box.with_("config.json", config, compared)
-    assert found is None or found.code == 4
+    assert found is None or found.exit_code == 4
 
 
 @examples(250)
@@ -90,7 +90,7 @@ def test_fuzz_plans_are_refused_or_change_nothing(compact_box, honest, inputs, d
     block = data.draw(fuzzing.damaged(config["comp"]))
     found = compact_box.with_("config.json", config | {"comp": block}, comp_cli.load)
     if isinstance(found, CompError):
-        assert found.code == 4
+        assert found.exit_code == 4
     elif same_keeps(block, config["comp"]):
         assert torch.equal(scores(found, inputs), honest)
     else:
@@ -113,7 +113,7 @@ def same_keeps(block, written) -> bool:
 def test_fuzz_configs_of_compact_models(compact_box, data):
     config = data.draw(fuzzing.damaged(compact_box.json("config.json")))
     found = compact_box.with_("config.json", config, comp_cli.load)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(150)
@@ -121,7 +121,7 @@ def test_fuzz_configs_of_compact_models(compact_box, data):
 def test_fuzz_bytes_of_configs(dense_box, data):
     content = data.draw(fuzzing.torn(dense_box.whole["config.json"]))
     found = dense_box.with_("config.json", content, comp_cli.load)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(250)
@@ -133,7 +133,7 @@ def test_fuzz_headers_of_weights(dense_box, data):
     text = json.dumps(data.draw(fuzzing.damaged(header))).encode("utf-8", "surrogatepass")
     length = data.draw(st.sampled_from([len(text), len(text) + 1, 0, 2**32, 2**64 - 1]) | st.just(len(text)))
     found = dense_box.with_("model.safetensors", length.to_bytes(8, "little") + text + body, comp_cli.load)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(400)
@@ -159,7 +159,7 @@ def test_fuzz_shard_indices(dense_box, data):
             (folder / "m.safetensors").rename(folder / "model.safetensors")
 
     found = dense_box.with_("model.safetensors.index.json", index, check)
-    assert isinstance(found, CompError) and found.code == 4  # model.safetensors is not there
+    assert isinstance(found, CompError) and found.exit_code == 4  # model.safetensors is not there
 
 
 @examples(120)
@@ -167,7 +167,7 @@ def test_fuzz_shard_indices(dense_box, data):
 def test_fuzz_processor_files(dense_box, data, name):
     content = data.draw(fuzzing.damaged(dense_box.json(name)))
     found = dense_box.with_(name, content, opened)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(80)
@@ -176,7 +176,7 @@ def test_fuzz_tokenizers(dense_box, data):
     whole = dense_box.whole["tokenizer.json"]
     content = data.draw(fuzzing.damaged(json.loads(whole)) | fuzzing.torn(whole))
     found = dense_box.with_("tokenizer.json", content, opened)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(60)
@@ -185,7 +185,7 @@ def test_fuzz_files_that_were_not_there(dense_box, data, name):
     keys = st.sampled_from(["size", "auto_map", "image_mean", "max_length", "image_processor_type", "pad_token", "eos_token"])
     content = data.draw(st.dictionaries(keys, fuzzing.VALUES, max_size=3) | st.binary(max_size=30))
     found = dense_box.with_(name, content, opened)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4
 
 
 @examples(60)
@@ -194,4 +194,4 @@ def test_fuzz_reports(compact_box, data):
     whole = {"schema_version": 1, "files": {"config.json": {"bytes": 3, "sha256": "0" * 64}}}
     content = data.draw(fuzzing.damaged(whole) | fuzzing.torn(json.dumps(whole).encode()))
     found = compact_box.with_("comp_report.json", content, loading.check_report)
-    assert not isinstance(found, CompError) or found.code == 4
+    assert not isinstance(found, CompError) or found.exit_code == 4

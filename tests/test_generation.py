@@ -17,19 +17,22 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.image_utils import load_image
 
-from comp_cli import export, load_onnx, tasks, writing
-from comp_cli.cells import read_answers
-from comp_cli.data import asked_scenes, described_scenes
-from comp_cli.errors import REFUSED, CompError
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.rows import Pair
-from comp_cli.scenes import NUMBERS, ask, images, plural
-from comp_cli.store import read_tensors_header
-from comp_cli.training import Training
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import DataOptions, Dense, choose_pairs, open_dense
+from comp_cli import load_onnx, tasks
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import REFUSED
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
+from comp_cli.data.batches import caption_scenes, vqa_scenes
+from comp_cli.data.cells import read_answers
+from comp_cli.data.rows import Pair
+from comp_cli.data.scenes import NUMBERS, ask, images, plural
+from comp_cli.errors import CompError
+from comp_cli.files.store import read_tensors_header
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import DataOptions, Dense, choose_pairs, open_dense
+from comp_cli.search.trainer import Training
+from comp_cli.tasks import comparison, text_metrics
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -61,7 +64,7 @@ def way(request):
 
 def scenes(task, count):
     """Pairs for a task."""
-    return (asked_scenes if task.answered else described_scenes)("train", count)
+    return (vqa_scenes if task.has_answers else caption_scenes)("train", count)
 
 
 def write(model, inputs, **options):
@@ -165,7 +168,7 @@ def test_how_texts_begin_and_end_lies_beside_the_graphs(served):
 
 def test_the_page_on_deployment_writes_a_text(writer, pruned, served, tmp_path, monkeypatch, capsys):
     """The code of docs/export.md as it stands, in a folder where its names are."""
-    if writer.dense.task.answered:
+    if writer.dense.task.has_answers:
         pytest.skip("the page captions")
     page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
     code = page.split("## Text generation")[1].split("```python")[1].split("```")[0]
@@ -186,7 +189,7 @@ def test_prompts_of_several_lengths_are_refused(writer, served):
     """The graphs have no mask for them. Questions may be padded."""
     inputs = writer.prompted | {"attention_mask": writer.prompted["attention_mask"].clone()}
     inputs["attention_mask"][0, -2:] = 0
-    if writer.dense.task.answered:
+    if writer.dense.task.has_answers:
         assert len(load_onnx(served).generate(**inputs, max_new_tokens=3)) == 3
         return
     with pytest.raises(CompError, match="prompts of one length"):
@@ -196,7 +199,7 @@ def test_prompts_of_several_lengths_are_refused(writer, served):
 def test_folders_without_such_graphs_are_refused(writer, pruned, tmp_path):
     with pytest.raises(CompError, match="no graphs that write texts") as refused:
         load_onnx(pruned[0])
-    assert refused.value.code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
+    assert refused.value.exit_code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
 
 
 def test_a_pruned_checkpoint_writes_without_comp(writer, pruned, tmp_path):
@@ -263,10 +266,10 @@ def test_the_loss_is_that_of_the_stock_model(writer):
         given["decoder_input_ids"] = text
     with torch.inference_mode():
         expected = writer.stock(**given).loss.item()
-        (question,) = task.questions(task.read(writer.stock, batch.inputs), batch.labels)
+        (question,) = task.rankings(task.forward(writer.stock, batch.inputs), batch.labels)
     assert question.loss().item() == pytest.approx(expected, rel=1e-4)
     assert len(question.logits) == mask.sum() - 3
-    found = tasks.evaluate(writer.stock, task, [batch, batch])
+    found = comparison.evaluate(writer.stock, task, [batch, batch])
     assert found.samples == 6 and len(found.labels) == len(found.read[0]) <= 4 * 6
     assert 0 <= found.metrics["token accuracy"] <= 1
 
@@ -274,9 +277,9 @@ def test_the_loss_is_that_of_the_stock_model(writer):
 def test_of_long_texts_some_tokens_are_remembered():
     """As many rows of what was read as of the labels, and the same ones."""
     rows, labels = torch.arange(90).float(), torch.arange(90)
-    kept, known = tasks.TASKS["caption"].remembered((rows, labels), 3)
+    kept, known = tasks.TASKS["caption"].subsample((rows, labels), 3)
     assert len(kept) == 4 * 3 and torch.equal(kept.long(), known) and len(set(known.tolist())) == 12
-    assert len(tasks.TASKS["caption"].remembered((rows,), 30)[0]) == 90
+    assert len(tasks.TASKS["caption"].subsample((rows,), 30)[0]) == 90
 
 
 def test_a_causal_mask_behind_a_cache(writer):
@@ -306,33 +309,35 @@ def test_questions_of_ones_own(writer, tmp_path):
     asked = {"question": lambda n: "two circle", "answer": lambda n: "red" if n % 4 else ""}
     (tmp_path / "plain").mkdir()
     tables = tiny.table(tmp_path, **asked), tiny.table(tmp_path / "plain", question=asked["question"])
-    takes = writer.dense.task.takes
-    pairs = choose_pairs(writer.dense, DataOptions(tables[0]), QUIET).read("calibration", takes=takes)
+    takes = writer.dense.task.accepts
+    pairs = choose_pairs(writer.dense, DataOptions(tables[0]), QUIET).read("calibration", accepts=takes)
     assert {pair.answer for pair in pairs} == {"red"}
     with pytest.raises(CompError, match="no pairs that match") as refused:
-        list(choose_pairs(writer.dense, DataOptions(tables[1]), QUIET).read("calibration", takes=takes))
-    assert refused.value.code == REFUSED and "answers" in refused.value.hint
+        list(choose_pairs(writer.dense, DataOptions(tables[1]), QUIET).read("calibration", accepts=takes))
+    assert refused.value.exit_code == REFUSED and "answers" in refused.value.hint
 
 
 def test_texts_that_are_written_are_scored(writer, tmp_path):
     """On the user's pairs: what the dense and the compact model write at the end, first the metric that counts."""
     asked = {"question": lambda n: "two circle", "answers": lambda n: ["red", "red", f"blue {n}"]}
     told = {"caption": lambda n: "a large red circle and two small squares" if n % 2 else "three blue circle above a square"}
-    data = DataOptions(tiny.table(tmp_path, **(asked if writer.dense.task.answered else told)))
+    data = DataOptions(tiny.table(tmp_path, **(asked if writer.dense.task.has_answers else told)))
     source = str(writer.dense.source.folder)
     report = prune(Options(source, 0.5, method="joint", data=data, **SIZES), tmp_path / "compact", QUIET)
-    metric = "soft accuracy" if writer.dense.task.answered else "CIDEr"
+    metric = "soft accuracy" if writer.dense.task.has_answers else "CIDEr"
     assert report["quality"]["metric"] == metric == next(iter(report["quality"]["metrics"]))
-    pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, takes=writer.dense.task.takes))
-    found = writing.judge(load_model(tmp_path / "compact"), writer.dense, *writing.subjects(writer.dense.task, pairs), 3)
+    pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, accepts=writer.dense.task.accepts))
+    found = text_metrics.judge(
+        load_model(tmp_path / "compact"), writer.dense, *text_metrics.references(writer.dense.task, pairs), 3
+    )
     assert found[metric] == report["quality"]["metrics"][metric]["compact"]
 
 
 def test_what_is_written_does_not_depend_on_the_batch(writer):
     """Questions of several lengths among them."""
     pairs = list(scenes(writer.dense.task, 9))
-    together = writing.write(writer.stock, writer.dense, pairs, 4, lambda done: None)
-    assert together == [writing.write(writer.stock, writer.dense, [pair], 1, lambda done: None)[0] for pair in pairs]
+    together = text_metrics.generate(writer.stock, writer.dense, pairs, 4, lambda done: None)
+    assert together == [text_metrics.generate(writer.stock, writer.dense, [pair], 1, lambda done: None)[0] for pair in pairs]
     assert len(set(together)) > 1
 
 
@@ -345,22 +350,25 @@ def test_captions_of_one_image_are_its_references():
     task = tasks.TASKS["caption"]
     picture = Image.new("RGB", (8, 8))
     pairs = [Pair(picture, text, image_id=n) for n, text in ((1, "a red circle"), (2, "two blue squares"), (1, "one circle"))]
-    about, known = writing.subjects(task, pairs)
+    about, known = text_metrics.references(task, pairs)
     assert [pair.image_id for pair in about] == [1, 2] and known == [("a red circle", "one circle"), ("two blue squares",)]
     right, wrong = ["a red circle", "Two blue squares."], ["two blue squares", "a red circle"]
-    assert writing.score(task, right, known)["CIDEr"] > 1 > 0.1 > writing.score(task, wrong, known)["CIDEr"]
+    assert text_metrics.score(task, right, known)["CIDEr"] > 1 > 0.1 > text_metrics.score(task, wrong, known)["CIDEr"]
 
 
 def test_answers_are_scored_as_the_challenge_does():
     """Ten people: right in full if three others said so; of the two who said cat each sees one other."""
     answers = ["dog"] * 8 + ["cat"] * 2
-    assert writing.soft("dog", answers) == 1.0 and writing.soft("bird", answers) == 0.0
-    assert writing.soft("cat", answers) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
-    assert writing.soft("dog", ["dog"]) == writing.soft("dog", ["dog", "cat"]) == 1.0
-    assert writing.plain("The two dogs, on 1,000 mats.") == "2 dogs on 1000 mats" and writing.plain("It’s 3.5") == "its 3.5"
-    assert writing.plain("A") == "a" != writing.plain("")
+    assert text_metrics.vqa_accuracy("dog", answers) == 1.0 and text_metrics.vqa_accuracy("bird", answers) == 0.0
+    assert text_metrics.vqa_accuracy("cat", answers) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert text_metrics.vqa_accuracy("dog", ["dog"]) == text_metrics.vqa_accuracy("dog", ["dog", "cat"]) == 1.0
+    assert (
+        text_metrics.normalize_answer("The two dogs, on 1,000 mats.") == "2 dogs on 1000 mats"
+        and text_metrics.normalize_answer("It’s 3.5") == "its 3.5"
+    )
+    assert text_metrics.normalize_answer("A") == "a" != text_metrics.normalize_answer("")
     known = [tuple(answers), ("two",)]
-    assert writing.score(tasks.TASKS["vqa"], ["a Cat", "2"], known) == {
+    assert text_metrics.score(tasks.TASKS["vqa"], ["a Cat", "2"], known) == {
         "soft accuracy": pytest.approx((0.6 + 1) / 2),
         "accuracy": 0.5,
     }
@@ -369,11 +377,11 @@ def test_answers_are_scored_as_the_challenge_does():
 @pytest.mark.parametrize(("installed", "images", "reason"), [(False, 2, "pycocoevalcap"), (True, 1, "two images")])
 def test_what_cannot_be_scored_is_not_written(writer, tmp_path, monkeypatch, installed, images, reason):
     """Then the tokens count, and a warning says so."""
-    if writer.dense.task.answered:
+    if writer.dense.task.has_answers:
         pytest.skip("answers need no library")
     if not installed:
-        monkeypatch.setattr(writing, "find_spec", lambda name: None)
-    monkeypatch.setattr(writing, "write", None)
+        monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_metrics, "generate", None)
     out = Output("quiet")
     told = tiny.table(tmp_path, caption=lambda n: "two red circle")
     options = Options(

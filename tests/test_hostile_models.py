@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import comp_cli
-from comp_cli import cli, hub, loading
+from comp_cli.checkpoint import hub, loading
+from comp_cli.checkpoint.vetting import leaves
+from comp_cli.cli.app import app
+from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.vetting import leaves
-from comp_cli.workbench import open_dense
+from comp_cli.models.dense import open_dense
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -39,7 +40,7 @@ def edit(path: Path, change) -> None:
 def refusal(do, *arguments, **options) -> CompError:
     with pytest.raises(CompError) as caught:
         do(*arguments, **options)
-    assert caught.value.code == 4, caught.value.message
+    assert caught.value.exit_code == 4, caught.value.message
     return caught.value
 
 
@@ -455,7 +456,7 @@ def test_a_comp_block_that_is_none(tiny_folder, tmp_path, block, command):
     folder = copied(tiny_folder, tmp_path / "block")
     edit(folder / "config.json", lambda found: found.update(comp=block))
     more = {"prune": ["--ratio", "0.5", "-o", str(tmp_path / "o")], "export": ["--onnx", "-o", str(tmp_path / "o")]}
-    result = CliRunner().invoke(cli.app, [command, str(folder), *more.get(command, []), "--json"])
+    result = CliRunner().invoke(app, [command, str(folder), *more.get(command, []), "--json"])
     document = json.loads(result.stdout)
     assert result.exit_code == 4 and "defect" not in result.output, document
     assert list(tmp_path.iterdir()) == [folder]
@@ -480,7 +481,7 @@ def test_long_and_deep_configs(tiny_folder, tmp_path, content):
     try:
         loading.check_folder(folder)
     except CompError as error:
-        assert error.code == 4
+        assert error.exit_code == 4
     assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 

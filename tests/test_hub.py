@@ -12,9 +12,9 @@ import pytest
 from hub_server import HubServer, Repo, commit
 from safetensors.numpy import save_file
 
-from comp_cli import hub
+from comp_cli.checkpoint import hub
+from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
-from comp_cli.output import Output
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 ASK = """
 import json, sys
 from pathlib import Path
-from comp_cli import hub
+from comp_cli.checkpoint import hub
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.cli.output import Output
 
 class Heard(Output):
     def say(self, message):
@@ -38,7 +38,7 @@ for options in json.load(sys.stdin):
             "kind": source.kind, "files": sorted(p.name for p in source.folder.iterdir()),
             "said": getattr(out, "said", [])}))
     except CompError as error:
-        print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint or ""}))
+        print(json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint or ""}))
 heavy = {"torch", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -258,7 +258,7 @@ def test_a_local_folder_wins_where_it_exists(tmp_path, monkeypatch):
 def test_paths_that_are_not_there(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = refusal(model)
-    assert error.code == 2 and "does not exist" in error.message
+    assert error.exit_code == 2 and "does not exist" in error.message
 
 
 def test_names_that_mean_nothing(tmp_path):
@@ -276,7 +276,7 @@ def test_names_that_mean_nothing(tmp_path):
         "https://example.com/org/name",
     ):
         error = refusal(uri)
-        assert error.code == 2 and uri in error.message and "hf://org/name@revision" in error.hint
+        assert error.exit_code == 2 and uri in error.message and "hf://org/name@revision" in error.hint
 
 
 def test_demo(tmp_path, monkeypatch):
@@ -284,14 +284,14 @@ def test_demo(tmp_path, monkeypatch):
     assert "demo model is missing" in refusal("demo").message
     checkpoint(tmp_path / "demo", "model.safetensors")
     assert resolve("demo") == hub.Source(tmp_path / "demo", "demo", None, "demo")
-    assert refusal("demo", revision="main").code == 2
+    assert refusal("demo", revision="main").exit_code == 2
 
 
 def test_local_folders_are_checked(tmp_path):
     (tmp_path / "bare").mkdir()
     assert "no config.json" in refusal(str(tmp_path / "bare")).message
     pickled = checkpoint(tmp_path / "pickled", "pytorch_model.bin")
-    assert refusal(str(pickled)).code == 4 and "--allow-pickle" in refusal(str(pickled)).hint
+    assert refusal(str(pickled)).exit_code == 4 and "--allow-pickle" in refusal(str(pickled)).hint
     assert resolve(str(pickled), allow_pickle=True).folder == pickled
     empty = checkpoint(tmp_path / "empty")
     assert "holds no weights" in refusal(str(empty), allow_pickle=True).message
@@ -302,20 +302,20 @@ def test_shards_that_lead_elsewhere(shard, tmp_path):
     (tmp_path / "x.safetensors").touch()
     folder = shard_index(checkpoint(tmp_path / "model", "model-00001-of-00001.safetensors"), shard)
     error = refusal(str(folder))
-    assert error.code == 4 and repr(shard) in error.message
+    assert error.exit_code == 4 and repr(shard) in error.message
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "[" * 100_000])
 def test_broken_shard_index(index, tmp_path):
     folder = checkpoint(tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(index)
-    assert refusal(str(folder)).code == 4
+    assert refusal(str(folder)).exit_code == 4
 
 
 def test_missing_shard(tmp_path):
     first, second = shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     error = refusal(str(shard_index(checkpoint(tmp_path / "model", first), *shards)))
-    assert error.code == 4 and f"{second!r} is missing" in error.message
+    assert error.exit_code == 4 and f"{second!r} is missing" in error.message
 
 
 def test_aliases_lead_to_known_ids():

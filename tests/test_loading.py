@@ -147,7 +147,7 @@ def test_nothing_is_half_loaded(tiny_folder, compact_folder, tmp_path, kind, cha
     folder = damage(tiny_folder if kind == "dense" else compact_folder, tmp_path, change)
     with pytest.raises(CompError, match=said) as caught:
         comp_cli.load(folder)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
 
 
 def test_a_plan_that_does_not_fit_the_weights(compact_folder, tmp_path):
@@ -158,7 +158,7 @@ def test_a_plan_that_does_not_fit_the_weights(compact_folder, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompError) as caught:
         comp_cli.load(copy)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff" * 8 + b"{}"])
@@ -168,7 +168,7 @@ def test_broken_weights(tiny_folder, tmp_path, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(CompError) as caught:
         comp_cli.load(copy)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
 
 
 def test_devices(compact_folder):
@@ -176,10 +176,10 @@ def test_devices(compact_folder):
         pytest.skip("this machine has a GPU")
     with pytest.raises(CompError, match="cuda") as caught:
         comp_cli.load(compact_folder, device="cuda")
-    assert caught.value.code == 5
+    assert caught.value.exit_code == 5
     with pytest.raises(CompError) as caught:
         comp_cli.load(compact_folder, device="tpu")
-    assert caught.value.code == 2
+    assert caught.value.exit_code == 2
 
 
 def test_the_tokenizer_is_written_as_it_was(tiny_folder, compact_folder):
@@ -196,9 +196,9 @@ def test_siglips_own_tokenizer(tmp_path):
     import tiny
     import transformers
 
-    from comp_cli.output import Output
-    from comp_cli.rows import Pair
-    from comp_cli.workbench import open_dense
+    from comp_cli.cli.output import Output
+    from comp_cli.data.rows import Pair
+    from comp_cli.models.dense import open_dense
 
     folder = tiny.write("siglip", tmp_path / "siglip")
     (folder / "tokenizer.json").unlink()

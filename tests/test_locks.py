@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from test_store import code_of, fill, names, our_folder
 
-from comp_cli import locks
 from comp_cli.errors import CompError
-from comp_cli.locks import locked
-from comp_cli.outputs import atomic_folder, check_output
+from comp_cli.files import locks
+from comp_cli.files.locks import locked
+from comp_cli.files.outputs import atomic_folder, check_output
 
 HOLDS = """
 import sys
 from pathlib import Path
-from comp_cli.outputs import atomic_folder
+from comp_cli.files.outputs import atomic_folder
 with atomic_folder(Path(sys.argv[1]), overwrite=False) as partial:
     (partial / "weights").write_text("theirs")
     print("holds", flush=True)
@@ -47,7 +47,7 @@ def test_a_second_command_ends_at_once_and_names_the_first(tmp_path):
     for call in (lambda: fill(tmp_path / "out"), lambda: check_output(tmp_path / "out", overwrite=True, source=None)):
         with pytest.raises(CompError, match=f"Process {process.pid} on .* is writing .*out") as caught:
             call()
-        assert caught.value.code == 1
+        assert caught.value.exit_code == 1
     fill(tmp_path / "other")
     assert end(process) == 0
     assert (tmp_path / "out/weights").read_text() == "theirs" and names(tmp_path) == ["other", "out"]
@@ -125,7 +125,7 @@ def test_the_lock_of_another_machine_is_respected_while_it_gives_signs(tmp_path)
     for _ in range(2):  # looking is no sign of life
         with pytest.raises(CompError, match=r"Process 12 on far is writing .*out \(comp prune demo\)") as caught:
             fill(tmp_path / "out")
-        assert caught.value.code == 1 and f"after {locks.STALE} s it counts as dead" in caught.value.hint
+        assert caught.value.exit_code == 1 and f"after {locks.STALE} s it counts as dead" in caught.value.hint
         assert str(path) in caught.value.hint
     assert names(tmp_path) == [".out.lock", ".out.partial-12"]
 
@@ -169,7 +169,7 @@ def test_who_lost_the_lock_replaces_nothing(tmp_path):
         (tmp_path / ".out.lock").unlink()
         foreign_lock(tmp_path, age=0)
         shutil.rmtree(tmp_path / ".out.partial-12")
-    assert caught.value.code == 1 and names(tmp_path) == [".out.lock"]  # which is another's now
+    assert caught.value.exit_code == 1 and names(tmp_path) == [".out.lock"]  # which is another's now
 
 
 def test_a_file_of_the_user_is_not_taken_for_a_lock(tmp_path):
@@ -186,7 +186,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.locks import locked
+from comp_cli.files.locks import locked
 inside, end, taken = Path(sys.argv[1]).with_name("inside"), time.time() + 3, 0
 while time.time() < end:
     try:
@@ -212,8 +212,8 @@ def test_removing_a_lock_lets_no_two_in(tmp_path):
 
 def test_prune_holds_the_lock_from_the_start(tiny_folder, tmp_path, monkeypatch):
     """While it reads the model already, not only when it writes: and a second run does no work."""
-    from comp_cli import prune
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import prune
 
     class Reached(Exception):
         pass

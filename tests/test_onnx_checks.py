@@ -12,14 +12,18 @@ import pytest
 import tiny
 import torch
 
-from comp_cli import export, graphs, load_onnx, onnx_checks, parity, sessions, tasks
-from comp_cli.data import random_inputs
-from comp_cli.errors import DEVICE, REFUSED, CompError
+from comp_cli import load_onnx, tasks
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import DEVICE, REFUSED
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
+from comp_cli.data.batches import random_inputs
+from comp_cli.errors import CompError
 from comp_cli.families import find_family
-from comp_cli.loading import load_model
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.store import read_config
+from comp_cli.files.store import read_config
+from comp_cli.onnx import graphs, parity, sessions
+from comp_cli.onnx.checks import BIAS, least_runtime
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -101,8 +105,8 @@ def test_no_attention_mask_is_shared_by_heads_but_has_a_batch(clip, served, capt
         model = onnx.load(path)
         shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
         for node in model.graph.node:
-            if node.op_type == "MultiHeadAttention" and len(node.input) > onnx_checks.BIAS:
-                batch, heads, *_ = shapes[node.input[onnx_checks.BIAS]]
+            if node.op_type == "MultiHeadAttention" and len(node.input) > BIAS:
+                batch, heads, *_ = shapes[node.input[BIAS]]
                 own = next(a.i for a in node.attribute if a.name == "num_heads")
                 assert heads.dim_value == own or (batch.dim_value, heads.dim_value) == (1, 1), (path, node.name)
 
@@ -111,21 +115,21 @@ def test_the_least_version_follows_from_what_a_graph_holds(clip, served, caption
     for folder, least in ((clip[1], "1.20"), (served["whole"], "1.18"), (captions, "1.18")):
         document = json.loads((folder / "export.json").read_text())
         models = [onnx.load(folder / name) for name in document["graphs"]]
-        assert document["min_onnxruntime"] == least == onnx_checks.least_runtime(models)
+        assert document["min_onnxruntime"] == least == least_runtime(models)
 
 
 @pytest.mark.parametrize(("opset", "least"), [(18, "1.18"), (21, "1.18"), (22, "1.21"), (23, "1.23")])
 def test_newer_opsets_need_newer_versions(captions, opset, least):
     model = onnx.load(captions / graphs.PAST)
     next(entry for entry in model.opset_import if entry.domain == "").version = opset
-    assert onnx_checks.least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
+    assert least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
 
 
 def test_an_onnxruntime_that_is_too_old_is_refused(captions, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", "1.17.3")
     with pytest.raises(CompError, match=r"need ONNX Runtime 1\.18 or newer; 1\.17\.3 is installed") as refused:
         load_onnx(captions)
-    assert refused.value.code == DEVICE and "pip install" in refused.value.hint
+    assert refused.value.exit_code == DEVICE and "pip install" in refused.value.hint
 
 
 @pytest.mark.parametrize("version", ["1.18.0", "1.20.1+cu12", "2.0", "1.33.0.dev20260101"])
@@ -177,7 +181,7 @@ def test_a_broken_graph_is_refused(copied, damage, name):
     damage(copied / name)
     with pytest.raises(CompError, match=name) as refused:
         load_onnx(unlisted(copied))
-    assert refused.value.code == REFUSED and "defect" not in str(refused.value)
+    assert refused.value.exit_code == REFUSED and "defect" not in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", [cut, junk, empty, one_byte])
@@ -186,7 +190,7 @@ def test_files_that_are_not_those_of_export_json_are_refused_by_name(copied, dam
     damage(copied / name)
     with pytest.raises(CompError, match=name) as refused:
         load_onnx(copied)
-    assert refused.value.code == REFUSED
+    assert refused.value.exit_code == REFUSED
 
 
 def test_an_export_json_that_lists_nothing_vouches_for_nothing(copied):
@@ -194,7 +198,7 @@ def test_an_export_json_that_lists_nothing_vouches_for_nothing(copied):
     (copied / "export.json").write_text(json.dumps(document | {"files": {}}))
     with pytest.raises(CompError, match="does not list") as refused:
         load_onnx(copied)
-    assert refused.value.code == REFUSED
+    assert refused.value.exit_code == REFUSED
 
 
 def identity(path: Path, output: str, name: str = "pixel_values") -> None:
@@ -211,7 +215,7 @@ def test_a_foreign_graph_is_refused(copied, output, said):
     identity(copied / graphs.ENCODER, output)
     with pytest.raises(CompError, match=said) as refused:
         load_onnx(unlisted(copied))
-    assert refused.value.code == REFUSED and "config.json" in refused.value.hint
+    assert refused.value.exit_code == REFUSED and "config.json" in refused.value.hint
 
 
 def change(path: Path, **parts) -> None:
@@ -236,7 +240,7 @@ def test_graphs_and_a_config_of_another_model_are_refused(copied, changes):
     change(unlisted(copied) / "config.json", **changes)
     with pytest.raises(CompError) as refused:
         load_onnx(copied)
-    assert refused.value.code == REFUSED
+    assert refused.value.exit_code == REFUSED
 
 
 def test_one_head_more_than_the_graph_has_is_refused(copied):
@@ -245,7 +249,7 @@ def test_one_head_more_than_the_graph_has_is_refused(copied):
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompError, match=r"present\.2\.encoder\.key") as refused:
         load_onnx(copied)
-    assert refused.value.code == REFUSED
+    assert refused.value.exit_code == REFUSED
 
 
 def test_graphs_that_caption_are_refused_beside_the_config_of_a_model_that_answers(copied):
@@ -254,7 +258,7 @@ def test_graphs_that_caption_are_refused_beside_the_config_of_a_model_that_answe
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompError, match="takes not attention_mask, input_ids") as refused:
         load_onnx(copied)
-    assert refused.value.code == REFUSED
+    assert refused.value.exit_code == REFUSED
 
 
 def test_untouched_folders_load_with_hashes_and_without(copied):

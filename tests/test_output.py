@@ -2,7 +2,7 @@
 
 import pytest
 
-from comp_cli.output import Bar, Lines, Output, duration
+from comp_cli.cli.output import Bar, Lines, Output, duration
 
 
 def lines(steps, total, resumed=0):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_store import code_of, fill, names, our_folder
 
-from comp_cli import outputs
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder, check_output, check_room
+from comp_cli.files import outputs
+from comp_cli.files.outputs import atomic_folder, check_output, check_room
 
 
 def refused(output: Path) -> str:
@@ -20,7 +20,7 @@ def refused(output: Path) -> str:
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(CompError) as caught:
         check_output(output, overwrite=True, source=None)
-    assert caught.value.code == 2 and code_of(fill, output, overwrite=True) == 2
+    assert caught.value.exit_code == 2 and code_of(fill, output, overwrite=True) == 2
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     return caught.value.message
 
@@ -144,15 +144,15 @@ def test_what_appears_in_the_old_folder_after_the_swap_stays(tmp_path, monkeypat
 
 
 def test_a_failed_export_is_not_put_over_what_the_user_added(compact_folder, tmp_path):
-    from comp_cli import export
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import export
 
     failed = our_folder(tmp_path / "x.failed")
     (failed / "thesis.txt").touch()
     given = export.Options(keep_failed=True)
     with pytest.raises(CompError, match="thesis.txt") as caught:
         export.export(compact_folder, tmp_path / "x", Output("quiet"), given, overwrite=False)
-    assert caught.value.code == 2 and names(tmp_path) == ["x.failed"]
+    assert caught.value.exit_code == 2 and names(tmp_path) == ["x.failed"]
 
 
 def test_a_write_test_that_was_killed_leaves_nothing_for_ever(tmp_path):
@@ -220,15 +220,15 @@ def test_a_mount_point_is_refused_with_a_name_that_works(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
     with pytest.raises(CompError, match="mount point") as caught:
         check_output(tmp_path / "out", overwrite=False, source=None)
-    assert caught.value.code == 2 and str(tmp_path / "out/compact") in caught.value.hint
+    assert caught.value.exit_code == 2 and str(tmp_path / "out/compact") in caught.value.hint
 
 
 # What room it needs
 
 
 def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, tmp_path, monkeypatch):
-    from comp_cli import prune
-    from comp_cli.output import Output
+    from comp_cli.cli.output import Output
+    from comp_cli.commands import prune
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
@@ -236,7 +236,7 @@ def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, 
     options = prune.Options(str(tiny_folder), 0.5, num_samples=4, eval_samples=4)
     with pytest.raises(CompError, match="has 0.5 MiB free; the compact model needs at least 1.1 MiB") as caught:
         prune.prune(options, tmp_path / "out", Output("quiet"))
-    assert caught.value.code == 1 and names(tmp_path) == []
+    assert caught.value.exit_code == 1 and names(tmp_path) == []
     training = prune.replace(options, training=prune.Training(steps=2))
     with pytest.raises(CompError, match="journal of its training, needs at least 7.5 MiB"):
         prune.prune(training, tmp_path / "out", Output("quiet"))
@@ -252,7 +252,7 @@ SMALL = """
 import os, sys
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.journal import Journal
+from comp_cli.search.journal import Journal
 import torch
 root = Path(sys.argv[1])
 journal = Journal(root / "out", {})
@@ -261,7 +261,7 @@ for state, tensors in (({"a": "x" * 10**6}, None), ({"a": 2}, {"w": torch.zeros(
     try:
         journal.save(state, tensors)
     except CompError as error:
-        print(error.code, error.message)
+        print(error.exit_code, error.message)
 print(os.listdir(root), journal.load())
 """
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, features
 from transformers.image_utils import load_image
 
-from comp_cli.cells import BadRow
-from comp_cli.pictures import FORMATS, MOST_PIXELS, decode, formats
-from comp_cli.rows import Pair
+from comp_cli.data.cells import BadRow
+from comp_cli.data.pictures import FORMATS, MOST_PIXELS, decode, formats
+from comp_cli.data.rows import Pair
 
 SIZE = (12, 8)
 
@@ -197,9 +197,9 @@ def test_a_batch_is_what_the_processor_makes_of_all_at_once(dense):
 
 PEAK = """
 import resource, sys
-from comp_cli.datafiles import open_pairs
-from comp_cli.output import Output
-from comp_cli.workbench import open_dense
+from comp_cli.data.sources import open_pairs
+from comp_cli.cli.output import Output
+from comp_cli.models.dense import open_dense
 
 dense = open_dense(sys.argv[1], Output("quiet"))
 pairs = open_pairs(sys.argv[2], out=Output("quiet"))

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import comp_cli
+from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
-from comp_cli.modeling_comp import check_sizes
-from comp_cli.plan_check import check_block
+from comp_cli.runtime.modeling_comp import check_sizes
 
 FIRST = ("towers", 0, "layers", 0)
 ATTENTION = (*FIRST, "attention")
@@ -70,7 +70,7 @@ def changed(block, place, value):
 def refusal(do, *arguments) -> CompError:
     with pytest.raises(CompError) as caught:
         do(*arguments)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
     return caught.value
 
 
@@ -86,7 +86,7 @@ def rewrite(folder: Path, change) -> None:
 
 @pytest.fixture(scope="module")
 def whole(compact_folder):
-    from comp_cli.loading import describe
+    from comp_cli.checkpoint.loading import describe
 
     return describe(compact_folder)[0].to_dict()
 

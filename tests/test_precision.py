@@ -9,11 +9,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import comp_cli
-from comp_cli import export, precision
+from comp_cli.checkpoint import precision
+from comp_cli.cli.output import Output
+from comp_cli.commands import export
+from comp_cli.commands.prune import Options, prune
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.prune import Options, prune
-from comp_cli.workbench import open_dense
+from comp_cli.models.dense import open_dense
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -119,7 +120,7 @@ def test_precisions_that_comp_does_not_compute_in_are_refused(kind, tmp_path):
     dense = rewritten(tiny.write("clip", tmp_path / "dense"), lambda n, t: t.to(kind) if n == name else t)
     with pytest.raises(CompError) as refused:
         compact(dense, tmp_path / "compact")
-    assert refused.value.code == 4 and not (tmp_path / "compact").exists()
+    assert refused.value.exit_code == 4 and not (tmp_path / "compact").exists()
     if kind == torch.float64:
         assert f"weight {name} is F64" in refused.value.message and "float32" in refused.value.hint
 
@@ -132,7 +133,7 @@ def test_the_precision_of_tensors_with_other_names_is_that_of_their_numbers(tmp_
     exact = {"old.weight": torch.tensor([1.0, 0.5]).bfloat16(), "old.bias": torch.tensor([0.1001])}
     save_file(exact | {"more": torch.ones(2).bfloat16()}, folder / "model.safetensors")
     state = {"new.weight": exact["old.weight"].float(), "new.bias": exact["old.bias"], "ids": torch.arange(3)}
-    found = precision.own_precision(folder, state)
+    found = precision.checkpoint_dtypes(folder, state)
     assert found == {"new.weight": torch.bfloat16, "new.bias": torch.float32}
 
 

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from comp_cli import cli, errors, signals, streams
-from comp_cli.cli import app
+from comp_cli import errors
+from comp_cli.cli import app as cli
+from comp_cli.cli import signals, streams
+from comp_cli.cli.app import app
+from comp_cli.cli.parsing import EMPTY_IS_NONE
 from comp_cli.errors import explain
-from comp_cli.parsing import EMPTY_IS_NONE
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 COMP = [sys.executable, "-m", "comp_cli"]
@@ -137,7 +139,7 @@ def test_an_equals_sign_behind_a_short_option_is_no_part_of_the_name(word, tmp_p
 def test_numbers_that_are_none_are_refused_by_every_option_that_takes_one(command, value, monkeypatch):
     numbers = [name for name, kinds in options_of(command).items() if kinds & {int, float}]
     assert len(numbers) > 1
-    monkeypatch.setattr("comp_cli.hub.resolve", lambda *given, **options: pytest.fail("work was begun"))
+    monkeypatch.setattr("comp_cli.checkpoint.hub.resolve", lambda *given, **options: pytest.fail("work was begun"))
     for name in numbers:
         more = ["--steps", "2"] if name in ("--lr", "--distill", "--stage-share") else []
         result = CliRunner().invoke(app, [command, *COMMANDS[command], *more, name, value])
@@ -184,7 +186,7 @@ def test_a_current_folder_that_is_gone_is_said(words, tmp_path, monkeypatch):
 )
 def test_what_the_machine_lacks_is_no_defect(error, said):
     found = explain(error)
-    assert said in found.message and found.code == 1 and "defect" not in found.hint
+    assert said in found.message and found.exit_code == 1 and "defect" not in found.hint
     assert "defect" in explain(KeyError("x")).hint
 
 
@@ -205,7 +207,7 @@ def test_stdout_holds_nothing_but_the_document_whatever_libraries_and_children_p
     script = tmp_path / "noisy.py"
     script.write_text(
         "import ctypes, os, subprocess, sys\n"
-        "from comp_cli import main, analyze\n"
+        "from comp_cli.cli import main\nfrom comp_cli.commands import analyze\n"
         "def noisy(*given, work=analyze.analyze, **options):\n"
         "    print('python'); print('dunder', file=sys.__stdout__); os.write(1, b'fd\\n')\n"
         "    ctypes.CDLL(None).printf(b'from C\\n')\n"
@@ -247,7 +249,7 @@ def test_messages_that_nobody_can_read_do_not_cost_the_result(line, tiny_folder)
 def test_the_path_of_the_result_is_printed_as_it_is_and_words_as_the_encoding_allows(tmp_path):
     script = tmp_path / "speak.py"
     script.write_text(
-        "import sys\nfrom comp_cli import main, streams\nfrom comp_cli.output import Output\nstreams.settle()\n"
+        "import sys\nfrom comp_cli.cli import main, streams\nfrom comp_cli.cli.output import Output\nstreams.settle()\n"
         "Output('quiet').result({}, 'ö/x')\nOutput().line('ö')\nOutput().say('ö')\n"
     )
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "TERM": "dumb"}
@@ -352,9 +354,10 @@ def test_what_is_ignored_stays_ignored(handlers):
 def test_a_process_that_measures_memory_ends_with_its_parent(tmp_path):
     """Also where the parent is killed: what it reads from ends."""
     script = tmp_path / "parent.py"
-    fake = "import os, sys, time; from comp_cli import peak; import threading; threading.Thread(target=peak.end_with_parent)"
+    fake = "import os, sys, time, threading; from comp_cli.measure import peak"
+    fake += "; threading.Thread(target=peak.end_with_parent)"
     script.write_text(
-        "import sys\nfrom comp_cli import memory\n"
+        "import sys\nfrom comp_cli.measure import memory\n"
         f"memory.START = '''{fake}.start(); print(os.getpid(), file=open(sys.argv[2], 'w'), flush=True); time.sleep(60)'''\n"
         "memory.measure([sys.argv[1]])\n"
     )
@@ -386,7 +389,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("name", ["numpy", "torch", "json", "threading", "comp_cli"])
 def test_no_code_of_the_current_folder_is_run_by_bench_and_its_child(name, tmp_path, monkeypatch):
     """As in a repository that was downloaded. The process that measures memory is a Python of its own."""
-    from comp_cli import memory
+    from comp_cli.measure import memory
 
     (tmp_path / f"{name}.py").write_text("import os; os._exit(7)")
     monkeypatch.chdir(tmp_path)
@@ -403,12 +406,12 @@ def test_python_m_comp_cli_runs_no_code_of_the_current_folder(tmp_path):
 
 def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path):
     script = (
-        "import resource, sys; from pathlib import Path; from comp_cli.outputs import atomic_folder\n"
+        "import resource, sys; from pathlib import Path; from comp_cli.files.outputs import atomic_folder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from comp_cli.errors import CompError\n"
         "try:\n"
         "    with atomic_folder(Path(sys.argv[1]), overwrite=False) as new: (new / 'x').write_bytes(bytes(10**6))\n"
-        "except CompError as error: print(error.code, error.message)\n"
+        "except CompError as error: print(error.exit_code, error.message)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True)
     assert done.stdout.startswith("1 Cannot write") and not list(tmp_path.iterdir()), done.stderr

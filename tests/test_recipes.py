@@ -22,13 +22,15 @@ from packaging.version import Version
 from PIL import Image
 from transformers.image_utils import load_image
 
-from comp_cli import cards, export, onnx_checks, prune, recipes
-from comp_cli.checkpoint import write_checkpoint
-from comp_cli.graphs import OPSET
-from comp_cli.loading import load_model, load_processor, own_state
-from comp_cli.output import Output
+from comp_cli.checkpoint.loading import load_model, load_processor, untied_state_dict
+from comp_cli.checkpoint.write import write_checkpoint
+from comp_cli.cli.output import Output
+from comp_cli.commands import export, prune
+from comp_cli.models.dense import DataOptions, Dense, open_dense
+from comp_cli.onnx.checks import LEAST, SHARED_BIAS
+from comp_cli.onnx.graphs import OPSET
 from comp_cli.plan import Plan
-from comp_cli.workbench import DataOptions, Dense, open_dense
+from comp_cli.report import cards, recipes
 
 QUIET = Output("quiet")
 LAYOUTS = {"blip": (False, True), "siglip": (False, True), "clip": (True,)}  # whether split; others are written whole
@@ -136,7 +138,7 @@ def write_compact(family: str, place: Path) -> Written:
     document = prune.describe(dense, plan, options) | {"quality": quality, "command": cards.prune_command(options)}
     document["base_address"] = dense.source.address_from(folder)
     compact = dense.runtime(plan)
-    write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(own_state(compact), torch.float32))
+    write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(untied_state_dict(compact), torch.float32))
     return Written(dense, folder)
 
 
@@ -161,7 +163,7 @@ def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
             inputs = processor(images=image, **asked, return_tensors="pt")
             tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=recipes.LONGEST - 1)[0]
             return found | {"written": tokens.numpy(), "said": processor.decode(tokens, skip_special_tokens=True) + "\n"}
-        if task.paired:
+        if task.paired_inputs:
             inputs = processor(images=[image] * len(texts), text=texts, **read)
             return found | {"scores": model(**inputs).itm_score.numpy()}
         if family.encoders:
@@ -298,7 +300,7 @@ def test_the_card_holds_the_command_that_was_typed(tmp_path):
 def test_every_option_of_the_command_in_a_card_exists():
     from typer.main import get_command
 
-    from comp_cli.cli import app
+    from comp_cli.cli.app import app
 
     known = {flag for option in get_command(app).commands["prune"].params for flag in (*option.opts, *option.secondary_opts)}
     for name in (field.name for field in fields(prune.Options) if field.name not in ("model", "ratio", "data", "training")):
@@ -352,5 +354,5 @@ def test_nothing_written_names_the_place_where_it_was_made(every):
 def test_cards_and_the_page_on_deployment_name_the_least_versions():
     root = Path(__file__).parent.parent
     assert f'"transformers>={cards.LEAST_TRANSFORMERS},' in (root / "pyproject.toml").read_text()
-    newest = max(onnx_checks.LEAST[OPSET], onnx_checks.SHARED_BIAS, key=Version)
+    newest = max(LEAST[OPSET], SHARED_BIAS, key=Version)
     assert f"onnxruntime {newest} or newer, numpy, pillow and tokenizers" in (root / "docs" / "export.md").read_text()

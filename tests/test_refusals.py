@@ -8,14 +8,16 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-from comp_cli import generation, modeling_comp
-from comp_cli.errors import USAGE, CompError
-from comp_cli.graphs import Encoded, decode
-from comp_cli.loading import load_model
-from comp_cli.modeling_comp import CompactAttention, CompactEncoder, PostNormLayer, PreNormLayer
-from comp_cli.output import Output
-from comp_cli.variants import on_own_kernels
-from comp_cli.workbench import open_dense
+from comp_cli.checkpoint.loading import load_model
+from comp_cli.cli.exit_codes import USAGE
+from comp_cli.cli.output import Output
+from comp_cli.errors import CompError
+from comp_cli.measure.variants import on_own_kernels
+from comp_cli.models.dense import open_dense
+from comp_cli.onnx import generation
+from comp_cli.onnx.graphs import Encoded, decode
+from comp_cli.runtime import modeling_comp
+from comp_cli.runtime.modeling_comp import CompactAttention, CompactEncoder, PostNormLayer, PreNormLayer
 
 FAMILIES = ("blip", "blip-caption", "blip-vqa", "clip", "siglip")
 UNKNOWN = ("kv_cache", "mask", "encoder_mask", "position_ids", "head_mask", "cu_seq_lens_q", "kept_tokens")
@@ -177,7 +179,7 @@ def test_the_graphs_refuse_what_they_do_not_know():
             module(first, output_attentions=True)
     with pytest.raises(CompError, match="no hidden states") as refused:
         decoder(torch.tensor([[2]]), output_hidden_states=True)
-    assert refused.value.code == USAGE
+    assert refused.value.exit_code == USAGE
     cache = DynamicCache([(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))])
     with pytest.raises(CompError, match="EncoderDecoderCache of two DynamicCaches"):
         decoder(torch.tensor([[2]]), cache=cache)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from comp_cli import prune
-from comp_cli.cli import app
+from comp_cli.cli.app import app
+from comp_cli.commands import prune
 
 FEW = [
     "--num-samples",
@@ -33,9 +33,9 @@ FEW = [
 # Kills itself when the journal is saved for the n-th time, or when the checkpoint is being written.
 KILLED = """
 import os, signal, sys
-from comp_cli import journal, prune
-from comp_cli import prune
-from comp_cli.cli import app
+from comp_cli.commands import prune
+from comp_cli.search import journal
+from comp_cli.cli.app import app
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_weights_of_a_journal_that_were_changed_are_refused(tiny_folder, tmp_pat
 
 
 def test_a_run_that_was_killed_when_all_was_done_says_so_and_leaves_nothing(uninterrupted, journal_text, tiny_folder, tmp_path):
-    from comp_cli.journal import Journal
+    from comp_cli.search.journal import Journal
 
     output = tmp_path / "compact"
     shutil.copytree(uninterrupted, output)

@@ -7,7 +7,7 @@ import torch
 from reference import masked_logits
 from torch import nn
 
-from comp_cli.modeling_comp import TokenPruning
+from comp_cli.runtime.modeling_comp import TokenPruning
 
 
 def run(model, inputs, **more):
@@ -128,12 +128,12 @@ def test_a_token_that_stands_for_equal_ones_changes_nothing():
     states = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
     states[:, 3:] = states[:, 3:4]
     scores = torch.arange(12, 0, -1.0).expand(2, -1)
-    once, bias, kept = Layer(6).hand_on(states, scores, None)
+    once, bias, kept = Layer(6).prune_tokens(states, scores, None)
     assert kept.tolist() == [[0, 1, 2, 3, 4]] * 2 and once.shape == (2, 6, 8)
     torch.testing.assert_close(bias[0, 0].exp(), torch.tensor([1.0] * 5 + [7.0]).expand(6, 6))
     torch.testing.assert_close(attended(once, bias)[:, :5], attended(states)[:, :5])
     scores = torch.tensor([0.0, 2.0, 3.0, 1.0, 1.0, 9.0]).expand(2, -1)  # the fused token is never among the kept
-    twice, bias, kept = Layer(4).hand_on(once, scores, bias)
+    twice, bias, kept = Layer(4).prune_tokens(once, scores, bias)
     assert kept.tolist() == [[0, 1, 2]] * 2 and bias[0, 0, 0].exp().tolist() == pytest.approx([1, 1, 1, 9])
     torch.testing.assert_close(attended(twice, bias)[:, :3], attended(states)[:, :3])
 
@@ -141,8 +141,8 @@ def test_a_token_that_stands_for_equal_ones_changes_nothing():
 def test_the_fused_token_is_the_mean_of_all_that_went():
     states = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
     scores = torch.rand(2, 9, generator=torch.Generator().manual_seed(2))
-    once, bias, kept = Layer(6).hand_on(states, scores, None)
-    again, _, left = Layer(4).hand_on(once, torch.rand(2, 6, generator=torch.Generator().manual_seed(3)), bias)
+    once, bias, kept = Layer(6).prune_tokens(states, scores, None)
+    again, _, left = Layer(4).prune_tokens(once, torch.rand(2, 6, generator=torch.Generator().manual_seed(3)), bias)
     for row in range(2):
         stayed = kept[row][left[row]].tolist()
         gone = [place for place in range(9) if place not in stayed]

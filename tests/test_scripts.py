@@ -6,8 +6,8 @@ import pytest
 import torch
 import train_clip
 
-from comp_cli import scenes
-from comp_cli.scenes import Thing
+from comp_cli.data import scenes
+from comp_cli.data.scenes import Thing
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from comp_cli.calibration import Calibration
 from comp_cli.engine import flops, methods, recover, schedule, scoring, stages
 from comp_cli.errors import CompError
+from comp_cli.search.calibration import Calibration
 
 STRATEGY = stages.Strategy()
 
@@ -34,7 +34,7 @@ def test_a_first_visit_remembers_its_cost_and_later_ones_fade():
 
 def test_what_was_not_looked_at_for_long_is_forgotten_where_looking_is_free():
     """Weight 0 after I_max stages without a look: then the remembered cost decides nothing any more."""
-    memory, paper = stages.Memory(), stages.Strategy(look_first=False)
+    memory, paper = stages.Memory(), stages.Strategy(measure_first=False)
     memory.remember("vision_params", 3, 2.0, STRATEGY)
     assert [memory.known("vision_params", stage, STRATEGY) for stage in (4, 8, 9)] == [2.0, 2.0, None]
     assert memory.known("vision_params", 9, paper) == 2.0 and memory.known("cross_params", 4, paper) is None
@@ -72,7 +72,7 @@ def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited
 
 @pytest.fixture(scope="module")
 def batches(inputs):
-    from comp_cli.data import Batch
+    from comp_cli.data.batches import Batch
 
     return [Batch(inputs, None)]
 
@@ -85,7 +85,7 @@ def searched(dense, batches, seed, stages_=10, **strategy):
         dense.plan,
         dense.reference,
         0.5,
-        Calibration(dense, batches, None, "cip").look,
+        Calibration(dense, batches, None, "cip").measure,
         stages.Strategy(stages=stages_, **strategy),
         schedule.Floors(),
         progress,
@@ -135,7 +135,7 @@ def test_a_stage_can_be_made_again_from_its_line(dense, batches, found):
     """Mode and threshold of the first line, on the scores of the dense model, give the first plan; its metric is true."""
     stage, plan = found[1][0]
     calibration = Calibration(dense, batches, None, "cip")
-    scores = calibration.look(dense.plan).scores
+    scores = calibration.measure(dense.plan).scores
     prune = schedule.prune_tokens if stage.mode in methods.TOKEN_MODES else schedule.prune_parameters
     assert prune(dense.plan, scores, dense.reference, stage.mode, stage.threshold, schedule.Floors()) == plan != dense.plan
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_search_is_deterministic_by_seed(dense, batches, found):
 
 def test_progress_survives_json(dense, batches, found):
     """Stop after every stage in turn; the rest is the same as without the stop."""
-    look = Calibration(dense, batches, None, "cip").look
+    measure = Calibration(dense, batches, None, "cip").measure
     rest = stages.Strategy(stages=10), schedule.Floors()
     for stop in (1, 4, 7):
         progress = stages.Progress.start(dense.plan, 0)
@@ -163,9 +163,9 @@ def test_progress_survives_json(dense, batches, found):
                 raise Stopped
 
         with pytest.raises(Stopped):
-            stages.search(dense.plan, dense.reference, 0.5, look, *rest, progress, tell)
+            stages.search(dense.plan, dense.reference, 0.5, measure, *rest, progress, tell)
         again = stages.Progress.from_json(json.loads(json.dumps(progress.to_json())))
-        assert stages.search(dense.plan, dense.reference, 0.5, look, *rest, again) == found[0]
+        assert stages.search(dense.plan, dense.reference, 0.5, measure, *rest, again) == found[0]
         assert again.stages == [stage for stage, _ in found[1]]
 
 
@@ -175,10 +175,10 @@ def test_exhausted_modes_give_way_and_the_end_is_said(dense, batches):
 
 
 def test_floors_hold_through_many_stages(dense, batches):
-    look = Calibration(dense, batches, None, "cip").look
+    measure = Calibration(dense, batches, None, "cip").measure
     progress = stages.Progress.start(dense.plan, 0)
     rest = stages.Strategy(stages=20), schedule.Floors()
-    plan = stages.search(dense.plan, dense.reference, 0.85, look, *rest, progress)
+    plan = stages.search(dense.plan, dense.reference, 0.85, measure, *rest, progress)
     assert 1 - flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total == pytest.approx(
         0.85, abs=0.01
     )

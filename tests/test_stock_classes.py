@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import comp_cli
-from comp_cli import bench, export
+from comp_cli.cli.output import Output
+from comp_cli.commands import bench, export
+from comp_cli.commands.prune import Options, prune
 from comp_cli.engine import flops
-from comp_cli.output import Output
+from comp_cli.models.dense import open_dense
 from comp_cli.plan import PADDING, Plan
-from comp_cli.prune import Options, prune
-from comp_cli.workbench import open_dense
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}

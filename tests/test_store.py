@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from comp_cli import store
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder, check_output
-from comp_cli.store import find_last, folder_size, read_config, read_tensors_header, sha256
+from comp_cli.files import store
+from comp_cli.files.outputs import atomic_folder, check_output
+from comp_cli.files.store import find_last, folder_size, read_config, read_tensors_header, sha256
 
 ROOT = Path(__file__).parent.parent
 DEAD = 2**22 + 1  # above the largest process id that Linux hands out
@@ -27,7 +27,7 @@ DEAD = 2**22 + 1  # above the largest process id that Linux hands out
 def code_of(call, *args, **options) -> int:
     with pytest.raises(CompError) as caught:
         call(*args, **options)
-    return caught.value.code
+    return caught.value.exit_code
 
 
 def our_folder(folder: Path, content: str = "old") -> Path:
@@ -70,7 +70,7 @@ def test_broken_config(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CompError, match="config.json") as caught:
         read_config(tmp_path)
-    assert caught.value.code == 4
+    assert caught.value.exit_code == 4
 
 
 def test_missing_config(tmp_path):
@@ -102,7 +102,7 @@ def test_broken_tensors_name_the_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CompError, match="model.safetensors") as caught:
             read_tensors_header(path)
-        assert caught.value.code == 4, kind
+        assert caught.value.exit_code == 4, kind
     assert code_of(read_tensors_header, tmp_path / "gone.safetensors") == 4
     assert code_of(read_tensors_header, tmp_path) == 4
 
@@ -172,7 +172,7 @@ def test_outputs_that_exist(tmp_path):
     ours = our_folder(tmp_path / "ours")
     with pytest.raises(CompError) as caught:
         check_output(ours, overwrite=False, source=None)
-    assert caught.value.code == 2 and "--overwrite" in caught.value.hint
+    assert caught.value.exit_code == 2 and "--overwrite" in caught.value.hint
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").touch()
@@ -288,8 +288,8 @@ def test_a_swap_cut_in_the_middle_gives_the_old_back(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from comp_cli.outputs import atomic_folder
-from comp_cli.store import sha256
+from comp_cli.files.outputs import atomic_folder
+from comp_cli.files.store import sha256
 moment, output = sys.argv[1], Path(sys.argv[2])
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 def rename(self, target, rename=Path.rename):
@@ -321,8 +321,8 @@ FULL = """
 import sys, torch
 from pathlib import Path
 from comp_cli.errors import CompError
-from comp_cli.outputs import atomic_folder
-from comp_cli.store import save_tensors
+from comp_cli.files.outputs import atomic_folder
+from comp_cli.files.store import save_tensors
 torch.set_num_threads(1)
 def with_tensors(partial): save_tensors({"a": torch.zeros(1_000_000)}, partial / "model.safetensors")
 def with_text(partial): (partial / "merges.txt").write_text("x" * 1_000_000)
@@ -331,7 +331,7 @@ for write in (with_tensors, with_text):
         with atomic_folder(Path(sys.argv[1]) / "out", overwrite=False) as partial:
             write(partial)
     except CompError as error:
-        print(error.code, error.message)
+        print(error.exit_code, error.message)
 print(list(Path(sys.argv[1]).iterdir()))
 """
 
@@ -359,5 +359,6 @@ def test_save_tensors_makes_slices_contiguous(tmp_path):
 
 
 def test_store_is_imported_without_torch():
-    check = "import sys, comp_cli.store, comp_cli.hub; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    check = "import sys, comp_cli.files.store, comp_cli.checkpoint.hub"
+    check += "; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=60)

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from test_data import DataHandler, opened, read, refused
 
-from comp_cli.cells import BadRow, as_text, read_answers, read_texts, written
-from comp_cli.errors import REFUSED, USAGE
-from comp_cli.output import Output
-from comp_cli.pictures import Hub, read_content
-from comp_cli.rows import Columns, read_row
-from comp_cli.splits import kind_of
-from comp_cli.tables import BROKEN, read_files
+from comp_cli.cli.exit_codes import REFUSED, USAGE
+from comp_cli.cli.output import Output
+from comp_cli.data.cells import BadRow, as_text, read_answers, read_texts, written
+from comp_cli.data.pictures import Hub, read_content
+from comp_cli.data.rows import Columns, read_row
+from comp_cli.data.splits import kind_of
+from comp_cli.data.tables import BROKEN, read_files
 
 COUNT = 24
 PURPOSES = ("calibration", "evaluation")
@@ -413,7 +413,7 @@ def test_mismatches_that_a_task_has_no_use_for_are_counted(folder):
 
     path = table(folder / "mismatches.csv", {"text": ["a"], "match": ["1", "0", "0"]})
     pairs = opened(path, out=(out := Output("quiet")))
-    found = list(pairs.read("calibration", 100, 0, TASKS["retrieval"].takes))
+    found = list(pairs.read("calibration", 100, 0, TASKS["retrieval"].accepts))
     left_out = pairs.counts()["calibration"]["left_out"]["labelled as mismatches"]
     assert f"{left_out} of {left_out + len(found)} pairs are labelled as mismatches and are not used" in out.warnings[0]
 
@@ -424,7 +424,7 @@ def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
 
     path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
     pairs = opened(path, out=Output("quiet"))
-    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].takes))) == 4
+    assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].accepts))) == 4
 
 
 # One image -----------------------------------------------------------------------------------------------------------
@@ -614,16 +614,16 @@ def test_tables_on_the_hub_are_read_as_they_are_written(folder, tmp_path):
     (tmp_path / "repo" / "train.csv").write_text("image,text,answer\n" + rows)
     code = """
 import sys
-from comp_cli.datafiles import open_pairs
+from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
-from comp_cli.output import Output
+from comp_cli.cli.output import Output
 
 pairs = open_pairs("org/table", out=Output("json"))
 print(next(iter(pairs.splits["train"].rows())) | {"image": 0})
 try:
     pairs.read("calibration")
 except CompError as error:
-    print(error.code, error.message)
+    print(error.exit_code, error.message)
 """
     with hub_server.HubServer({"org/table": hub_server.Repo({"main": tmp_path / "repo"})}) as hub:
         hub._server.RequestHandlerClass = type("Handler", (DataHandler,), {"hub": hub})
@@ -639,8 +639,8 @@ NO_SOCKETS = """
 import sys
 asked = []
 sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddrinfo", "socket.sendto") and asked.append(args))
-from comp_cli.datafiles import open_pairs
-from comp_cli.output import Output
+from comp_cli.data.sources import open_pairs
+from comp_cli.cli.output import Output
 for path in sys.argv[1:]:
     print(len(list(open_pairs(path, out=Output("quiet")).read("calibration"))), asked)
 """

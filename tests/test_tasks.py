@@ -5,22 +5,22 @@ import math
 import pytest
 import torch
 
-from comp_cli import tasks
-from comp_cli.rows import Pair
-from comp_cli.tasks import TASKS, Question, text_number
+from comp_cli.data.rows import Pair
+from comp_cli.tasks import TASKS, Ranking, comparison
+from comp_cli.tasks.retrieval import text_number
 
 
 def test_a_question_of_one_right_answer_is_cross_entropy():
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 2, 1, 1, 0])
-    (question,) = TASKS["itm"].questions((logits, logits), labels)
+    (question,) = TASKS["itm"].rankings((logits, logits), labels)
     assert question.loss().item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
     assert TASKS["itm"].metrics([question])["accuracy"] == (logits.argmax(-1) == labels).float().mean().item()
 
 
 def test_several_right_answers_share_the_probability():
     right = torch.tensor([[True, True, False, False]])
-    assert Question(torch.zeros(1, 4), right).loss().item() == pytest.approx(math.log(2))
+    assert Ranking(torch.zeros(1, 4), right).loss().item() == pytest.approx(math.log(2))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def read():
 
 def test_retrieval_asks_both_ways(read):
     task = TASKS["retrieval"]
-    metrics = task.metrics(task.questions(read, torch.arange(4)))
+    metrics = task.metrics(task.rankings(read, torch.arange(4)))
     assert metrics["recall@1"] == metrics["image to text recall@1"] == metrics["text to image recall@1"] == 0.5
     assert metrics["image to text recall@5"] == 1.0
 
@@ -41,10 +41,10 @@ def test_an_image_with_several_texts_is_one_candidate():
     images = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
     texts = torch.tensor([[1.0, 0], [0, 1], [0, 1]])  # the second text of the first image reads like the other image
     task = TASKS["retrieval"]
-    to_text, to_image = task.questions((images, texts, torch.ones(3)), torch.tensor([7, 7, 9]))
+    to_text, to_image = task.rankings((images, texts, torch.ones(3)), torch.tensor([7, 7, 9]))
     assert to_text.logits.shape == (2, 3) and to_image.logits.shape == (3, 2)
     assert to_text.right.tolist() == [[True, True, False], [False, False, True]]
-    assert to_image.hits() == pytest.approx(2 / 3)
+    assert to_image.top_k_accuracy() == pytest.approx(2 / 3)
 
 
 def test_a_text_that_several_images_have_is_right_for_each():
@@ -52,13 +52,13 @@ def test_a_text_that_several_images_have_is_right_for_each():
     task = TASKS["retrieval"]
     pairs = [Pair(None, text, image_id=image) for image, text in ((5, "dog"), (5, "a brown dog"), (6, "dog"), (7, "cat"))]
     labels = task.labels(pairs, {})
-    to_text, to_image = task.questions((torch.eye(4), torch.eye(4), torch.ones(4)), labels)
+    to_text, to_image = task.rankings((torch.eye(4), torch.eye(4), torch.ones(4)), labels)
     assert to_text.right.tolist() == [[True, True, True, False], [True, False, True, False], [False, False, False, True]]
     # "a brown dog" is a text of the first image only
     assert to_image.right.tolist() == [[True, True, False], [True, False, False], [True, True, False], [False, False, True]]
     assert task.shared(labels) == 2 and task.shared(None) == 0
     images = torch.tensor([[1.0, 0], [1, 0], [1, 0.01], [0, 1]])  # nearest to "dog" is the second image, in a miss of old
-    assert task.metrics(task.questions((images, images, torch.ones(4)), labels))["text to image recall@1"] == 1.0
+    assert task.metrics(task.rankings((images, images, torch.ones(4)), labels))["text to image recall@1"] == 1.0
 
 
 @pytest.mark.parametrize("other", ["A dog", " a  dog ", "a\ndog", "caf\u00e9", "cafe\u0301"])
@@ -72,7 +72,7 @@ def test_zero_shot_chooses_among_the_classes_that_occur(read):
     task = TASKS["zero-shot"]
     labels = task.labels([Pair(None, name) for name in ("cat", "dog", "cat", "dog")], {})
     texts = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
-    (question,) = task.questions((images, texts, scale), labels)
+    (question,) = task.rankings((images, texts, scale), labels)
     assert question.logits.shape == (4, 2) and question.logits.argmax(-1).tolist()[:2] == [0, 1]
     assert task.prompt.format("cat") == "a photo of a cat."
 
@@ -80,12 +80,12 @@ def test_zero_shot_chooses_among_the_classes_that_occur(read):
 def test_one_tower_is_asked_for_its_neighbours(read):
     task = TASKS["image-embedding"]
     images = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), dim=-1)
-    assert task.guesses((images,)).tolist() == [1, 0, 3, 2]
-    (question,) = task.questions((images,), task.guesses((images,)))
+    assert task.predictions((images,)).tolist() == [1, 0, 3, 2]
+    (question,) = task.rankings((images,), task.predictions((images,)))
     assert task.metrics([question]) == {"agreement": 1.0}
 
 
 def test_divergence_and_agreement_of_a_model_from_itself(read):
-    questions = TASKS["retrieval"].questions(read, None)
-    assert tasks.divergence(questions, questions).item() == pytest.approx(0, abs=1e-6)
-    assert tasks.agreements(questions, questions) == 1.0
+    questions = TASKS["retrieval"].rankings(read, None)
+    assert comparison.divergence(questions, questions).item() == pytest.approx(0, abs=1e-6)
+    assert comparison.agreements(questions, questions) == 1.0

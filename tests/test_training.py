@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from comp_cli import tasks
-from comp_cli.calibration import Calibration
-from comp_cli.cli import app
-from comp_cli.data import Batch
+from comp_cli.cli.app import app
+from comp_cli.cli.output import Output
+from comp_cli.commands.prune import Options, Training
+from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, scoring
 from comp_cli.engine.fading import fade_at, fading, forget_head_masks
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import CompError
-from comp_cli.output import Output
-from comp_cli.prune import Options, Training
-from comp_cli.search import find
-from comp_cli.training import Trainer, training_batches
-from comp_cli.workbench import ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.search.calibration import Calibration
+from comp_cli.search.run import search
+from comp_cli.search.trainer import Trainer, training_batches
+from comp_cli.tasks import comparison
 
 QUIET = Output("quiet")
 SCENES = ScenePairs(labelled=False)
@@ -109,7 +109,7 @@ def test_batches_go_on_after_what_was_skipped_and_processes_share_them(dense):
 class Few:
     """A set of five pairs."""
 
-    def read(self, purpose, limit=None, seed=0, takes=None):
+    def read(self, purpose, limit=None, seed=0, accepts=None):
         return SCENES.read(purpose, 5, seed)
 
 
@@ -137,10 +137,10 @@ def test_training_brings_accuracy_back(share):
     for steps in (0, 40):
         training = Training(steps=steps, batch_size=16, lr=3e-4, stage_share=share, mixed_precision="no")
         samples = {"num_samples": 32, "stage_samples": 32, "batch_size": 32, "stages": 8}
-        found = find(dense, scenes, Options("demo", 0.7, method="joint", training=training, **samples), None, QUIET)
+        found = search(dense, scenes, Options("demo", 0.7, method="joint", training=training, **samples), None, QUIET)
         left = flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
         assert left == pytest.approx(0.3, abs=0.01)
-        losses.append(tasks.evaluate(found.model, dense.task, pairs).loss)
+        losses.append(comparison.evaluate(found.model, dense.task, pairs).loss)
     assert losses[1] < 0.85 * losses[0]
 
 
@@ -156,10 +156,10 @@ def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
 
     trainer = Trainer(dense, chosen.training, 0.5, read)
     calibration = Calibration(dense, [Batch(taken_inputs(dense), None)], None, "cip")
-    from comp_cli.search import run_stages, stages
+    from comp_cli.search.run import run_stages, stages
 
     progress = stages.Progress.start(dense.plan, 0)
-    run_stages(dense, chosen, partial(trainer.look, calibration), progress, lambda: None, QUIET)
+    run_stages(dense, chosen, partial(trainer.measure, calibration), progress, lambda: None, QUIET)
     assert trainer.done == 10 and trainer.plan == progress.plan
     for kind in ("exp_avg", "exp_avg_sq"):
         assert {n: t.shape for n, t in trainer.moments[kind].items()}.items() <= {
@@ -256,10 +256,10 @@ def test_cit_changes_what_is_learnt_while_heads_fade(dense, uneven_plan, inputs)
     """The ablation reaches the training: where a layer loses heads and tokens, other tokens stay, so other weights come out."""
     training = Training(steps=4, batch_size=4, lr=1e-3, stage_share=1.0)
     calibration = Calibration(dense, [Batch(inputs, None)], None, "cip")
-    calibration.look(dense.plan)
+    calibration.measure(dense.plan)
     states = []
     for cit in (True, False):
         trainer = Trainer(dense, training, 0.5, partial(training_batches, dense, SCENES, training, 0), cit=cit)
-        trainer.look(calibration, uneven_plan)
+        trainer.measure(calibration, uneven_plan)
         states.append(trainer.state)
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -13,9 +13,11 @@ import torch
 from transformers import AutoModel
 
 import comp_cli
-from comp_cli import modeling_comp, upgrade
-from comp_cli.errors import FAILED, REFUSED, USAGE, CompError
-from comp_cli.output import Output
+from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
+from comp_cli.cli.output import Output
+from comp_cli.commands import upgrade
+from comp_cli.errors import CompError
+from comp_cli.runtime import modeling_comp
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # two folders, and what each said when it was written
 TODAY = Path(modeling_comp.__file__).read_bytes()
@@ -124,7 +126,7 @@ def test_an_upgrade_that_fails_leaves_the_folder_as_it_was(old, monkeypatch, mom
     with pytest.raises(CompError, match="It is as it was") as failed:
         upgrade.upgrade(folder, Output("quiet"))
     monkeypatch.undo()
-    assert failed.value.code == FAILED and contents(folder) == before
+    assert failed.value.exit_code == FAILED and contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["old"]
 
 
@@ -163,7 +165,7 @@ def test_other_folders_are_refused_and_stay_as_they_are(old, damage, said):
     before = contents(folder)
     with pytest.raises(CompError, match=said) as refused:
         upgrade.upgrade(folder, Output("quiet"))
-    assert refused.value.code == REFUSED and contents(folder) == before
+    assert refused.value.exit_code == REFUSED and contents(folder) == before
 
 
 def test_an_old_folder_with_the_shapes_of_the_dense_model_is_named(old):
@@ -183,5 +185,5 @@ def test_a_folder_that_somebody_stands_in_is_not_swapped_away(old, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(CompError, match="the current folder lies in it") as refused:
         upgrade.upgrade(Path("."), Output("quiet"))
-    assert refused.value.code == USAGE and "comp upgrade " in refused.value.hint
+    assert refused.value.exit_code == USAGE and "comp upgrade " in refused.value.hint
     assert contents(folder) == before and Path.cwd() == folder.resolve()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comp_cli.modeling_comp import TESTED
+from comp_cli.runtime.modeling_comp import TESTED
 
 ROOT = Path(__file__).parent.parent
 SETS = ("constraints.txt", "constraints-newest.txt")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..modeling_comp import TOKEN_RULES, CompactAttention
 from ..plan import Plan
+from ..runtime.modeling_comp import TOKEN_RULES, CompactAttention
 from . import importance, scoring
 
 TOP = 0.3  # (a): share of a sample's tokens that count as top tokens
@@ -122,7 +122,7 @@ def diagnose(
     chances: dict[scoring.Key, list[Tensor]] = {}
     energies: dict[scoring.Key, Tensor] = {}
     model.eval()
-    with torch.inference_mode(), scoring.recording(model, family, plan) as recorder, influences(model, family) as heard:
+    with torch.inference_mode(), scoring.recording(model, family, plan) as recorder, influences(model, family) as captured:
         for batch in batches:
             model(**batch)
             for key, activations in recorder.inputs.items():
@@ -139,7 +139,7 @@ def diagnose(
                     energies[key] = energies.get(key, 0) + importance.energy(activations, valid)
             advance()
     summaries = {}
-    for (tower, index), (changed, correlation) in heard.items():
+    for (tower, index), (changed, correlation) in captured.items():
         key = (tower, index, "attention")
         channels = importance.channel_importance(scoring.output_weight(model, family, key), energies[key])
         heads = importance.head_importance(channels, plan.tower(tower).layers[index].attention.head_dim)
@@ -164,7 +164,7 @@ def summarise(heads: Tensor, changed: Tensor, correlation: Tensor) -> Influence:
 @contextmanager
 def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]]:
     """While the context is open, gather `head_influence` of every layer with more than one head, batch by batch."""
-    heard: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
+    captured: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
 
     def hear(key: tuple[str, int]) -> Callable:
         def hook(module: CompactAttention, args, kwargs, output) -> None:
@@ -172,7 +172,7 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
             options = {"rows": module.score_rows, "skip_first": module.skip_first, "rule": module.score_rule}
             options["attention_mask"] = module.complete(kwargs["attention_mask"], args[0])
             found = head_influence(query, key_states, module.scale, **options)
-            for rows, new in zip(heard.setdefault(key, ([], [])), found, strict=True):
+            for rows, new in zip(captured.setdefault(key, ([], [])), found, strict=True):
                 rows.append(new)
 
         return hook
@@ -184,7 +184,7 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
             if attention.num_heads > 1:
                 hooks.append(attention.register_forward_hook(hear((tower.name, index)), with_kwargs=True))
     try:
-        yield heard
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()

@@ -25,7 +25,7 @@ class Method:
     stage.
     """
 
-    about: str
+    description: str
     params: str = "cip"
     tokens: str | None = None
     phases: tuple[str, ...] | None = None

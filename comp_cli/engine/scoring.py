@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family, Tower
-from ..modeling_comp import CompactAttention, kept_tokens
 from ..plan import Plan
+from ..runtime.modeling_comp import CompactAttention, kept_tokens
 from . import importance
 
 Key = tuple[str, int, str]  # tower, layer, "attention" | "cross" | "ffn"

@@ -8,7 +8,7 @@ remembered fades with the time since (HI).
 The paper trains between stages, so that a bad stage heals. Without training it does not, so here a mode is looked at before
 it is taken: its cost is measured anew, and it is taken if no other mode is remembered as cheaper; else that one is looked
 at. Exploration only looks, and a mode that was not looked at for so long that its memory has no weight left is looked at
-again. (`look_first` off is the paper's rule: what is chosen is taken.)
+again. (`measure_first` off is the paper's rule: what is chosen is taken.)
 """
 
 import math
@@ -36,7 +36,7 @@ class Strategy:
     temperature: float = 5.0  # tau
     history: float = 0.4  # lambda_0
     horizon: int = 5  # I_max
-    look_first: bool = True
+    measure_first: bool = True
     mode_share: float = 0.1  # a stage takes no more than this share of what its mode had: small modes take small steps
     modes: tuple[str, ...] = MODES
 
@@ -47,7 +47,7 @@ class Stage:
 
     stage: int
     mode: str
-    why: str  # "first visit", "forgotten", "lowest cost", "exploration"; with `look_first` also what was looked at before
+    why: str  # "first visit", "forgotten", "lowest cost", "exploration"; with `measure_first` also what was looked at before
     threshold: float  # that the modes were raised to: a quantile of parameters, or a score of tokens, relative to uniform
     ratio: float
     flops: int
@@ -72,7 +72,7 @@ class Memory:
     def known(self, mode: str, stage: int, strategy: Strategy) -> float | None:
         """The remembered cost; None where there is none. Where looking is free of consequences a memory whose weight has
         faded to nothing counts as none: the model has changed under it."""
-        faded = strategy.look_first and self.idle(mode, stage) > strategy.horizon
+        faded = strategy.measure_first and self.idle(mode, stage) > strategy.horizon
         return None if faded else self.cost.get(mode)
 
     def remember(self, mode: str, stage: int, cost: float, strategy: Strategy) -> float:
@@ -137,7 +137,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Measurement:
     """What running a plan over the calibration pairs shows: the scores of what is left, the loss, and the metric of Stage."""
 
     scores: Scores
@@ -145,14 +145,14 @@ class Sight:
     metric: float
 
 
-Look = Callable[[Plan], Sight]
+Measure = Callable[[Plan], Measurement]
 
 
 def search(
     dense: Plan,
     ref: flops.Reference,
     ratio: float,
-    look: Look,
+    measure: Measure,
     strategy: Strategy,
     floors: Floors,
     progress: Progress,
@@ -160,14 +160,14 @@ def search(
 ) -> Plan:
     """Prune stage by stage until the FLOPs ratio is reached, from wherever `progress` is; it is kept up to date.
 
-    `look` runs a plan over the calibration pairs. `tell` hears of every stage when `progress` holds it. Deterministic for a
+    `measure` runs a plan over the calibration pairs. `tell` hears of every stage when `progress` holds it. Deterministic for a
     seed of `progress`.
     """
     counted = flops.count(dense, ref)
     shares, total = mode_shares(counted, ref.whole), counted.total
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
     memory = progress.memory
-    sight = look(progress.plan)
+    measured = measure(progress.plan)
     while (before := flops.count(progress.plan, ref).total) > target:
         stage = len(progress.stages) + 1
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
@@ -184,20 +184,20 @@ def search(
                 break
             mode, why = choose(memory, stage, unseen, shares, strategy, progress.rng)
             step = min(quantum, strategy.mode_share * shares[mode])
-            plan, threshold = prune_to(progress.plan, sight.scores, ref, (mode,), max(target, before - step), floors)
+            plan, threshold = prune_to(progress.plan, measured.scores, ref, (mode,), max(target, before - step), floors)
             removed = before - flops.count(plan, ref).total
             too_far = before - removed < target - TOLERANCE * total
             if too_far or removed < min(step / 4, before - target):
                 memory.exhausted.add(mode)
                 continue
-            found = look(plan)
-            cost = (found.loss - sight.loss) / (removed / total)
+            found = measure(plan)
+            cost = (found.loss - measured.loss) / (removed / total)
             average = memory.remember(mode, stage, cost, strategy)
             seen[mode] = Candidate(mode, why, plan, threshold, found, before - removed, cost, average)
-            if not strategy.look_first:
+            if not strategy.measure_first:
                 cheapest = seen[mode]
                 break
-        progress.plan, sight = cheapest.plan, cheapest.sight
+        progress.plan, measured = cheapest.plan, cheapest.measured
         others = [mode for mode in seen if mode != cheapest.mode]
         why = cheapest.why + (f", after a look at {', '.join(others)}" if others else "")
         progress.stages.append(cheapest.as_stage(stage, why, total))
@@ -205,11 +205,11 @@ def search(
     return progress.plan
 
 
-def march(
+def prune_in_phases(
     dense: Plan,
     ref: flops.Reference,
     ratio: float,
-    look: Look,
+    measure: Measure,
     phases: Sequence[str],
     each: int,
     floors: Floors,
@@ -228,14 +228,14 @@ def march(
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
         for part in range(1, each + 1)
     ]
-    sight = look(progress.plan)
+    measured = measure(progress.plan)
     for kind, target in steps[len(progress.stages) :]:
         before = flops.count(progress.plan, ref).total
         together = [mode for mode in KINDS[kind] if mode in modes]
-        plan, threshold = prune_to(progress.plan, sight.scores, ref, together, target, floors)
-        found, now = look(plan), flops.count(plan, ref).total
-        cost = (found.loss - sight.loss) / (max(before - now, 1) / total)
-        progress.plan, sight = plan, found
+        plan, threshold = prune_to(progress.plan, measured.scores, ref, together, target, floors)
+        found, now = measure(plan), flops.count(plan, ref).total
+        cost = (found.loss - measured.loss) / (max(before - now, 1) / total)
+        progress.plan, measured = plan, found
         taken = Candidate(kind, f"phase of {kind}", plan, threshold, found, now, cost, cost)
         progress.stages.append(taken.as_stage(len(progress.stages) + 1, taken.why, total))
         tell(progress.stages[-1])
@@ -253,14 +253,14 @@ class Candidate:
     why: str
     plan: Plan
     threshold: float
-    sight: Sight
+    measured: Measurement
     flops: int
     cost: float
     remembered: float
 
     def as_stage(self, number: int, why: str, total: int) -> Stage:
         """Its line in the journal. `total`: FLOPs of the dense model."""
-        ratio, seen = 1 - self.flops / total, self.sight
+        ratio, seen = 1 - self.flops / total, self.measured
         rest = (ratio, self.flops, seen.loss, seen.metric, self.cost, self.remembered)
         return Stage(number, self.mode, why, self.threshold, *rest)
 

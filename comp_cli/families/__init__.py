@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from typing import Any
 
-from ..errors import REFUSED, USAGE, CompError
+from ..errors import RefusedError, UsageError
 from .base import Attention, Decoder, Dual, Family, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_CONTRASTIVE, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
@@ -40,34 +40,34 @@ def supported() -> list[str]:
 
 
 def compact_block(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The block `comp` of a config.json; None for a dense model. Exit 4 where it is none."""
+    """The block `comp` of a config.json; None for a dense model. Raises RefusedError where it is none."""
     if "comp" not in config:
         return None
     if not isinstance(config["comp"], dict):
         said = f"config.json: comp is {type(config['comp']).__name__}, expected what comp prune writes there."
-        raise CompError(said, code=REFUSED, hint="Without that key the model is a dense one.")
+        raise RefusedError(said, hint="Without that key the model is a dense one.")
     return config["comp"]
 
 
 def find_family(config: dict[str, Any], wanted: str | None = None) -> tuple[Family, str, str]:
     """Family, architecture and task of a config.json: of the wanted task, that of a compact model, or the usual one.
 
-    Exit 4 for an architecture that comp does not know or a task that a compact model cannot be for, 2 for a wanted one.
-    """
+    Raises RefusedError for an architecture that comp does not know or a task that a compact model cannot be for, UsageError for
+    a wanted one."""
     architecture = find_architecture(config)
     families = {task: family for family in FAMILIES.values() for task in family.architectures.get(architecture, ())}
     made_for = (compact_block(config) or {}).get("task")
     if made_for is not None and (not isinstance(made_for, str) or made_for not in families):
         said = f"config.json: comp.task is {made_for!r}; a {architecture} is for {', '.join(families)}."
-        raise CompError(said, code=REFUSED)
+        raise RefusedError(said)
     task = wanted or made_for or next(iter(families))
     if task not in families:
-        raise CompError(f"--task {task}: this model is for {', '.join(families)}.", code=USAGE)
+        raise UsageError(f"--task {task}: this model is for {', '.join(families)}.")
     return families[task], architecture, task
 
 
 def find_architecture(config: dict[str, Any]) -> str:
-    """The transformers class that a config.json names. Exit 4 for one that comp does not know."""
+    """The transformers class that a config.json names. Raises RefusedError for one that comp does not know."""
     named = config.get("architectures")
     named = [str(name) for name in named] if isinstance(named, list) else []
     known = supported()
@@ -79,12 +79,12 @@ def find_architecture(config: dict[str, Any]) -> str:
     alike = same_kind(kind)
     if "pretrained_cfg" in config:
         said = f"a timm model ({config.get('architecture')}), which has no texts and no class of transformers."
-        raise CompError(f"config.json is that of {said}", code=REFUSED, hint=f"Supported: {', '.join(known)}.")
+        raise RefusedError(f"config.json is that of {said}", hint=f"Supported: {', '.join(known)}.")
     if not named:
         fits = f'Add "architectures": ["{alike[0]}"] to it' if alike else "Add the class of the model to it"
         others = f", or what the model is of {', '.join(alike[1:])}" if alike[1:] else ""
         said = f"config.json names no architectures (model_type {kind!r}), so what the model is for is not known."
-        raise CompError(said, code=REFUSED, hint=f"{fits}{others}.")
+        raise RefusedError(said, hint=f"{fits}{others}.")
     spelled = {name.lower(): name for name in known}
 
     def near(cutoff: float) -> list[str]:
@@ -92,9 +92,8 @@ def find_architecture(config: dict[str, Any]) -> str:
 
     meant = near(0.92) or alike or near(0.4)  # a slip of spelling, a model of the same kind, a distant likeness
     nearest = f" The nearest is {meant[0]}." if meant else ""
-    raise CompError(
+    raise RefusedError(
         f"comp does not know the architecture {named[0]} (model_type {kind!r}).",
-        code=REFUSED,
         hint=f"Supported: {', '.join(known)}.{nearest}",
     )
 

@@ -1,0 +1,279 @@
+"""From what the user typed to a local folder with a checkpoint: the demo, a folder, or a model on the hub."""
+
+import difflib
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cli.output import Output
+from ..errors import CompError, RefusedError, UsageError
+from ..files.outputs import check_room
+from ..files.store import read_json
+from .verify import check_downloads
+from .vetting import shown
+from .weights import check_checkpoint, pick_weights, pickled, safe
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+KNOWN_IDS = (
+    "Salesforce/blip-itm-base-coco",
+    "Salesforce/blip-itm-base-flickr",
+    "Salesforce/blip-itm-large-coco",
+    "Salesforce/blip-itm-large-flickr",
+    "Salesforce/blip-vqa-base",
+    "Salesforce/blip-image-captioning-base",
+    "openai/clip-vit-base-patch32",
+    "openai/clip-vit-base-patch16",
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14-336",
+    "google/siglip-base-patch16-224",
+)
+ALIASES = {
+    "Salesforce/blip-itm-base": "Salesforce/blip-itm-base-coco",
+    "Salesforce/blip-itm-large": "Salesforce/blip-itm-large-coco",
+    "blip-itm-base": "Salesforce/blip-itm-base-coco",
+    "blip-itm-large": "Salesforce/blip-itm-large-coco",
+} | {known.split("/")[1]: known for known in KNOWN_IDS}
+
+# Beside the weights: configs and indices, tokenizers, templates, own code (run only with --trust-remote-code), licence.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
+# What the client raises where an answer is JSON, but not that of the hub.
+NOT_THE_HUB = (ValueError, TypeError, KeyError, AttributeError, AssertionError, IndexError, RuntimeError)
+NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
+
+
+NEAR = 2  # folders up from an output to what it shares with a dense model's folder
+
+
+class NotThere(CompError):
+    """The hub does not answer, and the cache has no such repository."""
+
+
+class NotFound(RefusedError, NotThere):
+    """The hub has no such repository, or not for this user."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder, what to call it in reports (hub id, folder name or "demo"), and a hub model's commit."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    kind: Literal["demo", "folder", "hub"]
+
+    @property
+    def address(self) -> str:
+        """What to type to get the same model again, from any folder."""
+        return {"demo": "demo", "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
+
+    def address_from(self, output: Path) -> str | None:
+        """The same for what is written into `output`, and may go to other machines: of a folder the way to it from there, and
+        None where it is far away."""
+        if self.kind != "folder":
+            return self.address
+        try:
+            way = Path(os.path.relpath(self.folder.resolve(), output.resolve()))
+        except ValueError:  # on another drive
+            return None
+        return way.as_posix() if way.parts.count("..") <= NEAR else None
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    allow_pickle: bool = False,
+    accepts: Callable[[dict], object] = lambda config: None,
+    out: Output,
+) -> Source:
+    """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
+
+    `accepts` gets config.json before weights are downloaded, and raises what speaks against it.
+
+    An existing folder wins over a hub id. Raises UsageError for a name that can be neither, RefusedError for a checkpoint that
+    is refused (not found, gated, no such revision, broken, or pickled without `allow_pickle`), CompError where the hub cannot
+    be reached."""
+    if "\0" in model:
+        said = f"MODEL is {shown(model)}: no name holds a NUL."
+        raise UsageError(said, hint="MODEL is demo, a folder, or a hub id.")
+    typed = os.path.expanduser(model)
+    local = model == "demo" or os.path.isdir(typed)
+    if local and revision is not None:
+        raise UsageError(f"--revision {revision} needs a hub model; {model} is a folder.")
+    if model == "demo":
+        if not DEMO.is_dir():
+            raise CompError(f"The demo model is missing: no folder {DEMO}.", hint="Install comp again, from its wheel.")
+        source = Source(DEMO, "demo", None, "demo")
+    elif local:
+        folder = Path(typed).resolve()
+        source = Source(folder, folder.name, None, "folder")
+    else:
+        name, revision = _read_hub_name(model, revision)
+        options = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle, "accepts": accepts, "out": out}
+        name, folder = download_known(name, **options)
+        source = Source(folder, name, folder.name, "hub")
+    check_checkpoint(source.folder, allow_pickle=allow_pickle)
+    return source
+
+
+def download_known(name: str, out: Output, **options: Any) -> tuple[str, Path]:
+    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it."""
+    real = ALIASES.get(name)
+    if real is None:
+        return name, download(name, out=out, **options)
+    if "/" in name:
+        try:
+            return name, download(name, out=out, **options)
+        except NotThere:
+            pass
+    out.say(f"{name}: taking {real}, its id on the hub.")
+    return real, download(real, out=out, **options)
+
+
+def download(
+    model: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None,
+    allow_pickle: bool,
+    accepts: Callable[[dict], object] = lambda config: None,
+    out: Output,
+) -> Path:
+    """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
+
+    Small files come first; with them huggingface_hub caches the list of all files, which says what the weights are.
+    """
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not out.show_progress:
+        disable_progress_bars()
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
+    known = set(os.listdir(blobs)) if os.path.isdir(blobs) else set()
+    try:
+        folder = _snapshot(model, revision, cache_dir, list(SMALL_FILES))
+        sizes, announced = _listing(model, folder, cache_dir)
+        names = list(sizes)
+        if not names:  # another program filled this cache: all there is lies here
+            names = os.listdir(folder)
+            if not (safe(names) or pickled(names)):
+                raise errors.LocalEntryNotFoundError("no weights in the cache")
+        weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
+        small = [name for name in os.listdir(folder) if name not in weights]
+        check_downloads(folder, small, announced, known, model)
+        accepts(read_json(folder / "config.json"))
+        room = sum(sizes.get(name, 0) for name in weights if not (folder / name).exists())
+        check_room(folder, room, f"downloading {model} (--cache-dir names another folder)")
+        _snapshot(model, folder.name, cache_dir, weights)
+        check_downloads(folder, weights, announced, known, model)
+    except (errors.HTTPError, errors.XetDownloadError, OSError, *NOT_THE_HUB) as error:
+        raise explain(error, model, revision) from error
+    return folder
+
+
+def _snapshot(model: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
+    return Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
+
+
+def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[dict[str, int], dict[str, tuple[str, int]]]:
+    """Bytes of a repository's files by name, empty where they are not known; and SHA-256 and bytes of the large ones."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        files = get_cached_repo_tree(model, cache_dir=cache_dir, revision=folder.name)
+    except errors.CachedRepoTreeNotFoundError:
+        return {}, {}
+    sizes = {file.path: file.size if isinstance(file.size, int) else 0 for file in files}  # a hub may say anything
+    return sizes, {file.path: (file.lfs.sha256, file.lfs.size) for file in files if file.lfs}
+
+
+def suggest(model: str) -> list[str]:
+    """Up to three known ids that read like `model`, the nearest first."""
+    spellings = {known: known for known in KNOWN_IDS} | ALIASES
+    near = difflib.get_close_matches(model, spellings, n=6, cutoff=0.6)
+    return list(dict.fromkeys(spellings[name] for name in near))[:3]
+
+
+def explain(error: Exception, model: str, revision: str | None) -> CompError:
+    """What huggingface_hub raised, as a sentence: RefusedError, UsageError for what is no name, CompError for the rest."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # the cache was the second try; the first one says why
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{model}"
+            message = f"{model} is gated: its owner has not let you in, or there is no token."
+            return RefusedError(message, hint=f"Ask for access at {page}, then set HF_TOKEN.")
+        case errors.RepositoryNotFoundError():
+            near = suggest(model)
+            hint = f"Did you mean {' or '.join(near)}? " if near else ""
+            message = f"{model} is neither a folder here nor a model on the hub that you may see."
+            return NotFound(message, hint=hint + "For a private model set HF_TOKEN.")
+        case errors.RevisionNotFoundError():
+            hint = f"See the branches, tags and commits at {constants.ENDPOINT}/{model}/tree/main."
+            return RefusedError(f"{model} has no revision {revision}.", hint=hint)
+        case errors.HFValidationError():
+            hint = "MODEL is demo, a folder, or a hub id such as Salesforce/blip-itm-base-coco."
+            return UsageError(f"{model} is neither a folder here nor a hub id.", hint=hint)
+        case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
+            message = f"The hub refuses {model} (status {response.status_code})."
+            return RefusedError(message, hint="Check that HF_TOKEN is valid and may read this model.")
+        case errors.HfHubHTTPError(response=response):
+            message = f"The hub failed on {model} (status {response.status_code})."
+            return CompError(message, hint="Try again later, or give a local folder.")
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            message = f"{model} is not in the cache, or not all of it, and the hub is off limits (HF_HUB_OFFLINE)."
+            return NotThere(message, hint="Run once without HF_HUB_OFFLINE, or give a local folder.")
+        case errors.HTTPError() | errors.XetDownloadError():
+            message = f"Cannot reach the hub for {model} at {constants.ENDPOINT} ({type(error).__name__}: {error})."
+            return NotThere(message, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
+        case _ if isinstance(error, NOT_THE_HUB):
+            said = f"{type(error).__name__}: {error}"
+            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({said})."
+            hint = "Check HF_ENDPOINT, and whether a login page is in the way."
+            agents = getattr(constants, "AGENT_HARNESSES_PATH", "")
+            if isinstance(error, AttributeError) and os.path.exists(agents):  # an old answer that the client keeps
+                hint += f" If it stays so, remove {agents}."
+            return CompError(message, hint=hint)
+        case OSError(errno=errno.ENOSPC):
+            message = f"Cannot store {model}: the disk of the cache is full."
+            return CompError(message, hint="Free some space, or name another disk with --cache-dir.")
+    return CompError(f"Cannot fetch {model}: {error}")
+
+
+def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Hub id and revision of what was typed; exit 2 where it can only be a path, or is no model's address."""
+    if model.startswith(("hf://", "https://", "http://")):
+        return _read_uri(model, revision)
+    if not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
+        found = "is a file, not a folder" if os.path.isfile(os.path.expanduser(model)) else "does not exist"
+        hint = "MODEL is demo, a folder with a checkpoint, or a hub id such as Salesforce/blip-itm-base-coco."
+        raise UsageError(f"The folder {model!r} {found}.", hint=hint)
+    return model, revision
+
+
+def _read_uri(uri: str, revision: str | None) -> tuple[str, str | None]:
+    from huggingface_hub import parse_hf_uri
+    from huggingface_hub.errors import HfUriError, HFValidationError
+
+    hint = "Write hf://org/name or hf://org/name@revision."
+    try:
+        parsed = parse_hf_uri(uri)
+    except (HfUriError, HFValidationError) as error:
+        reason = getattr(error, "msg", error)
+        raise UsageError(f"{uri} is not the address of a model: {reason}", hint=hint) from error
+    if parsed.type != "model" or parsed.path_in_repo:
+        raise UsageError(f"{uri} is not the address of a model.", hint=hint)
+    if parsed.revision and revision:
+        raise UsageError(f"{uri} names a revision already: leave out --revision {revision}.")
+    return parsed.id, parsed.revision or revision

@@ -1,0 +1,105 @@
+"""A compact checkpoint on disk: what `comp prune` writes, and the proof that it loads."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from .. import __version__
+from ..data.batches import Batch
+from ..engine.slicing import padded
+from ..errors import CompError
+from ..files.store import save_tensors, sha256
+from ..models.dense import Dense
+from ..plan import Plan
+from ..report.cards import model_card
+from ..runtime import modeling_comp
+from .loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
+from .precision import of_the_whole
+
+
+def write_checkpoint(
+    folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
+    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
+    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts, runtime=runtime())
+    state = untied_state_dict(compact)
+    whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
+    config = dense.config | {"comp": block, "auto_map": auto_map(dense.architecture), "dtype": whole}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
+    save_tensors(tensors, folder / "model.safetensors")
+    shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
+    with quiet_libraries():
+        # Afresh: a used tokenizer remembers how it cut texts.
+        save_processor(load_processor(dense.source.folder, dense.family.inputs), folder)
+    about = {"longest": dense.reference.tokens.get("language", 0), "alone": hasattr(compact, "logit_bias")}
+    card = model_card(document, dense.family, dense.task, dense.source.folder, **about)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
+    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices."""
+    whole = {"schema_version": 1} | document | {"files": file_facts(folder), "plan": plan.to_json()}
+    (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
+
+
+def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a folder: {"config.json": {"bytes": 4175, "sha256": "..."}}."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
+def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """The written folder must load, hold exactly the weights in memory (which are rounded already), and say what they say."""
+    written = load_model(folder, family=dense.family)
+    for name, tensor in written.state_dict().items():
+        expected = compact.state_dict()[name].cpu()
+        if not torch.equal(tensor.to(expected.dtype), expected):
+            raise _differs(f"weight {name} differs")
+    weight = next(compact.parameters())
+    again = written.to(weight.device, weight.dtype)
+    inputs = Batch(inputs, None).to(weight.device, weight.dtype).inputs
+    with torch.inference_mode():
+        reads = (dense.task.forward(model, inputs) for model in (compact, again))
+        expected, found = map(dense.task.features, reads)
+    if not torch.allclose(expected, found, atol=1e-5):
+        raise _differs(f"the features behind its decisions differ by {(expected - found).abs().max():.2e}")
+
+
+def _differs(how: str) -> CompError:
+    hint = "Nothing was kept. Please report this with the command and the model."
+    return CompError(f"the written model is not the one in memory: {how}.", hint=hint)
+
+
+def told_apart(dense: Dense, model: nn.Module, plan: Plan) -> nn.Module:
+    """The compact model with the channels of zeros of its plan, if it has any."""
+    if not any(layer.padding for tower in plan.towers for layer in tower.layers):
+        return model
+    return dense.build(plan, padded(untied_state_dict(model), dense.family, plan))
+
+
+def runtime() -> dict[str, Any]:
+    """Of the file modeling_comp.py that is shipped: whose it is, and the releases of transformers that it was tested with."""
+    return {"comp_version": __version__, "transformers": list(modeling_comp.TESTED)}
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """Which class answers for which of transformers' Auto classes: all of those that know the stock class, and AutoModel."""
+    stock = getattr(transformers, architecture)
+    known = {"AutoModel"}
+    for name in dir(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        found = mapping.get(stock.config_class, None) if name.startswith("AutoModel") and mapping is not None else None
+        if stock in (found if isinstance(found, tuple | list) else (found,)):
+            known.add(name)
+    compact = f"{Path(modeling_comp.__file__).stem}.Compact{architecture}"
+    return dict.fromkeys(sorted(known), compact)

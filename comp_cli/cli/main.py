@@ -1,0 +1,20 @@
+"""Where a process begins: signals and streams first, so that also an early end is an orderly one."""
+
+import os
+
+from . import signals, streams
+
+
+def run() -> None:
+    """The console script."""
+    signals.install()
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # Python started from here takes no code from the current folder
+    try:
+        has_stdout = streams.settle()
+        from .app import run_command
+    except signals.Interrupted as end:
+        from .app import end_early
+
+        end_early(end)
+    else:
+        run_command(has_stdout)

@@ -1,0 +1,174 @@
+"""The one sink: results go to stdout, everything else to stderr. Modes are human, json and quiet."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import CompError
+
+SCHEMA_VERSION = 1
+MODES = ("human", "json", "quiet")
+LINE_SECONDS = 15  # at least between two lines of progress where stderr is no terminal
+
+
+class Unprintable(CompError):
+    """stdout does not take the result: it is full, or its reader is gone."""
+
+
+class Output:
+    """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path; with
+    "mute" nothing goes anywhere (all processes but the first)."""
+
+    spoke = False  # whether a document was printed for the command that runs
+    command = "comp"  # the command line that runs
+
+    def __init__(self, mode: str = "human", progress: bool = True):
+        self.mode = mode
+        self.console = Console(stderr=True, highlight=False)
+        self.results = sys.stdout  # while a command works, what others print goes to stderr
+        self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
+        self.show_progress = progress and mode == "human"
+        self.warnings: list[str] = []
+
+    def say(self, message: str) -> None:
+        """A line about what is being done."""
+        if self.mode == "human":
+            self.console.print(printable(message), markup=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """Something the user should know; part of the JSON document as well."""
+        self.warnings.append(message)
+        if self.mode in ("human", "json"):
+            self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator["Bar"]:
+        """A bar with the time left; now and then a plain line where stderr is no terminal."""
+        if not (self.show_progress and self.console.is_terminal):
+            self.say(f"{title} ...")
+            yield Lines(self.say, title, total) if self.show_progress else Bar()
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield TerminalBar(progress, progress.add_task(printable(title), total=total))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table for people, on stdout; the first column is text, the others are numbers."""
+        if self.mode != "human":
+            return
+        table = Table(title=escape(printable(title)), title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(printable(str(cell))) for cell in row))
+        self._print(table)
+
+    def line(self, message: str) -> None:
+        """A line of the result for people."""
+        if self.mode == "human":
+            self._print(printable(message), markup=False, soft_wrap=True)
+
+    def result(self, document: dict[str, Any], path: str | None = None) -> None:
+        """The end of a command: the JSON document, or in quiet mode the path that was written."""
+        if self.mode == "json":
+            self._document(document)
+        elif self.mode == "quiet" and path:
+            self._write(os.fsdecode(path) + "\n", exactly=True)
+
+    def _document(self, content: dict[str, Any]) -> None:
+        Output.spoke = True
+        self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
+
+    def _print(self, what: Any, **style: bool) -> None:
+        with self.stdout.capture() as captured:
+            self.stdout.print(what, **style)
+        self._write(captured.get())
+
+    def _write(self, text: str, exactly: bool = False) -> None:
+        """Raises CompError where stdout fails. `exactly`: as the bytes of the file system, whatever the encoding of the
+        terminal."""
+        try:
+            if exactly:
+                self.results.flush()
+                self.results.buffer.write(os.fsencode(text))
+            else:
+                self.results.write(text)
+            self.results.flush()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            hint = "What the command wrote to disk is complete; only the words about it are lost."
+            raise Unprintable(f"the result cannot be written to stdout: {why}.", hint=hint) from error
+
+    def error(self, error: CompError, say: bool = True) -> None:
+        """One sentence, and what to do next. In JSON mode the document says the same, beside the report if there is one."""
+        if self.mode == "json":
+            told = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            with suppress(Unprintable):  # it is said on stderr
+                self._document(error.document | {"error": told})
+        if not say or self.mode == "mute":
+            return
+        self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)
+        if error.hint:
+            self.console.print(f"[dim]{escape(printable(error.hint))}[/]", soft_wrap=True)
+
+
+class Bar:
+    """How far a piece of work has come; this one is not shown."""
+
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        """So many steps are done; `title` says what the last one reached."""
+
+
+class TerminalBar(Bar):
+    """A moving bar."""
+
+    def __init__(self, progress: Progress, task):
+        self._progress, self._task = progress, task
+
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        self._progress.update(self._task, advance=by, description=printable(title) if title else None)
+
+
+class Lines(Bar):
+    """For logs: a plain line after a step, if the last one is LINE_SECONDS ago. The time left is what the steps after the
+    first call took, so that neither the start nor the steps of a run that is resumed count."""
+
+    def __init__(self, say: Callable[[str], None], title: str, total: int, clock: Callable[[], float] = time.monotonic):
+        self._say, self._title, self._total, self._clock = say, title, total, clock
+        self._done, self._said = 0, clock()
+        self._first: tuple[float, int] | None = None  # when the first call came, and what was done then
+
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        now, self._done = self._clock(), self._done + by
+        self._first = self._first or (now, self._done)
+        if now - self._said < LINE_SECONDS or self._done >= self._total:
+            return
+        self._said = now
+        said = [f"{self._title}: {self._done}/{self._total}"] + ([title] if title else [])
+        begun, before = self._first
+        if self._done > before:
+            left = (now - begun) / (self._done - before) * (self._total - self._done)
+            said.append(f"about {duration(left)} left")
+        self._say(", ".join(said))
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `1 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def printable(text: str) -> str:
+    """The text without terminal control characters: names from files and the hub are printed as they are spelled."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

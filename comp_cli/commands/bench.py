@@ -1,0 +1,275 @@
+"""`comp bench`: the dense and the compact model side by side, in one run, interleaved.
+
+Dense means what a user would otherwise run: the stock transformers model in torch, and its plain ONNX export. A third side,
+"own_dense", is the dense model on comp's kernels: dense over own dense is what the kernels bring, own dense over compact
+what pruning brings.
+"""
+
+import re
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__, tasks
+from ..checkpoint import hub
+from ..checkpoint.loading import load_model, load_processor, pick_device
+from ..cli.output import Output
+from ..data.batches import random_inputs
+from ..engine import flops
+from ..errors import GateError, RefusedError, UsageError
+from ..families import Family, find_architecture, find_family, tower_config
+from ..files.outputs import check_room
+from ..files.store import folder_size, read_config
+from ..measure import gates, timing, variants
+from ..measure.gates import Gates
+from ..measure.memory import peak_memory
+from ..measure.variants import SIDES
+from ..models.dense import longest_text
+from ..onnx import providers
+from ..onnx.graphs import write_graph
+from ..report import benchmark as bench_report
+from .environment import processor_name
+
+BACKENDS = ("torch", "onnx", "compile")
+Key = tuple[str, str]  # (backend, side)
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "auto"
+    backends: tuple[str, ...] = BACKENDS[:2]
+    batches: tuple[int, ...] = (1, 8)
+    iterations: int = 10
+    duration: float = 5.0
+    threads: int = 0
+    text_tokens: int = flops.TEXT_TOKENS
+    seed: int = 0  # of the inputs and of the bootstrap
+    gates: Gates = Gates()
+    plot: Path | None = None
+
+
+def parse_backends(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise UsageError(f"--backend {text}: expected some of {', '.join(BACKENDS)}, with commas.")
+    return names
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
+        raise UsageError(f"--batch {text}: expected numbers from 1 to 100000, with commas, such as 1,8.")
+    return sizes
+
+
+def bench(folder: Path, baseline: str | None, options: Options, out: Output, **hub_options: Any) -> dict[str, Any]:
+    """Measure and print; returns the report. Raises GateError after that where a gate was not met; the error carries the
+    report."""
+    device = check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = read_config(folder)
+    family, architecture, name = find_family(config)
+    task = tasks.TASKS[name]
+    source, folders, models = open_models(folder, config, baseline, out, hub_options)
+    described = models["dense"].config
+    longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
+    text_tokens = family.text_length(options.text_tokens, longest)
+    inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
+    document = {
+        "comp_version": __version__,
+        "compact": str(folder),
+        "baseline": source.name,
+        "architecture": architecture,
+        "machine": machine(device),
+        "text_tokens": text_tokens,
+        "params": {side: sum(p.numel() for p in models[side].parameters()) for side in folders},
+        "flops": {side: count_flops(models[side], family, text_tokens) for side in folders},
+        "size_bytes": {side: folder_size(path) for side, path in folders.items()},
+    }
+    if "onnx" in options.backends:
+        written = sum(p.numel() * p.element_size() for model in models.values() for p in model.parameters())
+        check_room(Path(tempfile.gettempdir()), written, "exporting the models (TMPDIR names another folder)")
+    with tempfile.TemporaryDirectory() as scratch:
+        graphs = {}
+        for side in SIDES if "onnx" in options.backends else ():
+            out.say(f"exporting the {side.replace('_', ' ')} model ...")
+            graphs[side] = Path(scratch) / f"{side}.onnx"
+            write_graph(models[side], task, family, graphs[side])
+        document["providers"] = find_providers(graphs, inputs[min(inputs)], device, out)
+        runners = build_runners(models, graphs, task, device, options.backends)
+        taken = {batch: time_interleaved(runners, inputs[batch], batch, options, out) for batch in inputs}
+        places = {("torch", side): path for side, path in folders.items()} if "torch" in options.backends else {}
+        places |= {("onnx", side): path for side, path in graphs.items()}
+        pickled = hub_options.get("allow_pickle", False)
+        document["peak_memory_bytes"] = peak_memory(places, inputs[max(inputs)], family, device, pickled, out)
+    document |= figures(taken, document["flops"]["dense"] / document["flops"]["compact"], options.seed)
+    document["gates"] = gates.outcomes(options.gates, document)
+    bench_report.show(document, out)
+    if options.plot:
+        bench_report.plot(document, options.plot)
+        out.line(f"Wrote {options.plot}.")
+    missed = [outcome for outcome in document["gates"] if not outcome["passed"]]
+    if missed:
+        raise GateError(" ".join(gates.sentence(outcome) for outcome in missed), document=document)
+    return document
+
+
+def check(options: Options) -> torch.device:
+    """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Raises UsageError or DeviceError."""
+    if options.backends == ("onnx",) and re.fullmatch(r"cuda(:\d+)?", options.device):
+        device = torch.device(options.device)  # torch only exports; it may be a build without CUDA
+    else:
+        device = pick_device(options.device)
+    if device.type == "cuda" and "onnx" in options.backends:
+        providers.check_cuda()
+    if "compile" in options.backends:
+        variants.check_compiler(device)
+    if options.plot:
+        bench_report.check_plot(options.plot)
+    measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
+    if options.gates.max_memory_mb is not None and not measured & set(options.backends):
+        raise UsageError("--max-memory-mb: no backend whose memory is measured.", hint="Add torch to --backend.")
+    return device
+
+
+def made_of(folder: Path, comp: dict[str, Any]) -> str:
+    """The dense model that a compact folder was made of. Raises UsageError where it does not say, or a folder is not where it
+    was."""
+    name, address = comp.get("base_model"), comp.get("base_address")
+    if isinstance(address, str) and address.startswith(".."):  # the way to a folder
+        there = (folder.resolve() / address).resolve()
+        address = str(there) if there.is_dir() else None
+    if not address:
+        was = f"was made of {name}, and does not know where that is" if name else "does not say what it was made of"
+        raise UsageError(f"{folder} {was}.", hint="Name the dense model: --baseline MODEL")
+    return address
+
+
+def open_models(
+    folder: Path, config: dict[str, Any], baseline: str | None, out: Output, hub_options: dict[str, Any]
+) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
+    """The baseline's source, the folders of the dense and the compact model, and the models of all sides. `config` is that of
+    the compact one."""
+    family, architecture, _ = find_family(config)
+    compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
+    baseline = baseline or made_of(folder, config["comp"])
+    source = hub.resolve(baseline, out=out, accepts=find_architecture, **hub_options)
+    dense_config = read_config(source.folder)
+    if "comp" in dense_config:
+        raise RefusedError(f"--baseline {baseline} is a compact model.", hint="Name the dense model.")
+    if find_architecture(dense_config) != architecture:
+        raise RefusedError(f"--baseline {baseline} is not a {architecture}.")
+    out.say(f"loading {source.name} ...")
+    pickled = hub_options.get("allow_pickle", False)
+    dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
+    parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
+    sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
+    if sizes[0] != sizes[1]:
+        raise RefusedError(f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.")
+    models = {"dense": dense, "own_dense": variants.on_own_kernels(dense, family), "compact": compact}
+    folders = {"dense": source.folder, "compact": folder}
+    return source, folders, models
+
+
+def count_flops(model: nn.Module, family: Family, text_tokens: int) -> int:
+    """FLOPs of one pair, counted from what runs (the math attention kernel shows its matmuls to the counter)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = random_inputs(model.config, family, 1, text_tokens)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def find_providers(
+    graphs: dict[str, Path], inputs: timing.Inputs, device: torch.device, out: Output
+) -> dict[str, dict[str, Any]]:
+    """Per side: the session's first provider, and what share of the nodes that ran, and of their time, each provider has."""
+    found = {}
+    with out.progress("looking where the graphs run", len(graphs)) as bar:
+        for side, path in graphs.items():
+            seen = providers.profile(path, inputs, str(device))
+            found[side] = {"first": seen.first, "tf32": seen.tf32, "shares": seen.shares()}
+            bar.advance()
+    return found
+
+
+def build_runners(
+    models: dict[str, nn.Module], graphs: dict[str, Path], task: tasks.Task, device: torch.device, backends: tuple[str, ...]
+) -> dict[Key, timing.Runner]:
+    """One callable for each backend and side."""
+    runners: dict[Key, timing.Runner] = {}
+    makers = {"torch": variants.torch_runner, "compile": variants.compiled_runner}
+    for backend in backends:
+        for side in SIDES:
+            if backend == "onnx":
+                runners[backend, side] = variants.onnx_runner(graphs[side], task, str(device))
+            else:
+                runners[backend, side] = makers[backend](models[side].to(device), device)
+    return runners
+
+
+def time_interleaved(
+    runners: dict[Key, timing.Runner], inputs: timing.Inputs, batch: int, options: Options, out: Output
+) -> dict[Key, list[float]]:
+    """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
+    taken: dict[Key, list[float]] = {key: [] for key in runners}
+    with out.progress(f"timing batch {batch}", options.iterations) as bar:
+        start = None
+        for done, found in enumerate(timing.rounds(runners, inputs), start=1):
+            start = start or time.perf_counter()
+            for key, ms in found.items():
+                taken[key].append(ms)
+            bar.advance(by=int(done <= options.iterations))
+            if done >= options.iterations and time.perf_counter() - start >= options.duration:
+                return taken
+
+
+def figures(taken: dict[int, dict[Key, list[float]]], reduction: float, seed: int = 0) -> dict[str, Any]:
+    """The rows of the report from the times: {batch: {(backend, side): ms per round}}; `reduction` is of the FLOPs."""
+    timings, speedups = [], []
+    for batch, times in taken.items():
+        timings += [asdict(timing.summary(*key, batch, ms)) for key, ms in times.items()]
+        for backend in dict.fromkeys(backend for backend, _ in times):
+            dense, own, compact = (times[backend, side] for side in SIDES)
+            pruning = timing.speedup(own, compact, seed)
+            row = {
+                "backend": backend,
+                "batch": batch,
+                "speedup": asdict(timing.speedup(dense, compact, seed)),
+                "by_kernels": asdict(timing.speedup(dense, own, seed)),
+                "by_pruning": asdict(pruning),
+                "flops_efficiency": pruning.value / reduction,
+            }
+            if ("torch", "dense") in times:
+                row["against_stock_torch"] = asdict(timing.speedup(times["torch", "dense"], compact, seed))
+            speedups.append(row)
+    return {"flops_reduction": reduction, "timings": timings, "speedups": speedups}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where the figures were taken."""
+    import onnxruntime
+    import transformers
+
+    gpu = device.type == "cuda" and torch.cuda.is_available()
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if gpu else processor_name(),
+        "threads": torch.get_num_threads(),
+        "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }

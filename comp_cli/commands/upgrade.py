@@ -1,0 +1,156 @@
+"""`comp upgrade`: today's runtime beside the weights of a compact folder that an older comp wrote."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.loading import load_model
+from ..checkpoint.vetting import check_report
+from ..checkpoint.write import auto_map, file_facts, runtime
+from ..cli import signals
+from ..cli.output import Output
+from ..errors import CompError, RefusedError, UsageError, is_full
+from ..families import find_architecture
+from ..files.outputs import reserve, resolve, sibling, swap
+from ..files.ownership import discard, seen
+from ..files.store import read_config, read_json, write_failed
+from ..runtime import modeling_comp
+
+RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"
+
+
+def upgrade(folder: Path, out: Output) -> dict[str, Any]:
+    """Replace the runtime, and refresh what names it: auto_map and versions in config.json, hashes in comp_report.json. All
+    other files stay as they are. Returns what changed, {"changed": {what: how}}; nothing where all is as comp writes it today.
+
+    The folder changes as a whole or not at all, after what is new in it has loaded. Raises RefusedError for a folder that is no
+    compact model of comp, or whose files are not those that its report names; UsageError where there is none, or one stands in
+    it."""
+    folder = resolve(folder, "FOLDER")
+    with reserve(folder, source=None):
+        changed = _upgrade(folder, out)
+    show(folder, changed, out)
+    return {"folder": str(folder), "comp_version": __version__, "changed": changed}
+
+
+def _upgrade(folder: Path, out: Output) -> dict[str, str]:
+    """The work, with the folder reserved."""
+    config, report = check(folder)
+    block = config["comp"] | {"runtime": runtime()}
+    # Auto classes that the user added stay.
+    fresh = config | {"comp": block, "auto_map": config.get("auto_map", {}) | auto_map(find_architecture(config))}
+    changed = {}
+    if (folder / RUNTIME).read_bytes() != Path(modeling_comp.__file__).read_bytes():
+        was = config["comp"].get("runtime", config["comp"]).get("comp_version")
+        changed[RUNTIME] = f"that of comp {was} is now that of comp {__version__}"
+    if added := sorted(fresh["auto_map"].items() - config.get("auto_map", {}).items()):
+        changed["auto_map"] = f"answers for {', '.join(name for name, _ in added)} as well"
+    if block["runtime"] != config["comp"].get("runtime"):
+        changed["versions"] = f"tested with transformers {' to '.join(modeling_comp.TESTED)}"
+    if changed:
+        check_left(folder)
+        replace(folder, fresh, report)
+    if dense_shapes(config):
+        out.warn(
+            f"{folder} drops tokens and has the shapes of the dense model: stock classes load it, and answer as the dense "
+            "model, without a word. Prune again to get a folder that they refuse."
+        )
+    return changed
+
+
+def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and comp_report.json of a compact folder that comp wrote; exit 4 for any other."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder.", hint="Give a folder that comp prune wrote.")
+    config = read_config(folder)
+    block = config.get("comp")
+    whole = isinstance(block, dict) and isinstance(block.get("towers"), list) and isinstance(block.get("runtime", {}), dict)
+    if not whole or not isinstance(config.get("auto_map", {}), dict) or not (folder / RUNTIME).is_file():
+        raise RefusedError(
+            f"{folder} is not a compact model that comp wrote: expected a block comp in {CONFIG}, and {RUNTIME}.",
+            hint="Graphs are written anew with comp export; dense models need no runtime.",
+        )
+    if not (folder / REPORT).is_file():
+        raise RefusedError(
+            f"{folder}: no {REPORT}; comp did not write this folder, or it was trained further and saved since.",
+            hint='comp_cli.load(FOLDER).save_pretrained("NEW") writes such a model anew, with today\'s runtime.',
+        )
+    check_report(folder)
+    return config, read_json(folder / REPORT)
+
+
+def check_left(folder: Path) -> None:
+    """Raises UsageError where the current folder is this one or lies in it: whoever typed the command would stand in a deleted
+    folder."""
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        hint = f"From outside: cd {shlex.quote(str(folder.parent))} && comp upgrade {shlex.quote(folder.name)}"
+        raise UsageError(f"{folder} is replaced as a whole, and the current folder lies in it.", hint=hint)
+
+
+def dense_shapes(config: dict[str, Any]) -> bool:
+    """Whether a tower drops tokens and has the heads and channels of the dense model, which its config names."""
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
+    dense = [{(part.get("num_attention_heads"), part.get("intermediate_size"))} for part in parts]
+    for tower in config["comp"]["towers"]:
+        sizes = {(layer["attention"]["num_heads"], layer["ffn"]) for layer in tower["layers"]}
+        if sizes in dense and any(layer["keep"] for layer in tower["layers"]):
+            return True
+    return False
+
+
+def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+    """Put a folder with the new files in the place of the old one, once it has loaded. Whatever else lies there comes along."""
+    judged = seen(folder)
+    fresh = sibling(folder, "partial")
+    try:
+        shutil.copytree(folder, fresh, symlinks=True, copy_function=second_name)
+        new = {RUNTIME: Path(modeling_comp.__file__).read_text(), CONFIG: json.dumps(config, indent=2) + "\n"}
+        for name, text in new.items():
+            write(fresh / name, text)
+        facts = file_facts(fresh)
+        files = report["files"] | {name: facts[name] for name in new}
+        write(fresh / REPORT, json.dumps(report | {"files": files}) + "\n")
+        load_model(fresh)
+        with signals.held():
+            old = swap(fresh, folder, judged)
+            discard(old, folder)
+            shutil.rmtree(old, ignore_errors=True)  # the user's own folders in it, which came along
+    except OSError as error:
+        if is_full(error):
+            raise write_failed(folder, error) from error
+        raise CompError(f"{folder} cannot be replaced: {error.strerror or error}. It is as it was.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write(path: Path, text: str) -> None:
+    """A file of its own in the place of one that may share its bytes with the old folder; synced, of the same mode."""
+    mode = path.stat().st_mode
+    path.unlink()
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(mode & 0o777)
+
+
+def second_name(path: str, target: str) -> None:
+    """A file that stays as it is: a second name of the same bytes where the disk can do that, else a copy."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy2(path, target)
+
+
+def show(folder: Path, changed: dict[str, str], out: Output) -> None:
+    """What changed, for people."""
+    if not changed:
+        out.line(f"{folder} is as comp {__version__} writes it: nothing to do.")
+        return
+    for what, how in changed.items():
+        out.line(f"{what}: {how}")
+    out.line(f"Upgraded {folder}. The weights are the same, and the new folder was loaded before it took the old one's place.")

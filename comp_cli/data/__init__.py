@@ -1,0 +1,1 @@
+"""Image-text pairs, and batches of model inputs made of them."""

@@ -1,0 +1,1 @@
+"""A dense model, opened and described."""

@@ -1,0 +1,137 @@
+"""Texts out of exported graphs: the stock `generate` of transformers, with ONNX Runtime where its weights would be."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions
+
+from ..checkpoint.loading import quiet_libraries
+from ..errors import RefusedError, UsageError
+from ..families import find_family
+from ..files.store import read_config
+from ..runtime.modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
+from .checks import check_files, check_signature, writer_signatures
+from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
+from .sessions import OnnxWriter, Values
+
+# What this release of transformers calls keys and values in what a model hands out.
+CACHE = cache_name(CausalLMOutputWithCrossAttentions) or CACHES[0]
+
+
+def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedModel:
+    """A model of the stock class with no weights: its parts run the graphs that `comp export` wrote into a folder.
+
+    `generate` takes what it always takes: prompts, beams, sampling. Raises RefusedError for graphs that write no texts, or a
+    folder without."""
+    config = read_config(folder)
+    family, architecture, _ = find_family(config)
+    names = [ENCODER, DECODER, PAST]
+    if family.decoder is None or not all((folder / name).is_file() for name in names):
+        raise RefusedError(f"{folder}: no graphs that write texts.", hint=f"Needed: {', '.join(names)}.")
+    check_files(folder, ["config.json", *names])
+    stock = getattr(transformers, architecture)
+    expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
+    graphs = OnnxWriter(folder, names, device, family.decoder.text)
+    for name, session in graphs.sessions.items():
+        check_signature(folder / name, session, expected[name])
+    with quiet_libraries(), torch.device("meta"):
+        model = stock(stock.config_class.from_pretrained(folder)).eval()
+    decoder = model.get_submodule(family.decoder.module)
+    for module in (model, decoder):
+        module._modules.clear()
+    decoder.__class__ = type(f"Onnx{type(decoder).__name__}", (OnnxDecoder, type(decoder)), {})
+    decoder.graphs = graphs
+    decoder.place = nn.Parameter(torch.empty(0), requires_grad=False)  # where transformers looks for the device
+    encoder = OnnxEncoder(graphs)
+    model.add_module(family.decoder.module, decoder)
+    if family.decoder.question is None:
+        model.add_module(family.vision, encoder)
+    else:
+        model.add_module(family.vision, Encoded(family.image_embeds))  # the encoder graph does its work, with the question's
+        model.add_module(family.decoder.question, encoder)
+    return model
+
+
+class OnnxEncoder(nn.Module):
+    """The encoder graph, as the vision tower or as the text encoder that attends to images."""
+
+    def __init__(self, graphs: OnnxWriter):
+        super().__init__()
+        self.graphs = graphs
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,  # taken and not used, as in the stock layers
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        refuse_unmade(self, kwargs)
+        given = {"pixel_values": encoder_hidden_states if pixel_values is None else pixel_values}
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            given |= {"input_ids": input_ids, "attention_mask": mask}
+        given["pixel_values"] = given["pixel_values"].float()
+        made = self.graphs.step(ENCODER, {name: tensor.numpy() for name, tensor in given.items()})
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(made[HIDDEN]))
+
+
+class OnnxDecoder:
+    """The decoder graphs, with the cache of transformers between them. Mixed in before the stock class."""
+
+    graphs: OnnxWriter
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,  # all ones; generate() asks whether there is a place for it
+        use_cache: bool | None = True,
+        is_decoder: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        refuse_unmade(self, kwargs)
+        known = the_cache(cache, past_key_values)
+        if attention_mask is not None and not attention_mask.all():
+            raise UsageError("the graphs take prompts of one length in a batch: no padding.")
+        text = input_ids.numpy()
+        if known is None or known.get_seq_length() == 0:
+            made = self.graphs.begin(text, encoder_hidden_states.numpy())
+            across = from_values(made, "encoder")
+        else:
+            parts = isinstance(known, EncoderDecoderCache) and (known.self_attention_cache, known.cross_attention_cache)
+            if not parts or not all(isinstance(part, DynamicCache) for part in parts):
+                raise UsageError("the graphs go on from an EncoderDecoderCache of two DynamicCaches only.")
+            across = known.cross_attention_cache
+            made = self.graphs.go_on(text, to_values(known.self_attention_cache, "decoder") | to_values(across, "encoder"))
+        grown = {CACHE: EncoderDecoderCache(from_values(made, "decoder"), across)} if use_cache else {}
+        return CausalLMOutputWithCrossAttentions(logits=torch.from_numpy(made["logits"]), **grown)
+
+
+def refuse_unmade(module: nn.Module, given: dict[str, Any]) -> None:
+    """Raise for what graphs cannot do, and for arguments that nobody knows."""
+    if given.get("output_hidden_states"):
+        raise UsageError("the graphs hand out no hidden states: leave output_hidden_states out.")
+    refuse_unknown(module, given)
+
+
+def from_values(made: Values, part: str) -> DynamicCache:
+    """The keys and values of a part, "decoder" or "encoder", among what a graph made."""
+    keys = [name for name in made if name.endswith(f".{part}.key")]
+    pairs = ((made[key], made[key.removesuffix("key") + "value"]) for key in keys)
+    return DynamicCache([(torch.from_numpy(key), torch.from_numpy(value)) for key, value in pairs])
+
+
+def to_values(cache: DynamicCache, part: str) -> Values:
+    """The same, as a graph hands it out."""
+    named = ((f"present.{i}.{part}", layer) for i, layer in enumerate(cache.layers))
+    return {f"{name}.{kind}": getattr(layer, f"{kind}s").numpy() for name, layer in named for kind in ("key", "value")}

@@ -1,0 +1,192 @@
+"""The gate of an export: what the graphs say against what torch says, on real and on random inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor, nn
+
+from .. import tasks
+from ..data.batches import random_inputs
+from ..data.rows import Pair
+from ..families import Family
+from ..families.base import INPUTS
+from ..models.dense import Pairs, collator, generated_pairs
+from ..tasks import comparison
+from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
+from .sessions import OnnxModel
+
+DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
+LONG = 5  # captions in a row make a long text
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest difference of the task's output, and least share of equal decisions on the real pairs."""
+
+    atol: float
+    agreement: float
+
+
+# For scores of size 1 to 10, as a matching head gives. On 1,000 pairs the compact demo model needs 6e-6, 0.06 and 1.1 (fp32,
+# fp16, int8): where rounding changes which token is dropped, the difference jumps.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1.0),
+    "fp16": Tolerance(0.2, 0.98),
+    "bf16": Tolerance(1.0, 0.95),
+    "int8": Tolerance(2.0, 0.95),
+}
+# For embeddings and logits of words, in units of their largest number.
+RELATIVE = {
+    "fp32": Tolerance(5e-4, 1.0),
+    "fp16": Tolerance(0.02, 0.98),
+    "bf16": Tolerance(0.1, 0.95),
+    "int8": Tolerance(0.2, 0.95),
+}
+
+
+def tolerance(task: tasks.Task, rounding: str, atol: float | None) -> Tolerance:
+    """What is allowed to differ; `atol` instead of the usual, where it is given."""
+    usual = (RELATIVE if task.relative else TOLERANCES)[rounding]
+    return usual if atol is None else replace(usual, atol=atol)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, and what torch makes of them: name of the output -> values."""
+
+    name: str  # "real" or "random"
+    inputs: dict[str, Tensor]
+    expected: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest and mean difference between torch and ONNX Runtime of one output on one case."""
+
+    output: str
+    inputs: str
+    images: int
+    batch: int
+    text_tokens: int
+    max_error: float
+    mean_error: float
+    judged: float | None  # the error that the tolerance is for; None where it is for none
+    same_decision: float | None  # share of the batch, in one row of each case
+
+
+def make_cases(
+    model: nn.Module,
+    task: tasks.Task,
+    family: Family,
+    processor,
+    longest: int,
+    pairs: list[Pair],
+    *,
+    split: bool,
+    whole: int | None = None,
+) -> list[Case]:
+    """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well. Eight pairs
+    at least; more decide whether decisions agree. Texts that are made long have `longest` tokens, those of the pairs up to
+    `whole`, if it is more."""
+    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
+    # Where all samples of a batch are candidates, the decisions of many are asked for together.
+    size = 8 if task.paired_inputs else len(pairs)
+    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
+    made_long = collator(family, processor, longest, task, model.config)
+    collate = replace(made_long, max_text=max(longest, whole or 0))
+    given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
+    if split or (len(family.towers) > 1 and not task.paired_inputs):
+        inputs = given[2][1]
+        given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
+    for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
+        given.append(("random", random_inputs(model.config, family, batch, tokens, padded=padded)))
+    return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
+
+
+def real_pairs(
+    source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[Pair], Pair] = lambda pair: pair
+) -> list[Pair]:
+    """Pairs for the cases, made `ready`, from a set of pairs or generated: more of them where weights are rounded."""
+    count = 8 + DECISIONS * rounded
+    if source is None:
+        return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
+    found = list(map(ready, source.read("evaluation", count, accepts=task.accepts)))
+    return list(islice(cycle(found), max(8, len(found))))
+
+
+def expected(
+    model: nn.Module, task: tasks.Task, family: Family, inputs: dict[str, Tensor], *, split: bool
+) -> dict[str, Tensor]:
+    """What torch says; an image alone goes with every text."""
+    found = {}
+    with torch.inference_mode():
+        if split:
+            found[IMAGE_EMBEDS] = encode_images(model, family, inputs["pixel_values"])
+        if split and family.encoders:
+            texts = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+            return found | {TEXT_EMBEDS: getattr(model, family.encoders[1])(**texts).pooler_output}
+        if family.decoder:
+            text = inputs[family.decoder.text]
+            asked = (inputs[name] for name in INPUTS)
+            return {"logits": decode(model, family, encode(model, family, *asked), text).logits}
+        if task.paired_inputs:
+            every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)
+            inputs = inputs | {"pixel_values": every}
+        outputs = model(**inputs)
+    return found | {name: getattr(outputs, name).float() for name in task.outputs}
+
+
+def check(
+    onnx_model: OnnxModel, cases: list[Case], task: tasks.Task, advance: Callable[[], None] = lambda: None
+) -> list[Parity]:
+    """One row for each output of each case."""
+    rows = []
+    for case in cases:
+        outputs = onnx_model.run(case.inputs)
+        found = {name: torch.from_numpy(outputs[name]) for name in case.expected}
+        agreed = comparison.agreement(task.decisions(case.expected), task.decisions(found))
+        judged = [name for name in found if name in task.judged]
+        for name in found:
+            same = agreed if name == judged[-1] else None
+            size = None
+            if name in judged:
+                size = case.expected[name].abs().max().item() if task.relative else 1.0
+            rows.append(compare(case, name, case.expected[name], found[name], size, same))
+        advance()
+    return rows
+
+
+def compare(
+    case: Case, output: str, expected: Tensor, found: Tensor, size: float | None, same_decision: float | None
+) -> Parity:
+    """`size`: what the error is divided by before it is judged; None where it is not."""
+    error = (expected - found).abs()
+    largest = error.max().item() if torch.isfinite(error).all() else float("inf")
+    images, texts = len(case.inputs.get("pixel_values", ())), case.inputs.get("input_ids", torch.empty(0, 0))
+    batch, tokens = texts.shape if len(texts) else (images, 0)
+    judged = size and largest / size
+    return Parity(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
+
+
+def agreement(rows: list[Parity]) -> float:
+    """Share of the real pairs on which graph and torch decide alike."""
+    real = [row for row in rows if row.same_decision is not None and row.inputs == "real"]
+    return sum(row.same_decision * row.batch for row in real) / sum(row.batch for row in real)
+
+
+def problem(rows: list[Parity], tolerance: Tolerance) -> str | None:
+    """What is wrong, in a sentence; None where the graphs say what torch says. Only what the task names is judged."""
+    worst = max((row for row in rows if row.judged is not None), key=lambda row: row.judged)
+    if not worst.judged <= tolerance.atol:
+        return (
+            f"the graph differs from torch by {worst.judged:.2e} (batch {worst.batch}, {worst.text_tokens} text "
+            f"tokens, {worst.inputs} inputs); allowed is {tolerance.atol:.0e}."
+        )
+    if agreement(rows) < tolerance.agreement:
+        return (
+            f"the graph decides like torch on {100 * agreement(rows):.1f} % of the real pairs; "
+            f"at least {100 * tolerance.agreement:.0f} % must be alike."
+        )
+    return None

@@ -1,0 +1,144 @@
+"""Graphs as ONNX Runtime runs them."""
+
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..checkpoint.loading import quiet_libraries
+from ..errors import CompError, DeviceError, RefusedError
+from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
+
+
+def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
+    """An ONNX Runtime session whose first provider is the one that was asked for. Raises DeviceError where it is another, or
+    none; RefusedError where the file holds no graph that could run.
+
+    With `profile` the session times its nodes into a file that begins so.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # Idle threads that spin take the cores from what runs next: in `comp bench` that is torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if wanted.startswith("CUDA"):
+        preload_cuda()
+    cuda = {"device_id": int(device.partition(":")[2] or 0), "use_tf32": int(tf32)}
+    providers = [wanted] if wanted.startswith("CPU") else [(wanted, cuda), "CPUExecutionProvider"]
+    try:
+        with quiet_libraries():
+            session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        raise _refused(path, device, error) from error
+    first = session.get_providers()[0]
+    if first != wanted:
+        raise DeviceError(
+            f"ONNX Runtime runs on {first}, not on {wanted}.",
+            hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
+        )
+    return session
+
+
+def _refused(path: Path, device: str, error: Exception) -> CompError:
+    """A sentence for what ONNX Runtime says about a file: broken, or in order but too much for the device."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if type(error).__name__ in ("NotImplemented", "EPFail", "RuntimeException", "MemoryError"):
+        return DeviceError(f"ONNX Runtime cannot run {path.name} on {device}: {lines[0]}")
+    hint = "It is cut off, damaged, no ONNX graph, or of a newer kind than this ONNX Runtime knows. Export the model again."
+    return RefusedError(f"{path}: ONNX Runtime refuses it: {lines[0]}", hint=hint)
+
+
+def preload_cuda() -> None:
+    """Let ONNX Runtime find the CUDA libraries that pip installed. It prints what it misses on stdout: not ours to say."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(StringIO()):
+            onnxruntime.preload_dlls()
+
+
+def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+Values = dict[str, np.ndarray]
+
+
+class OnnxModel:
+    """The graphs of a folder, run one after the other: what one hands out is an input of the next.
+
+    `given` holds what each graph was last given.
+    """
+
+    def __init__(self, folder: Path, names: list[str], device: str = "cpu"):
+        self.sessions = {name: open_session(folder / name, device, tf32=False) for name in names}
+        self.given: dict[str, Values] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Values:
+        """Outputs of all graphs by name."""
+        values, made = feeds(inputs), {}
+        for name in self.sessions:
+            made |= self.step(name, values | made)
+        return made
+
+    def step(self, name: str, values: Values) -> Values:
+        """Run one graph on those of the values that it takes; its outputs by name."""
+        session = self.sessions[name]
+        self.given[name] = {value.name: values[value.name] for value in session.get_inputs()}
+        made = session.run(None, self.given[name])
+        return dict(zip((value.name for value in session.get_outputs()), made, strict=True))
+
+    def signature(self) -> dict[str, Any]:
+        """Names, types and shapes of what goes in and comes out, for each file."""
+
+        def shapes(values) -> dict[str, Any]:
+            return {v.name: {"type": v.type.removeprefix("tensor(").removesuffix(")"), "shape": v.shape} for v in values}
+
+        return {
+            name: {"inputs": shapes(session.get_inputs()), "outputs": shapes(session.get_outputs())}
+            for name, session in self.sessions.items()
+        }
+
+
+class OnnxWriter(OnnxModel):
+    """Encoder, decoder and decoder with past of a model that writes texts. `text`: its input that is such a text."""
+
+    def __init__(self, folder: Path, names: list[str], device: str, text: str):
+        super().__init__(folder, names, device)
+        self.text = text
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Values:
+        """Logits for whole texts: their first halves at once, the rest token by token, as texts are written."""
+        values = feeds(inputs)
+        text = values[self.text]
+        half = (text.shape[1] + 1) // 2
+        made = self.begin(text[:, :half], self.step(ENCODER, values)[HIDDEN])
+        logits = [made["logits"]]
+        for place in range(half, text.shape[1]):
+            made |= self.go_on(text[:, place : place + 1], made)
+            logits.append(made["logits"])
+        return {"logits": np.concatenate(logits, axis=1)}
+
+    def begin(self, input_ids: np.ndarray, states: np.ndarray) -> Values:
+        """Logits (batch, tokens, vocabulary) of the beginnings of texts, and the cache: keys and values of each layer."""
+        return self.step(DECODER, {"input_ids": input_ids, STATES: states})
+
+    def go_on(self, input_ids: np.ndarray, cache: Values) -> Values:
+        """The same for the tokens that come next; the cache holds those before them."""
+        past = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
+        return self.step(PAST, past | {"input_ids": input_ids})
+
+
+def open_graphs(folder: Path, names: list[str], device: str = "cpu", text: str | None = None) -> OnnxModel:
+    """The graphs of a folder, whatever they are: `text` is named where they write texts (see `Decoder.text`)."""
+    return OnnxModel(folder, names, device) if text is None else OnnxWriter(folder, names, device, text)

@@ -1,0 +1,172 @@
+"""README.md of what comp writes: compact checkpoints, and graphs."""
+
+import shlex
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+from transformers import GenerationConfig
+
+from ..families import Family
+from ..onnx.graphs import ENCODER, VISION
+from ..runtime.modeling_comp import TESTED
+from ..tasks import Task
+from . import recipes
+from .tables import gflops, metric_value, millions, percent
+
+LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
+FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
+
+
+def model_card(document: dict[str, Any], family: Family, task: Task, source: Path, *, longest: int, alone: bool) -> str:
+    """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
+    to one length; alone: whether each text is judged by itself, not among others."""
+    base = document["base_model"]
+    license = metadata(document, source).license
+    lines = [
+        "---",
+        metadata(document, source).to_yaml(),
+        "---",
+        "",
+        f"# {base}, compact at ratio {document['ratio']:.2f}",
+        "",
+        f"{document['architecture']} for {task.name}, made by comp {document['comp_version']}: attention heads, feed-forward "
+        f"channels and tokens are removed for real. Parameters {millions(document['params']['dense'])} -> "
+        f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
+        f"{gflops(document['flops']['compact'])} for one sample.",
+        "",
+        "```",
+        document["command"],
+        "```",
+        "",
+        *_quality(document["quality"]),
+        "## Use",
+        "",
+        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
+        "weights: the stock classes cannot express layers of unequal sizes.",
+        "",
+        recipes.for_checkpoint(family, task, longest, alone=alone),
+        "",
+        "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
+        "with every kept head and channel, the measurements, and hashes of the files.",
+        *(["", f"It was pruned for `model(..., {family.dual.asked})`."] if family.dual else []),
+        *(["", f"Its license is that of {base}: {license or 'see there'}."] if license or "/" in base else []),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _quality(quality: dict[str, Any]) -> list[str]:
+    """What was lost, on which data."""
+    rows = [
+        [name, *(metric_value(name, value[side]) for side in ("dense", "compact"))]
+        for name, value in (quality["metrics"] or {}).items()
+    ]
+    rows.append(["decides like the dense model", "-", percent(quality["agreement"])])
+    table = ["| | dense | compact |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [f"On {quality['samples']} samples that pruning did not see ({quality['data']}):", "", *table, ""]
+
+
+def metadata_of(source: Path) -> dict[str, Any]:
+    """What the README.md of a model says in its head; nothing where there is none, or none that can be read."""
+    try:
+        return metadata_load(source / "README.md") or {}
+    except Exception:  # whatever stands in a file that people write
+        return {}
+
+
+def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
+    """The head of a model card: what the hub reads."""
+    base = document["base_model"]
+    told = {name: value for name, value in metadata_of(source).items() if name in KEPT and isinstance(value, str | list)}
+    return ModelCardData(
+        base_model=base if "/" in base else None,
+        library_name="transformers",
+        metrics=list(document["quality"]["metrics"] or {}) or None,
+        tags=["comp", "pruned", "structured-pruning", "token-pruning"],
+        **told,
+    )
+
+
+def prune_command(options: Any, **more: Any) -> str:
+    """The command line of `comp prune` that was typed: model, ratio, and every option that is not at its default. Of a local
+    path the name only: whoever reads it has other folders. `more`: options that are no part of `search.Options`."""
+    options = without_places(options)
+    parts = ["comp prune", shlex.quote(options.model), f"--ratio {options.ratio}"]
+    for name, value in (*_changed(options), *((name, value) for name, value in more.items() if value not in (None, False))):
+        if name in ("model", "ratio"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            parts.append(f"--{flag} {shlex.quote(str(value))}")
+    return " ".join(parts)
+
+
+def without_places(options: Any) -> Any:
+    """The same options of `comp prune` with local paths as names only."""
+    data = options.data if options.data.data is None else replace(options.data, data=_name(options.data.data))
+    return replace(options, model=_name(options.model), data=data)
+
+
+def _changed(options: Any) -> list[tuple[str, Any]]:
+    """Names and values of the fields that are not at their defaults, those of nested options among them."""
+    found = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            found += [(FLAGS.get(name, name), changed) for name, changed in _changed(value)]
+        elif value != field.default:
+            found.append((field.name, value))
+    return found
+
+
+def _name(value: str) -> str:
+    """A local path without the folders around it."""
+    return Path(value).absolute().name if Path(value).expanduser().exists() else value
+
+
+def graphs_card(
+    document: dict[str, Any],
+    generation: GenerationConfig | None,
+    family: Family,
+    task: Task,
+    processor: Any,
+    folder: Path,
+    longest: int,
+) -> str:
+    """README.md of exported graphs; `generation` says how texts begin and end, where they write any. folder: where the files of
+    the processor lie; longest: tokens of a text that the model takes."""
+
+    def listed(values: dict[str, Any]) -> str:
+        cache = [name for name in values if name.startswith(("past_key_values.", "present."))]
+        parts = [f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items() if name not in cache]
+        return ", ".join(parts + [f"`{cache[0]}` and {len(cache) - 1} more" for _ in cache[:1]])
+
+    code = recipes.for_graphs(document, generation, family, task, processor, folder, longest)
+    words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
+    needed = ["numpy", *["pillow"] * ("pixel_values" in family.inputs), *[words] * ("input_ids" in family.inputs)]
+    lines = [
+        f"# {document['source'].get('base_model', 'model')} as ONNX",
+        "",
+        *(f"- `{name}`: {listed(g['inputs'])} to {listed(g['outputs'])}" for name, g in document["graphs"].items()),
+        "",
+        f"Opset {document['opset']}, for ONNX Runtime {document['min_onnxruntime']} or newer. Token pruning is inside the "
+        "graph; batch and text length are free. `export.json` holds versions, kept tokens, differences from torch, and hashes.",
+        "",
+    ]
+    if VISION in document["graphs"]:
+        lines += ["Encode an image once, and match it against any number of texts: `images` is 1, or as many as texts.", ""]
+    if code:
+        install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
+        lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
+    else:
+        lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
+    if ENCODER in document["graphs"]:
+        lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
+        lines += [recipes.for_writer(family), ""]
+    return "\n".join(lines)

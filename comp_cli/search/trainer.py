@@ -1,0 +1,296 @@
+"""Fine-tuning of what is pruned, after the search or inside it (CoMP's trained path).
+
+Inside: a stage begins with a plan that is a little smaller. Tokens go at once; the units that go are multiplied with
+alpha(t) = 1 - sin(pi t / 2I), from 1 to exactly 0 over the I steps of the stage, and are then sliced away. A stage trains as
+long as it prunes: `stage_share` of all steps are shared out by the FLOPs that are removed; the others tune the final plan.
+
+The loss is the task's, plus the divergence of the decisions from the dense model's, plus the distance of the features behind
+them. Where nobody said what is right, the latter two alone.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import count, islice
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import tasks
+from ..checkpoint.loading import pick_device, untied_state_dict
+from ..cli.output import Output
+from ..data.batches import Batch
+from ..engine import flops, stages
+from ..engine.fading import fade_at, fading, forget_head_masks
+from ..engine.slicing import slice_state
+from ..errors import DeadEnd, UsageError
+from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
+from ..plan import Plan
+from ..tasks import comparison
+from .calibration import Calibration
+
+WARM_UP = 0.05  # of the steps
+CHECKPOINTS = 10  # of the tuning, in the journal
+WEIGHT_DECAY = 0.01
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `comp prune` was asked for about training. steps 0: none."""
+
+    steps: int = 0
+    epochs: float | None = None
+    lr: float | None = None
+    batch_size: int = 32  # pairs of one step, over all processes
+    stage_share: float = 0.0  # of the steps that train inside the stages
+    distill: float = 0.5  # weight of the dense model's decisions against the labels
+    mixed_precision: str | None = None
+
+    @property
+    def stage_steps(self) -> int:
+        return round(self.stage_share * self.steps)
+
+
+def processes() -> int:
+    """How many processes `accelerate launch` (or torchrun) started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def process_device(name: str) -> torch.device:
+    """The device of this process: each of several has a GPU of its own."""
+    device = pick_device(name)
+    if device.type == "cuda" and processes() > 1:
+        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return device
+
+
+def check_training(training: Training) -> None:
+    """Raises UsageError for settings that make no sense together."""
+    if training.epochs is not None and training.steps:
+        raise UsageError("--steps and --epochs: give one of them.")
+    if training.epochs is not None and not 0 < training.epochs < math.inf:
+        raise UsageError(f"--epochs {training.epochs}: expected a number above 0.")
+    if not training.steps and training.epochs is None and training != Training(batch_size=training.batch_size):
+        hint = "Give --steps N, or --epochs E with --data."
+        raise UsageError("--stage-share, --lr, --distill and --mixed-precision are for training.", hint=hint)
+    if not 0 <= training.stage_share <= 1 or not 0 <= training.distill <= 1:
+        raise UsageError("--stage-share and --distill are shares, from 0 to 1.")
+    if training.lr is not None and not 0 < training.lr < 1:
+        raise UsageError(f"--lr {training.lr}: expected a number between 0 and 1.")
+    if training.mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise UsageError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.")
+    if processes() > 1 and not training.steps and training.epochs is None:
+        raise UsageError("pruning without --steps or --epochs runs in one process.", hint="Start comp directly.")
+    if training.batch_size % processes():
+        several = f"--train-batch-size {training.batch_size} does not divide into {processes()} processes"
+        raise UsageError(f"{several}: a pair would count more in one than in another.")
+
+
+def precision(training: Training) -> str:
+    """The precision that a run trains in: what was asked for, else what `accelerate launch` was told."""
+    return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output) -> Training:
+    """Epochs as steps. Raises UsageError for epochs of generated scenes, which do not end."""
+    if training.epochs is None:
+        return training
+    if isinstance(pairs, ScenePairs):
+        raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
+    out.say("counting the pairs ...")
+    found = sum(1 for _ in pairs.read("calibration", accepts=task.accepts))
+    return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
+
+
+def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, skip: int, part: slice) -> Iterator[Batch]:
+    """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
+    passed, collate = 0, dense.collate
+    for epoch in count(1):
+        found = pairs.read("calibration", None, seed + epoch, dense.task.accepts)
+        first = True
+        ready = (collate.seen(pair) if passed >= skip else replace(pair, image=None) for pair in found)  # no picture is kept
+        while chunk := list(islice(ready, training.batch_size)):
+            if len(chunk) < training.batch_size and not first:
+                break  # the rest of an epoch makes no whole batch
+            first = False
+            passed += 1
+            if passed > skip:
+                yield collate(chunk[part] or chunk)
+
+
+class Trainer:
+    """Fine-tunes while it prunes. `measure` takes the place of `Calibration.measure`: to look at a plan it trains into it, so a
+    plan that was looked at is taken."""
+
+    def __init__(
+        self,
+        dense: Dense,
+        training: Training,
+        ratio: float,
+        batches: Callable[[int, slice], Iterator[Batch]],
+        *,
+        cit: bool = True,
+        seed: int = 0,
+    ):
+        """batches: (steps to skip, rows of this process) -> batches without end."""
+        self.dense, self.training, self.cit, self.seed = dense, training, cit, seed
+        self.plan, self.done = dense.plan, 0
+        self.state = {name: tensor.clone() for name, tensor in dense.state.items()}
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.total = flops.count(dense.plan, dense.reference).total
+        self.ratio, self.batches = ratio, batches
+        device = next(iter(dense.state.values())).device
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads of other tasks get no gradient
+        self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
+        self.teacher = dense.runtime(dense.plan)
+        self._stream: Iterator[Batch] | None = None
+        self.texts = {"cut": 0, "of": 0, "at": dense.reference.tokens.get("language", 0)}  # that were read
+
+    # The search ------------------------------------------------------------------------------------------------------
+
+    def together(self, measure: stages.Measure) -> stages.Measure:
+        """All processes go on with what the first one found."""
+        return lambda plan: broadcast_object_list([measure(plan) if is_main_process() else None])[0]
+
+    def measure(self, calibration: Calibration, plan: Plan) -> stages.Measurement:
+        """Train into the plan, unless it is the present one; then what it shows on the calibration pairs."""
+        if plan != self.plan:
+            self._fade_into(plan)
+        return self.together(lambda plan: calibration.judge(self.dense.build(plan, self.state), plan))(plan)
+
+    def take(self, plan: Plan, model: nn.Module) -> None:
+        """Go on with a plan and a model that were found without training."""
+        state = {name: tensor.detach().clone() for name, tensor in untied_state_dict(model).items()}
+        self.plan, self.state = plan, broadcast(state)
+
+    def _fade_into(self, plan: Plan) -> None:
+        removed = 1 - flops.count(plan, self.dense.reference).total / self.total
+        due = round(self.training.stage_steps * min(removed / self.ratio, 1.0))
+        steps = max(due - self.done, 0)
+        towers = (
+            replace(was, layers=tuple(replace(old, keep=new.keep) for old, new in zip(was.layers, now.layers, strict=True)))
+            for was, now in zip(self.plan.towers, plan.towers, strict=True)
+        )
+        model = self.dense.build(replace(self.plan, towers=tuple(towers)), self.state)
+        with fading(model, self.dense.family, self.plan, plan) as fade:
+            if not self.cit:
+                forget_head_masks(model)
+            first = self.done
+            self._train(model, steps, lambda step: self.training.lr, lambda step: fade(fade_at(step - first, steps)))
+        smaller = plan.within(self.plan)
+        self.state = slice_state(self.state, self.dense.family, smaller)
+        self.moments = {kind: slice_state(found, self.dense.family, smaller) for kind, found in self.moments.items()}
+        self.plan = plan
+
+    # The tuning ------------------------------------------------------------------------------------------------------
+
+    def tune(self, out: Output, save: Callable[[], None]) -> nn.Module:
+        """Train the plan that was found for the steps that are left, the rate falling to zero as a cosine."""
+        begin, end = self.training.stage_steps, self.training.steps
+
+        def rate(step: int) -> float:
+            passed = (step - 1 - begin) / max(end - begin, 1)
+            return self.training.lr * 0.5 * (1 + math.cos(math.pi * max(passed, 0.0)))
+
+        with out.progress("fine-tuning", end) as bar:
+            bar.advance(by=self.done)
+            while self.done < end:
+                model = self.dense.build(self.plan, self.state)
+                steps = min(max(math.ceil((end - begin) / CHECKPOINTS), 1), end - self.done)
+                loss = self._train(model, steps, rate, lambda step: bar.advance())
+                bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
+                save()
+        self.accelerator.end_training()
+        warn_cut_texts("fine-tuning", self.texts, out, self.dense.longest)
+        return self.dense.build(self.plan, self.state).requires_grad_(False)
+
+    # Both ------------------------------------------------------------------------------------------------------------
+
+    def _train(self, model: nn.Module, steps: int, rate: Callable[[int], float], before: Callable[[int], None]) -> float:
+        """`steps` steps of AdamW on the model, whose weights are those of `self.state`; returns the last loss."""
+        if not steps:
+            return math.nan
+        if self._stream is None:
+            mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+            self._stream = self.batches(self.done, mine)
+        model.train().requires_grad_(True)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        matrices = [p for p in names if p.ndim > 1]
+        others = [p for p in names if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.training.lr)
+        if self.moments:
+            for parameter, name in names.items():
+                if name in self.moments[MOMENTS[0]]:
+                    known = {kind: self.moments[kind][name] for kind in MOMENTS}
+                    optimizer.state[parameter] = known | {"step": torch.tensor(float(self.done))}
+        prepared, driver = self.accelerator.prepare(model, optimizer, device_placement=[False, False])
+        loss = torch.tensor(math.nan)
+        for _ in range(steps):
+            self.done += 1
+            warm = min(1.0, self.done / max(1, round(WARM_UP * self.training.steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = warm * rate(self.done)
+            before(self.done)
+            torch.manual_seed(self.seed * 1_000_003 + self.done)  # dropout does the same after a resume
+            batch = next(self._stream)
+            self.texts |= {"cut": self.texts["cut"] + batch.cut, "of": self.texts["of"] + batch.samples}
+            loss = self._loss(prepared, batch)
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(list(names), 1.0)
+            driver.step()
+            driver.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", hint="Try a smaller --lr.")
+        self.state = {name: tensor.detach() for name, tensor in untied_state_dict(model).items()}
+        self.moments = {
+            kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
+        }
+        self.accelerator.free_memory()
+        return loss.item()
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        weight = next(iter(self.state.values()))
+        batch = batch.to(weight.device, weight.dtype)
+        # On the CPU in half precision the fused kernel's backward pass is the slower one.
+        slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
+        task = self.dense.task
+        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+            read = task.forward(model, batch.inputs)
+            with torch.no_grad(), self.accelerator.autocast():
+                wanted = task.forward(self.teacher, batch.inputs)
+        rankings = task.rankings(read, batch.labels)
+        decisions = comparison.divergence(task.rankings(wanted, batch.labels), rankings)
+        features = comparison.feature_distance(task.features(wanted), task.features(read))
+        if batch.labels is None:
+            return decisions + features
+        share = self.training.distill
+        return (1 - share) * comparison.loss(rankings) + share * decisions + features
+
+    # The journal -----------------------------------------------------------------------------------------------------
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Weights and moments, by name; with the plan and the number of steps all that the next step depends on."""
+        kinds = {"weight": self.state, **self.moments}
+        return {f"{kind}/{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
+
+    def restore(self, plan: Plan, done: int, tensors: dict[str, Tensor]) -> None:
+        """Go on from a journal."""
+        device = next(iter(self.dense.state.values())).device
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            kinds.setdefault(kind, {})[rest] = tensor.to(device)
+        self.state, self.plan, self.done = kinds.pop("weight"), plan, done
+        self.moments = kinds
