@@ -112,3 +112,16 @@ def test_the_site_lists_every_page():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w/]+\.md", str(settings["nav"])))
     assert listed >= {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_files_and_folders_that_the_pages_name_exist():
+    for name, page in PAGES.items():
+        if name != "CHANGELOG.md":
+            paths = re.findall(r"`((?:comp_cli|tests|scripts|benchmarks|docs)/[\w./-]*)`", page)
+            assert not [path for path in paths if not (ROOT / path).exists()], name
+
+
+def test_the_tree_in_readme_names_every_folder_of_the_package():
+    tree = re.search(r"```\ncomp_cli/\n(.*?)^tests/", PAGES["README.md"], re.DOTALL | re.MULTILINE)[1]
+    named = {folder for line in tree.splitlines() for folder in re.findall(r"(\w+)/", line[:24])}
+    assert named == {path.name for path in (ROOT / "comp_cli").iterdir() if path.is_dir() and path.name != "__pycache__"}
