@@ -1,10 +1,13 @@
-"""The small CLIP that scripts/train_clip.py trains: its texts, its labels and a step of its training."""
+"""What scripts/ makes: the small CLIP (its texts, its labels, a step of its training), and pairs."""
 
+import json
 import random
 
 import pytest
 import torch
 import train_clip
+import write_pairs
+from PIL import Image
 
 from comp_cli.data import scenes
 from comp_cli.data.scenes import Thing
@@ -47,3 +50,13 @@ def test_a_step_of_the_training_reaches_every_weight(processor):
     batch = train_clip.draw_batch(random.Random(0), processor, 2)
     train_clip.step_loss(model, helpers, batch).backward()
     assert all(weight.grad is not None for weight in [*model.parameters(), *helpers.parameters()])
+
+
+def test_pairs_that_are_written_have_a_picture_a_text_and_a_split_each(tmp_path):
+    write_pairs.write(tmp_path / "pairs", {"train": 6, "validation": 4})
+    lines = [json.loads(line) for line in (tmp_path / "pairs" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train"] * 6 + ["validation"] * 4
+    drawn = [*scenes.images("train", 6), *scenes.images("validation", 4)]
+    assert [line["text"] for line in lines] == [scenes.describe(scene) for scene, _ in drawn]
+    for line, (scene, background) in zip(lines, drawn, strict=True):
+        assert Image.open(tmp_path / "pairs" / line["file_name"]).tobytes() == scenes.render(scene, background).tobytes()
