@@ -88,7 +88,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: Path | None = None,
     allow_pickle: bool = False,
-    accepts: Callable[[dict], object] = lambda config: None,
+    accepts: Callable[[dict[str, Any]], object] = lambda config: None,
     progress: Progress,
 ) -> Source:
     """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
@@ -141,7 +141,7 @@ def download(
     revision: str | None,
     cache_dir: Path | None,
     allow_pickle: bool,
-    accepts: Callable[[dict], object] = lambda config: None,
+    accepts: Callable[[dict[str, Any]], object] = lambda config: None,
     progress: Progress,
 ) -> Path:
     """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
@@ -180,8 +180,9 @@ def download(
 def _snapshot(model: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
-    return Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
+    return Path(
+        snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=NESTED)
+    )
 
 
 def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[dict[str, int], dict[str, tuple[str, int]]]:
@@ -203,7 +204,7 @@ def suggest(model: str) -> list[str]:
     return list(dict.fromkeys(spellings[name] for name in near))[:3]
 
 
-def explain(error: Exception, model: str, revision: str | None) -> CompError:
+def explain(error: BaseException, model: str, revision: str | None) -> CompError:
     """What huggingface_hub raised, as a sentence: RefusedError, UsageError for what is no name, CompError for the rest."""
     from huggingface_hub import constants, errors
 

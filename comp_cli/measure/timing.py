@@ -63,7 +63,8 @@ def rounds(
 
 def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Timing:
     """The row of one variant from its times in milliseconds."""
-    median, p90, p99 = statistics.median(times), *np.percentile(times, [90, 99]).tolist()
+    median = statistics.median(times)
+    p90, p99 = np.percentile(times, [90, 99]).tolist()
     return Timing(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
 
 
