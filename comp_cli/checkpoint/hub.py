@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,25 +115,33 @@ def resolve(
         source = Source(folder, folder.name, None, "folder")
     else:
         name, revision = _read_hub_name(model, revision)
-        where = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle}
-        name, folder = download_known(name, progress, accepts=accepts, **where)
+        fetch = partial(
+            download,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_pickle=allow_pickle,
+            accepts=accepts,
+            progress=progress,
+        )
+        name, folder = download_known(name, fetch, progress)
         source = Source(folder, name, folder.name, "hub")
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     return source
 
 
-def download_known(name: str, progress: Progress, **options: Any) -> tuple[str, Path]:
-    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it."""
+def download_known(name: str, fetch: Callable[[str], Path], progress: Progress) -> tuple[str, Path]:
+    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it. fetch: gets
+    the snapshot folder of an id; see `download`."""
     real = ALIASES.get(name)
     if real is None:
-        return name, download(name, progress=progress, **options)
+        return name, fetch(name)
     if "/" in name:
         try:
-            return name, download(name, progress=progress, **options)
+            return name, fetch(name)
         except NotThere:
             pass
     progress.say(f"{name}: taking {real}, its id on the hub.")
-    return real, download(real, progress=progress, **options)
+    return real, fetch(real)
 
 
 def download(

@@ -250,9 +250,10 @@ def split_by_column(pairs: PairSet) -> PairSet:
     (root,) = pairs.roots.values()
     most = REMOTE_SAMPLE if isinstance(root, Hub) else None
 
-    def column(name: str, **options: Any) -> SplitColumn | None:
+    def column(name: str, certain: bool = False, reader: Reader = split_value) -> SplitColumn | None:
         rows = islice(first_rows(table, found, [name], pairs.name), most)
-        return split_column(name, (row[name] for row in rows if BROKEN not in row), pairs.wanted, **options)
+        cells = (row[name] for row in rows if BROKEN not in row)
+        return split_column(name, cells, pairs.wanted, certain=certain, reader=reader)
 
     def split_up(made: SplitColumn) -> PairSet:
         pairs.progress.say(f"{pairs.name}: {made}")
