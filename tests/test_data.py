@@ -19,7 +19,7 @@ from comp_cli.cli.output import Output
 from comp_cli.data import rows as rows_module
 from comp_cli.data.batches import fingerprint
 from comp_cli.data.cells import read_label
-from comp_cli.data.rows import Columns, Pair, Tally, read_rows
+from comp_cli.data.rows import Columns, FoundColumns, Pair, Tally, read_rows
 from comp_cli.data.sources import open_pairs
 from comp_cli.data.splits import choose_split
 from comp_cli.errors import CompError
@@ -578,7 +578,7 @@ def test_the_fingerprint_is_of_the_content(folder, dense):
         return fingerprint(dense.collate.batches(pairs, 2))
 
     path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), match=lambda i: i % 2)])
-    pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "match"), folder, 4, Tally()))
+    pairs = list(read_rows(map(json.loads, path.open()), FoundColumns("image", "text", "match"), folder, 4, Tally()))
     made = [Pair(Image.new("RGB", (6, 4), colour(i)), "a red circle", i % 2) for i in range(4)]
     assert len(of(pairs)) == 16 and of(pairs) == of(made)
     word, label, image = replace(made[3], text="a red square"), replace(made[3], label=0), replace(made[3], image=made[0].image)

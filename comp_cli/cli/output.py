@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import CompError
@@ -88,9 +88,9 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, **style: bool) -> None:
+    def _print(self, what: Any, markup: bool | None = None, soft_wrap: bool | None = None) -> None:
         with self.stdout.capture() as captured:
-            self.stdout.print(what, **style)
+            self.stdout.print(what, markup=markup, soft_wrap=soft_wrap)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
@@ -131,7 +131,7 @@ class Bar:
 class TerminalBar(Bar):
     """A moving bar."""
 
-    def __init__(self, progress: Progress, task):
+    def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task = progress, task
 
     def advance(self, title: str | None = None, by: int = 1) -> None:

@@ -20,6 +20,7 @@ from .rows import (
     UNLABELLED,
     Accepts,
     Columns,
+    FoundColumns,
     Pair,
     Tally,
     every,
@@ -113,7 +114,7 @@ class PairSet:
     def _shares_split(self, purpose: Purpose) -> bool:
         return not is_test(self.split(purpose)) and self.split("calibration") == self.split("evaluation")
 
-    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
+    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], FoundColumns, str]:
         """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
         said of the texts."""
         table = self.splits[split]
@@ -152,7 +153,7 @@ class PairSet:
         return named or None
 
     def _pairs(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, accepts: Accepts
+        self, rows: Iterator[dict[str, Any]], columns: FoundColumns, purpose: Purpose, limit: int | None, accepts: Accepts
     ) -> Iterator[Pair]:
         where, tally = self.describe(purpose), Tally()
         root = self.roots[self.split(purpose)]
@@ -171,14 +172,14 @@ class PairSet:
             hint = "Give more pairs, or a split for each purpose: train and validation."
             raise RefusedError(f"{where}: no pairs.{left_out}", hint=hint)
         if 2 * tally.skipped > tally.looked:
-            hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
-            hints[UNLABELLED] = f"If {columns.label} says something else, leave it out with --label-column ''."
-            hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
-            raise RefusedError(f"{where}: {tally}.", hint=hint)
+            hints = {MISSING: f"Relative paths start in {root}."} if isinstance(root, Path) else {}
+            hints |= {DEEP: SCALE, UNLABELLED: f"If {columns.label} says something else, leave it out with --label-column ''."}
+            remedy = next((hints[problem] for problem in hints if problem in tally.bad), None)
+            raise RefusedError(f"{where}: {tally}.", hint=remedy)
         self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)
 
     def _of_use(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, root: Root, tally: Tally
+        self, rows: Iterator[dict[str, Any]], columns: FoundColumns, purpose: Purpose, root: Root, tally: Tally
     ) -> Iterator[dict[str, Any]]:
         """The rows that serve a purpose, with the content of their images; the others are counted."""
         split, shared = self.split(purpose), self._shares_split(purpose)
@@ -249,9 +250,10 @@ def split_by_column(pairs: PairSet) -> PairSet:
     (root,) = pairs.roots.values()
     most = REMOTE_SAMPLE if isinstance(root, Hub) else None
 
-    def column(name: str, **options: Any) -> SplitColumn | None:
+    def column(name: str, certain: bool = False, reader: Reader = split_value) -> SplitColumn | None:
         rows = islice(first_rows(table, found, [name], pairs.name), most)
-        return split_column(name, (row[name] for row in rows if BROKEN not in row), pairs.wanted, **options)
+        cells = (row[name] for row in rows if BROKEN not in row)
+        return split_column(name, cells, pairs.wanted, certain=certain, reader=reader)
 
     def split_up(made: SplitColumn) -> PairSet:
         pairs.progress.say(f"{pairs.name}: {made}")

@@ -7,7 +7,6 @@ import glob
 import json
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def open_pairs(
     return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, progress))
 
 
-def open_files(path: Path, progress: Progress) -> tuple[Mapping[str, Table], dict[str, Root]]:
+def open_files(path: Path, progress: Progress) -> tuple[Mapping[str, Table], Mapping[str, Root]]:
     """The splits of a file or folder with tables, and for each the folder in which its image paths start.
 
     Of an imagefolder only the metadata files are read: `datasets` would look for splits in the names of its images.
@@ -97,15 +96,16 @@ def find_tables(path: Path, progress: Progress) -> dict[str, list[Path]]:
     if not (files := [file for file in files if file.stat().st_size]):
         raise RefusedError(f"{path}: no pairs.", hint=f"{kinds} An imagefolder needs texts in metadata files.")
     own = next((split for split, words in SPLIT_WORDS.items() if folder.name.lower() in words), "train")
-    tables = defaultdict(list)
+    tables: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for file in files:
         words = set(re.split("[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower()))
-        tables[next((split for split, named in SPLIT_WORDS.items() if words & named), None)].append(file)
-    unnamed = tables.pop(None, [])
+        split = next((split for split, named in SPLIT_WORDS.items() if words & named), None)
+        (tables.setdefault(split, []) if split else unnamed).append(file)
     if own in tables and unnamed:
         listed = few([str(file.relative_to(folder)) for file in unnamed])
         progress.warn(f"{folder.name}: not read, as the names say no split and others do: {listed}.")
-    return dict(tables) if own in tables or not unnamed else {**tables, own: unnamed}
+    return tables if own in tables or not unnamed else {**tables, own: unnamed}
 
 
 def is_table(file: Path) -> bool:
