@@ -106,26 +106,28 @@ def pruning_share(model: torch.nn.Module, batch: int, config) -> str:
     inputs = random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS)
     for index, layer in enumerate(model.vision_model.encoder.layers):
         seen = {}
-        if layer.keep is None:
+        if layer.token_pruning is None:
             continue
         hook = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(states=args[0]))
         with torch.inference_mode():
             model(**inputs)
             hook.remove()
             states, attention = seen["states"], layer.self_attn
-            if states.shape[1] <= layer.keep:
+            if states.shape[1] <= layer.token_pruning.keep:
                 continue
-            query, key, _ = (attention.split(part) for part in attention.project(layer.layer_norm1(states), None))
+            query, key, _ = attention.project(layer.layer_norm1(states), None)
 
             def prune(attention=attention, layer=layer, states=states, query=query, key=key) -> torch.Tensor:
-                how = {"rows": attention.score_rows, "skip_first": attention.skip_first}
-                scores = runtime.token_scores(query, key, attention.scale, **how)
-                return runtime.select_tokens(states, runtime.kept_tokens(scores, layer.keep, layer.protected))
+                scores = attention.token_scores(query, key, attention.head_dim, attention.scale)
+                return layer.token_pruning(states, scores, None)[0]
 
-            part, whole = cpu_ms(prune), cpu_ms(lambda layer=layer, states=states: layer(states))
+            def run(layer=layer, states=states) -> torch.Tensor:
+                return layer(states, token_state=runtime.TokenState())
+
+            part, whole = cpu_ms(prune), cpu_ms(run)
         lines.append(
-            f"Vision layer {index}, {states.shape[1]} -> {layer.keep} tokens, batch {batch}, torch: scoring and dropping "
-            f"{part:.1f} of {whole:.1f} ms, {100 * part / whole:.1f} %."
+            f"Vision layer {index}, {states.shape[1]} -> {layer.token_pruning.keep} tokens, batch {batch}, torch: "
+            f"scoring and dropping {part:.1f} of {whole:.1f} ms, {100 * part / whole:.1f} %."
         )
     return "\n".join(lines) or "No layer drops tokens."
 

@@ -17,7 +17,7 @@ from comp_cli.models.dense import open_dense
 from comp_cli.onnx import generation
 from comp_cli.onnx.graphs import Encoded, decode
 from comp_cli.runtime import modeling_comp
-from comp_cli.runtime.modeling_comp import CompactAttention, CompactEncoder, PostNormLayer, PreNormLayer
+from comp_cli.runtime.modeling_comp import CompactAttention, PostNormLayer, PreNormLayer, add_token_state
 
 FAMILIES = ("blip", "blip-caption", "blip-vqa", "clip", "siglip")
 UNKNOWN = ("kv_cache", "mask", "encoder_mask", "position_ids", "head_mask", "cu_seq_lens_q", "kept_tokens")
@@ -38,9 +38,10 @@ def caption(tmp_path_factory):
 
 
 def parts(model):
-    """One module of each kind that the runtime puts into a model."""
-    kinds = (PreNormLayer, PostNormLayer, CompactEncoder, CompactAttention)
-    return {next(kind for kind in kinds if isinstance(m, kind)): m for m in model.modules() if isinstance(m, kinds)}
+    """One module of each kind that the runtime puts into a model, and a stock one that runs layers which drop tokens."""
+    kinds = (PreNormLayer, PostNormLayer, CompactAttention)
+    found = {next(kind for kind in kinds if isinstance(m, kind)): m for m in model.modules() if isinstance(m, kinds)}
+    return found | {"loop": next(m for m in model.modules() if add_token_state in m._forward_pre_hooks.values())}
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -73,10 +74,9 @@ def test_attention_maps_are_refused_however_they_are_asked_for(compact, monkeypa
 @pytest.mark.parametrize("mask", [torch.ones(3, 3), torch.ones(1, 1, 3, 3, dtype=torch.long), object()])
 def test_masks_of_other_kernels_are_refused(compact, mask):
     """Two dimensions (flash attention), 0 and 1 where something is added, a BlockMask (flex attention)."""
-    for kind, module in parts(compact).items():
-        if kind is not CompactEncoder or isinstance(mask, torch.Tensor):
-            with pytest.raises(ValueError, match="attention_mask: compact layers take"):
-                module(torch.zeros(1, 3, 72), attention_mask=mask)
+    for module in parts(compact).values():
+        with pytest.raises(ValueError, match="attention_mask: compact layers take"):
+            module(torch.zeros(1, 3, 72), attention_mask=mask)
 
 
 def test_a_causal_flag_that_the_plan_contradicts_is_refused(compact):
@@ -91,7 +91,7 @@ def test_caches_where_there_is_no_place_for_them_are_refused(compact):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for name in modeling_comp.CACHES:
         for kind, module in parts(compact).items():
-            if kind in (PreNormLayer, CompactEncoder):
+            if kind in (PreNormLayer, "loop"):
                 with pytest.raises((TypeError, ValueError), match="no cache|does not know"):
                     module(torch.zeros(1, 40, 72), **{name: cache})
 

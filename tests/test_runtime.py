@@ -108,13 +108,9 @@ def test_cuda(dense, uneven_plan, inputs, dtype):
     torch.testing.assert_close(found.float().cpu(), expected, atol=1e-3 if dtype == torch.float32 else 0.15, rtol=0.1)
 
 
-class Layer(TokenPruning):
-    """A layer that keeps some tokens and fuses the others."""
-
-    fuse, protected = True, ("first",)
-
-    def __init__(self, keep: int):
-        self.keep = keep
+def merging(keep: int) -> TokenPruning:
+    """Keeps some tokens and merges the others into one."""
+    return TokenPruning(keep, protected=("first",), merge=True)
 
 
 def attended(states, bias=None):
@@ -124,25 +120,25 @@ def attended(states, bias=None):
 
 
 def test_a_token_that_stands_for_equal_ones_changes_nothing():
-    """Twelve tokens, of which nine are alike: fused in two steps, attention says to the others what it said before."""
+    """Twelve tokens, of which nine are alike: merged in two steps, attention says to the others what it said before."""
     states = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
     states[:, 3:] = states[:, 3:4]
     scores = torch.arange(12, 0, -1.0).expand(2, -1)
-    once, bias, kept = Layer(6).prune_tokens(states, scores, None)
+    once, bias, kept = merging(6)(states, scores, None)
     assert kept.tolist() == [[0, 1, 2, 3, 4]] * 2 and once.shape == (2, 6, 8)
     torch.testing.assert_close(bias[0, 0].exp(), torch.tensor([1.0] * 5 + [7.0]).expand(6, 6))
     torch.testing.assert_close(attended(once, bias)[:, :5], attended(states)[:, :5])
-    scores = torch.tensor([0.0, 2.0, 3.0, 1.0, 1.0, 9.0]).expand(2, -1)  # the fused token is never among the kept
-    twice, bias, kept = Layer(4).prune_tokens(once, scores, bias)
+    scores = torch.tensor([0.0, 2.0, 3.0, 1.0, 1.0, 9.0]).expand(2, -1)  # the merged token is never among the kept
+    twice, bias, kept = merging(4)(once, scores, bias)
     assert kept.tolist() == [[0, 1, 2]] * 2 and bias[0, 0, 0].exp().tolist() == pytest.approx([1, 1, 1, 9])
     torch.testing.assert_close(attended(twice, bias)[:, :3], attended(states)[:, :3])
 
 
-def test_the_fused_token_is_the_mean_of_all_that_went():
+def test_the_merged_token_is_the_mean_of_all_that_went():
     states = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
     scores = torch.rand(2, 9, generator=torch.Generator().manual_seed(2))
-    once, bias, kept = Layer(6).prune_tokens(states, scores, None)
-    again, _, left = Layer(4).prune_tokens(once, torch.rand(2, 6, generator=torch.Generator().manual_seed(3)), bias)
+    once, bias, kept = merging(6)(states, scores, None)
+    again, _, left = merging(4)(once, torch.rand(2, 6, generator=torch.Generator().manual_seed(3)), bias)
     for row in range(2):
         stayed = kept[row][left[row]].tolist()
         gone = [place for place in range(9) if place not in stayed]

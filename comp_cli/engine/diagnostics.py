@@ -72,7 +72,7 @@ def head_influence(query: Tensor, key: Tensor, scale: float, *, rule: str = "att
     changed: share of the kept tokens that is another without the head. correlation: Spearman's between the rankings with and
     without it. query, key: (batch, heads, tokens, head_dim); options as of `token_scores`. Both returned (batch, heads).
     """
-    score = TOKEN_RULES[rule]
+    score = TOKEN_RULES[rule].score
     scores = score(query, key, scale, **options)
     ordinary = scores >= 0
     ordinary[:, : int(options["skip_first"])] = False
@@ -169,7 +169,8 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
     def hear(key: tuple[str, int]) -> Callable:
         def hook(module: CompactAttention, args, kwargs, output) -> None:
             query, key_states, _ = map(module.split, module.project(args[0], None))
-            options = {"rows": module.score_rows, "skip_first": module.skip_first, "rule": module.score_rule}
+            ranked = module.token_scores
+            options = {"rows": ranked.rows, "skip_first": ranked.skip_first, "rule": ranked.rule}
             options["attention_mask"] = module.complete(kwargs["attention_mask"], args[0])
             found = head_influence(query, key_states, module.scale, **options)
             for rows, new in zip(captured.setdefault(key, ([], [])), found, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..families import Family, Tower
 from ..plan import Plan
-from ..runtime.modeling_comp import CompactAttention, kept_tokens
+from ..runtime.modeling_comp import CompactAttention, TokenScores, kept_tokens
 from . import importance
 
 Key = tuple[str, int, str]  # tower, layer, "attention" | "cross" | "ffn"
@@ -65,11 +65,11 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
         return lambda module, args, output: recorder.scores.__setitem__(key, output[1].detach())
 
     for tower in family.towers:
-        rows, rule = plan.tower(tower.name).score_rows, plan.tower(tower.name).score_rule
+        planned, skip_first = plan.tower(tower.name), "first" in tower.protected
         for index, layer in enumerate(tower_layers(model, tower)):
             attention: CompactAttention = layer.get_submodule(tower.attention.module)
-            before.append((attention, attention.score_rows, attention.score_rule))
-            attention.score_rows, attention.score_rule = rows, rule
+            before.append((attention, attention.token_scores))
+            attention.token_scores = TokenScores(planned.score_rule, planned.score_rows, skip_first)
             hooks.append(attention.register_forward_hook(remember_scores((tower.name, index))))
             for part, path in layer_parts(tower).items():
                 hook = remember_input((tower.name, index, part))
@@ -79,8 +79,8 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     finally:
         for hook in hooks:
             hook.remove()
-        for attention, rows, rule in before:
-            attention.score_rows, attention.score_rule = rows, rule
+        for attention, token_scores in before:
+            attention.token_scores = token_scores
 
 
 @contextmanager

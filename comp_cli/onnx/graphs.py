@@ -14,7 +14,7 @@ from ..data.batches import random_inputs
 from ..errors import UsageError
 from ..families import Family
 from ..families.base import ANSWER_INPUTS
-from ..runtime.modeling_comp import CompactAttention, cache_name, refuse_unknown
+from ..runtime.modeling_comp import CompactAttention, TokenPruning, TokenScores, cache_name, refuse_unknown
 from ..tasks import Task
 
 OPSET = 20
@@ -334,20 +334,20 @@ def write(graph: Graph, path: Path, *, opset: int, target: str) -> None:
             opset_version=opset,
             verbose=False,
         )
-    tidy(program.model)
+    tidy(program.model, {name for name, module in graph.named_modules() if isinstance(module, TokenScores | TokenPruning)})
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 
 
-def tidy(model: Any) -> None:
-    """Name the nodes of an onnx_ir model after their modules, those that score and drop tokens after that as well (which
-    profiles show); drop the stack traces, which hold paths of this machine."""
+def tidy(model: Any, pruning: set[str]) -> None:
+    """Name the nodes of an onnx_ir model after their modules; those of the modules in `pruning`, which score and drop tokens,
+    after the module around them and TOKEN_PRUNING (which profiles show). Stack traces go: they hold paths of this machine."""
     for node in model.graph:
         scopes = literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
-        line = node.metadata_props.get("pkg.torch.onnx.stack_trace", "").rpartition("\n")[2]
-        prunes = "TOKEN_RULES[" in line or ("self.prune_tokens(" in line and node.op_type != "Add")  # Add: the residual
-        node.name = "/".join(filter(None, (module, prunes and TOKEN_PRUNING, node.name)))
+        module, label = scopes[-2] if len(scopes) > 1 else "", ""
+        if module in pruning:
+            module, label = module.rpartition(".")[0], TOKEN_PRUNING
+        node.name = "/".join(filter(None, (module.removeprefix("model."), label, node.name)))
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()

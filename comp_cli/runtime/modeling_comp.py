@@ -12,21 +12,25 @@ Where numbers would depend on something that it does not know (an argument, a ma
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache as once
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 TESTED = ("5.20", "5.24")  # releases of transformers, the first and the last one that this file was tested with
+Arguments = tuple[Any, ...]  # of a call, by position
 CACHES = ("cache", "past_key_values")  # what layers call their keys and values, since transformers 5.24 and before
 # What stock models hand down to every layer, and no number depends on: hidden states are recorded by hooks around the layers,
 # the number of items is for the loss.
 HARMLESS = frozenset({"output_hidden_states", "use_cache", "return_dict", "num_items_in_batch"})
+# Of a layout: what config.json leaves out where comp 0.1 wrote it. `norms` and `mlp` are children of a pre_norm layer: the
+# norms before the attention and before the feed-forward part, and that part.
+LAYOUT_DEFAULTS: dict[str, Any] = {"norms": ["layer_norm1", "layer_norm2"], "mlp": "mlp", "causal": False, "text_end": None}
 
 
 @once
@@ -102,34 +106,70 @@ def token_scores(
     """
     first = int(skip_first)
     tokens = query.shape[2]
+    chosen: torch.Tensor | slice = slice(first, None)
     if rows and tokens - first > rows:
         chosen = torch.linspace(first, tokens - 1, rows, device=query.device).round().long()
-        query = query[:, :, chosen]
-    else:
-        chosen = slice(first, None)
-        query = query[:, :, first:]
-    logits = (query * scale) @ key.transpose(-1, -2)
-    seen = None
-    if attention_mask is not None:
-        seen = unmasked(attention_mask)
-        logits = logits.masked_fill(~seen[:, :, chosen], torch.finfo(logits.dtype).min)
-    attention = logits.softmax(-1, dtype=torch.float32)  # half precision would make ties of hundreds of scores
-    if head_mask is not None:
-        attention = attention * head_mask.view(1, -1, 1, 1)
+    seen = None if attention_mask is None else unmasked(attention_mask)
+    attention = row_attention(query[:, :, chosen], key, scale, None if seen is None else seen[:, :, chosen], head_mask)
     received = attention.amax(1)
-    if seen is not None:
-        valid = seen[:, 0, -1]  # (batch, tokens): what the last row sees is everything that is not padding
-        received = received * valid[:, chosen].unsqueeze(-1)
-        return received.sum(1).masked_fill(~valid, -1.0)
-    return received.sum(1)
+    if seen is None:
+        return received.sum(1)
+    valid = seen[:, 0, -1]  # (batch, tokens): what the last row sees is everything that is not padding
+    received = received * valid[:, chosen].unsqueeze(-1)
+    return received.sum(1).masked_fill(~valid, -1.0)
 
 
-def row_attention(query: torch.Tensor, key: torch.Tensor, scale: float, valid: torch.Tensor) -> torch.Tensor:
-    """What one query row pays to every token that is not padding: (batch, heads, 1, head_dim) -> (batch, heads, tokens). One
-    that stands for others counts as one."""
+def class_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    *,
+    rows: int = 0,
+    skip_first: bool = True,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much attention [CLS] pays to each token, mean over heads (the score of EViT), with CIT as in `token_scores`.
+
+    One query row is read, whatever `rows` and `skip_first` say.
+    """
+    valid = valid_tokens(key, attention_mask)
+    attention = row_attention(query[:, :, :1], key, scale, valid[:, None, None], head_mask)[:, :, 0]
+    return attention.mean(1).masked_fill(~valid, -1.0)
+
+
+def last_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    *,
+    rows: int = 0,
+    skip_first: bool = True,
+    attention_mask: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much attention the last token that is not padding pays to each: max over heads, with CIT as in `token_scores`.
+
+    For causal towers, whose last token is all that is read. Their other rows cannot be summed: a later token is seen by fewer.
+    One query row is read, whatever `rows` and `skip_first` say.
+    """
+    valid = valid_tokens(key, attention_mask)
+    last = torch.where(valid, torch.arange(key.shape[2], device=key.device), -1).amax(-1).view(-1, 1, 1, 1)
+    row = query.gather(2, last.expand(query.shape[0], query.shape[1], 1, query.shape[3]))
+    attention = row_attention(row, key, scale, valid[:, None, None], head_mask)[:, :, 0]
+    return attention.amax(1).masked_fill(~valid, -1.0)
+
+
+def row_attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, seen: torch.Tensor | None, head_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The attention map of some query rows, a fading head's scaled (Eq. 7): (batch, heads, rows, head_dim) -> (batch, heads,
+    rows, tokens). seen: (batch, 1, rows, tokens), True where a row may look. A merged token counts as one."""
     logits = (query * scale) @ key.transpose(-1, -2)
-    logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
-    return logits.softmax(-1, dtype=torch.float32)[:, :, 0]
+    if seen is not None:
+        logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+    attention = logits.softmax(-1, dtype=torch.float32)  # half precision would make ties of hundreds of scores
+    return attention if head_mask is None else attention * head_mask.view(1, -1, 1, 1)
 
 
 def valid_tokens(key: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -139,49 +179,36 @@ def valid_tokens(key: torch.Tensor, attention_mask: torch.Tensor | None) -> torc
     return unmasked(attention_mask)[:, 0, -1]
 
 
-def class_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """How much attention [CLS] pays to each token, mean over heads (the score of EViT), with CIT as in `token_scores`."""
-    valid = valid_tokens(key, attention_mask)
-    attention = row_attention(query[:, :, :1], key, scale, valid)
-    if head_mask is not None:
-        attention = attention * head_mask.view(1, -1, 1)
-    return attention.mean(1).masked_fill(~valid, -1.0)
+class ScoreFunction(Protocol):
+    """How the tokens of a self-attention are ranked, with the arguments of `token_scores`: the highest of (batch, tokens) stay,
+    padding is negative."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        *,
+        rows: int = 0,
+        skip_first: bool = True,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
-def last_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    head_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """How much attention the last token that is not padding pays to each: max over heads, with CIT as in `token_scores`.
-
-    For causal towers, whose last token is all that is read. Their other rows cannot be summed: a later token is seen by fewer.
-    """
-    valid = valid_tokens(key, attention_mask)
-    last = torch.where(valid, torch.arange(key.shape[2], device=key.device), -1).amax(-1).view(-1, 1, 1, 1)
-    row = query.gather(2, last.expand(query.shape[0], query.shape[1], 1, query.shape[3]))
-    attention = row_attention(row, key, scale, valid)
-    if head_mask is not None:
-        attention = attention * head_mask.view(1, -1, 1)
-    return attention.amax(1).masked_fill(~valid, -1.0)
-
-
-def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> ScoreFunction:
     """Scores that know nothing of the image: an order of the positions, (tokens,) -> (tokens,), the same for each sample."""
 
-    def scores(query: torch.Tensor, key: torch.Tensor, scale: float, *, attention_mask=None, **kwargs: Any) -> torch.Tensor:
+    def scores(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        *,
+        rows: int = 0,
+        skip_first: bool = True,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         found = order(torch.arange(key.shape[2], device=key.device)).float().expand(key.shape[0], -1)
         return found if attention_mask is None else found.masked_fill(~unmasked(attention_mask)[:, 0, -1], -1.0)
 
@@ -205,14 +232,23 @@ def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
 
 
-# How tokens are ranked. "even" is for towers that keep all of theirs; "stride" and "random" are baselines.
-TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
-    "attention": token_scores,
-    "last": last_attention,
-    "even": by_position(torch.ones_like),
-    "cls": class_attention,
-    "stride": by_position(bit_reversed),
-    "random": by_position(hashed),
+@dataclass(frozen=True)
+class TokenRule:
+    """How tokens are ranked: all that anybody needs to know of a rule."""
+
+    score: ScoreFunction
+    query_rows: int | None = 0  # query rows that the scores are made of; None for as many as `score_rows` says
+    class_token: bool = False  # whether it asks [CLS]
+
+
+# "even" is for towers that keep all of their tokens; "stride" and "random" are baselines.
+TOKEN_RULES: dict[str, TokenRule] = {
+    "attention": TokenRule(token_scores, query_rows=None),
+    "last": TokenRule(last_attention, query_rows=1),
+    "even": TokenRule(by_position(torch.ones_like)),
+    "cls": TokenRule(class_attention, query_rows=1, class_token=True),
+    "stride": TokenRule(by_position(bit_reversed)),
+    "random": TokenRule(by_position(hashed)),
 }
 
 
@@ -242,6 +278,154 @@ def select_mask(attention_mask: torch.Tensor, kept: torch.Tensor) -> torch.Tenso
     """(batch, 1, tokens, tokens), (batch, keep) -> (batch, 1, keep, keep)."""
     sample = torch.arange(kept.shape[0], device=kept.device).view(-1, 1, 1)
     return attention_mask.expand(kept.shape[0], -1, -1, -1)[sample, 0, kept.unsqueeze(2), kept.unsqueeze(1)].unsqueeze(1)
+
+
+class TokenScores(nn.Module):
+    """Ranks the tokens of a self-attention by a rule of TOKEN_RULES. It has no parameters, and is a module so that profiles and
+    graphs can name what it costs."""
+
+    def __init__(self, rule: str, rows: int, skip_first: bool):
+        super().__init__()
+        self.rule, self.rows, self.skip_first = rule, rows, skip_first
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        head_dim: int,
+        scale: float,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query, key: (batch, tokens, heads * head_dim). Returns (batch, tokens). The scores only choose: no gradient goes
+        through them."""
+        query, key = (split_heads(states.detach(), head_dim) for states in (query, key))
+        score = TOKEN_RULES[self.rule].score
+        how = {"attention_mask": attention_mask, "head_mask": head_mask}
+        return score(query, key, scale, rows=self.rows, skip_first=self.skip_first, **how)
+
+
+class TokenPruning(nn.Module):
+    """Hands on the `keep` best tokens, between attention and feed-forward part. `keep` is a constant: no result depends on its
+    batch mates. With `merge` the last of them stands for all that go, see `merge_others`. No parameters, as `TokenScores`."""
+
+    def __init__(self, keep: int, protected: tuple[str, ...] = (), merge: bool = False):
+        super().__init__()
+        self.keep, self.protected, self.merge = keep, protected, merge
+
+    def forward(
+        self, hidden_states: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, tokens, dim), (batch, tokens), (batch, 1, tokens, tokens) -> (batch, keep, dim), the mask of those, and their
+        indices (batch, keep), None where all stay."""
+        if torch.compiler.is_exporting():
+            keep = torch.sym_min(self.keep, hidden_states.shape[1])  # no branch on the text length in a graph
+        elif hidden_states.shape[1] <= self.keep:
+            return hidden_states, attention_mask, None
+        else:
+            keep = self.keep
+        if self.merge and self.keep > 1:
+            return self.merge_others(hidden_states, scores, attention_mask, keep)
+        kept = kept_tokens(scores, keep, self.protected)
+        if attention_mask is not None:
+            attention_mask = select_mask(attention_mask, kept)
+        return select_tokens(hidden_states, kept), attention_mask, kept
+
+    def merge_others(
+        self, hidden_states: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, keep: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keep the `keep` - 1 best tokens; the last one stands for all others: it is their mean, and attention counts it as
+        often as there are tokens in it (the proportional attention of ToMe).
+
+        bias: what that adds to attention logits, (1, 1, tokens, tokens): the logarithm of how many tokens each column stands
+        for; None before any are merged. The logits of n equal tokens are that of one plus log(n), so nothing is lost where
+        those that go are alike. For towers without padding.
+        """
+        token_size = hidden_states.new_ones(1, hidden_states.shape[1])
+        if bias is not None:
+            token_size = bias[:, 0, 0].exp()
+            last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
+            scores = scores.masked_fill(last, -1.0)
+        kept = kept_tokens(scores, keep - 1, self.protected)
+        gone = token_size.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
+        mean = (hidden_states * (gone / gone.sum(1, keepdim=True))).sum(1, keepdim=True)  # a sum could overflow fp16
+        weight = (token_size.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
+        bias = torch.cat([hidden_states.new_zeros(1, 1, keep, keep - 1), weight], dim=-1)
+        return torch.cat([select_tokens(hidden_states, kept), mean], dim=1), bias, kept
+
+
+class TokenState:
+    """What is left of the tokens of one call. It travels with the call: `add_token_state` gives it to the stock loop, which
+    hands it to every layer, as it does with all arguments that it does not know.
+
+    A layer reads what the layer before it left, and leaves its own under the number of the next. Nothing is overwritten by
+    another layer, so a layer that runs again in the backward pass (gradient checkpointing) finds what it found before.
+
+    masks: number of a layer -> the mask that its attention gets, (batch, 1, tokens, tokens), None for none. kept: number of a
+    layer that drops tokens -> those that stay, (batch, keep), indices into the ones that enter it.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[int, torch.Tensor | None] = {}
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def mask_of(self, layer: int, given: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        """given: the mask of all tokens, which the stock loop hands to every layer. device: of the layer; a model may lie on
+        several."""
+        if layer not in self.masks:
+            return given
+        mask = self.masks[layer]
+        return mask if mask is None or mask.device == device else mask.to(device)
+
+    def positions(self) -> torch.Tensor | None:
+        """Where the tokens that are left were when they entered the tower, (batch, left); None where all are left."""
+        positions = None
+        for layer in sorted(self.kept):
+            kept = self.kept[layer]
+            positions = kept if positions is None else positions.to(kept.device).gather(1, kept)
+        return positions
+
+
+def add_token_state(encoder: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+    """Forward pre-hook of the stock module that runs the layers of a tower in which the number of tokens falls."""
+    return args, kwargs | {"token_state": TokenState()}
+
+
+def restore_positions(encoder: nn.Module, args: Arguments, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of such a module where what is behind the tower reads tokens by their position: those that are left come
+    out where they were, (batch, tokens, dim), zeros between them."""
+    positions = kwargs["token_state"].positions()
+    if positions is not None:
+        entered, left = args[0] if args else kwargs["inputs_embeds"], output.last_hidden_state
+        index = positions.unsqueeze(-1).expand(-1, -1, left.shape[-1])
+        output.last_hidden_state = torch.zeros_like(entered).scatter(1, index, left)
+    return output
+
+
+def mask_behind_end(text_model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+    """Forward pre-hook of a text model that is read at the first end-of-text token: see `end_of_text`."""
+    return (), end_of_text(text_model.eos_token_id, *args, **kwargs)
+
+
+def end_of_text(
+    eos_token_id: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The arguments of a text model with what comes behind the first end-of-text token as padding, whatever mask is given: so
+    that the end is the last token of every text, which stays. input_ids, attention_mask: (batch, tokens)."""
+    ids = input_ids.view(-1, input_ids.shape[-1])
+    # Configs of the first checkpoints say 2 where the end is the highest id (see transformers' CLIPTextModel).
+    ends = ids == (eos_token_id if eos_token_id != 2 else ids.amax(-1, keepdim=True))
+    behind = ends.long().cumsum(-1) - ends.long() > 0
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids)
+    elif not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise ValueError("attention_mask: expected one number for each token of a text, (batch, tokens).")
+    return kwargs | {"input_ids": input_ids, "attention_mask": attention_mask.masked_fill(behind, 0)}
+
+
+def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim); what comes from a cache is so already."""
+    return states if states.dim() == 4 else states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def resized(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
@@ -293,8 +477,10 @@ class CompactAttention(nn.Module):
     While a model generates, keys and values are cached, (batch, heads, tokens, head_dim) in each layer.
 
     Returns the attended tokens (batch, tokens, dim) — before the output projection where the stock module has it
-    elsewhere — and the token scores (batch, tokens), None unless `score_rows` is set (0: all rows).
+    elsewhere — and the token scores (batch, tokens), None unless `token_scores` is there.
     """
+
+    token_scores: TokenScores | None
 
     def __init__(self, stock: nn.Module, layout: dict[str, Any], num_heads: int, head_dim: int, scale: float):
         super().__init__()
@@ -302,9 +488,8 @@ class CompactAttention(nn.Module):
         self.layout = layout
         self.config = getattr(stock, "config", None)
         self.layer_idx: int | None = getattr(stock, "layer_idx", None)  # place in the cache of a tower that generates
-        self.skip_first, self.causal = True, False
-        self.score_rows: int | None = None
-        self.score_rule = "attention"
+        self.causal = False
+        self.register_module("token_scores", None)
         self.head_mask: torch.Tensor | None = None
         self.fused_node = False  # export as one node of ONNX Runtime
         self.share_images = False  # export with one image for many texts: its keys and values are made once
@@ -353,12 +538,8 @@ class CompactAttention(nn.Module):
             context = F.scaled_dot_product_attention(*split, attention_mask, scale=self.scale)
             context = context.transpose(1, 2).flatten(2)
         scores = None
-        if self.score_rows is not None:
-            options = {"rows": self.score_rows, "skip_first": self.skip_first}
-            masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
-            # The scores only choose: no gradient goes through them.
-            states = (self.split(states.detach()) for states in (query, key))
-            scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
+        if self.token_scores is not None:
+            scores = self.token_scores(query, key, self.head_dim, self.scale, attention_mask, self.head_mask)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
     def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, past: int = 0) -> torch.Tensor | None:
@@ -396,88 +577,71 @@ class CompactAttention(nn.Module):
 
     def split(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim); what comes from a cache is so already."""
-        if states.dim() == 4:
-            return states
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return split_heads(states, self.head_dim)
 
 
-class TokenPruning:
-    """What layers that hand on fewer tokens share. `keep` is a constant: no result depends on its batch mates."""
+class CompactLayer(nn.Module):
+    """What compact layers share. Mixed in before the stock class; `compact_layer` sets what is declared here."""
 
-    keep: int | None = None
-    protected: tuple[str, ...] = ()
-    fuse = False
+    layer_idx: int
+    token_pruning: TokenPruning | None
+    norms: tuple[str, str]
+    attention_name: str
+    mlp_name: str
+    cache_name: str | None  # what the stock module around the attention calls the cache
 
     def prune_tokens(
-        self, hidden_states: torch.Tensor, scores: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Keep the best tokens of (batch, tokens, dim), between attention and feed-forward layer; also returns the mask of
-        those and their indices (batch, keep), None where all stay. With `fuse` see `fuse_others`."""
-        if self.keep is None:
-            return hidden_states, attention_mask, None
-        if torch.compiler.is_exporting():
-            keep = torch.sym_min(self.keep, hidden_states.shape[1])  # no branch on the text length in a graph
-        elif hidden_states.shape[1] <= self.keep:
-            return hidden_states, attention_mask, None
-        else:
-            keep = self.keep
-        if self.fuse and self.keep > 1:
-            return self.fuse_others(hidden_states, scores, attention_mask, keep)
-        kept = kept_tokens(scores, keep, self.protected)
-        if attention_mask is not None:
-            attention_mask = select_mask(attention_mask, kept)
-        return select_tokens(hidden_states, kept), attention_mask, kept
-
-    def fuse_others(
-        self, hidden_states: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, keep: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep the `keep` - 1 best tokens; the last one stands for all others: it is their mean, and attention counts it as
-        often as there are tokens in it.
-
-        bias: what that adds to attention logits, (1, 1, tokens, tokens): the logarithm of how many tokens each column stands
-        for; None before any are fused. The logits of n equal tokens are that of one plus log(n), so nothing is lost where
-        those that go are alike. For towers without padding.
-        """
-        token_size = hidden_states.new_ones(1, hidden_states.shape[1])
-        if bias is not None:
-            token_size = bias[:, 0, 0].exp()
-            last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
-            scores = scores.masked_fill(last, -1.0)
-        kept = kept_tokens(scores, keep - 1, self.protected)
-        gone = token_size.expand(scores.shape[0], -1).scatter(1, kept, 0.0).unsqueeze(-1)
-        mean = (hidden_states * (gone / gone.sum(1, keepdim=True))).sum(1, keepdim=True)  # a sum could overflow fp16
-        weight = (token_size.sum() - (keep - 1)).log().expand(1, 1, keep, 1)
-        bias = torch.cat([hidden_states.new_zeros(1, 1, keep, keep - 1), weight], dim=-1)
-        return torch.cat([select_tokens(hidden_states, kept), mean], dim=1), bias, kept
+        self,
+        hidden_states: torch.Tensor,
+        scores: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_state: TokenState | None,
+    ) -> torch.Tensor:
+        """Drop tokens where the plan says so, (batch, tokens, dim) -> (batch, keep, dim), and leave word of it."""
+        kept = None
+        if self.token_pruning is not None:
+            hidden_states, attention_mask, kept = self.token_pruning(hidden_states, scores, attention_mask)
+        if token_state is not None:
+            token_state.masks[self.layer_idx + 1] = attention_mask
+            if kept is not None:
+                token_state.kept[self.layer_idx] = kept
+        elif kept is not None:
+            raise TypeError(
+                f"{type(self).__name__} drops tokens, and has nowhere to say which: call the module that runs the layers, or "
+                "give token_state=TokenState()."
+            )
+        return hidden_states
 
 
-class PreNormLayer(TokenPruning):
-    """Layer of a ViT-like tower (BLIP's vision tower, CLIP, SigLIP). Mixed in before the stock class."""
+class PreNormLayer(CompactLayer):
+    """Layer of a ViT-like tower (BLIP's vision tower, CLIP, SigLIP)."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         is_causal: bool | None = None,
+        token_state: TokenState | None = None,
         **kwargs: Any,
-    ):
+    ) -> torch.Tensor:
+        """(batch, tokens, dim) -> (batch, tokens or keep, dim). attention_mask: of all tokens that entered the tower."""
         refuse_unknown(self, kwargs)
-        if is_causal is not None and is_causal != self.self_attn.causal:
+        attention, mlp = getattr(self, self.attention_name), getattr(self, self.mlp_name)
+        norm, next_norm = (getattr(self, name) for name in self.norms)
+        if is_causal is not None and is_causal != attention.causal:
             raise ValueError(f"is_causal={is_causal}: config.json says that this tower is not so (comp.towers.layout.causal).")
-        attended, scores = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask)
-        hidden_states, attention_mask, kept = self.prune_tokens(hidden_states + attended, scores, attention_mask)
-        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
+        if token_state is not None:
+            attention_mask = token_state.mask_of(self.layer_idx, attention_mask, hidden_states.device)
+        attended, scores = attention(norm(hidden_states), attention_mask=attention_mask)
+        hidden_states = self.prune_tokens(hidden_states + attended, scores, attention_mask, token_state)
+        return hidden_states + mlp(next_norm(hidden_states))
 
 
-class PostNormLayer(TokenPruning):
-    """Layer of a BERT-like tower with cross-attention (BLIP's text towers). Mixed in before the stock class.
+class PostNormLayer(CompactLayer):
+    """Layer of a BERT-like tower with cross-attention (BLIP's text towers).
 
-    cache_name: what the stock module around the attention calls the cache. encoder_attention_mask is taken and not used: the
-    stock layer (5.20 to 5.24) does not hand it to the attention either.
+    encoder_attention_mask is taken and not used: the stock layer (5.20 to 5.24) does not hand it to the attention either.
     """
-
-    cache_name: str | None = None
 
     def forward(
         self,
@@ -487,61 +651,27 @@ class PostNormLayer(TokenPruning):
         encoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        token_state: TokenState | None = None,
         **kwargs: Any,
-    ):
+    ) -> torch.Tensor:
+        """(batch, tokens, dim) -> (batch, tokens or keep, dim). attention_mask: of all tokens that entered the tower."""
         refuse_unknown(self, kwargs)
         cache = the_cache(cache, past_key_values)
+        if cache is not None and token_state is not None:
+            raise ValueError("where tokens are dropped there is no cache: those that are left differ from layer to layer.")
         if cache is not None and self.cache_name is None:
             raise TypeError(f"{type(self.attention).__name__} of transformers {transformers.__version__} takes no cache.")
         past = {} if cache is None else {self.cache_name: cache}
+        if token_state is not None:
+            attention_mask = token_state.mask_of(self.layer_idx, attention_mask, hidden_states.device)
         hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask, **past)
-        hidden_states, attention_mask, kept = self.prune_tokens(hidden_states, scores, attention_mask)
+        hidden_states = self.prune_tokens(hidden_states, scores, attention_mask, token_state)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=encoder_hidden_states, **past)
-        hidden_states = self.feed_forward_chunk(hidden_states)
-        return hidden_states if self.keep is None else (hidden_states, attention_mask, kept)
+        return self.feed_forward_chunk(hidden_states)
 
 
-LAYERS = {"pre_norm": PreNormLayer, "post_norm": PostNormLayer}
-
-
-class CompactEncoder(nn.Module):
-    """Runs the layers of a tower in which the number of tokens falls from layer to layer.
-
-    With `in_place` the tokens that are left come out where they were, zeros between them: what is behind the tower reads
-    them by position.
-    """
-
-    def __init__(self, stock: nn.Module, layers: str, in_place: bool):
-        super().__init__()
-        self.config = getattr(stock, "config", None)
-        self.layers_name, self.in_place = layers, in_place
-        self.add_module(layers, getattr(stock, layers))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **kwargs: Any,  # each layer refuses what it does not know
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        if any(kwargs.get(name) is not None for name in CACHES):
-            raise ValueError("where tokens are dropped there is no cache: those that are left differ from layer to layer.")
-        check_mask(attention_mask)
-        hidden_states = inputs_embeds if hidden_states is None else hidden_states
-        entered, positions = hidden_states, None
-        if encoder_hidden_states is not None:
-            kwargs["encoder_hidden_states"] = encoder_hidden_states
-        for layer in getattr(self, self.layers_name):
-            output = layer(hidden_states, attention_mask=attention_mask, **kwargs)
-            hidden_states, attention_mask, kept = output if isinstance(output, tuple) else (output, attention_mask, None)
-            if kept is not None and self.in_place:
-                positions = kept if positions is None else positions.gather(1, kept)
-        if positions is not None:
-            index = positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-            hidden_states = torch.zeros_like(entered).scatter(1, index, hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+LAYERS: dict[str, type[CompactLayer]] = {"pre_norm": PreNormLayer, "post_norm": PostNormLayer}
 
 
 @once
@@ -550,54 +680,38 @@ def _layer_class(order: str, stock_class: type) -> type:
     return type(f"Compact{stock_class.__name__}", (LAYERS[order], stock_class), {})
 
 
-def compact_layer(stock: nn.Module, layout: dict[str, Any], sizes: dict[str, Any], tower: dict[str, Any]) -> nn.Module:
-    """The layer with the sizes of its plan. Weights that change size are left uninitialised."""
+def compact_layer(
+    stock: nn.Module, index: int, layout: dict[str, Any], sizes: dict[str, Any], tower: dict[str, Any]
+) -> CompactLayer:
+    """The layer with the sizes of its plan, `index` in its tower. Weights that change size are left uninitialised."""
     layer_class = _layer_class(layout["order"], type(stock))
     layer = layer_class.__new__(layer_class)
     layer.__dict__.update(stock.__dict__)
     around = stock.get_submodule(layout["attention"]["module"].split(".")[0])  # the stock module that holds the attention
-    layer.cache_name = cache_name(around.forward)
+    layer.layer_idx, layer.cache_name = index, cache_name(around.forward)
+    layer.norms, layer.mlp_name, layer.attention_name = tuple(layout["norms"]), layout["mlp"], layout["attention"]["module"]
     for kind in ("attention", "cross"):
         parts = layout[kind]
         if parts is None:
             continue
         attention = CompactAttention(stock.get_submodule(parts["module"]), parts, **sizes[kind])
-        attention.skip_first = "first" in layout["protected"]
-        attention.causal = kind == "attention" and layout.get("causal", False)
+        attention.causal = kind == "attention" and layout["causal"]
         layer.set_submodule(parts["module"], attention)
         if attention.out_name is None:
             out = layer.get_submodule(parts["out"])
             inner = attention.num_heads * attention.head_dim
             layer.set_submodule(parts["out"], resized(out, inner, out.out_features))
-    fc1, fc2 = (layer.get_submodule(path) for path in layout["ffn"])
-    layer.set_submodule(layout["ffn"][0], resized(fc1, fc1.in_features, sizes["ffn"]))
-    layer.set_submodule(layout["ffn"][1], resized(fc2, sizes["ffn"], fc2.out_features))
+    for path in layout["ffn"]:
+        linear, last = layer.get_submodule(path), path == layout["ffn"][-1]
+        shape = (sizes["ffn"], linear.out_features) if last else (linear.in_features, sizes["ffn"])
+        layer.set_submodule(path, resized(linear, *shape))
+    layer.register_module("token_pruning", None)
     if sizes["keep"] is not None:
-        layer.keep, layer.protected, layer.fuse = sizes["keep"], tuple(layout["protected"]), tower.get("fuse", False)
+        protected = tuple(layout["protected"])
+        layer.token_pruning = TokenPruning(sizes["keep"], protected, tower.get("fuse", False))
         attention = layer.get_submodule(layout["attention"]["module"])
-        attention.score_rows, attention.score_rule = tower["score_rows"], tower.get("score_rule", "attention")
+        attention.token_scores = TokenScores(tower.get("score_rule", "attention"), tower["score_rows"], "first" in protected)
     return layer
-
-
-class EndOfText:
-    """A text model that is read at the first end-of-text token. What comes behind it is padding, whatever mask is given: so
-    that the end is the last token of every text, which stays. Mixed in before the stock class."""
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
-        ids = input_ids.view(-1, input_ids.shape[-1])
-        # Configs of the first checkpoints say 2 where the end is the highest id (see transformers' CLIPTextModel).
-        ends = ids == (self.eos_token_id if self.eos_token_id != 2 else ids.amax(-1, keepdim=True))
-        behind = ends.long().cumsum(-1) - ends.long() > 0
-        if attention_mask is None:
-            attention_mask = torch.ones_like(ids)
-        elif not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-            raise ValueError("attention_mask: expected one number for each token of a text, (batch, tokens).")
-        return super().forward(input_ids, attention_mask=attention_mask.masked_fill(behind, 0), **kwargs)
-
-
-@once
-def _ending(stock_class: type) -> type:
-    return type(f"Compact{stock_class.__name__}", (EndOfText, stock_class), {"__module__": __name__})
 
 
 def check_sizes(tower: dict[str, Any], hidden_size: int, heads: int) -> None:
@@ -621,20 +735,19 @@ def check_sizes(tower: dict[str, Any], hidden_size: int, heads: int) -> None:
 def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
     """Give every tower of a stock model the sizes of its plan, in place."""
     for tower in comp["towers"]:
-        layout = tower["layout"]
+        layout = LAYOUT_DEFAULTS | tower["layout"]
         encoder = model.get_submodule(layout["encoder"])
         layers = getattr(encoder, layout["layers"])
         check_sizes(tower, encoder.config.hidden_size, encoder.config.num_attention_heads)
         if len(layers) != len(tower["layers"]):
             raise ValueError(f"{layout['encoder']}: the plan has {len(tower['layers'])} layers, the model {len(layers)}")
         for index, sizes in enumerate(tower["layers"]):
-            layers[index] = compact_layer(layers[index], layout, sizes, tower)
+            layers[index] = compact_layer(layers[index], index, layout, sizes, tower)
         if any(sizes["keep"] is not None for sizes in tower["layers"]):
-            pooled_at_end = layout.get("text_end")
-            model.set_submodule(layout["encoder"], CompactEncoder(encoder, layout["layers"], pooled_at_end is not None))
-            if pooled_at_end is not None:
-                text_model = model.get_submodule(pooled_at_end)
-                text_model.__class__ = _ending(type(text_model))
+            encoder.register_forward_pre_hook(add_token_state, with_kwargs=True)
+            if layout["text_end"] is not None:
+                encoder.register_forward_hook(restore_positions, with_kwargs=True)
+                model.get_submodule(layout["text_end"]).register_forward_pre_hook(mask_behind_end, with_kwargs=True)
 
 
 @once
