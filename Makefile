@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 NEWEST_TESTS := $(addprefix tests/test_,runtime.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
 	families.py consumer.py)
 
-.PHONY: setup demo test test-newest newest fuzz lint bench clean
+.PHONY: setup demo test test-newest newest fuzz lint schema bench clean
 
 setup: $(VENV)/.done
 
@@ -59,6 +59,10 @@ newest:
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# docs/schema, which describes what --json prints; made of the reports' dataclasses.
+schema: setup
+	$(BIN)/python -m comp_cli.report.schema docs/schema
 
 bench: setup
 	test -d out/demo-compact || $(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact

@@ -17,6 +17,7 @@ from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.commands import upgrade
 from comp_cli.errors import CompError
+from comp_cli.report.upgraded import print_upgraded
 from comp_cli.runtime import modeling_comp
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # two folders, and what each said when it was written
@@ -51,8 +52,8 @@ def test_an_old_folder_says_with_todays_comp_what_it_said(old):
 def test_an_upgraded_folder_answers_without_comp_and_says_the_same(old):
     """Its own runtime is today's: in a process that knows no comp, whatever transformers is there."""
     folder, recorded = old
-    document = upgrade.upgrade(folder, Output("quiet"))
-    assert set(document["changed"]) == {"modeling_comp.py", "auto_map", "versions"}
+    report = upgrade.upgrade(folder, Output("quiet"))
+    assert set(report.changed) == {"modeling_comp.py", "auto_map", "versions"}
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     assert "comp_cli" not in type(model).__module__
     torch.testing.assert_close(says(model), torch.tensor(recorded), atol=1e-4, rtol=1e-4)
@@ -93,8 +94,9 @@ def test_a_second_upgrade_changes_nothing(old, capsys):
     folder, _ = old
     upgrade.upgrade(folder, Output("quiet"))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    document = upgrade.upgrade(folder, Output("human"))
-    assert document["changed"] == {} and "nothing to do" in capsys.readouterr().out
+    report = upgrade.upgrade(folder, Output("quiet"))
+    print_upgraded(report, Output("human"))
+    assert report.changed == {} and "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
