@@ -13,7 +13,7 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 NEWEST_TESTS := $(addprefix tests/test_,runtime.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
 	families.py consumer.py)
 
-.PHONY: setup demo test test-newest newest fuzz lint docs bench clean
+.PHONY: setup demo test test-newest newest fuzz lint docs schema bench clean
 
 setup: $(VENV)/.done
 
@@ -72,6 +72,10 @@ $(SITE_VENV)/.done: pyproject.toml constraints.txt
 		> $(SITE_VENV)/requirements.txt
 	$(SITE_VENV)/bin/pip install -q -c constraints.txt -r $(SITE_VENV)/requirements.txt
 	touch $@
+
+# docs/schema, which describes what --json prints; made of the reports' dataclasses.
+schema: setup
+	$(BIN)/python -m comp_cli.report.schema docs/schema
 
 bench: setup
 	test -d out/demo-compact || $(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact

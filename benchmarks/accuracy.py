@@ -29,8 +29,9 @@ from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
 from comp_cli.models.dense import Dense, ScenePairs, batches_of, by_model_size, open_dense
-from comp_cli.search.run import Options, search
-from comp_cli.search.trainer import Trainer, Training, training_batches
+from comp_cli.options import PruneOptions, Training
+from comp_cli.search.run import search
+from comp_cli.search.trainer import Trainer, training_batches
 from comp_cli.tasks import comparison
 
 SAMPLES = 128  # calibration pairs, of which all judge every stage
@@ -77,12 +78,12 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def options_of(name: str, ratio: float, seed: int, training: Training) -> Options:
+def options_of(name: str, ratio: float, seed: int, training: Training) -> PruneOptions:
     """The options of a run. name: a method, and what is switched off, as on the command line."""
     method, *switches = name.split(" --")
     samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": SETTINGS["stages"]}
     off = {switch.removeprefix("no-"): False for switch in switches if switch.startswith("no-")}
-    return Options("demo", ratio, method=method, seed=seed, training=training, **samples, **off)
+    return PruneOptions("demo", ratio, method=method, seed=seed, training=training, **samples, **off)
 
 
 def measure(subject: Subject, name: str, ratio: float, seed: int, steps: int, pairs: list) -> Iterator[dict]:

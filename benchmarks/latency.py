@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def read(path: Path) -> list[dict]:
 
 def measure(runners: dict[str, timing.Runner], config, path: Path, batch: int, rounds: int, done: int) -> None:
     """Append rounds until there are so many."""
-    where = bench.machine(torch.device("cpu"))
+    where = asdict(bench.machine(torch.device("cpu")))
     inputs = random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS)
     with path.open("a") as file:
         for number, taken in enumerate(timing.rounds(runners, inputs, clocks, warm_up=1), start=done + 1):

@@ -28,12 +28,13 @@ from comp_cli import tasks
 from comp_cli.checkpoint import loading
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.data.batches import random_inputs
 from comp_cli.engine import flops
 from comp_cli.measure import timing, variants
 from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
 from comp_cli.onnx import graphs, sessions
+from comp_cli.options import PruneOptions
 
 SCENES = ScenePairs(labelled=True)
 DEMO = Path(loading.__file__).parent / "demo"
@@ -216,7 +217,7 @@ def unrecovered(work: Path, ratio: float) -> nn.Module:
     """comp without its closed-form refit, on the demo: what the choice of units alone is worth."""
     folder = work / f"unrecovered-{ratio:g}"
     if not folder.exists():
-        options = Options("demo", ratio, recover=False, device="cpu", batch_size=32)
+        options = PruneOptions("demo", ratio, recover=False, device="cpu", batch_size=32)
         prune(options, folder, Output("quiet"))
     return loading.load_model(folder, dtype=torch.float32)
 
@@ -261,7 +262,7 @@ def demo_work(work: Path, ratio: float) -> Path:
     if not (folder / "dense").exists():
         shutil.copytree(DEMO, folder / "dense")
     if not (folder / f"compact-{ratio:g}").exists():
-        options = Options("demo", ratio, device="cpu", batch_size=32)
+        options = PruneOptions("demo", ratio, device="cpu", batch_size=32)
         prune(options, folder / f"compact-{ratio:g}", Output("quiet"))
     return folder
 

@@ -11,10 +11,11 @@ from torch import nn
 from comp_cli import tasks
 from comp_cli.checkpoint import loading
 from comp_cli.cli.output import Output
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.families import FAMILIES
 from comp_cli.measure import variants
 from comp_cli.onnx import graphs, rewrite
+from comp_cli.options import PruneOptions
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35
@@ -35,7 +36,7 @@ def compact_folder(work: Path, ratio: float, base: Path | None = None) -> Path:
     if not folder.exists():
         few = {"num_samples": 4, "eval_samples": 2, "batch_size": 2}
         base = base or dense_folder(work)
-        prune(Options(str(base), ratio, method="joint", recover=False, device="cpu", **few), folder, Output())
+        prune(PruneOptions(str(base), ratio, method="joint", recover=False, device="cpu", **few), folder, Output())
     return folder
 
 

@@ -1,6 +1,10 @@
-"""comp: make vision-language models smaller and faster, and hand over something that people can deploy."""
+"""comp: make vision-language models smaller and faster, and produce deployable checkpoints and ONNX graphs.
 
-from os import PathLike  # no more than is there already: see __main__
+>>> import comp_cli
+>>> report = comp_cli.prune("Salesforce/blip-itm-base-coco", ratio=0.5, data="pairs.jsonl", output="blip-compact")
+>>> comp_cli.export("blip-compact", output="blip-onnx")
+>>> model = comp_cli.load("blip-compact")
+"""
 
 from .privacy import be_silent
 
@@ -8,29 +12,61 @@ be_silent()  # before anything is imported that would report
 
 __version__ = "0.1.1"
 
+TYPE_CHECKING = False  # as in typing, which is not imported: no more than is there already, see __main__
+if TYPE_CHECKING:
+    from .api import analyze, bench, export, load, load_onnx, prune
+    from .errors import CompError, DeviceError, GateError, RefusedError, UsageError
+    from .plan import Plan
+    from .progress import Bar, Progress
+    from .report.analyzed import AnalyzeReport
+    from .report.benched import BenchReport
+    from .report.exported import ExportReport
+    from .report.pruned import PruneReport
 
-def load(folder: str | PathLike, *, dtype: str | None = None, device: str = "cpu"):
-    """The model of a checkpoint folder, compact or dense, in eval mode.
+__all__ = [
+    "AnalyzeReport",
+    "Bar",
+    "BenchReport",
+    "CompError",
+    "DeviceError",
+    "ExportReport",
+    "GateError",
+    "Plan",
+    "Progress",
+    "PruneReport",
+    "RefusedError",
+    "UsageError",
+    "analyze",
+    "bench",
+    "export",
+    "load",
+    "load_onnx",
+    "prune",
+]
 
-    dtype: "fp32", "bf16", "fp16" or None for the checkpoint's own. Raises `comp_cli.errors.CompError` where the folder is
-    refused: weights missing, left over, of another size than config.json says, or not finite.
-    """
-    from pathlib import Path
+_PLACES = {
+    "api": ("analyze", "bench", "export", "load", "load_onnx", "prune"),
+    "errors": ("CompError", "DeviceError", "GateError", "RefusedError", "UsageError"),
+    "plan": ("Plan",),
+    "progress": ("Bar", "Progress"),
+    "report.analyzed": ("AnalyzeReport",),
+    "report.benched": ("BenchReport",),
+    "report.exported": ("ExportReport",),
+    "report.pruned": ("PruneReport",),
+}
 
-    from .checkpoint import loading
 
-    return loading.load_model(Path(folder), dtype=loading.pick_dtype(dtype)).to(loading.pick_device(device))
+def __getattr__(name: str) -> object:
+    """What is asked for, imported now (PEP 562)."""
+    from importlib import import_module
+
+    place = next((place for place, names in _PLACES.items() if name in names), None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{place}", __name__), name)
+    globals()[name] = found  # asked for once
+    return found
 
 
-def load_onnx(folder: str | PathLike, *, device: str = "cpu"):
-    """A captioning or question-answering model whose `generate` runs the ONNX graphs that `comp export` wrote into a folder.
-
-    Takes what the stock `generate` takes: prompts, beams, sampling. Raises `comp_cli.errors.CompError` for graphs that write
-    no texts, or a device that ONNX Runtime does not have.
-    """
-    from pathlib import Path
-
-    from .checkpoint import loading
-    from .onnx import generation
-
-    return generation.load_writer(Path(folder), str(loading.pick_device(device)))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

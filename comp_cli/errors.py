@@ -1,26 +1,35 @@
 """What can go wrong, by meaning: each exception carries a sentence for the user and what to do next."""
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .report.base import Report
 
 
 class CompError(Exception):
     """The work failed: no room on the disk, no answer from the hub, a defect.
 
-    message: what went wrong, in a sentence. hint: what to do next. exit_code: what the command line ends with, by which scripts
-    tell the kinds apart. document: the report of a command that did its work before it failed.
+    Attributes:
+        message: what went wrong, in a sentence.
+        hint: what to do next.
+        exit_code: what the command line ends with, by which scripts tell the kinds apart.
+        report: that of a command which did its work before it failed.
     """
 
     exit_code = 1
+    report: "Report | None" = None
 
-    def __init__(
-        self, message: str, *, hint: str | None = None, document: dict[str, Any] | None = None, exit_code: int | None = None
-    ):
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int | None = None):
         super().__init__(message)
         self.message, self.hint = message, hint
-        self.document = document or {}
         if exit_code is not None:  # of a signal
             self.exit_code = exit_code
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The report as JSON has it; empty where there is none."""
+        return {} if self.report is None else self.report.to_json()
 
 
 class UsageError(CompError):
@@ -30,9 +39,13 @@ class UsageError(CompError):
 
 
 class GateError(CompError):
-    """The work is done and misses a gate: parity, accuracy, speed, memory."""
+    """The work is done and misses a gate: parity, accuracy, speed, memory. `report` says what was measured."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str | None = None, report: "Report"):
+        super().__init__(message, hint=hint)
+        self.report = report
 
 
 class RefusedError(CompError):

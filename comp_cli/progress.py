@@ -51,3 +51,22 @@ class Silent:
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Bar]:
         yield NoBar()
+
+
+class Recorder:
+    """Hands everything on to another one (None: to nobody), and remembers the warnings."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress = Silent() if progress is None else progress
+        self.shows_bars = self._progress.shows_bars
+        self.warnings: list[str] = []
+
+    def say(self, message: str) -> None:
+        self._progress.say(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self._progress.warn(message)
+
+    def track(self, title: str, total: int) -> AbstractContextManager[Bar]:
+        return self._progress.track(title, total)

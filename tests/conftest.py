@@ -44,24 +44,22 @@ def tiny_folder(stock, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def compact_folder(tiny_folder, tmp_path_factory) -> Path:
     """The tiny model, compact at ratio 0.7: heads, channels and tokens are gone."""
-    from comp_cli.cli.output import Output
-    from comp_cli.commands.prune import Options, prune
+    import comp_cli
 
     folder = tmp_path_factory.mktemp("compact") / "compact"
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
-    prune(Options(str(tiny_folder), 0.7, method="joint", device="cpu", **sizes), folder, Output("quiet"))
+    comp_cli.prune(tiny_folder, ratio=0.7, output=folder, method="joint", device="cpu", **sizes)
     return folder
 
 
 @pytest.fixture(scope="session")
 def served(compact_folder) -> dict[str, Path]:
     """The compact model as ONNX, "whole" and "split"."""
-    from comp_cli.cli.output import Output
-    from comp_cli.commands import export
+    import comp_cli
 
     folders = {name: compact_folder.with_name(f"served-{name}") for name in ("whole", "split")}
     for name, folder in folders.items():
-        export.export(compact_folder, folder, Output("quiet"), export.Options(split=name == "split"), overwrite=False)
+        comp_cli.export(compact_folder, output=folder, split=name == "split")
     return folders
 
 
@@ -70,15 +68,13 @@ def clip(tmp_path_factory) -> tuple[Path, Path]:
     """A compact CLIP and its graph: a causal mask in one tower, a fused token in the other."""
     import tiny
 
-    from comp_cli.cli.output import Output
-    from comp_cli.commands import export
-    from comp_cli.commands.prune import Options, prune
+    import comp_cli
 
     place = tmp_path_factory.mktemp("clip")
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12}
     dense = tiny.write("clip", place / "dense")
-    prune(Options(str(dense), 0.5, method="joint", device="cpu", **sizes), place / "compact", Output("quiet"))
-    export.export(place / "compact", place / "served", Output("quiet"), export.Options(), overwrite=False)
+    comp_cli.prune(dense, ratio=0.5, output=place / "compact", method="joint", device="cpu", **sizes)
+    comp_cli.export(place / "compact", output=place / "served")
     return place / "compact", place / "served"
 
 

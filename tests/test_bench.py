@@ -15,47 +15,55 @@ from comp_cli.commands import bench
 from comp_cli.errors import CompError
 from comp_cli.measure import gates, timing, variants
 from comp_cli.onnx import providers
-from comp_cli.report.benchmark import check_plot, plot
+from comp_cli.options import BenchOptions, Gates, HubOptions
+from comp_cli.report.benched import Factor, GateOutcome, Latency, PeakMemory, Speedup
+from comp_cli.report.benchmark import print_benchmark
+from comp_cli.report.plot import check_plot, plot
 
 
 @pytest.fixture(scope="module")
 def report(compact_folder, tiny_folder):
-    options = bench.Options(device="cpu", batches=(1, 3), iterations=4, duration=0, text_tokens=12)
+    options = BenchOptions(device="cpu", batches=(1, 3), iterations=4, duration=0, text_tokens=12)
     return bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
+
+
+@pytest.fixture(scope="module")
+def document(report):
+    return report.to_json()
 
 
 # What is measured ------------------------------------------------------------------------------------------------------
 
 
-def test_every_variant_is_timed_equally_often(report):
-    seen = {(t["backend"], t["side"], t["batch"]): t["runs"] for t in report["timings"]}
+def test_every_variant_is_timed_equally_often(document):
+    seen = {(t["backend"], t["side"], t["batch"]): t["runs"] for t in document["timings"]}
     assert len(seen) == 12 and set(seen.values()) == {4}
-    for row in report["timings"]:
+    for row in document["timings"]:
         assert 0 < row["median"] <= row["p90"] <= row["p99"]
         assert row["pairs_per_second"] == pytest.approx(1000 * row["batch"] / row["median"])
 
 
-def test_speedups_are_ratios_of_medians(report):
-    medians = {(t["backend"], t["side"], t["batch"]): t["median"] for t in report["timings"]}
-    assert len(report["speedups"]) == 4
-    for row in report["speedups"]:
+def test_speedups_are_ratios_of_medians(document):
+    medians = {(t["backend"], t["side"], t["batch"]): t["median"] for t in document["timings"]}
+    assert len(document["speedups"]) == 4
+    for row in document["speedups"]:
         dense, own, compact = (medians[row["backend"], side, row["batch"]] for side in ("dense", "own_dense", "compact"))
         assert row["speedup"]["value"] == pytest.approx(dense / compact)
         assert row["by_kernels"]["value"] == pytest.approx(dense / own)
         assert row["by_pruning"]["value"] == pytest.approx(own / compact)
-        assert row["flops_efficiency"] == pytest.approx(own / compact / report["flops_reduction"])
+        assert row["flops_efficiency"] == pytest.approx(own / compact / document["flops_reduction"])
         assert row["against_stock_torch"]["value"] == pytest.approx(medians["torch", "dense", row["batch"]] / compact)
         assert row["speedup"]["low"] <= row["speedup"]["value"] <= row["speedup"]["high"]
 
 
-def test_flops_are_counted_and_agree_with_the_ratio(report):
-    assert 1 - 1 / report["flops_reduction"] == pytest.approx(0.7, abs=0.01)
-    assert report["flops_reduction"] == report["flops"]["dense"] / report["flops"]["compact"]
+def test_flops_are_counted_and_agree_with_the_ratio(document):
+    assert 1 - 1 / document["flops_reduction"] == pytest.approx(0.7, abs=0.01)
+    assert document["flops_reduction"] == document["flops"]["dense"] / document["flops"]["compact"]
 
 
-def test_the_baseline_is_the_stock_model(report, stock):
-    assert report["params"]["dense"] == sum(p.numel() for p in stock.parameters())
-    assert report["params"]["compact"] < report["params"]["dense"]
+def test_the_baseline_is_the_stock_model(document, stock):
+    assert document["params"]["dense"] == sum(p.numel() for p in stock.parameters())
+    assert document["params"]["compact"] < document["params"]["dense"]
 
 
 def test_the_third_side_says_what_the_stock_model_says(stock, inputs):
@@ -67,22 +75,22 @@ def test_the_third_side_says_what_the_stock_model_says(stock, inputs):
     assert not hasattr(stock.config, "comp")
 
 
-def test_peak_memory_is_of_a_process_of_its_own(report):
-    rows = {(row["backend"], row["side"]): row["bytes"] for row in report["peak_memory_bytes"]}
+def test_peak_memory_is_of_a_process_of_its_own(document):
+    rows = {(row["backend"], row["side"]): row["bytes"] for row in document["peak_memory_bytes"]}
     assert len(rows) == 5  # own dense is on disk as a graph only
     # a process with ONNX Runtime alone is far smaller than one with torch: nothing is inherited from this process
     assert rows["onnx", "dense"] < rows["torch", "dense"]
 
 
-def test_the_machine_is_recorded(report):
-    where = report["machine"]
+def test_the_machine_is_recorded(document):
+    where = document["machine"]
     assert where["torch"] == torch.__version__ and where["threads"] >= 1 and where["tf32"] is False
-    assert report["gates"] == []
+    assert document["gates"] == []
 
 
 def test_a_baseline_that_does_not_fit(compact_folder):
     with pytest.raises(CompError, match="is a compact model"):
-        bench.bench(compact_folder, str(compact_folder), bench.Options(device="cpu"), Output("quiet"))
+        bench.bench(compact_folder, str(compact_folder), BenchOptions(device="cpu"), Output("quiet"))
 
 
 def test_a_compact_folder_knows_the_way_to_a_dense_one_nearby(tmp_path):
@@ -115,12 +123,12 @@ def test_a_pickled_baseline_is_taken_only_when_asked_for(compact_folder, tiny_fo
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
-    options = bench.Options(device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12)
+    options = BenchOptions(device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12)
     with pytest.raises(CompError) as refused:
         bench.bench(compact_folder, str(tmp_path), options, Output("quiet"))
     assert refused.value.exit_code == 4
-    found = bench.bench(compact_folder, str(tmp_path), options, Output("quiet"), allow_pickle=True)
-    assert [row["side"] for row in found["peak_memory_bytes"]] == ["dense", "compact"]
+    found = bench.bench(compact_folder, str(tmp_path), options, Output("quiet"), hub_options=HubOptions(allow_pickle=True))
+    assert [row.side for row in found.peak_memory_bytes] == ["dense", "compact"]
 
 
 # Statistics ------------------------------------------------------------------------------------------------------------
@@ -166,9 +174,9 @@ def test_noise_that_hits_a_whole_round_does_not_widen_the_interval():
 # Providers -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_provider_of_every_node_is_reported(report):
+def test_the_provider_of_every_node_is_reported(document):
     for side in ("dense", "own_dense", "compact"):
-        found = report["providers"][side]
+        found = document["providers"][side]
         assert found["first"] == "CPUExecutionProvider" and found["tf32"] is False
         share = found["shares"]["CPUExecutionProvider"]
         assert share["nodes"] > 50 and share["node_share"] == share["time_share"] == 1
@@ -193,18 +201,18 @@ def test_the_missing_library_of_the_cuda_provider_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(providers, "missing_library", lambda folder: "libcublas.so.13: cannot open shared object file")
     with pytest.raises(CompError, match="libcublas.so.13") as refused:
-        bench.check(bench.Options(device="cuda", backends=("onnx",)))
+        bench.check(BenchOptions(device="cuda", backends=("onnx",)))
     assert refused.value.exit_code == 5
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(CompError, match="built without it"):
-        bench.check(bench.Options(device="cuda", backends=("onnx",)))
+        bench.check(BenchOptions(device="cuda", backends=("onnx",)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers here")
 def test_cuda_without_cuda_is_refused_before_anything_is_loaded():
     for backends in (("onnx",), ("torch",), ("torch", "onnx")):
         with pytest.raises(CompError) as refused:
-            bench.check(bench.Options(device="cuda", backends=backends))
+            bench.check(BenchOptions(device="cuda", backends=backends))
         assert refused.value.exit_code == 5
 
 
@@ -212,38 +220,31 @@ def test_cuda_without_cuda_is_refused_before_anything_is_loaded():
 
 
 def test_gates_take_the_worst_row_of_the_compact_model():
-    document = {
-        "speedups": [
-            {"backend": "torch", "batch": 1, "speedup": {"value": 2.5}},
-            {"backend": "onnx", "batch": 8, "speedup": {"value": 1.5}},
-        ],
-        "timings": [
-            {"backend": "torch", "side": "compact", "batch": 8, "median": 40.0},
-            {"backend": "onnx", "side": "compact", "batch": 8, "median": 30.0},
-            {"backend": "torch", "side": "dense", "batch": 8, "median": 400.0},
-        ],
-        "peak_memory_bytes": [{"backend": "torch", "side": "compact", "batch": 8, "bytes": 100 * 2**20}],
-    }
-    found = gates.outcomes(gates.Gates(2.0, 50.0, 90.0), document)
-    assert found == [
-        {"gate": "min_speedup", "limit": 2.0, "passed": False, "found": 1.5, "backend": "onnx", "batch": 8},
-        {"gate": "max_latency_ms", "limit": 50.0, "passed": True, "found": 40.0, "backend": "torch", "batch": 8},
-        {"gate": "max_memory_mb", "limit": 90.0, "passed": False, "found": 100.0, "backend": "torch", "batch": 8},
-    ]
+    speedups = [Speedup(*row, *[Factor(value, value, value)] * 3, 1.0) for *row, value in (("torch", 1, 2.5), ("onnx", 8, 1.5))]
+    sides = (("torch", "compact", 40.0), ("onnx", "compact", 30.0), ("torch", "dense", 400.0))
+    timings = [Latency(backend, side, 8, 3, median, median, median, 1.0) for backend, side, median in sides]
+    measured = speedups, timings, [PeakMemory("torch", "compact", 8, 100 * 2**20)]
+    found = gates.outcomes(Gates(2.0, 50.0, 90.0), *measured)
+    assert found == (
+        GateOutcome("min_speedup", limit=2.0, passed=False, found=1.5, backend="onnx", batch=8),
+        GateOutcome("max_latency_ms", limit=50.0, passed=True, found=40.0, backend="torch", batch=8),
+        GateOutcome("max_memory_mb", limit=90.0, passed=False, found=100.0, backend="torch", batch=8),
+    )
     said = "--min-speedup 2 not met: the worst speed-up is 1.50x (onnx, batch 8)."
     assert gates.sentence(found[0]) == said
-    assert gates.outcomes(gates.Gates(min_speedup=1.5), document)[0]["passed"]  # the limit itself passes
-    assert gates.outcomes(gates.Gates(), document) == []
+    assert gates.outcomes(Gates(min_speedup=1.5), *measured)[0].passed  # the limit itself passes
+    assert gates.outcomes(Gates(), *measured) == ()
 
 
 def test_a_missed_gate_carries_the_whole_report(compact_folder, tiny_folder, capsys):
-    options = bench.Options(
-        device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12, gates=gates.Gates(1000.0)
+    options = BenchOptions(
+        device="cpu", backends=("torch",), batches=(1,), iterations=1, duration=0, text_tokens=12, gates=Gates(1000.0)
     )
     with pytest.raises(CompError, match="--min-speedup 1000 not met") as missed:
         bench.bench(compact_folder, str(tiny_folder), options, Output())
-    assert missed.value.exit_code == 3
-    assert "Speed-up of the compact model" in capsys.readouterr().out  # printed before the exit
+    assert missed.value.exit_code == 3 and capsys.readouterr().out == ""
+    print_benchmark(missed.value.report, Output())
+    assert "Speed-up of the compact model" in capsys.readouterr().out
     Output("json").error(missed.value)
     document = json.loads(capsys.readouterr().out)
     assert document["error"]["code"] == 3 and len(document["timings"]) == 3
@@ -251,7 +252,7 @@ def test_a_missed_gate_carries_the_whole_report(compact_folder, tiny_folder, cap
 
 
 def test_a_memory_gate_needs_a_backend_whose_memory_is_known():
-    options = bench.Options(device="cpu", backends=("compile",), gates=gates.Gates(max_memory_mb=1))
+    options = BenchOptions(device="cpu", backends=("compile",), gates=Gates(max_memory_mb=1))
     with pytest.raises(CompError, match="no backend whose memory is measured"):
         bench.check(options)
 
@@ -268,11 +269,11 @@ def test_the_picture(report, tmp_path):
 def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
     for path in (tmp_path / "a.txt", tmp_path / "nowhere" / "a.png"):
         with pytest.raises(CompError, match="--plot") as refused:
-            bench.check(bench.Options(device="cpu", plot=path))
+            bench.check(BenchOptions(device="cpu", plot=path))
         assert refused.value.exit_code == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CompError, match="needs matplotlib"):
-        bench.check(bench.Options(device="cpu", plot=tmp_path / "a.png"))
+        bench.check(BenchOptions(device="cpu", plot=tmp_path / "a.png"))
 
 
 # torch.compile ---------------------------------------------------------------------------------------------------------
@@ -282,22 +283,22 @@ def test_compile_is_refused_with_a_sentence_where_no_compiler_exists(monkeypatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(CompError, match="torch.compile does not work here") as refused:
-        bench.check(bench.Options(device="cpu", backends=("compile",)))
+        bench.check(BenchOptions(device="cpu", backends=("compile",)))
     assert refused.value.exit_code == 5
 
 
 @pytest.mark.slow
 def test_compiled_models_are_a_backend(compact_folder, tiny_folder):
-    options = bench.Options(device="cpu", backends=("compile",), batches=(2,), iterations=2, duration=0, text_tokens=12)
+    options = BenchOptions(device="cpu", backends=("compile",), batches=(2,), iterations=2, duration=0, text_tokens=12)
     found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
-    assert {(t["backend"], t["side"]) for t in found["timings"]} == {("compile", side) for side in variants.SIDES}
-    assert found["peak_memory_bytes"] == [] and "against_stock_torch" not in found["speedups"][0]
+    assert {(t.backend, t.side) for t in found.timings} == {("compile", side) for side in variants.SIDES}
+    assert found.peak_memory_bytes == () and found.speedups[0].against_stock_torch is None
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_nodes_run_there(compact_folder, tiny_folder):
-    options = bench.Options(device="cuda", batches=(2,), iterations=2, duration=0, text_tokens=12)
+    options = BenchOptions(device="cuda", batches=(2,), iterations=2, duration=0, text_tokens=12)
     found = bench.bench(compact_folder, str(tiny_folder), options, Output("quiet"))
-    assert {place["first"] for place in found["providers"].values()} == {"CUDAExecutionProvider"}
-    assert all(place["shares"]["CUDAExecutionProvider"]["time_share"] > 0.5 for place in found["providers"].values())
-    assert {row["backend"] for row in found["peak_memory_bytes"]} == {"torch"}
+    assert {place.first for place in found.providers.values()} == {"CUDAExecutionProvider"}
+    assert all(place.shares["CUDAExecutionProvider"].time_share > 0.5 for place in found.providers.values())
+    assert {row.backend for row in found.peak_memory_bytes} == {"torch"}

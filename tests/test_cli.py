@@ -11,6 +11,8 @@ from tiny import table
 from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
+from comp_cli.report.base import Texts, Values
+from comp_cli.report.pruned import Quality
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 FAST = [*FEW, "--eval-samples", "8", "--stages", "6"]  # for prune
@@ -61,7 +63,7 @@ def test_an_empty_name_says_that_there_is_no_such_column(tiny_folder, tmp_path, 
 def test_prune_ends_with_a_table_and_the_next_command(tiny_folder, tmp_path):
     result = comp("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *FAST)
     assert result.exit_code == 0
-    for word in ("parameters", "FLOPs per pair", "vision tokens", "weights on disk", "same decision", "comp export"):
+    for word in ("parameters", "FLOPs per pair", "vision tokens", "weights on disk", "prediction agreement", "comp export"):
         assert word in result.stdout
     assert "calibrated on generated scenes" in result.stderr
 
@@ -117,7 +119,7 @@ def test_analyze(tiny_folder):
         set(found["layers"][-1]["overlap"]) == {"attention", "cross", "ffn"} and found["layers"][0]["influence"]["least_heads"]
     )
     said = comp("analyze", tiny_folder, *FEW, "--score-rows", "0").stdout
-    assert "cross" in said and "pollute" in said and "30 % least important heads" in said.replace("\n", " ")
+    assert "cross" in said and "Cross-mode interference" in said and "30 % least important heads" in said.replace("\n", " ")
 
 
 def test_score_rows_reach_the_plan(tiny_folder, tmp_path):
@@ -389,8 +391,8 @@ def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
     """Exit 3 and no folder; the advice that is given, another ratio, then runs."""
     from comp_cli.commands import prune as command
 
-    quality = {"metric": "accuracy", "metrics": {"accuracy": {"dense": 0.9, "compact": 0.88}}, "agreement": 0.95}
-    quality |= {"samples": 8, "data": "", "divergence": 0.0}
+    measured = {"metric": "accuracy", "metrics": {"accuracy": Values(0.9, 0.88)}, "agreement": 0.95}
+    quality = Quality(samples=8, data="", divergence=0.0, texts=Texts(0, 8, 24), shared_texts=0, **measured)
     monkeypatch.setattr(command, "compare", lambda *given: (quality, 1.0))
     given = ["prune", tiny_folder, "--ratio", "0.5", "-o", tmp_path / "compact", "--method", "joint", *FAST]
     result = comp(*given, "--max-drop", "1", "--json")

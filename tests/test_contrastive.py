@@ -11,10 +11,11 @@ from transformers import AutoModel, BlipForImageTextRetrieval
 from comp_cli import load
 from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.output import Output
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.families.blip import BLIP_CONTRASTIVE
 from comp_cli.measure.variants import on_own_kernels
-from comp_cli.models.dense import DataOptions, open_dense
+from comp_cli.models.dense import open_dense
+from comp_cli.options import DataOptions, PruneOptions
 
 QUIET = Output("quiet")
 
@@ -40,7 +41,9 @@ def retriever(tiny_folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("retriever")
     data = DataOptions(table(place, caption=lambda number: " ".join(WORDS[number:])))
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "data": data}
-    prune(Options(str(tiny_folder), 0.7, task="retrieval", method="joint", device="cpu", **sizes), place / "compact", QUIET)
+    prune(
+        PruneOptions(str(tiny_folder), 0.7, task="retrieval", method="joint", device="cpu", **sizes), place / "compact", QUIET
+    )
     return place / "compact"
 
 
@@ -117,6 +120,6 @@ def test_what_retrieval_does_not_run_is_left_alone(retriever, stock):
 def test_zero_shot(tiny_folder, tmp_path):
     data = DataOptions(table(tmp_path, label=lambda number: WORDS[number % 3]), text_column="label")
     sizes = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "data": data}
-    options = Options(str(tiny_folder), 0.5, task="zero-shot", method="joint", device="cpu", **sizes)
+    options = PruneOptions(str(tiny_folder), 0.5, task="zero-shot", method="joint", device="cpu", **sizes)
     report = prune(options, tmp_path / "compact", QUIET)
-    assert report["task"] == "zero-shot" and "top-5 accuracy" in report["quality"]["metrics"]
+    assert report.task == "zero-shot" and "top-5 accuracy" in report.quality.metrics

@@ -10,9 +10,10 @@ from tiny import WORDS, table, write
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.commands.analyze import analyze
-from comp_cli.commands.prune import Options, Training, prune
+from comp_cli.commands.prune import prune
 from comp_cli.data.rows import Pair
-from comp_cli.models.dense import DataOptions, longest_text, open_dense
+from comp_cli.models.dense import longest_text, open_dense
+from comp_cli.options import AnalyzeOptions, DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.tasks import comparison
 
 LONG = " ".join((WORDS * 2)[:17])  # 19 tokens with [CLS] and [SEP]; the tiny model takes 24
@@ -40,8 +41,8 @@ def data(tmp_path_factory) -> DataOptions:
 def pruned(tiny_folder, data, tmp_path_factory):
     """A retrieval model, pruned on the pairs: folder, report, and what was said."""
     out, folder = Output("human"), tmp_path_factory.mktemp("pruned") / "compact"
-    out.say, out.line, out.table = (said := []).append, lambda line: None, lambda *rows: None
-    report = prune(Options(str(tiny_folder), 0.5, task="retrieval", data=data, **SIZES), folder, out)
+    out.say = (said := []).append
+    report = prune(PruneOptions(str(tiny_folder), 0.5, task="retrieval", data=data, **SIZES), folder, out).to_json()
     return folder, report, said, out.warnings
 
 
@@ -99,7 +100,7 @@ def test_max_drop_judges_whole_texts(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "evaluate", spy)
     data = DataOptions(table(tmp_path, caption=lambda number: LONG))
     prune(
-        Options(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES),
+        PruneOptions(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES),
         tmp_path / "compact",
         Output("quiet"),
         max_drop=100,
@@ -129,16 +130,16 @@ def test_export_counts_texts_that_are_cut(pruned, data, tmp_path, monkeypatch):
     made, make_cases = [], export.parity.make_cases
     monkeypatch.setattr(export.parity, "make_cases", lambda *a, **k: made.extend(make_cases(*a, **k)) or made)
     monkeypatch.setattr(export, "write_graphs", stop)
-    out, options = Output("quiet"), export.Options(data=data.data)
+    out, options = Output("quiet"), ExportOptions(data=data)
     with pytest.raises(InterruptedError):
-        export.export(folder, tmp_path / "served", out, options, overwrite=False)
+        export.export(folder, tmp_path / "served", options, out)
     assert any(line == "parity: 2 of 6 texts are cut at 24 tokens (the model takes no more)." for line in out.warnings)
     assert {case.inputs["input_ids"].shape[1] for case in made if case.name == "real"} == {19, 24}
 
 
 def test_analyze_counts_too(tiny_folder, data):
     sizes = {"num_samples": 4, "batch_size": 3, "text_tokens": 8, "score_rows": 0, "device": "cpu", "seed": 0}
-    document = analyze(str(tiny_folder), (out := Output("quiet")), data=data, **sizes)
+    document = analyze(AnalyzeOptions(str(tiny_folder), data=data, **sizes), (out := Output("quiet"))).to_json()
     assert document["pairs"]["calibration"]["pairs"] == 4 and document["texts"]["at"] == 8
     assert any(line.startswith("calibration: ") and "cut at 8 tokens" in line for line in out.warnings)
 
@@ -148,7 +149,7 @@ def test_a_question_and_its_answer_that_are_cut_count_once(tmp_path, capsys):
     place = write("blip-vqa", tmp_path / "asked")
     data = DataOptions(table(tmp_path, question=lambda number: TOO_LONG, answer=lambda number: TOO_LONG))
     sizes = {"num_samples": 4, "batch_size": 3, "text_tokens": 24, "score_rows": 0, "device": "cpu", "seed": 0}
-    document = analyze(str(place), (out := Output("quiet")), data=data, **sizes)
+    document = analyze(AnalyzeOptions(str(place), data=data, **sizes), (out := Output("quiet"))).to_json()
     assert document["texts"] == {"cut": 4, "of": 4, "at": 24}
     assert "calibration: 4 of 4 texts are cut at 24 tokens (the model takes no more)." in out.warnings
 
@@ -156,8 +157,8 @@ def test_a_question_and_its_answer_that_are_cut_count_once(tmp_path, capsys):
 def test_training_counts_texts_that_are_cut(tiny_folder, data, tmp_path):
     """And with --epochs the rows that it goes through."""
     training = Training(epochs=1, batch_size=8, lr=1e-4)
-    options = replace(Options(str(tiny_folder), 0.5, data=data, **SIZES), num_samples=8, eval_samples=8, training=training)
-    report = prune(options, tmp_path / "compact", (out := Output("quiet")))
+    options = replace(PruneOptions(str(tiny_folder), 0.5, data=data, **SIZES), num_samples=8, eval_samples=8, training=training)
+    report = prune(options, tmp_path / "compact", (out := Output("quiet"))).to_json()
     assert report["pairs"].keys() == PURPOSES | {"training"} and report["pairs"]["training"]["asked"] is None
     assert any(line.startswith("fine-tuning: ") and "texts are cut at 8 tokens" in line for line in out.warnings)
 
@@ -165,8 +166,10 @@ def test_training_counts_texts_that_are_cut(tiny_folder, data, tmp_path):
 def test_pictures_with_one_caption_are_counted(tiny_folder, tmp_path):
     data = DataOptions(table(tmp_path, caption=lambda number: WORDS[number % 2], split=halves))
     out = Output("human")
-    out.say, out.line, out.table = (said := []).append, lambda line: None, lambda *rows: None
-    report = prune(Options(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES), tmp_path / "compact", out)
+    out.say = (said := []).append
+    report = prune(
+        PruneOptions(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES), tmp_path / "compact", out
+    ).to_json()
     quality = report["quality"]
     assert quality["shared_texts"] == quality["samples"] == 6
     assert any(

@@ -11,6 +11,7 @@ from comp_cli.cli.output import Output
 from comp_cli.data import scenes
 from comp_cli.data.batches import scene_pairs
 from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.options import PruneOptions
 from comp_cli.tasks import comparison
 
 SCENES = ScenePairs(labelled=True)
@@ -107,9 +108,9 @@ def test_it_knows_every_word_of_its_captions(demo):
 
 
 def test_half_of_the_flops_keep_most_of_the_accuracy(demo):
-    from comp_cli.search.run import Options, search
+    from comp_cli.search.run import search
 
-    found = search(demo, SCENES, Options("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
+    found = search(demo, SCENES, PruneOptions("demo", 0.5, method="wanda", num_samples=64), None, Output("quiet"))
     pairs = batches_of(demo, SCENES, "evaluation", 600, 50)
     dense, compact = (
         comparison.evaluate(m, demo.task, pairs).metric(demo.task) for m in (demo.runtime(demo.plan), found.model)

@@ -17,10 +17,11 @@ from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
 from comp_cli.onnx import graphs, parity, rewrite, sessions
+from comp_cli.options import DataOptions, ExportOptions
 
 
 def run_export(source, folder, out=None, **options):
-    return export.export(source, folder, out or Output("quiet"), export.Options(**options), overwrite=False)
+    return export.export(source, folder, ExportOptions(**options), out or Output("quiet")).to_json()
 
 
 def operators(path):
@@ -221,7 +222,7 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
 
 def test_optimize_fuses_what_is_around_attention(graph_pair, judge):
     names = [graphs.VISION, graphs.TEXT]
-    fused = export.optimize(graph_pair, names, judge, export.Options(), Output("quiet"))
+    fused = export.optimize(graph_pair, names, judge, ExportOptions(), Output("quiet"))
     assert fused["SkipLayerNormalization"] > 10 and fused["BiasGelu"] == 5 + 4
     assert operators(graph_pair / graphs.VISION)["BiasGelu"] == 5
     assert sorted(path.name for path in graph_pair.iterdir()) == sorted(names)
@@ -240,7 +241,7 @@ def test_optimize_that_changes_the_result_is_skipped_with_a_line(graph_pair, jud
     monkeypatch.setattr(rewrite, "optimize", wrong)
     before = {path.name: path.read_bytes() for path in graph_pair.iterdir()}
     out = Output("quiet")
-    assert export.optimize(graph_pair, [graphs.VISION, graphs.TEXT], judge, export.Options(), out) == {}
+    assert export.optimize(graph_pair, [graphs.VISION, graphs.TEXT], judge, ExportOptions(), out) == {}
     assert "--optimize is skipped: the graph differs from torch by" in out.warnings[0]
     assert {path.name: path.read_bytes() for path in graph_pair.iterdir()} == before
 
@@ -341,13 +342,13 @@ def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):
         Image.new("RGB", (60, 50), (40 * number, 90, 10)).save(tmp_path / f"{number}.png")
         rows.append(json.dumps({"image": f"{number}.png", "caption": "a red circle", "label": "whatever"}))
     (tmp_path / "val.jsonl").write_text("\n".join(rows))
-    options = export.Options(data=str(tmp_path / "val.jsonl"))
-    document = export.export(compact_folder, tmp_path / "onnx", Output("quiet"), options, overwrite=False)
+    options = ExportOptions(data=DataOptions(str(tmp_path / "val.jsonl")))
+    document = export.export(compact_folder, tmp_path / "onnx", options, Output("quiet")).to_json()
     assert document["passed"] and document["data"].startswith("val.jsonl, split validation")
     assert document["pairs"]["evaluation"]["rows"] == 5 and document["texts"]["cut"] == 0
-    options = export.Options(data=str(tmp_path / "nowhere.jsonl"))
+    options = ExportOptions(data=DataOptions(str(tmp_path / "nowhere.jsonl")))
     with pytest.raises(CompError, match="no such file"):
-        export.export(compact_folder, tmp_path / "other", Output("quiet"), options, overwrite=False)
+        export.export(compact_folder, tmp_path / "other", options, Output("quiet"))
 
 
 def test_embeddings_are_judged_by_their_size():

@@ -19,15 +19,15 @@ from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.exit_codes import USAGE
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench, export
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.engine import flops
 from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import Dense, open_dense, with_score_rule
 from comp_cli.onnx import graphs
+from comp_cli.options import BenchOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Plan
-from comp_cli.search.trainer import Training
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -51,8 +51,8 @@ class Case:
         """What the class itself needs to be asked with."""
         return {"use_itm_head": False} if self.dense.family.dual else {}
 
-    def options(self, ratio: float, **changes) -> Options:
-        return Options(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
+    def options(self, ratio: float, **changes) -> PruneOptions:
+        return PruneOptions(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
 
     def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         task = self.dense.task
@@ -210,58 +210,59 @@ def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_it_can_be_trained(case, tmp_path, share):
     training = Training(steps=4, batch_size=4, lr=1e-3, stage_share=share)
-    document = prune(case.options(0.4, method="joint", training=training, stages=3), tmp_path / "compact", QUIET)
-    assert document["ratio"] == pytest.approx(0.4, abs=0.015)
+    report = prune(case.options(0.4, method="joint", training=training, stages=3), tmp_path / "compact", QUIET)
+    assert report.ratio == pytest.approx(0.4, abs=0.015)
     norms = {name: tensor for name, tensor in load(tmp_path / "compact").state_dict().items() if "norm" in name.lower()}
     moved = [name for name, tensor in norms.items() if not torch.equal(tensor, case.dense.state[name])]
     assert len(moved) > len(norms) / 2  # pruning leaves norms alone, the steps did not
 
 
 def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
-    document = export.export(compact_folder, tmp_path / "onnx", QUIET, export.Options(), overwrite=False)
-    assert document["passed"] and document["agreement"] == 1.0
+    report = export.export(compact_folder, tmp_path / "onnx", ExportOptions(), QUIET)
+    assert report.passed and report.agreement == 1.0
     if case.dense.family.decoder:
-        assert list(document["graphs"]) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
+        assert list(report.graphs) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
         return
-    (graph,) = document["graphs"].values()
-    assert tuple(graph["inputs"]) == case.dense.family.inputs and tuple(graph["outputs"]) == case.dense.task.outputs
+    (graph,) = report.graphs.values()
+    assert tuple(graph.inputs) == case.dense.family.inputs and tuple(graph.outputs) == case.dense.task.outputs
 
 
 def test_images_and_texts_apart(case, compact_folder, tmp_path):
-    options = export.Options(split=True)
+    options = ExportOptions(split=True)
     if not graphs.can_split(case.dense.family):
         with pytest.raises(CompError, match=r"--split: .* (encodes only one|in parts anyway)"):
-            export.export(compact_folder, tmp_path / "onnx", QUIET, options, overwrite=False)
+            export.export(compact_folder, tmp_path / "onnx", options, QUIET)
         return
-    document = export.export(compact_folder, tmp_path / "onnx", QUIET, options, overwrite=False)
-    assert document["passed"] and list(document["graphs"]) == ["vision_model.onnx", "text_model.onnx"]
-    assert list(document["graphs"]["vision_model.onnx"]["outputs"]) == ["image_embeds"]
+    report = export.export(compact_folder, tmp_path / "onnx", options, QUIET)
+    assert report.passed and list(report.graphs) == ["vision_model.onnx", "text_model.onnx"]
+    assert list(report.graphs["vision_model.onnx"].outputs) == ["image_embeds"]
 
 
 def test_standard_operators_only(compact_folder, tmp_path):
-    document = export.export(compact_folder, tmp_path / "onnx", QUIET, export.Options(target="onnx"), overwrite=False)
-    assert document["passed"]
-    for name in document["graphs"]:
+    report = export.export(compact_folder, tmp_path / "onnx", ExportOptions(target="onnx"), QUIET)
+    assert report.passed
+    for name in report.graphs:
         assert {node.domain for node in onnx.load(tmp_path / "onnx" / name).graph.node} <= {"", "ai.onnx"}
 
 
 def test_it_is_benchmarked(case, compact_folder):
     with_graphs = case.name in ("clip", "blip-contrastive", "blip-vqa")  # blip's are in test_bench.py
     backends = ("torch", "onnx") if with_graphs else ("torch",)
-    options = bench.Options(device="cpu", backends=backends, batches=(2,), iterations=2, duration=0, text_tokens=12)
-    document = bench.bench(compact_folder, str(case.folder), options, QUIET)
+    options = BenchOptions(device="cpu", backends=backends, batches=(2,), iterations=2, duration=0, text_tokens=12)
+    benched = bench.bench(compact_folder, str(case.folder), options, QUIET)
     report = json.loads((compact_folder / "comp_report.json").read_text())
-    assert document["flops"]["compact"] == report["flops"]["compact"]
-    assert {row["backend"] for row in document["speedups"]} == set(backends)
+    assert benched.flops.compact == report["flops"]["compact"]
+    assert {row.backend for row in benched.speedups} == set(backends)
 
 
 def test_it_is_analysed(case):
-    from comp_cli.commands.analyze import DataOptions, analyze
+    from comp_cli.commands.analyze import analyze
+    from comp_cli.options import AnalyzeOptions
 
     how = {"num_samples": 4, "batch_size": 4, "text_tokens": 12, "score_rows": 64, "device": "cpu", "seed": 0}
-    document = analyze(str(case.folder), QUIET, data=DataOptions(), task=tiny.TASKS.get(case.name), **how)
-    assert {row["tower"] for row in document["layers"]} == {tower.name for tower in case.dense.family.towers}
-    assert document["params"]["total"] == sum(p.numel() for p in case.stock.parameters())
+    report = analyze(AnalyzeOptions(str(case.folder), task=tiny.TASKS.get(case.name), **how), QUIET)
+    assert {row.tower for row in report.layers} == {tower.name for tower in case.dense.family.towers}
+    assert report.params.total == sum(p.numel() for p in case.stock.parameters())
 
 
 def test_the_usual_task_and_others():

@@ -22,7 +22,7 @@ from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.exit_codes import REFUSED
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.data.batches import caption_scenes, vqa_scenes
 from comp_cli.data.cells import read_answers
 from comp_cli.data.rows import Pair
@@ -30,8 +30,8 @@ from comp_cli.data.scenes import NUMBERS, ask, images, plural
 from comp_cli.errors import CompError
 from comp_cli.files.store import read_tensors_header
 from comp_cli.measure.variants import on_own_kernels
-from comp_cli.models.dense import DataOptions, Dense, choose_pairs, open_dense
-from comp_cli.search.trainer import Training
+from comp_cli.models.dense import Dense, choose_pairs, open_dense
+from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.tasks import comparison, text_metrics
 
 QUIET = Output("quiet")
@@ -120,14 +120,14 @@ def test_keys_of_what_is_read_across_are_made_once(writer):
 def pruned(writer, tmp_path_factory):
     """Folder and report of the method comp."""
     folder = tmp_path_factory.mktemp("pruned") / "compact"
-    return folder, prune(Options(str(writer.dense.source.folder), 0.6, **SIZES), folder, QUIET)
+    return folder, prune(PruneOptions(str(writer.dense.source.folder), 0.6, **SIZES), folder, QUIET).to_json()
 
 
 @pytest.fixture(scope="module")
 def served(pruned):
     """The graphs, exported."""
     folder = pruned[0].with_name("served")
-    export.export(pruned[0], folder, QUIET, export.Options(), overwrite=False)
+    export.export(pruned[0], folder, ExportOptions(), QUIET)
     return folder
 
 
@@ -231,7 +231,9 @@ def test_texts_lose_heads_and_channels_but_no_tokens(writer, pruned):
 def test_embeddings_and_head_stay_one_matrix(writer, pruned, tmp_path):
     training = Training(steps=2, batch_size=4, lr=1e-2)
     prune(
-        Options(str(writer.dense.source.folder), 0.4, method="joint", training=training, **SIZES), tmp_path / "trained", QUIET
+        PruneOptions(str(writer.dense.source.folder), 0.4, method="joint", training=training, **SIZES),
+        tmp_path / "trained",
+        QUIET,
     )
     for folder in (pruned[0], tmp_path / "trained"):
         assert HEAD not in read_tensors_header(folder / "model.safetensors")
@@ -248,7 +250,7 @@ def test_a_head_of_its_own_stays_one(writer, tmp_path):
     tensors = load_file(source / "model.safetensors")
     own = torch.randn_like(tensors["text_decoder.bert.embeddings.word_embeddings.weight"])
     save_file(tensors | {HEAD: own}, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    prune(Options(str(tmp_path / "dense"), 0.4, method="joint", **SIZES), tmp_path / "compact", QUIET)
+    prune(PruneOptions(str(tmp_path / "dense"), 0.4, method="joint", **SIZES), tmp_path / "compact", QUIET)
     model = load_model(tmp_path / "compact")
     assert torch.equal(model.text_decoder.cls.predictions.decoder.weight, own)
     assert not torch.equal(model.text_decoder.bert.embeddings.word_embeddings.weight, own)
@@ -323,7 +325,7 @@ def test_texts_that_are_written_are_scored(writer, tmp_path):
     told = {"caption": lambda n: "a large red circle and two small squares" if n % 2 else "three blue circle above a square"}
     data = DataOptions(tiny.table(tmp_path, **(asked if writer.dense.task.has_answers else told)))
     source = str(writer.dense.source.folder)
-    report = prune(Options(source, 0.5, method="joint", data=data, **SIZES), tmp_path / "compact", QUIET)
+    report = prune(PruneOptions(source, 0.5, method="joint", data=data, **SIZES), tmp_path / "compact", QUIET).to_json()
     metric = "soft accuracy" if writer.dense.task.has_answers else "CIDEr"
     assert report["quality"]["metric"] == metric == next(iter(report["quality"]["metrics"]))
     pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, accepts=writer.dense.task.accepts))
@@ -384,11 +386,11 @@ def test_what_cannot_be_scored_is_not_written(writer, tmp_path, monkeypatch, ins
     monkeypatch.setattr(text_metrics, "generate", None)
     out = Output("quiet")
     told = tiny.table(tmp_path, caption=lambda n: "two red circle")
-    options = Options(
+    options = PruneOptions(
         str(writer.dense.source.folder), 0.3, method="joint", data=DataOptions(told), **SIZES | {"eval_samples": images}
     )
     report = prune(options, tmp_path / "compact", out)
-    assert report["quality"]["metric"] == "token accuracy" and any(reason in told for told in out.warnings)
+    assert report.quality.metric == "token accuracy" and any(reason in told for told in out.warnings)
 
 
 @pytest.mark.parametrize(

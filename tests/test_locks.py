@@ -187,6 +187,7 @@ import sys, time
 from pathlib import Path
 from comp_cli.errors import CompError
 from comp_cli.files.locks import locked
+from comp_cli.options import PruneOptions
 inside, end, taken = Path(sys.argv[1]).with_name("inside"), time.time() + 3, 0
 while time.time() < end:
     try:
@@ -214,6 +215,7 @@ def test_prune_holds_the_lock_from_the_start(tiny_folder, tmp_path, monkeypatch)
     """While it reads the model already, not only when it writes: and a second run does no work."""
     from comp_cli.cli.output import Output
     from comp_cli.commands import prune
+    from comp_cli.options import PruneOptions
 
     class Reached(Exception):
         pass
@@ -223,7 +225,7 @@ def test_prune_holds_the_lock_from_the_start(tiny_folder, tmp_path, monkeypatch)
         raise Reached
 
     monkeypatch.setattr(prune, "open_dense", look)
-    options = prune.Options(str(tiny_folder), 0.5)
+    options = PruneOptions(str(tiny_folder), 0.5)
     with pytest.raises(Reached):
         prune.prune(options, tmp_path / "out", Output("quiet"))
     process = holder(tmp_path / "out")

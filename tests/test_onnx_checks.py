@@ -17,13 +17,14 @@ from comp_cli.checkpoint.loading import load_model
 from comp_cli.cli.exit_codes import DEVICE, REFUSED
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.data.batches import random_inputs
 from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.files.store import read_config
 from comp_cli.onnx import graphs, parity, sessions
 from comp_cli.onnx.checks import BIAS, least_runtime
+from comp_cli.options import ExportOptions, PruneOptions
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -31,13 +32,13 @@ SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"
 
 def compact(family: str, place: Path) -> Path:
     dense = tiny.write(family, place / "dense")
-    prune(Options(str(dense), 0.5, method="joint", task=tiny.TASKS.get(family), **SIZES), place / "compact", QUIET)
+    prune(PruneOptions(str(dense), 0.5, method="joint", task=tiny.TASKS.get(family), **SIZES), place / "compact", QUIET)
     return place / "compact"
 
 
 def export_of(folder: Path, **options) -> Path:
     output = folder.with_name(folder.name + "-onnx")
-    export.export(folder, output, QUIET, export.Options(**options), overwrite=False)
+    export.export(folder, output, ExportOptions(**options), QUIET)
     return output
 
 

@@ -146,12 +146,13 @@ def test_what_appears_in_the_old_folder_after_the_swap_stays(tmp_path, monkeypat
 def test_a_failed_export_is_not_put_over_what_the_user_added(compact_folder, tmp_path):
     from comp_cli.cli.output import Output
     from comp_cli.commands import export
+    from comp_cli.options import ExportOptions
 
     failed = our_folder(tmp_path / "x.failed")
     (failed / "thesis.txt").touch()
-    given = export.Options(keep_failed=True)
+    given = ExportOptions(keep_failed=True)
     with pytest.raises(CompError, match="thesis.txt") as caught:
-        export.export(compact_folder, tmp_path / "x", Output("quiet"), given, overwrite=False)
+        export.export(compact_folder, tmp_path / "x", given, Output("quiet"))
     assert caught.value.exit_code == 2 and names(tmp_path) == ["x.failed"]
 
 
@@ -229,15 +230,16 @@ def test_a_mount_point_is_refused_with_a_name_that_works(tmp_path, monkeypatch):
 def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, tmp_path, monkeypatch):
     from comp_cli.cli.output import Output
     from comp_cli.commands import prune
+    from comp_cli.options import PruneOptions, Training
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
     monkeypatch.setattr(prune, "search", lambda *given: pytest.fail("work was done"))
-    options = prune.Options(str(tiny_folder), 0.5, num_samples=4, eval_samples=4)
+    options = PruneOptions(str(tiny_folder), 0.5, num_samples=4, eval_samples=4)
     with pytest.raises(CompError, match="has 0.5 MiB free; the compact model needs at least 1.1 MiB") as caught:
         prune.prune(options, tmp_path / "out", Output("quiet"))
     assert caught.value.exit_code == 1 and names(tmp_path) == []
-    training = prune.replace(options, training=prune.Training(steps=2))
+    training = prune.replace(options, training=Training(steps=2))
     with pytest.raises(CompError, match="journal of its training, needs at least 7.5 MiB"):
         prune.prune(training, tmp_path / "out", Output("quiet"))
 
@@ -253,6 +255,7 @@ import os, sys
 from pathlib import Path
 from comp_cli.errors import CompError
 from comp_cli.search.journal import Journal
+from comp_cli.options import ExportOptions, PruneOptions, Training
 import torch
 root = Path(sys.argv[1])
 journal = Journal(root / "out", {})

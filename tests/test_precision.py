@@ -12,9 +12,10 @@ import comp_cli
 from comp_cli.checkpoint import precision
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.errors import CompError
 from comp_cli.models.dense import open_dense
+from comp_cli.options import ExportOptions, HubOptions, PruneOptions
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -38,7 +39,7 @@ def half_but_norms(name, tensor):
 
 
 def compact(folder, place, **options):
-    prune(Options(str(folder), 0.3, method="magnitude", recover=False, **SIZES, **options), place, QUIET)
+    prune(PruneOptions(str(folder), 0.3, method="magnitude", recover=False, **SIZES, **options), place, QUIET)
     return place
 
 
@@ -69,9 +70,9 @@ def test_the_scale_of_all_logits_is_what_it_was_however_it_is_loaded(family, tmp
 def test_the_scale_in_exported_graphs(tmp_path):
     dense = rewritten(tiny.write("clip", tmp_path / "dense"), half_but_scale)
     folder = compact(dense, tmp_path / "compact")
-    document = export.export(folder, tmp_path / "onnx", QUIET, export.Options(dtype="fp16"), overwrite=False)
-    assert document["passed"]
-    assert document["logit_scale"] == pytest.approx(torch.tensor(SCALE).exp().item(), rel=1e-6)
+    report = export.export(folder, tmp_path / "onnx", ExportOptions(dtype="fp16"), QUIET)
+    assert report.passed
+    assert report.logit_scale == pytest.approx(torch.tensor(SCALE).exp().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["safetensors", "shards", "pickle"])
@@ -89,8 +90,8 @@ def test_mixed_precision_is_kept_whatever_the_files(where, tmp_path):
         index = {"metadata": {}, "weight_map": {key: name for part, name in zip(parts, names, strict=True) for key in part}}
         (dense / "model.safetensors.index.json").write_text(json.dumps(index))
         (dense / "model.safetensors").unlink()
-    options = Options(str(dense), 0.3, method="magnitude", recover=False, **SIZES)
-    prune(options, tmp_path / "compact", QUIET, allow_pickle=where == "pickle")
+    options = PruneOptions(str(dense), 0.3, method="magnitude", recover=False, **SIZES)
+    prune(options, tmp_path / "compact", QUIET, hub_options=HubOptions(allow_pickle=where == "pickle"))
     written = load_file(tmp_path / "compact" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in written.items()} == expected
     assert set(expected.values()) == {torch.float32, torch.bfloat16}

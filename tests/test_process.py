@@ -212,12 +212,12 @@ def test_stdout_holds_nothing_but_the_document_whatever_libraries_and_children_p
         "    print('python'); print('dunder', file=sys.__stdout__); os.write(1, b'fd\\n')\n"
         "    ctypes.CDLL(None).printf(b'from C\\n')\n"
         "    subprocess.run(['echo', 'child'])\n"
-        "    return {'done': True}\n"
+        "    return work(*given, **options)\n"
         "analyze.analyze = noisy\n"
         "main.run()\n"
     )
-    done = subprocess.run([sys.executable, script, "analyze", tiny_folder, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["done"], done.stdout
+    done = subprocess.run([sys.executable, script, "analyze", tiny_folder, "--json", *FEW], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["layers"], done.stdout
     assert all(word in done.stderr for word in ("python", "dunder", "fd", "from C", "child"))
 
 

@@ -26,9 +26,10 @@ from comp_cli.checkpoint.loading import load_model, load_processor, untied_state
 from comp_cli.checkpoint.write import write_checkpoint
 from comp_cli.cli.output import Output
 from comp_cli.commands import export, prune
-from comp_cli.models.dense import DataOptions, Dense, open_dense
+from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.onnx.graphs import OPSET
+from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Plan
 from comp_cli.report import cards, recipes
 
@@ -133,9 +134,9 @@ def write_compact(family: str, place: Path) -> Written:
     plan = smaller(dense)
     folder = place / "compact"
     folder.mkdir()
-    options = prune.Options(str(place / "dense"), 0.4, method="joint")
+    options = PruneOptions(str(place / "dense"), 0.4, method="joint")
     quality = {"samples": 8, "data": "table", "metric": "accuracy", "metrics": None, "agreement": 0.9}
-    document = prune.describe(dense, plan, options) | {"quality": quality, "command": cards.prune_command(options)}
+    document = prune.describe(dense, plan, options).to_json() | {"quality": quality, "command": cards.prune_command(options)}
     document["base_address"] = dense.source.address_from(folder)
     compact = dense.runtime(plan)
     write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(untied_state_dict(compact), torch.float32))
@@ -193,7 +194,7 @@ def test_the_recipe_of_graphs_says_what_torch_says(family, every, pictures, tmp_
     written, jobs = every[family], []
     for split in LAYOUTS.get(family, (False,)):
         folder = tmp_path / f"split-{split}"
-        export.export(written.folder, folder, QUIET, export.Options(split=split), overwrite=False)
+        export.export(written.folder, folder, ExportOptions(split=split), QUIET)
         assert 'pip install "onnxruntime>=1.' in (folder / "README.md").read_text()
         jobs.append((folder, blocks(folder)[0]))
     found = run_blocks(jobs, pictures, BARRED, tmp_path)
@@ -286,15 +287,15 @@ def test_a_tokenizer_of_sentencepiece_is_written_out(tmp_path):
 
 def test_the_card_holds_the_command_that_was_typed(tmp_path):
     data = DataOptions(str(tmp_path), text_column="what is said")
-    training = prune.Training(steps=7, batch_size=16)
-    options = prune.Options(
+    training = Training(steps=7, batch_size=16)
+    options = PruneOptions(
         f"{tmp_path}/../{tmp_path.name}", 0.3, recover=False, data=data, training=training, cip=False, seed=3
     )
     assert cards.prune_command(options, max_drop=1.5, revision=None, allow_pickle=True) == (
         f"comp prune {tmp_path.name} --ratio 0.3 --no-recover --seed 3 --data {tmp_path.name} --text-column 'what is said' "
         "--steps 7 --train-batch-size 16 --no-cip --max-drop 1.5 --allow-pickle"
     )
-    assert cards.prune_command(prune.Options("org/name", 0.5)) == "comp prune org/name --ratio 0.5"
+    assert cards.prune_command(PruneOptions("org/name", 0.5)) == "comp prune org/name --ratio 0.5"
 
 
 def test_every_option_of_the_command_in_a_card_exists():
@@ -303,9 +304,9 @@ def test_every_option_of_the_command_in_a_card_exists():
     from comp_cli.cli.app import app
 
     known = {flag for option in get_command(app).commands["prune"].params for flag in (*option.opts, *option.secondary_opts)}
-    for name in (field.name for field in fields(prune.Options) if field.name not in ("model", "ratio", "data", "training")):
+    for name in (field.name for field in fields(PruneOptions) if field.name not in ("model", "ratio", "data", "training")):
         assert f"--{name.replace('_', '-')}" in known, name
-    nested = [cards.FLAGS.get(field.name, field.name) for field in fields(prune.Training)]
+    nested = [cards.FLAGS.get(field.name, field.name) for field in fields(Training)]
     for name in (*nested, *(field.name for field in fields(DataOptions))):
         assert f"--{name.replace('_', '-')}" in known, name
 
@@ -320,7 +321,7 @@ def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
     (tmp_path / "README.md").write_text(said)
     quality = {"samples": 64, "data": "mine.jsonl", "agreement": 0.95, "metric": "accuracy"}
     quality |= {"metrics": {"accuracy": {"dense": 0.9, "compact": 0.85}}}
-    document = prune.describe(dense, smaller(dense), prune.Options("org/blip", 0.4))
+    document = prune.describe(dense, smaller(dense), PruneOptions("org/blip", 0.4)).to_json()
     document |= {"quality": quality, "command": "comp prune org/blip --ratio 0.4", "base_model": "org/blip"}
     card = cards.model_card(document, dense.family, dense.task, tmp_path, longest=0, alone=False)
     (tmp_path / "README.md").write_text(card)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import comp_cli
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench, export
-from comp_cli.commands.prune import Options, prune
+from comp_cli.commands.prune import prune
 from comp_cli.engine import flops
 from comp_cli.models.dense import open_dense
+from comp_cli.options import ExportOptions, PruneOptions
 from comp_cli.plan import PADDING, Plan
 
 QUIET = Output("quiet")
@@ -45,7 +46,7 @@ def pruned(request, tmp_path_factory):
     """The name of a family, a dense folder, and the compact one that has lost tokens only."""
     place = tmp_path_factory.mktemp(request.param)
     dense = tiny.write(request.param, place / "dense")
-    prune(Options(str(dense), RATIOS[request.param], method="token", **SIZES), place / "compact", QUIET)
+    prune(PruneOptions(str(dense), RATIOS[request.param], method="token", **SIZES), place / "compact", QUIET)
     return request.param, dense, place / "compact"
 
 
@@ -159,7 +160,7 @@ def test_it_trains_saves_loads_and_exports(pruned, inputs, tmp_path):
     with pytest.raises((RuntimeError, ValueError)):
         getattr(transformers, STOCK[name][0]).from_pretrained(tmp_path / "tuned")
     if name == "clip":
-        assert export.export(folder, tmp_path / "onnx", QUIET, export.Options(), overwrite=False)["passed"]
+        assert export.export(folder, tmp_path / "onnx", ExportOptions(), QUIET).passed
 
 
 def test_towers_that_lost_heads_or_channels_need_no_zeros(compact_folder):

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
 from comp_cli.cli.output import Output
-from comp_cli.commands.prune import Options, Training
 from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, scoring
 from comp_cli.engine.fading import fade_at, fading, forget_head_masks
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import CompError
 from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.options import PruneOptions, Training
 from comp_cli.search.calibration import Calibration
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
@@ -124,7 +124,7 @@ def options(**changes):
     training = Training(steps=20, batch_size=8, lr=1e-3)
     training = replace(training, **changes.pop("training", {}))
     samples = {"num_samples": 8, "stage_samples": 8, "batch_size": 8, "stages": 6}
-    return Options("tiny", 0.5, training=training, **samples, **changes)
+    return PruneOptions("tiny", 0.5, training=training, **samples, **changes)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -137,7 +137,7 @@ def test_training_brings_accuracy_back(share):
     for steps in (0, 40):
         training = Training(steps=steps, batch_size=16, lr=3e-4, stage_share=share, mixed_precision="no")
         samples = {"num_samples": 32, "stage_samples": 32, "batch_size": 32, "stages": 8}
-        found = search(dense, scenes, Options("demo", 0.7, method="joint", training=training, **samples), None, QUIET)
+        found = search(dense, scenes, PruneOptions("demo", 0.7, method="joint", training=training, **samples), None, QUIET)
         left = flops.count(found.plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
         assert left == pytest.approx(0.3, abs=0.01)
         losses.append(comparison.evaluate(found.model, dense.task, pairs).loss)

@@ -15,6 +15,7 @@ from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.commands import upgrade
 from comp_cli.errors import CompError
+from comp_cli.report.upgraded import print_upgraded
 from comp_cli.runtime import modeling_comp
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # see also test_written_by_old_versions.py
@@ -33,8 +34,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_an_upgrade_changes(folder):
     (folder / "NOTES").write_text("the user's own")
     before = contents(folder)
-    document = upgrade.upgrade(folder, Output("quiet"))
-    assert set(document["changed"]) == {"modeling_comp.py", "auto_map", "versions"}
+    report = upgrade.upgrade(folder, Output("quiet"))
+    assert set(report.changed) == {"modeling_comp.py", "auto_map", "versions"}
     after = contents(folder)
     assert {name for name in after if after[name] != before.get(name)} == {
         "modeling_comp.py",
@@ -63,8 +64,9 @@ def test_a_runtime_that_somebody_edited_is_replaced(folder):
 def test_a_second_upgrade_changes_nothing(folder, capsys):
     upgrade.upgrade(folder, Output("quiet"))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    document = upgrade.upgrade(folder, Output("human"))
-    assert document["changed"] == {} and "nothing to do" in capsys.readouterr().out
+    report = upgrade.upgrade(folder, Output("quiet"))
+    print_upgraded(report, Output("human"))
+    assert report.changed == {} and "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

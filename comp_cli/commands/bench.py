@@ -8,7 +8,6 @@ what pruning brings.
 import re
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,113 +17,88 @@ from torch import nn
 from .. import __version__, tasks
 from ..checkpoint import hub
 from ..checkpoint.loading import load_model, load_processor, pick_device
-from ..cli.output import Output
 from ..data.batches import random_inputs
-from ..engine import flops
 from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
 from ..files.outputs import check_room
 from ..files.store import folder_size, read_config
 from ..measure import gates, timing, variants
-from ..measure.gates import Gates
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
 from ..onnx import providers
 from ..onnx.graphs import write_graph
-from ..report import benchmark as bench_report
+from ..options import HUB_DEFAULTS, BenchOptions, HubOptions
+from ..progress import Progress
+from ..report import plot
+from ..report.base import Sizes
+from ..report.benched import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
 from .environment import processor_name
 
-BACKENDS = ("torch", "onnx", "compile")
 Key = tuple[str, str]  # (backend, side)
 
 
-@dataclass(frozen=True)
-class Options:
-    device: str = "auto"
-    backends: tuple[str, ...] = BACKENDS[:2]
-    batches: tuple[int, ...] = (1, 8)
-    iterations: int = 10
-    duration: float = 5.0
-    threads: int = 0
-    text_tokens: int = flops.TEXT_TOKENS
-    seed: int = 0  # of the inputs and of the bootstrap
-    gates: Gates = Gates()
-    plot: Path | None = None
-
-
-def parse_backends(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in BACKENDS]
-    if unknown or not names:
-        raise UsageError(f"--backend {text}: expected some of {', '.join(BACKENDS)}, with commas.")
-    return names
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
-        raise UsageError(f"--batch {text}: expected numbers from 1 to 100000, with commas, such as 1,8.")
-    return sizes
-
-
-def bench(folder: Path, baseline: str | None, options: Options, out: Output, **hub_options: Any) -> dict[str, Any]:
-    """Measure and print; returns the report. Raises GateError after that where a gate was not met; the error carries the
-    report."""
+def bench(
+    folder: Path, baseline: str | None, options: BenchOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS
+) -> BenchReport:
+    """Measure. Raises GateError after that where a gate was not met; the error carries the report."""
     device = check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     config = read_config(folder)
     family, architecture, name = find_family(config)
     task = tasks.TASKS[name]
-    source, folders, models = open_models(folder, config, baseline, out, hub_options)
+    source, folders, models = open_models(folder, config, baseline, progress, hub_options)
     described = models["dense"].config
     longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
     text_tokens = family.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
-    document = {
-        "comp_version": __version__,
-        "compact": str(folder),
-        "baseline": source.name,
-        "architecture": architecture,
-        "machine": machine(device),
-        "text_tokens": text_tokens,
-        "params": {side: sum(p.numel() for p in models[side].parameters()) for side in folders},
-        "flops": {side: count_flops(models[side], family, text_tokens) for side in folders},
-        "size_bytes": {side: folder_size(path) for side, path in folders.items()},
-    }
+    # Counted before anything is exported or moved.
+    params = {side: sum(p.numel() for p in models[side].parameters()) for side in folders}
+    flops = Sizes(**{side: count_flops(models[side], family, text_tokens) for side in folders})
+    where = machine(device)
     if "onnx" in options.backends:
         written = sum(p.numel() * p.element_size() for model in models.values() for p in model.parameters())
         check_room(Path(tempfile.gettempdir()), written, "exporting the models (TMPDIR names another folder)")
     with tempfile.TemporaryDirectory() as scratch:
         graphs = {}
         for side in SIDES if "onnx" in options.backends else ():
-            out.say(f"exporting the {side.replace('_', ' ')} model ...")
+            progress.say(f"exporting the {side.replace('_', ' ')} model ...")
             graphs[side] = Path(scratch) / f"{side}.onnx"
             write_graph(models[side], task, family, graphs[side])
-        document["providers"] = find_providers(graphs, inputs[min(inputs)], device, out)
+        ran_on = find_providers(graphs, inputs[min(inputs)], device, progress)
         runners = build_runners(models, graphs, task, device, options.backends)
-        taken = {batch: time_interleaved(runners, inputs[batch], batch, options, out) for batch in inputs}
+        taken = {batch: time_interleaved(runners, inputs[batch], batch, options, progress) for batch in inputs}
         places = {("torch", side): path for side, path in folders.items()} if "torch" in options.backends else {}
         places |= {("onnx", side): path for side, path in graphs.items()}
-        pickled = hub_options.get("allow_pickle", False)
-        document["peak_memory_bytes"] = peak_memory(places, inputs[max(inputs)], family, device, pickled, out)
-    document |= figures(taken, document["flops"]["dense"] / document["flops"]["compact"], options.seed)
-    document["gates"] = gates.outcomes(options.gates, document)
-    bench_report.show(document, out)
+        peaks = peak_memory(places, inputs[max(inputs)], family, device, hub_options.allow_pickle, progress)
+    reduction = flops.dense / flops.compact
+    timings, speedups = figures(taken, reduction, options.seed)
+    report = BenchReport(
+        comp_version=__version__,
+        compact=str(folder),
+        baseline=source.name,
+        architecture=architecture,
+        machine=where,
+        text_tokens=text_tokens,
+        params=Sizes(**params),
+        flops=flops,
+        size_bytes=Sizes(**{side: folder_size(path) for side, path in folders.items()}),
+        providers=ran_on,
+        peak_memory_bytes=peaks,
+        flops_reduction=reduction,
+        timings=timings,
+        speedups=speedups,
+        gates=gates.outcomes(options.gates, speedups, timings, peaks),
+    )
     if options.plot:
-        bench_report.plot(document, options.plot)
-        out.line(f"Wrote {options.plot}.")
-    missed = [outcome for outcome in document["gates"] if not outcome["passed"]]
-    if missed:
-        raise GateError(" ".join(gates.sentence(outcome) for outcome in missed), document=document)
-    return document
+        plot.plot(report, options.plot)
+    if missed := [outcome for outcome in report.gates if not outcome.passed]:
+        raise GateError(" ".join(map(gates.sentence, missed)), report=report)
+    return report
 
 
-def check(options: Options) -> torch.device:
+def check(options: BenchOptions) -> torch.device:
     """What would otherwise fail after minutes: device, provider, compiler, picture, gates. Raises UsageError or DeviceError."""
     if options.backends == ("onnx",) and re.fullmatch(r"cuda(:\d+)?", options.device):
         device = torch.device(options.device)  # torch only exports; it may be a build without CUDA
@@ -135,7 +109,7 @@ def check(options: Options) -> torch.device:
     if "compile" in options.backends:
         variants.check_compiler(device)
     if options.plot:
-        bench_report.check_plot(options.plot)
+        plot.check_plot(options.plot)
     measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
     if options.gates.max_memory_mb is not None and not measured & set(options.backends):
         raise UsageError("--max-memory-mb: no backend whose memory is measured.", hint="Add torch to --backend.")
@@ -156,22 +130,21 @@ def made_of(folder: Path, comp: dict[str, Any]) -> str:
 
 
 def open_models(
-    folder: Path, config: dict[str, Any], baseline: str | None, out: Output, hub_options: dict[str, Any]
+    folder: Path, config: dict[str, Any], baseline: str | None, progress: Progress, hub_options: HubOptions
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
     """The baseline's source, the folders of the dense and the compact model, and the models of all sides. `config` is that of
     the compact one."""
     family, architecture, _ = find_family(config)
     compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
     baseline = baseline or made_of(folder, config["comp"])
-    source = hub.resolve(baseline, progress=out, accepts=find_architecture, **hub_options)
+    source = hub.resolve(baseline, progress=progress, accepts=find_architecture, **vars(hub_options))
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
         raise RefusedError(f"--baseline {baseline} is a compact model.", hint="Name the dense model.")
     if find_architecture(dense_config) != architecture:
         raise RefusedError(f"--baseline {baseline} is not a {architecture}.")
-    out.say(f"loading {source.name} ...")
-    pickled = hub_options.get("allow_pickle", False)
-    dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
+    progress.say(f"loading {source.name} ...")
+    dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=hub_options.allow_pickle)
     parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:
@@ -193,14 +166,15 @@ def count_flops(model: nn.Module, family: Family, text_tokens: int) -> int:
 
 
 def find_providers(
-    graphs: dict[str, Path], inputs: timing.Inputs, device: torch.device, out: Output
-) -> dict[str, dict[str, Any]]:
+    graphs: dict[str, Path], inputs: timing.Inputs, device: torch.device, progress: Progress
+) -> dict[str, Providers]:
     """Per side: the session's first provider, and what share of the nodes that ran, and of their time, each provider has."""
     found = {}
-    with out.track("looking where the graphs run", len(graphs)) as bar:
+    with progress.track("looking where the graphs run", len(graphs)) as bar:
         for side, path in graphs.items():
             seen = providers.profile(path, inputs, str(device))
-            found[side] = {"first": seen.first, "tf32": seen.tf32, "shares": seen.shares()}
+            shares = {name: ProviderShare(**share) for name, share in seen.shares().items()}
+            found[side] = Providers(seen.first, seen.tf32, shares)
             bar.advance()
     return found
 
@@ -221,11 +195,11 @@ def build_runners(
 
 
 def time_interleaved(
-    runners: dict[Key, timing.Runner], inputs: timing.Inputs, batch: int, options: Options, out: Output
+    runners: dict[Key, timing.Runner], inputs: timing.Inputs, batch: int, options: BenchOptions, progress: Progress
 ) -> dict[Key, list[float]]:
     """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
     taken: dict[Key, list[float]] = {key: [] for key in runners}
-    with out.track(f"timing batch {batch}", options.iterations) as bar:
+    with progress.track(f"timing batch {batch}", options.iterations) as bar:
         start = None
         for done, found in enumerate(timing.rounds(runners, inputs), start=1):
             start = start or time.perf_counter()
@@ -233,43 +207,47 @@ def time_interleaved(
                 taken[key].append(ms)
             bar.advance(by=int(done <= options.iterations))
             if done >= options.iterations and time.perf_counter() - start >= options.duration:
-                return taken
+                break
+    return taken
 
 
-def figures(taken: dict[int, dict[Key, list[float]]], reduction: float, seed: int = 0) -> dict[str, Any]:
-    """The rows of the report from the times: {batch: {(backend, side): ms per round}}; `reduction` is of the FLOPs."""
+def figures(
+    taken: dict[int, dict[Key, list[float]]], reduction: float, seed: int = 0
+) -> tuple[tuple[Latency, ...], tuple[Speedup, ...]]:
+    """Latencies and speed-ups from the times: {batch: {(backend, side): ms per round}}; `reduction` is of the FLOPs."""
     timings, speedups = [], []
     for batch, times in taken.items():
-        timings += [asdict(timing.summary(*key, batch, ms)) for key, ms in times.items()]
+        timings += [timing.summary(*key, batch, ms) for key, ms in times.items()]
+        stock_torch = times.get(("torch", "dense"))
         for backend in dict.fromkeys(backend for backend, _ in times):
             dense, own, compact = (times[backend, side] for side in SIDES)
             pruning = timing.speedup(own, compact, seed)
-            row = {
-                "backend": backend,
-                "batch": batch,
-                "speedup": asdict(timing.speedup(dense, compact, seed)),
-                "by_kernels": asdict(timing.speedup(dense, own, seed)),
-                "by_pruning": asdict(pruning),
-                "flops_efficiency": pruning.value / reduction,
-            }
-            if ("torch", "dense") in times:
-                row["against_stock_torch"] = asdict(timing.speedup(times["torch", "dense"], compact, seed))
-            speedups.append(row)
-    return {"flops_reduction": reduction, "timings": timings, "speedups": speedups}
+            speedups.append(
+                Speedup(
+                    backend=backend,
+                    batch=batch,
+                    speedup=timing.speedup(dense, compact, seed),
+                    by_kernels=timing.speedup(dense, own, seed),
+                    by_pruning=pruning,
+                    flops_efficiency=pruning.value / reduction,
+                    against_stock_torch=None if stock_torch is None else timing.speedup(stock_torch, compact, seed),
+                )
+            )
+    return tuple(timings), tuple(speedups)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> Machine:
     """Where the figures were taken."""
     import onnxruntime
     import transformers
 
     gpu = device.type == "cuda" and torch.cuda.is_available()
-    return {
-        "device": str(device),
-        "name": torch.cuda.get_device_name(device) if gpu else processor_name(),
-        "threads": torch.get_num_threads(),
-        "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    return Machine(
+        device=str(device),
+        name=torch.cuda.get_device_name(device) if gpu else processor_name(),
+        threads=torch.get_num_threads(),
+        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        onnxruntime=onnxruntime.__version__,
+    )

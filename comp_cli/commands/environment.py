@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..cli.output import Output
 from ..errors import CompError
+from ..report.environment import EnvironmentReport
 from ..report.tables import mib
 
 DISTRIBUTION = "comp-cli"
@@ -31,25 +31,22 @@ LITTLE_SPACE = 2 * 2**30  # bytes in the cache of downloads: a full-size model w
 Problem = dict[str, str]  # what would fail, and why
 
 
-def environment(out: Output) -> dict[str, Any]:
-    """The report of `comp env`; prints its tables. It never fails: what does not work is among its "problems"."""
+def environment() -> EnvironmentReport:
+    """It never fails: what does not work is among its problems."""
     readers = (read_packages, {}), (read_tested, None), (read_devices, []), (read_providers, []), (read_cache, {})
     (packages, _, devices, providers, cache), found = zip(*(look(*reader) for reader in readers), strict=True)
-    problems = [problem for part in found for problem in part]
-    document = {
-        "comp_version": __version__,
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "platform": platform.platform(),
-        "packages": packages,
-        "devices": devices,
-        "providers": providers,
-        "cache": cache,
-        "variables": {name: _told(name) for name in VARIABLES if os.environ.get(name)},
-        "problems": problems,
-    }
-    print_environment(document, out)
-    return document
+    return EnvironmentReport(
+        comp_version=__version__,
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        packages=packages,
+        devices=devices,
+        providers=providers,
+        cache=cache,
+        variables={name: _told(name) for name in VARIABLES if os.environ.get(name)},
+        problems=[problem for part in found for problem in part],
+    )
 
 
 def look(read: Callable[[], tuple[Any, list[Problem]]], nothing: Any) -> tuple[Any, list[Problem]]:
@@ -197,21 +194,3 @@ def processor_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def print_environment(document: dict[str, Any], out: Output) -> None:
-    """Plain lines, to be pasted into a report."""
-    lines = {"comp": document["comp_version"], "Python": f"{document['python']} ({document['executable']})"}
-    lines |= {"platform": document["platform"]} | document["packages"]
-    for device in document["devices"]:
-        size = f"{device['cores']} cores" if "cores" in device else mib(device["memory_bytes"])
-        lines[device["device"]] = f"{device['name']}, {size}"
-    lines["ONNX Runtime"] = ", ".join(document["providers"]) or None
-    if document["cache"]:
-        lines["downloads"] = f"{document['cache']['path']}, {mib(document['cache']['free_bytes'])} free"
-    lines |= document["variables"]
-    for name, value in lines.items():
-        out.line(f"{name}: {value or 'not installed'}")
-    out.line("\nWhat would fail here:" if document["problems"] else "\nNothing that was looked at would fail here.")
-    for problem in document["problems"]:
-        out.line(f"- {problem['what']}: {problem['why']}")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,7 @@ import transformers
 from .. import __version__, tasks
 from ..checkpoint.loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries, save_processor
 from ..checkpoint.precision import cast
-from ..cli.output import Output
+from ..data.pairset import PairSet
 from ..data.rows import Columns
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
@@ -25,28 +25,15 @@ from ..files.store import count_weights, find_last, folder_size, read_config, sh
 from ..models.dense import collator, longest_text, warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
-from ..onnx.graphs import OPSET, TARGETS, can_split, check_target, write_graphs
+from ..onnx.graphs import can_split, check_target, write_graphs
 from ..onnx.sessions import OnnxModel, open_graphs
+from ..options import TARGETS, TEXT_TOKENS, ExportOptions
+from ..progress import Progress
+from ..report.base import PairCounts, Texts
 from ..report.cards import graphs_card
-from ..report.tables import mib, percent
+from ..report.exported import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 
-TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
-
-
-@dataclass(frozen=True)
-class Options:
-    target: str = TARGETS[0]
-    opset: int = OPSET
-    split: bool = False
-    dtype: str = "fp32"
-    quantize: str | None = None
-    optimize: bool = False
-    atol: float | None = None  # None for that of the dtype or quantization
-    keep_failed: bool = False
-    device: str = "cpu"  # where the graphs are checked
-    data: str | None = None  # the real pairs they are checked on; None for generated scenes
-    columns: Columns = Columns()
 
 
 @dataclass(frozen=True)
@@ -62,13 +49,13 @@ class Check:
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
         return open_graphs(folder, names, self.device, self.text)
 
-    def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
-        with out.track("checking parity with torch", len(self.cases)) as bar:
+    def rows(self, graphs: OnnxModel, progress: Progress) -> list[parity.Parity]:
+        with progress.track("checking parity with torch", len(self.cases)) as bar:
             return parity.check(graphs, self.cases, self.task, bar.advance)
 
 
-def export(folder: Path, output: Path, out: Output, options: Options, *, overwrite: bool) -> dict[str, Any]:
-    """Export a compact (or dense) checkpoint folder; returns the report.
+def export(folder: Path, output: Path, options: ExportOptions, progress: Progress, *, overwrite: bool = False) -> ExportReport:
+    """Export a compact (or dense) checkpoint folder.
 
     Raises GateError above the tolerance: then nothing is left behind, or with `keep_failed` the graphs in OUTPUT.failed.
     """
@@ -81,12 +68,12 @@ def export(folder: Path, output: Path, out: Output, options: Options, *, overwri
             check_output(failed, overwrite=True, source=folder)
         times = 1.25 if options.quantize else 2 if options.optimize else 1  # floats and int8, plain and fused graphs
         check_room(output, times * count_weights(folder) * pick_dtype(options.dtype).itemsize, "the graphs")
-        document = _export(folder, output, failed, out, options, overwrite)
-    print_export(document, typed, out)
-    return document
+        return replace(_export(folder, output, failed, progress, options, overwrite), output=typed)
 
 
-def _export(folder: Path, output: Path, failed: Path, out: Output, options: Options, overwrite: bool) -> dict[str, Any]:
+def _export(
+    folder: Path, output: Path, failed: Path, progress: Progress, options: ExportOptions, overwrite: bool
+) -> ExportReport:
     """The work, with the output reserved."""
     started = perf_counter()
     config = read_config(folder)
@@ -96,31 +83,30 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
     if options.split and not can_split(family):
         why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
         raise UsageError(f"--split: {architecture} {why}.")
-    columns = replace(options.columns, label="")
-    source = None if options.data is None else open_pairs(options.data, progress=out, columns=columns)
+    source = open_source(options, progress)
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, family=family, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
     checked = family.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
-        out.say("running the model in torch ...")
+        progress.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
         collate = collator(family, processor, longest, task, model.config)
         pairs = parity.real_pairs(source, task, rounded, collate.seen)
         known = list({id(pair): pair.text for pair in pairs}.values())  # a few pairs come again and again
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
-        warn_cut_texts("parity", texts, out, longest)
+        warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
         check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
-        out.say("exporting (this takes a minute for a full-size model) ...")
+        progress.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
         names = write_graphs(cast(model, pick_dtype(options.dtype)), task, family, partial, **layout)
-        fused = optimize(partial, names, check, options, out) if options.optimize else {}
-        left_out = quantize(partial, names, check, out) if options.quantize else []
+        fused = optimize(partial, names, check, options, progress) if options.optimize else {}
+        left_out = quantize(partial, names, check, progress) if options.quantize else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
         graphs = check.open(partial, names)
-        rows = check.rows(graphs, out)
+        rows = check.rows(graphs, progress)
         problem = parity.problem(rows, tolerance)
         with quiet_libraries():
             if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
@@ -131,42 +117,62 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         generation = family.decoder and generation_config(model.config.text_config, family.decoder)
         if generation:
             generation.save_pretrained(partial)
-        document = {
-            "comp_version": __version__,
-            "versions": _versions(),
-            "min_onnxruntime": least,
-            "source": facts(config),
-            "architecture": architecture,
-            "opset": options.opset,
-            "target": options.target,
-            "dtype": options.dtype,
-            "quantization": options.quantize and {"weights": options.quantize, "per_channel": True, "left_out": left_out},
-            "fused": fused,
-            "graphs": graphs.signature(),
-            "keep": _keeps(config),
+        report = ExportReport(
+            comp_version=__version__,
+            versions=_versions(),
+            min_onnxruntime=least,
+            source=facts(config),
+            architecture=architecture,
+            opset=options.opset,
+            target=options.target,
+            dtype=options.dtype,
+            quantization=Quantization(options.quantize, True, left_out) if options.quantize else None,
+            fused=fused,
+            graphs={name: signature(found) for name, found in graphs.signature().items()},
+            keep=_keeps(config),
             # What a dual encoder makes of a cosine: logit = scale * cosine + bias.
-            **{name: getattr(model, name).exp().item() for name in ("logit_scale",) if hasattr(model, name)},
-            **{name: getattr(model, name).item() for name in ("logit_bias",) if hasattr(model, name)},
-            "checked_on": options.device,
-            "data": source.describe("evaluation") if source else "generated scenes",
-            "pairs": source.counts() if source else {},
-            "texts": texts,
-            "passed": problem is None,
-            "allowed": vars(tolerance),
-            "agreement": parity.agreement(rows),
-            "parity": [vars(row) for row in rows],
-            "size_bytes": folder_size(partial),
-        }
-        card = graphs_card(document, generation, family, task, processor, partial, longest)
+            logit_scale=model.logit_scale.exp().item() if hasattr(model, "logit_scale") else None,
+            logit_bias=model.logit_bias.item() if hasattr(model, "logit_bias") else None,
+            checked_on=options.device,
+            data=source.describe("evaluation") if source else "generated scenes",
+            pairs={purpose: PairCounts(**found) for purpose, found in source.counts().items()} if source else {},
+            texts=Texts(**texts),
+            passed=problem is None,
+            allowed=Allowed(**asdict(tolerance)),
+            agreement=parity.agreement(rows),
+            parity=tuple(ParityRow(**asdict(row)) for row in rows),
+            size_bytes=folder_size(partial),
+        )
+        card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        document["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
-        (partial / "export.json").write_text(json.dumps({"schema_version": 1} | document, indent=1) + "\n")
+        report = replace(report, files={p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()})
+        (partial / "export.json").write_text(json.dumps(kept_with_folder(report), indent=1) + "\n")
         if problem:
-            refuse(problem, partial, failed if options.keep_failed else None)
-    return document | {"seconds": round(perf_counter() - started, 1)}  # not in the folder: the same graphs, the same bytes
+            refuse(problem, partial, failed if options.keep_failed else None, report)
+    return replace(report, seconds=round(perf_counter() - started, 1))
 
 
-def check_options(options: Options) -> None:
+def kept_with_folder(report: ExportReport) -> dict[str, Any]:
+    """The report in export.json: nothing of the run itself, so that the same graphs have the same bytes."""
+    return {name: value for name, value in report.to_json().items() if name not in ("output", "warnings")}
+
+
+def open_source(options: ExportOptions, progress: Progress) -> PairSet | None:
+    """The user's pairs to check graphs on, all of which match; None for generated scenes."""
+    data = options.data
+    if data.data is None:
+        return None
+    columns = Columns(data.image_column, data.text_column, label="", answer=data.answer_column, split=data.split_column)
+    return open_pairs(data.data, progress=progress, columns=columns)
+
+
+def signature(graph: dict[str, Any]) -> Signature:
+    """Names, types and shapes of a graph's inputs and outputs."""
+    sides = ({name: TensorSpec(**found) for name, found in graph[side].items()} for side in ("inputs", "outputs"))
+    return Signature(*sides)
+
+
+def check_options(options: ExportOptions) -> None:
     """Raises UsageError for options that make no sense, DeviceError for graphs that nothing here can run."""
     check_target(options.target, options.opset)
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
@@ -183,7 +189,7 @@ def check_options(options: Options) -> None:
         )
 
 
-def optimize(folder: Path, names: list[str], check: Check, options: Options, out: Output) -> dict[str, int]:
+def optimize(folder: Path, names: list[str], check: Check, options: ExportOptions, progress: Progress) -> dict[str, int]:
     """Put the graphs with fused nodes in the place of the plain ones, if they still say what torch says, else say why not."""
     fused: Counter[str] = Counter()
     trial = folder / "fused"
@@ -192,11 +198,11 @@ def optimize(folder: Path, names: list[str], check: Check, options: Options, out
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
         allowed = parity.tolerance(check.task, options.dtype, None)
-        problem = parity.problem(check.rows(check.open(trial, names), out), allowed)
+        problem = parity.problem(check.rows(check.open(trial, names), progress), allowed)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
     if problem:
-        out.warn(f"--optimize is skipped: {problem}")
+        progress.warn(f"--optimize is skipped: {problem}")
         fused.clear()
     else:
         _move(trial, folder)
@@ -204,7 +210,7 @@ def optimize(folder: Path, names: list[str], check: Check, options: Options, out
     return dict(fused)
 
 
-def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[str]:
+def quantize(folder: Path, names: list[str], check: Check, progress: Progress) -> list[str]:
     """Make the matrices int8; returns the nodes left out, which are those that lose most, as few as the decisions allow."""
     floats = folder / "float"
     floats.mkdir()
@@ -218,10 +224,10 @@ def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
         for name in names:
             rewrite.quantize(floats / name, folder / name, left_out)
-        problem = parity.problem(check.rows(check.open(folder, names), out), check.tolerance)
+        problem = parity.problem(check.rows(check.open(folder, names), progress), check.tolerance)
         if not problem:
             break
-        out.say(f"int8 with {len(left_out)} matrices left out: {problem}")
+        progress.say(f"int8 with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
 
@@ -234,14 +240,14 @@ def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -
     )
 
 
-def refuse(problem: str, partial: Path, failed: Path | None) -> None:
+def refuse(problem: str, partial: Path, failed: Path | None, report: ExportReport) -> None:
     """Raises GateError, with the graphs moved to `failed` if it is given."""
     hint = "Nothing was written. --atol sets the tolerance, --keep-failed leaves the graphs for a look."
     if failed is not None:
         with atomic_folder(failed, overwrite=True) as kept:
             _move(partial, kept)
         hint = f"{failed} holds the graphs for a look; export.json says where they differ."
-    raise GateError(problem, hint=hint)
+    raise GateError(problem, hint=hint, report=report)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -251,7 +257,7 @@ def _move(source: Path, target: Path) -> None:
             path.replace(target / path.name)
 
 
-def resolve_folder(folder: Path | None, out: Output) -> Path:
+def resolve_folder(folder: Path | None, progress: Progress) -> Path:
     """The folder that was named, or the last compact model below the current folder."""
     if folder is None:
         folder = find_last("comp_report.json", resolve(Path(), "the current folder"))
@@ -260,33 +266,12 @@ def resolve_folder(folder: Path | None, out: Output) -> Path:
                 "no folder named, and no compact model below the current folder.",
                 hint="Make one with: comp prune demo --ratio 0.5 -o compact",
             )
-        out.say(f"taking {folder}")
+        progress.say(f"taking {folder}")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder.", hint="Name a folder that `comp prune` wrote.")
     if "comp" not in read_config(folder):
         raise RefusedError(f"{folder} is not a compact model.", hint=f"Make one with: comp prune {folder} --ratio 0.5")
     return folder.resolve()
-
-
-def print_export(document: dict[str, Any], output: Path, out: Output) -> None:
-    worst: dict[str, dict[str, Any]] = {}
-    for row in document["parity"]:
-        counted = {"image": row["images"], "text": row["batch"] if row["text_tokens"] else 0}
-        given = ", ".join(f"{number} {what}{'s' * (number > 1)}" for what, number in counted.items() if number)
-        name = f"{row['output']}{'' if row['judged'] is not None else ' (not judged)'}, {row['inputs']} inputs, {given}"
-        if name not in worst or row["max_error"] > worst[name]["max_error"]:
-            worst[name] = row
-    rows = [[name, row["text_tokens"], f"{row['max_error']:.1e}", f"{row['mean_error']:.1e}"] for name, row in worst.items()]
-    out.table("Largest differences from torch", ["", "text tokens", "max error", "mean error"], rows)
-    allowed = document["allowed"]
-    out.line(f"Allowed: {allowed['atol']:.0e}. Same decision on real pairs: {percent(document['agreement'])}.")
-    if document["quantization"]:
-        out.line(f"int8 weights; {len(document['quantization']['left_out'])} matrices left out.")
-    if document["fused"]:
-        out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in document['fused'].items())}.")
-    size = f"{', '.join(document['graphs'])}, {mib(document['size_bytes'])}, opset {document['opset']}"
-    size += f", ONNX Runtime {document['min_onnxruntime']} or newer"
-    out.line(f"Wrote {output} ({size}). {document['seconds']:.0f} s.")
 
 
 def _keeps(config: dict[str, Any]) -> dict[str, list[int | None]]:

@@ -13,27 +13,39 @@ from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weights import files_of
 from ..checkpoint.write import check_reload, told_apart, write_checkpoint, write_report
-from ..cli.output import Output
 from ..data.rows import Pair
 from ..engine import flops
 from ..engine.methods import METHODS
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
-from ..models.dense import DataOptions, Dense, Pairs, by_model_size, choose_pairs, cut_texts, open_dense, warn_cut_texts
+from ..models.dense import Dense, Pairs, by_model_size, choose_pairs, cut_texts, open_dense, warn_cut_texts
+from ..options import (
+    EVAL_SAMPLES,
+    HUB_DEFAULTS,
+    LEARNING_RATE,
+    NUM_SAMPLES,
+    STAGE_SAMPLES,
+    STAGES,
+    BySize,
+    HubOptions,
+    PruneOptions,
+    Training,
+)
 from ..plan import Plan
+from ..progress import Progress
+from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
-from ..report.tables import layer_rows, metric_value, print_plan, print_pruned
+from ..report.pruned import PruneReport, Quality, SearchCost, StageTaken
+from ..report.tables import layer_rows, metric_value
 from ..search.journal import Journal
-from ..search.run import Options, search
-from ..search.trainer import Training, check_training, count_steps, is_main_process, precision, process_device, processes
+from ..search.run import search
+from ..search.trainer import check_training, count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
 from ..tasks.text_metrics import judge, missing, references
 
-__all__ = ["DataOptions", "Options", "Training", "prune"]
 
-
-def check(options: Options, max_drop: float | None, dry_run: bool) -> None:
+def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
     """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
     if not 0 < options.ratio < 1:
         raise UsageError(
@@ -56,35 +68,37 @@ def check(options: Options, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError("--stage-samples are some of the --num-samples, not more.")
 
 
-def resolve_defaults(dense: Dense, pairs: Pairs, options: Options, out: Output) -> Options:
-    """The options with a number wherever the model decides it: less work for a large one."""
-    num_samples = options.num_samples or max(by_model_size(dense, 256, 64), options.stage_samples or 0)
-    training = count_steps(options.training, dense.task, pairs, out)
+def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> PruneOptions:
+    """The options with a number wherever the size of the model decides it."""
+
+    def usual(default: BySize) -> Any:
+        large = default.large if dense.task.paired_inputs or default.retrieval is None else default.retrieval
+        return by_model_size(dense, default.small, large)
+
+    num_samples = options.num_samples or max(usual(NUM_SAMPLES), options.stage_samples or 0)
+    training = count_steps(options.training, dense.task, pairs, progress)
     return replace(
         options,
-        stages=options.stages or by_model_size(dense, 40, 10),
+        stages=options.stages or usual(STAGES),
         num_samples=num_samples,
-        # Where every sample is a candidate for every other, few are no question.
-        stage_samples=min(
-            options.stage_samples or by_model_size(dense, 256, 8 if dense.task.paired_inputs else 32), num_samples
-        ),
-        eval_samples=options.eval_samples or by_model_size(dense, 1000, 64 if dense.task.paired_inputs else 256),
-        training=replace(training, lr=training.lr or by_model_size(dense, 1e-4, 1e-5)),
+        stage_samples=min(options.stage_samples or usual(STAGE_SAMPLES), num_samples),
+        eval_samples=options.eval_samples or usual(EVAL_SAMPLES),
+        training=replace(training, lr=training.lr or usual(LEARNING_RATE)),
     )
 
 
 def prune(
-    options: Options,
+    options: PruneOptions,
     output: Path,
-    out: Output,
+    progress: Progress,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
     resume: bool = True,
     max_drop: float | None = None,
-    **hub_options: Any,
-) -> dict[str, Any]:
-    """Prune a model and write the folder; returns the report. With `dry_run` nothing is written.
+    hub_options: HubOptions = HUB_DEFAULTS,
+) -> PruneReport:
+    """Prune a model and write the folder. With `dry_run` nothing is written.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Raises GateError
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
@@ -93,10 +107,10 @@ def prune(
     process_device(options.device)
     pick_dtype(options.dtype)
     if dry_run:
-        return _prune(options, output, None, out, overwrite, max_drop, hub_options)
+        return _prune(options, output, None, progress, overwrite, max_drop, hub_options)
     typed, output = output, resolve(output)
     if not is_main_process():  # of several processes one writes
-        return _prune(options, output, Journal(output, {}) if resume else None, out, overwrite, max_drop, hub_options)
+        return _prune(options, output, Journal(output, {}) if resume else None, progress, overwrite, max_drop, hub_options)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         journal = Journal(output, {})
@@ -108,9 +122,7 @@ def prune(
             raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
-        document = _prune(options, output, journal, out, overwrite, max_drop, hub_options)
-    print_pruned(document, typed, out)
-    return document
+        return replace(_prune(options, output, journal, progress, overwrite, max_drop, hub_options), output=typed)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -123,67 +135,75 @@ def drop_finished(journal: Journal, output: Path) -> bool:
 
 
 def _prune(
-    options: Options,
+    options: PruneOptions,
     output: Path,
     journal: Journal | None,
-    out: Output,
+    progress: Progress,
     overwrite: bool,
     max_drop: float | None,
-    hub_options: dict[str, Any],
-) -> dict[str, Any]:
+    hub_options: HubOptions,
+) -> PruneReport:
     """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
     started = time.perf_counter()
     dry_run = journal is None and is_main_process()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
-    dense = open_dense(options.model, out, device=process_device(options.device), task=options.task, **sizes, **hub_options)
+    device = process_device(options.device)
+    dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
-    pairs = choose_pairs(dense, options.data, out, hub_options.get("cache_dir"))
-    said = {"revision": hub_options.get("revision"), "allow_pickle": hub_options.get("allow_pickle"), "max_drop": max_drop}
-    command = prune_command(options, **said)
-    options = resolve_defaults(dense, pairs, options, out)
+    pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
+    command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
+    options = resolve_defaults(dense, pairs, options, progress)
     if dry_run and options.training.steps:
-        out.say("--dry-run: without the training.")
+        progress.say("--dry-run: without the training.")
         options = replace(options, training=Training())
     if journal:
         journal.settings = settings_of(dense, options)
         check_disk(dense, options, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
-        found = search(dense, pairs, options, journal, out)
+        found = search(dense, pairs, options, journal, progress)
         plan = found.plan.told_apart(dense.plan)
-        document = describe(dense, plan, options) | {"stages": [asdict(stage) for stage in found.stages]}
-        document |= {"texts": {"calibration": found.texts}, "pairs": counts(pairs, options)}
+        report = replace(
+            describe(dense, plan, options),
+            stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
+            texts={"calibration": Texts(**found.texts)},
+            pairs=counts(pairs, options),
+        )
         if dry_run:
-            print_plan(document, out)
-            return document
+            return report
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
         round_as_written(compact, dtypes)  # judged with the weights that are written
         if not is_main_process():
-            return document
-        quality, per_pair = compare(dense, compact, pairs, options, out)
-        document |= {"command": command, "base_address": dense.source.address_from(output)}
-        document |= {"quality": quality, "pairs": counts(pairs, options)}
-        check_drop(quality, max_drop, out)
+            return report
+        quality, per_pair = compare(dense, compact, pairs, options, progress)
+        address = dense.source.address_from(output)
+        report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, options))
+        check_drop(report, quality, max_drop, progress)
     except (DeadEnd, GateError):
         if journal and is_main_process():
             journal.remove()
         raise
+    assert journal is not None  # the main process of what is no dry run has one
     with atomic_folder(output, overwrite=overwrite) as folder:
-        out.say("writing ...")
-        write_checkpoint(folder, dense, compact, plan, document, dtypes)
+        progress.say("writing ...")
+        write_checkpoint(folder, dense, compact, plan, report.to_json(), dtypes)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
-        document["size_bytes"] = {"dense": folder_size(dense.source.folder), "compact": folder_size(folder)}
-        write_report(folder, document, plan)
+        size = Sizes(folder_size(dense.source.folder), folder_size(folder))
+        report = replace(report, size_bytes=size)
+        write_report(folder, kept_with_folder(report), plan)
         journal.finish(folder / "comp_report.json")
     journal.remove()
-    # Not in the folder: a run that was resumed ends with the same bytes.
-    document |= {"seconds": round(time.perf_counter() - started, 1)}
-    if found.seconds:
-        document |= {"cost": cost(found.seconds, per_pair * options.num_samples)}
-    return document
+    seconds = round(time.perf_counter() - started, 1)
+    cost = search_cost(found.seconds, per_pair * options.num_samples) if found.seconds else None
+    return replace(report, seconds=seconds, cost=cost)
 
 
-def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
+def kept_with_folder(report: PruneReport) -> dict[str, Any]:
+    """The report in comp_report.json: nothing of the run itself, so that one that was resumed ends with the same bytes."""
+    return {name: value for name, value in report.to_json().items() if name not in ("output", "warnings")}
+
+
+def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
     """What a journal must agree on: the options, the weights, the place, and the versions that numbers depend on."""
     weights = [sha256(path) for path in files_of(dense.source.folder)]
     config = sha256(dense.source.folder / "config.json")
@@ -191,7 +211,7 @@ def settings_of(dense: Dense, options: Options) -> dict[str, Any]:
     return {**asdict(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
 
 
-def surroundings(options: Options) -> dict[str, Any]:
+def surroundings(options: PruneOptions) -> dict[str, Any]:
     """What of the place and the versions is known at once."""
     where = {"threads": torch.get_num_threads(), "processes": processes()}
     return {
@@ -202,7 +222,7 @@ def surroundings(options: Options) -> dict[str, Any]:
     }
 
 
-def early_settings(options: Options) -> dict[str, Any]:
+def early_settings(options: PruneOptions) -> dict[str, Any]:
     """What of `settings_of` is known before model and data are read, and is compared then already: what was given."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
     given["training"] = {name: value for name, value in given["training"].items() if value is not None}
@@ -213,7 +233,7 @@ def early_settings(options: Options) -> dict[str, Any]:
     return given | surroundings(options)
 
 
-def check_disk(dense: Dense, options: Options, dtype: torch.dtype, output: Path) -> None:
+def check_disk(dense: Dense, options: PruneOptions, dtype: torch.dtype, output: Path) -> None:
     """Raises CompError where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and
     two moments, as it is and as it was at the last step."""
     left = (1 - options.ratio) * dense.params(dense.plan)
@@ -223,35 +243,40 @@ def check_disk(dense: Dense, options: Options, dtype: torch.dtype, output: Path)
         check_room(output, left * dtype.itemsize, "the compact model")
 
 
-def describe(dense: Dense, plan: Plan, options: Options) -> dict[str, Any]:
-    """The report of a plan: what goes, at which reference input."""
+def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
+    """The report of a plan: what goes, at which reference input. Raises CompError where nothing does."""
     before, after = flops.count(dense.plan, dense.reference), flops.count(plan, dense.reference)
     ratio = 1 - after.total / before.total
     if ratio <= 0:
         raise CompError("nothing was pruned.", hint="Raise --ratio.")
-    return {
-        "comp_version": __version__,
-        "torch_version": str(torch.__version__),
-        "base_model": dense.source.name,
-        "base_revision": dense.source.revision,
-        "base_address": dense.source.address,
-        "architecture": dense.architecture,
-        "task": dense.task.name,
-        "options": asdict(without_places(options)),
-        "ratio": round(ratio, 5),
-        "reference": {"tokens": dense.reference.tokens, "flops": "2 x multiply-accumulates, one sample"},
-        "flops": {"dense": before.total, "compact": after.total},
-        "params": {"dense": dense.params(dense.plan), "compact": dense.params(plan)},
-        "layers": layer_rows(dense, plan),
-    }
+    return PruneReport(
+        comp_version=__version__,
+        torch_version=str(torch.__version__),
+        base_model=dense.source.name,
+        base_revision=dense.source.revision,
+        base_address=dense.source.address,
+        architecture=dense.architecture,
+        task=dense.task.name,
+        options=without_places(options),
+        ratio=round(ratio, 5),
+        reference=Reference(dense.reference.tokens),
+        flops=Sizes(before.total, after.total),
+        params=Sizes(dense.params(dense.plan), dense.params(plan)),
+        layers=layer_rows(dense, plan),
+        stages=(),
+        texts={},
+        pairs={},
+        plan=plan,
+    )
 
 
-def counts(pairs: Pairs, options: Options) -> dict[str, Any]:
+def counts(pairs: Pairs, options: PruneOptions) -> dict[str, PairCounts]:
     """What became of the rows of the user's pairs, by purpose. Of the training only where it went through all of them."""
-    return {what: found for what, found in pairs.counts().items() if what != "training" or options.training.epochs}
+    rows = pairs.counts().items()
+    return {purpose: PairCounts(**found) for purpose, found in rows if purpose != "training" or options.training.epochs}
 
 
-def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, out: Output) -> tuple[dict[str, Any], float]:
+def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: PruneOptions, progress: Progress) -> tuple[Quality, float]:
     """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
     And the seconds that the dense model took for a pair."""
     found, seconds, task = {}, {}, dense.task
@@ -262,65 +287,64 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
-    warn_cut_texts("evaluation", texts, out, dense.longest)
-    with out.track("comparing dense and compact", 2 * len(batches)) as bar:
+    warn_cut_texts("evaluation", texts, progress, dense.longest)
+    with progress.track("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in models.items():
             begin = time.perf_counter()
             found[name] = comparison.evaluate(model, task, batches, bar.advance)
             seconds[name] = time.perf_counter() - begin
     before, after = found["dense"], found["compact"]
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
-    metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
+    metrics = {name: Values(value, after.metrics[name]) for name, value in (before.metrics or {}).items()}
     metric = task.metric
     if dense.family.decoder and before.metrics:
-        written = judge_texts(dense, models, read, options.batch_size, out)
+        written = judge_texts(dense, models, read, options.batch_size, progress)
         metric, metrics = next(iter(written), metric), written | metrics
-    quality = {
-        "samples": before.samples,
-        "data": pairs.describe("evaluation"),
-        "metric": metric,
-        "metrics": metrics or None,
-        "agreement": comparison.agreements(*both),
-        "divergence": comparison.divergence(*both).item(),
-        "texts": texts,
-        "shared_texts": task.shared(before.labels),
-    }
-    if shared := quality["shared_texts"]:
-        out.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
+    quality = Quality(
+        samples=before.samples,
+        data=pairs.describe("evaluation"),
+        metric=metric,
+        metrics=metrics or None,
+        agreement=comparison.agreements(*both),
+        divergence=comparison.divergence(*both).item(),
+        texts=Texts(**texts),
+        shared_texts=task.shared(before.labels),
+    )
+    if shared := quality.shared_texts:
+        progress.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
     return quality, seconds["dense"] / before.samples
 
 
 def judge_texts(
-    dense: Dense, models: dict[str, nn.Module], pairs: list[Pair], batch_size: int, out: Output
-) -> dict[str, dict[str, float]]:
-    """Metrics of the captions or answers that the models write on the pairs, for each; the one that counts first."""
+    dense: Dense, models: dict[str, nn.Module], pairs: list[Pair], batch_size: int, progress: Progress
+) -> dict[str, Values]:
+    """Metrics of the captions or answers that the models write on the pairs; the one that counts first."""
     about, known = references(dense.task, pairs)
     if why := missing(dense.task, about):
-        out.warn(f"{why}; {dense.task.metric} is what counts")
+        progress.warn(f"{why}; {dense.task.metric} is what counts")
         return {}
     found = {}
-    with out.track("writing texts", 2 * len(about)) as bar:
+    with progress.track("writing texts", 2 * len(about)) as bar:
         for name, model in models.items():
             found[name] = judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done))
-    return {name: {side: values[name] for side, values in found.items()} for name in found["dense"]}
+    return {name: Values(**{side: values[name] for side, values in found.items()}) for name in found["dense"]}
 
 
-def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> None:
-    """A dead end with exit 3 where the metric (without labels the agreement) fell by more points than allowed."""
+def check_drop(report: PruneReport, quality: Quality, allowed: float | None, progress: Progress) -> None:
+    """Raises GateError where the metric (without labels the agreement) fell by more points than allowed."""
     if allowed is None:
         return
-    name, metrics = quality["metric"], quality["metrics"]
-    if allowed < 100 / quality["samples"] and name != "CIDEr":  # which is no share of the pairs
-        out.warn(f"--max-drop {allowed:g} is less than one of {quality['samples']} pairs: --eval-samples gives it more.")
-    before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
-    if not 100 * (before - after) <= allowed:
+    name, metrics = quality.metric, quality.metrics
+    if allowed < 100 / quality.samples and name != "CIDEr":  # which is no share of the pairs
+        progress.warn(f"--max-drop {allowed:g} is less than one of {quality.samples} pairs: --eval-samples gives it more.")
+    fell = metrics[name] if metrics else Values(1.0, quality.agreement)
+    if not 100 * (fell.dense - fell.compact) <= allowed:
         name = name if metrics else "agreement"
-        said = f"{name} falls from {metric_value(name, before)} to {metric_value(name, after)}"
+        said = f"{name} falls from {metric_value(name, fell.dense)} to {metric_value(name, fell.compact)}"
         hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
-        raise GateError(f"{said}; --max-drop allows {allowed:g} points.", hint=hint, document={"quality": quality})
+        raise GateError(f"{said}; --max-drop allows {allowed:g} points.", hint=hint, report=report)
 
 
-def cost(searched: float, dense_pass: float) -> dict[str, float]:
+def search_cost(searched: float, dense_pass: float) -> SearchCost:
     """What the search took, in seconds and in passes of the dense model over the calibration pairs."""
-    found = {"search_seconds": searched, "dense_pass_seconds": dense_pass, "dense_passes": searched / dense_pass}
-    return {name: round(value, 2) for name, value in found.items()}
+    return SearchCost(*(round(value, 2) for value in (searched, dense_pass, searched / dense_pass)))

@@ -12,32 +12,32 @@ from ..checkpoint.loading import load_model
 from ..checkpoint.vetting import check_report
 from ..checkpoint.write import auto_map, file_facts, runtime
 from ..cli import signals
-from ..cli.output import Output
 from ..errors import CompError, RefusedError, UsageError, is_full
 from ..families import find_architecture
 from ..files.outputs import reserve, resolve, sibling, swap
 from ..files.ownership import discard, seen
 from ..files.store import read_config, read_json, write_failed
+from ..progress import Progress
+from ..report.upgraded import UpgradeReport
 from ..runtime import modeling_comp
 
 RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"
 
 
-def upgrade(folder: Path, out: Output) -> dict[str, Any]:
+def upgrade(folder: Path, progress: Progress) -> UpgradeReport:
     """Replace the runtime, and refresh what names it: auto_map and versions in config.json, hashes in comp_report.json. All
-    other files stay as they are. Returns what changed, {"changed": {what: how}}; nothing where all is as comp writes it today.
+    other files stay as they are. The report says what changed; nothing where all is as comp writes it today.
 
     The folder changes as a whole or not at all, after what is new in it has loaded. Raises RefusedError for a folder that is no
     compact model of comp, or whose files are not those that its report names; UsageError where there is none, or one stands in
     it."""
     folder = resolve(folder, "FOLDER")
     with reserve(folder, source=None):
-        changed = _upgrade(folder, out)
-    show(folder, changed, out)
-    return {"folder": str(folder), "comp_version": __version__, "changed": changed}
+        changed = _upgrade(folder, progress)
+    return UpgradeReport(folder=folder, comp_version=__version__, changed=changed)
 
 
-def _upgrade(folder: Path, out: Output) -> dict[str, str]:
+def _upgrade(folder: Path, progress: Progress) -> dict[str, str]:
     """The work, with the folder reserved."""
     config, report = check(folder)
     block = config["comp"] | {"runtime": runtime()}
@@ -55,7 +55,7 @@ def _upgrade(folder: Path, out: Output) -> dict[str, str]:
         check_left(folder)
         replace(folder, fresh, report)
     if dense_shapes(config):
-        out.warn(
+        progress.warn(
             f"{folder} drops tokens and has the shapes of the dense model: stock classes load it, and answer as the dense "
             "model, without a word. Prune again to get a folder that they refuse."
         )
@@ -144,13 +144,3 @@ def second_name(path: str, target: str) -> None:
         os.link(path, target)
     except OSError:
         shutil.copy2(path, target)
-
-
-def show(folder: Path, changed: dict[str, str], out: Output) -> None:
-    """What changed, for people."""
-    if not changed:
-        out.line(f"{folder} is as comp {__version__} writes it: nothing to do.")
-        return
-    for what, how in changed.items():
-        out.line(f"{what}: {how}")
-    out.line(f"Upgraded {folder}. The weights are the same, and the new folder was loaded before it took the old one's place.")

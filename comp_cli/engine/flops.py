@@ -12,8 +12,6 @@ from ..families import Family, tower_config
 from ..families.base import ANSWER_TOKENS
 from ..plan import LayerPlan, Plan, TowerPlan
 
-TEXT_TOKENS = 35
-
 
 @dataclass(frozen=True)
 class Reference:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from ..errors import CompError
 from ..families import Family
 from ..onnx import sessions
 from ..progress import Progress
+from ..report.benched import PeakMemory
 from .timing import Inputs
 
 # -P: what lies in the current folder is no library. This very comp, wherever Python found it.
@@ -35,7 +35,7 @@ def peak_memory(
     device: torch.device,
     allow_pickle: bool,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> tuple[PeakMemory, ...]:
     """Bytes, per (backend, side): peak resident memory (on CUDA: peak allocated) of a process that loads and runs the model.
 
     Not known for what is made on the fly (torch.compile, own dense in torch), nor for ONNX Runtime on a GPU.
@@ -51,9 +51,9 @@ def peak_memory(
             given = [backend, str(path), str(example), str(device), family.name]
             given += ["--allow-pickle"] if allow_pickle and side == "dense" else []
             batch = len(next(iter(inputs.values())))
-            rows.append({"backend": backend, "side": side, "batch": batch, "bytes": measure(given)})
+            rows.append(PeakMemory(backend, side, batch, measure(given)))
             bar.advance()
-    return rows
+    return tuple(rows)
 
 
 def measure(given: list[str]) -> int:

@@ -3,11 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+from ..report.benched import Factor, Latency
 
 RESAMPLES = 2000
 WARM_UP = 2
@@ -15,29 +16,6 @@ WARM_UP = 2
 Variant = TypeVar("Variant", bound=Hashable)  # what a caller calls one
 Inputs = dict[str, Tensor]
 Runner = Callable[[Inputs], Any]  # one forward pass, synchronised; what it returns is not looked at
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per forward pass of a whole batch."""
-
-    backend: str
-    side: str
-    batch: int
-    runs: int
-    median: float
-    p90: float
-    p99: float
-    pairs_per_second: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster, with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def rounds(
@@ -62,14 +40,14 @@ def rounds(
         names.reverse()
 
 
-def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Timing:
+def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Latency:
     """The row of one variant from its times in milliseconds."""
     median = statistics.median(times)
     p90, p99 = np.percentile(times, [90, 99]).tolist()
-    return Timing(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
+    return Latency(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
 
 
-def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Ratio:
+def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Factor:
     """Median before over median after; both hold one time per round, in the same order.
 
     The interval is a bootstrap over rounds: both medians come from the same resampled rounds, because what slowed one
@@ -80,4 +58,4 @@ def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> R
     resampled = np.median(times[:, drawn], axis=-1)  # (2, RESAMPLES)
     low, high = np.percentile(resampled[0] / resampled[1], [2.5, 97.5]).tolist()
     value = np.median(times[0]) / np.median(times[1])
-    return Ratio(float(value), low, high)
+    return Factor(float(value), low, high)

@@ -23,10 +23,9 @@ from ..engine.slicing import slice_state
 from ..errors import RefusedError, UsageError, first_line
 from ..families import Family, find_family, tower_config
 from ..files.store import read_config
+from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, DataOptions, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
-
-SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
 
 
 @dataclass
@@ -96,11 +95,11 @@ def open_dense(
     model: str,
     progress: Progress,
     *,
-    text_tokens: int = flops.TEXT_TOKENS,
+    text_tokens: int = TEXT_TOKENS,
     score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     task: str | None = None,
-    **hub_options: Any,
+    hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
     compact already."""
@@ -114,13 +113,13 @@ def open_dense(
             )
         return found
 
-    source = hub.resolve(model, progress=progress, accepts=described, **hub_options)
+    source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
     config = read_config(source.folder)
     family, architecture, name = described(config)
     chosen = tasks.TASKS[name]
     progress.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder, family.inputs)
-    pickled = hub_options.get("allow_pickle", False)
+    pickled = hub_options.allow_pickle
     dense = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
     check_fits(dense, family, processor, chosen, source.name)
     state = loading.untied_state_dict(dense.requires_grad_(False).to(device or "cpu"))
@@ -177,8 +176,8 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
 
 
 def by_model_size(dense: Dense, many: float, few: float) -> float:
-    """A number of samples and the like: many for a model of less than 10 GFLOPs a pair, few for a larger one."""
-    return many if flops.count(dense.plan, dense.reference).total < 10e9 else few
+    """A number of samples and the like: many for a small model (see options.LARGE_FLOPS), few for a larger one."""
+    return many if flops.count(dense.plan, dense.reference).total < LARGE_FLOPS else few
 
 
 def with_score_rule(plan: Plan, rule: str | None, family: Family) -> Plan:
@@ -227,19 +226,6 @@ class ScenePairs:
 
 
 Pairs = ScenePairs | PairSet
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where image-text pairs come from; generated scenes where `data` is None."""
-
-    data: str | None = None
-    split: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    answer_column: str | None = None
-    split_column: str | None = None
 
 
 def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:

@@ -14,11 +14,10 @@ from ..data.batches import random_inputs
 from ..errors import UsageError
 from ..families import Family
 from ..families.base import ANSWER_INPUTS
+from ..options import OPSET, TARGETS
 from ..runtime.modeling_comp import CompactAttention, TokenPruning, TokenScores, cache_name, refuse_unknown
 from ..tasks import Task
 
-OPSET = 20
-TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 WHOLE, VISION, TEXT = "model.onnx", "vision_model.onnx", "text_model.onnx"
 ENCODER, DECODER, PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"

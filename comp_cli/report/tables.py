@@ -1,12 +1,26 @@
-"""Reports: what people read at the end of a command, and the model card."""
+"""Numbers as people read them, and the tables of `comp prune`."""
 
 import shlex
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cli.output import Output
 from ..engine import flops
-from ..plan import AttentionPlan
+from ..plan import AttentionPlan, Plan
+from .base import Reference
+from .pruned import LayerKept, PruneReport
+
+if TYPE_CHECKING:  # `comp env` prints where torch is broken
+    from ..models.dense import Dense
+
+
+class Printer(Protocol):
+    """Where tables go."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """The first column is text, the others are numbers."""
+
+    def line(self, message: str) -> None:
+        """A line of the result."""
 
 
 def millions(number: float) -> str:
@@ -34,8 +48,8 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %" if before else "-"
 
 
-def layer_rows(dense, plan) -> list[dict[str, Any]]:
-    """One row per layer: what is left of heads, channels and tokens. `dense` is a workbench.Dense."""
+def layer_rows(dense: "Dense", plan: Plan) -> tuple[LayerKept, ...]:
+    """One row per layer: what is left of heads, channels and tokens."""
     rows = []
     counted = {(row.tower, row.layer): row for row in flops.count(plan, dense.reference).layers}
     for tower in plan.towers:
@@ -43,84 +57,79 @@ def layer_rows(dense, plan) -> list[dict[str, Any]]:
         for index, (layer, before) in enumerate(zip(tower.layers, full, strict=True)):
             row = counted[tower.name, index]
             rows.append(
-                {
-                    "tower": tower.name,
-                    "layer": index,
-                    "heads": _of(layer.attention, before.attention),
-                    "cross_heads": _of(layer.cross, before.cross),
-                    "ffn": [len(layer.ffn), len(before.ffn)],
-                    "tokens": [row.tokens_out, dense.reference.tokens[tower.name]],
-                    "flops": row.total,
-                }
+                LayerKept(
+                    tower=tower.name,
+                    layer=index,
+                    heads=_of(layer.attention, before.attention),
+                    cross_heads=_of(layer.cross, before.cross),
+                    ffn=[len(layer.ffn), len(before.ffn)],
+                    tokens=[row.tokens_out, dense.reference.tokens[tower.name]],
+                    flops=row.total,
+                )
             )
-    return rows
+    return tuple(rows)
 
 
 def _of(kept: AttentionPlan | None, dense: AttentionPlan | None) -> list[int] | None:
     return [len(kept.heads), len(dense.heads)] if kept and dense else None
 
 
-def print_plan(document: dict[str, Any], out: Output) -> None:
+def print_plan(report: PruneReport, out: Printer) -> None:
     """The plan layer by layer: kept / dense."""
 
     def cell(pair: list[int] | None) -> str:
         return "-" if pair is None else f"{pair[0]} / {pair[1]}"
 
     rows = [
-        [
-            f"{row['tower']} {row['layer']}",
-            *(cell(row[part]) for part in ("heads", "cross_heads", "ffn", "tokens")),
-            gflops(row["flops"]),
-        ]
-        for row in document["layers"]
+        [f"{row.tower} {row.layer}", *map(cell, (row.heads, row.cross_heads, row.ffn, row.tokens)), gflops(row.flops)]
+        for row in report.layers
     ]
     columns = ["layer", "heads", "cross heads", "FFN channels", "tokens handed on", "FLOPs"]
-    out.table(f"Plan for {document['base_model']} at ratio {document['ratio']:.3f} (kept / dense)", columns, rows)
-    before, after = document["flops"]["dense"], document["flops"]["compact"]
-    params = document["params"]
+    out.table(f"Plan for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
-        f"FLOPs {gflops(before)} -> {gflops(after)}, parameters {millions(params['dense'])} -> "
-        f"{millions(params['compact'])}. Nothing was written (--dry-run)."
+        f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
+        f"{millions(report.params.compact)}. Nothing was written (--dry-run)."
     )
 
 
-def comparison_rows(document: dict[str, Any]) -> list[list[str]]:
-    """Measure, dense, compact, change: the table that ends `comp prune` and opens the model card."""
-    before, after = document["flops"]["dense"], document["flops"]["compact"]
-    params, size = document["params"], document["size_bytes"]
+def comparison_rows(report: PruneReport) -> list[list[str]]:
+    """Measure, dense, compact, change: the table that ends `comp prune`."""
+    flops, params, size, quality = report.flops, report.params, report.size_bytes, report.quality
     rows = [
-        ["parameters", millions(params["dense"]), millions(params["compact"]), change(params["dense"], params["compact"])],
-        ["FLOPs per pair", gflops(before), gflops(after), change(before, after)],
+        ["parameters", millions(params.dense), millions(params.compact), change(params.dense, params.compact)],
+        ["FLOPs per pair", gflops(flops.dense), gflops(flops.compact), change(flops.dense, flops.compact)],
     ]
-    for tower, entering in document["reference"]["tokens"].items():
-        outs = [row["tokens"][0] for row in document["layers"] if row["tower"] == tower]
+    for tower, entering in report.reference.tokens.items():
+        outs = [row.tokens[0] for row in report.layers if row.tower == tower]
         mean = sum(outs) / len(outs)
         rows.append([f"{tower} tokens, mean over layers", str(entering), f"{mean:.1f}", change(entering, mean)])
-    rows.append(["weights on disk", mib(size["dense"]), mib(size["compact"]), change(size["dense"], size["compact"])])
-    quality = document["quality"]
-    for name, found in (quality["metrics"] or {}).items():
-        points = f"{100 * (found['compact'] - found['dense']):+.1f} points"
-        shown = [metric_value(name, found[side]) for side in ("dense", "compact")]
-        rows.append([f"{name} ({quality['samples']} pairs)", *shown, points])
-    rows.append([f"same decision ({quality['samples']} pairs)", "", percent(quality["agreement"]), ""])
-    return rows
+    if size is not None:
+        rows.append(["weights on disk", mib(size.dense), mib(size.compact), change(size.dense, size.compact)])
+    if quality is None:
+        return rows
+    for name, found in (quality.metrics or {}).items():
+        points = f"{100 * (found.compact - found.dense):+.1f} points"
+        shown = [metric_value(name, value) for value in (found.dense, found.compact)]
+        rows.append([f"{name} ({quality.samples} pairs)", *shown, points])
+    return [*rows, [f"prediction agreement ({quality.samples} pairs)", "", percent(quality.agreement), ""]]
 
 
-def reference_input(document: dict[str, Any]) -> str:
+def reference_input(reference: Reference) -> str:
     """ "577 image tokens, 35 text tokens"."""
     kinds = {"vision": "image", "language": "text", "answer": "answer"}
-    return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in document["reference"]["tokens"].items())
+    return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in reference.tokens.items())
 
 
-def print_pruned(document: dict[str, Any], output: Path, out: Output) -> None:
+def print_pruned(report: PruneReport, out: Printer) -> None:
+    """Dense against compact, on what, and the next command; the plan of a dry run."""
+    if report.quality is None:
+        return print_plan(report, out)
     columns = ["", "dense", "compact", "change"]
-    out.table(f"{document['base_model']} at ratio {document['ratio']:.3f}", columns, comparison_rows(document))
+    out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(
-        f"Reference input: {reference_input(document)}; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {document['quality']['data']}. {document['seconds']:.0f} s."
+        f"Reference input: {reference_input(report.reference)}; FLOPs are 2 x multiply-"
+        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s."
     )
-    if "cost" in document:
-        passes = document["cost"]["dense_passes"]
-        out.line(f"The search took as long as {passes:.1f} dense passes over the calibration pairs.")
-    name = shlex.quote(str(output))
-    out.line(f"Wrote {output}. Next: comp export {name} --onnx")
+    if report.cost is not None:
+        out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
+    out.line(f"Wrote {report.output}. Next: comp export {shlex.quote(str(report.output))} --onnx")

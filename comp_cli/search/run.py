@@ -3,48 +3,19 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import nn
 
 from ..data.batches import Batch, fingerprint
-from ..engine import flops, schedule, stages
+from ..engine import schedule, stages
 from ..engine.methods import METHODS
-from ..models.dense import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
+from ..models.dense import Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
+from ..options import PruneOptions
 from ..plan import Plan
 from ..progress import Progress
-from .calibration import Calibration, gather_grams
 from .journal import Journal
-from .trainer import Trainer, Training, is_main_process, training_batches
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `comp prune` was asked for; goes into the report as it is."""
-
-    model: str
-    ratio: float
-    method: str = "comp"
-    recover: bool = True
-    seed: int = 0
-    # None: 40 stages on 256, 256 and 1000 pairs, or 10 on 64, 8 and 64 for models of more than 10 GFLOPs.
-    stages: int | None = None
-    num_samples: int | None = None
-    stage_samples: int | None = None
-    eval_samples: int | None = None
-    batch_size: int = 8
-    text_tokens: int = flops.TEXT_TOKENS
-    score_rows: int = SCORE_ROWS
-    device: str = "auto"
-    dtype: str | None = None
-    data: DataOptions = DataOptions()
-    task: str | None = None
-    training: Training = Training()
-    # Ablations of the method comp.
-    cip: bool = True
-    cit: bool = True
-    explore: bool = True
-    history: bool = True
+from .trained import Trained
+from .training_free import TrainingFree
 
 
 @dataclass(frozen=True)
@@ -55,63 +26,38 @@ class SearchResult:
     stages: list[stages.Stage]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
-    texts: dict[str, int]  # of the calibration, and how many of them were cut, see workbench.cut_texts
+    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `dense.cut_texts`
 
 
-def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, progress: Progress) -> SearchResult:
+def search(dense: Dense, pairs: Pairs, options: PruneOptions, journal: Journal | None, progress: Progress) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
-    method, training = METHODS[options.method], options.training
+    method = METHODS[options.method]
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
     warn_cut_texts("calibration", texts, progress, dense.longest)
     if method.removes("tokens"):
         warn_short_texts(dense, batches, progress)
-    if journal:
-        journal.settings["content of the calibration pairs"] = fingerprint(batches)
-    saved = journal.load() if journal else None
-    tuning = bool(saved and "steps" in saved)
-    trainer = None
-    if training.steps:
-        read = partial(training_batches, dense, pairs, training, options.seed)
-        trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-    recovers = (
-        options.recover and method.removes("parameters") and not training.stage_steps and not tuning and is_main_process()
-    )
-    grams = gather_grams(dense, batches, progress) if recovers else None
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
         judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
-    calibration = Calibration(dense, judges, grams, method.params if options.cip else "wanda", options.seed)
-
+    if journal:
+        journal.settings["content of the calibration pairs"] = fingerprint(batches)
+    saved = journal.load() if journal else None
     state = stages.SearchState.from_json(saved) if saved else stages.SearchState.start(dense.plan, options.seed)
-    if trainer and tuning:
-        trainer.restore(state.plan, saved["steps"], journal.tensors(saved))
-
-    def save() -> None:
-        if journal and trainer is None:
-            journal.save(state.to_json())
-        elif journal and is_main_process():
-            trained = trainer.done or training.stage_steps
-            tensors = trainer.to_tensors() if trained else None
-            journal.save(state.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
-
-    measure = calibration.measure
-    if trainer:
-        measure = partial(trainer.measure, calibration) if training.stage_steps else trainer.together(calibration.measure)
-    if not (tuning and trainer.done > training.stage_steps):
-        if saved and is_main_process():
-            calibration.measure(dense.plan)  # what the dense model says is what divergence is measured from
-        run_stages(dense, options, measure, state, save, progress)
-    if trainer is None or not trainer.done:
-        model = dense.runtime(state.plan, grams)
+    way: Trained | TrainingFree
+    if options.training.steps:
+        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved)
+    else:
+        way = TrainingFree(dense, options, batches, judges, journal, progress)
+    if saved:
+        way.restore(saved, state.plan)
+    if not way.is_over:
+        run_stages(dense, options, way.measure, state, lambda: way.save(state), progress)
+    model = way.build(state.plan)
     seconds = None if saved else time.perf_counter() - begin
-    if trainer:
-        if not trainer.done:
-            trainer.take(state.plan, model)
-        model = trainer.tune(progress, save)
-    return SearchResult(state.plan, state.stages, model, seconds, texts)
+    return SearchResult(state.plan, state.stages, way.finish(state, model, progress), seconds, texts)
 
 
 def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> None:
@@ -124,7 +70,7 @@ def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> 
 
 def run_stages(
     dense: Dense,
-    options: Options,
+    options: PruneOptions,
     measure: stages.Measure,
     state: stages.SearchState,
     save: Callable[[], None],
@@ -150,7 +96,7 @@ def run_stages(
             stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, state, tell)
 
 
-def strategy_of(options: Options) -> stages.Strategy:
+def strategy_of(options: PruneOptions) -> stages.Strategy:
     """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
     off = {"explore": 0.0} if not options.explore else {}
     off |= {"history": 0.0} if not options.history else {}

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 
 import torch
@@ -29,6 +29,7 @@ from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
 from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
+from ..options import Training
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import comparison
@@ -38,23 +39,6 @@ WARM_UP = 0.05  # of the steps
 CHECKPOINTS = 10  # of the tuning, in the journal
 WEIGHT_DECAY = 0.01
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
-
-
-@dataclass(frozen=True)
-class Training:
-    """What `comp prune` was asked for about training. steps 0: none."""
-
-    steps: int = 0
-    epochs: float | None = None
-    lr: float | None = None
-    batch_size: int = 32  # pairs of one step, over all processes
-    stage_share: float = 0.0  # of the steps that train inside the stages
-    distill: float = 0.5  # weight of the dense model's decisions against the labels
-    mixed_precision: str | None = None
-
-    @property
-    def stage_steps(self) -> int:
-        return round(self.stage_share * self.steps)
 
 
 def processes() -> int:

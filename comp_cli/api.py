@@ -1,0 +1,516 @@
+"""The library: what `import comp_cli` gives. The command line is a layer over these functions.
+
+Keyword arguments have the names and the defaults of the options of the command line, and values that cannot be are refused with
+the same sentences. The library is silent: see `Progress`. Light to import; what is heavy is imported when it is called.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from .arguments import default_output, parse_backends, parse_batches
+from .errors import CompError
+from .options import (
+    AnalyzeOptions,
+    BenchOptions,
+    DataOptions,
+    ExportOptions,
+    Gates,
+    HubOptions,
+    PruneOptions,
+    Training,
+)
+from .progress import Progress, Recorder
+from .report.analyzed import AnalyzeReport
+from .report.base import Report
+from .report.benched import BenchReport
+from .report.environment import EnvironmentReport
+from .report.exported import ExportReport
+from .report.pruned import PruneReport
+from .report.upgraded import UpgradeReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+StrPath = str | os.PathLike[str]
+R = TypeVar("R", bound=Report)
+
+
+def analyze(
+    model: StrPath,
+    *,
+    data: StrPath | None = DataOptions.data,
+    task: str | None = AnalyzeOptions.task,
+    num_samples: int = AnalyzeOptions.num_samples,
+    split: str | None = DataOptions.split,
+    image_column: str | None = DataOptions.image_column,
+    text_column: str | None = DataOptions.text_column,
+    label_column: str | None = DataOptions.label_column,
+    answer_column: str | None = DataOptions.answer_column,
+    split_column: str | None = DataOptions.split_column,
+    batch_size: int = AnalyzeOptions.batch_size,
+    text_tokens: int = AnalyzeOptions.text_tokens,
+    score_rows: int = AnalyzeOptions.score_rows,
+    seed: int = AnalyzeOptions.seed,
+    device: str = AnalyzeOptions.device,
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
+    allow_pickle: bool = HubOptions.allow_pickle,
+    progress: Progress | None = None,
+) -> AnalyzeReport:
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+
+    Args:
+        model: Hub id, hf:// URI, folder, or "demo".
+        data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
+        task: evaluation task (default: inferred from the architecture).
+        num_samples: image-text pairs for calibration.
+        split: split of the data to calibrate on.
+        image_column: column with images or their paths (default: found by its name, as for all columns).
+        text_column: column with texts.
+        label_column: column that says whether image and text match; "" for none.
+        answer_column: column with the answers to questions; "" for none.
+        split_column: column that names each row's split; "" for none.
+        batch_size: pairs in one forward pass.
+        text_tokens: text length of the reference input, tokens.
+        score_rows: query rows that score image tokens; 0 for all.
+        seed: random seed.
+        device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
+        allow_pickle: load pytorch_model.bin where there is no safetensors.
+        progress: what hears how the work goes on (default: nobody).
+
+    Returns:
+        FLOPs (2 x multiply-accumulates, one sample), parameters, Gini coefficients and cross-mode interference per layer.
+
+    Raises:
+        UsageError: an argument that cannot be.
+        RefusedError: a model or data that is unsafe, corrupt or unsupported.
+        DeviceError: a device that is not there.
+
+    Example:
+        >>> report = comp_cli.analyze("demo", num_samples=16)
+        >>> report.layers[0].flops["ffn"]
+    """
+    columns = (image_column, text_column, label_column, answer_column, split_column)
+    options = AnalyzeOptions(
+        model=os.fspath(model),
+        num_samples=num_samples,
+        batch_size=batch_size,
+        text_tokens=text_tokens,
+        score_rows=score_rows,
+        seed=seed,
+        device=device,
+        data=DataOptions(_text(data), split, *columns),
+        task=task,
+    )
+    hub = HubOptions(revision, _path(cache_dir), allow_pickle)
+
+    def work(told: Progress) -> AnalyzeReport:
+        from .commands.analyze import analyze
+
+        return analyze(options, told, hub_options=hub)
+
+    return _reported(work, progress)
+
+
+def prune(
+    model: StrPath,
+    *,
+    ratio: float,
+    output: StrPath | None = None,
+    data: StrPath | None = DataOptions.data,
+    max_drop: float | None = None,
+    task: str | None = PruneOptions.task,
+    method: str = PruneOptions.method,
+    split: str | None = DataOptions.split,
+    image_column: str | None = DataOptions.image_column,
+    text_column: str | None = DataOptions.text_column,
+    label_column: str | None = DataOptions.label_column,
+    answer_column: str | None = DataOptions.answer_column,
+    split_column: str | None = DataOptions.split_column,
+    num_samples: int | None = PruneOptions.num_samples,
+    eval_samples: int | None = PruneOptions.eval_samples,
+    text_tokens: int = PruneOptions.text_tokens,
+    stages: int | None = PruneOptions.stages,
+    stage_samples: int | None = PruneOptions.stage_samples,
+    batch_size: int = PruneOptions.batch_size,
+    score_rows: int = PruneOptions.score_rows,
+    seed: int = PruneOptions.seed,
+    device: str = PruneOptions.device,
+    steps: int = Training.steps,
+    epochs: float | None = Training.epochs,
+    lr: float | None = Training.lr,
+    train_batch_size: int = Training.batch_size,
+    stage_share: float = Training.stage_share,
+    distill: float = Training.distill,
+    mixed_precision: str | None = Training.mixed_precision,
+    recover: bool = PruneOptions.recover,
+    cip: bool = PruneOptions.cip,
+    cit: bool = PruneOptions.cit,
+    explore: bool = PruneOptions.explore,
+    history: bool = PruneOptions.history,
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
+    allow_pickle: bool = HubOptions.allow_pickle,
+    dtype: str | None = PruneOptions.dtype,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Remove attention heads, feed-forward channels and tokens together, and write a compact checkpoint.
+
+    Args:
+        model: Hub id, hf:// URI, folder, or "demo".
+        ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input.
+        output: folder to write (default: MODEL-comp-RATIO in the current folder).
+        data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
+        max_drop: points that the metric may fall; more raises GateError, and nothing is written.
+        task: evaluation task (default: inferred from the architecture).
+        method: what is scored and removed, and how; `comp prune --help` lists the methods.
+        split: split of the data to calibrate on; never a test split.
+        image_column: column with images or their paths (default: found by its name, as for all columns).
+        text_column: column with texts.
+        label_column: column that says whether image and text match; "" for none.
+        answer_column: column with the answers to questions; "" for none.
+        split_column: column that names each row's split; "" for none.
+        num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
+        eval_samples: pairs of the final comparison, none of which calibration saw.
+        text_tokens: text length of the reference input, tokens.
+        stages: stages of the method comp.
+        stage_samples: pairs that judge a stage.
+        batch_size: pairs in one forward pass.
+        score_rows: query rows that score image tokens; 0 for all (CoMP's full form).
+        seed: random seed.
+        device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        steps: fine-tuning steps (0: training-free).
+        epochs: fine-tuning epochs over the data, in place of steps.
+        lr: learning rate (default: by the model's size).
+        train_batch_size: pairs of one step, over all processes.
+        stage_share: share of the steps inside the stages, while units fade (CoMP: 0.5).
+        distill: distillation weight w: loss = (1-w) task + w KL(dense, compact).
+        mixed_precision: "no", "fp16" or "bf16" (default: accelerate's configuration).
+        recover: refit output projections in closed form.
+        cip: token-weighted parameter importance (CIP, Eq. 4).
+        cit: head-weighted token importance (CIT, Eq. 7), while units fade.
+        explore: random exploration (RE, Eq. 9).
+        history: history information (HI, Eq. 10).
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
+        allow_pickle: load pytorch_model.bin where there is no safetensors.
+        dtype: "fp32", "bf16" or "fp16" for the written weights (default: checkpoint dtype).
+        overwrite: replace a folder that comp wrote before.
+        resume: go on where a run with the same settings was stopped.
+        dry_run: make the plan, write nothing.
+        progress: what hears how the work goes on (default: nobody).
+
+    Returns:
+        What was pruned and what it costs in accuracy. `report.quality` is None after a dry run.
+
+    Raises:
+        UsageError: an argument that cannot be, an output that exists.
+        RefusedError: a model or data that is unsafe, corrupt or unsupported.
+        GateError: the metric falls by more than `max_drop`; `error.report` says by how much.
+        DeviceError: a device that is not there.
+        CompError: a ratio out of reach, a full disk.
+
+    Example:
+        >>> report = comp_cli.prune("Salesforce/blip-itm-base-coco", ratio=0.5, data="pairs.jsonl", output="blip-compact")
+        >>> report.flops.dense, report.flops.compact, report.quality.metrics["accuracy"].compact
+    """
+    columns = (image_column, text_column, label_column, answer_column, split_column)
+    options = PruneOptions(
+        model=os.fspath(model),
+        ratio=ratio,
+        method=method,
+        recover=recover,
+        seed=seed,
+        stages=stages,
+        num_samples=num_samples,
+        stage_samples=stage_samples,
+        eval_samples=eval_samples,
+        batch_size=batch_size,
+        text_tokens=text_tokens,
+        score_rows=score_rows,
+        device=device,
+        dtype=dtype,
+        data=DataOptions(_text(data), split, *columns),
+        task=task,
+        training=Training(steps, epochs, lr, train_batch_size, stage_share, distill, mixed_precision),
+        cip=cip,
+        cit=cit,
+        explore=explore,
+        history=history,
+    )
+    hub = HubOptions(revision, _path(cache_dir), allow_pickle)
+    folder = default_output(options.model, ratio) if output is None else Path(output)
+
+    def work(told: Progress) -> PruneReport:
+        from .commands.prune import prune
+
+        how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
+        return prune(options, folder, told, max_drop=max_drop, hub_options=hub, **how)
+
+    return _reported(work, progress)
+
+
+def export(
+    folder: StrPath | None = None,
+    *,
+    output: StrPath | None = None,
+    dtype: str = ExportOptions.dtype,
+    quantize: str | None = ExportOptions.quantize,
+    split: bool = ExportOptions.split,
+    data: StrPath | None = DataOptions.data,
+    image_column: str | None = DataOptions.image_column,
+    text_column: str | None = DataOptions.text_column,
+    answer_column: str | None = DataOptions.answer_column,
+    split_column: str | None = DataOptions.split_column,
+    atol: float | None = ExportOptions.atol,
+    device: str = ExportOptions.device,
+    optimize: bool = ExportOptions.optimize,
+    target: str = ExportOptions.target,
+    opset: int = ExportOptions.opset,
+    overwrite: bool = False,
+    keep_failed: bool = ExportOptions.keep_failed,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write ONNX graphs with the token pruning inside, checked against PyTorch.
+
+    Args:
+        folder: a folder that `prune` wrote (default: the last one below the current folder).
+        output: folder to write (default: FOLDER-onnx).
+        dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
+        quantize: "int8": int8 dynamic quantization; layers that change predictions stay in float.
+        split: write vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once.
+        data: image-text pairs to check parity on (default: built-in synthetic scenes).
+        image_column: column with images or their paths (default: found by its name, as for all columns).
+        text_column: column with texts.
+        answer_column: column with the answers to questions; "" for none.
+        split_column: column that names each row's split; "" for none.
+        atol: max. abs. error against PyTorch (default: by precision).
+        device: where parity is checked: "cpu", "cuda" or "cuda:N".
+        optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
+        target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
+        opset: ONNX opset, 18 to 23.
+        overwrite: replace a folder that comp wrote before.
+        keep_failed: leave refused graphs in OUTPUT.failed.
+        progress: what hears how the work goes on (default: nobody).
+
+    Returns:
+        The graphs' inputs and outputs, and how well they agree with PyTorch.
+
+    Raises:
+        UsageError: an argument that cannot be, an output that exists.
+        RefusedError: a folder that is no compact model, or is corrupt.
+        GateError: the graphs differ from PyTorch by more than allowed, and nothing is written; `error.report` has the errors.
+        DeviceError: a device or provider that is not there.
+
+    Example:
+        >>> report = comp_cli.export("blip-compact", output="blip-onnx", quantize="int8")
+        >>> report.agreement, max(row.max_error for row in report.parity)
+    """
+    options = ExportOptions(
+        target=target,
+        opset=opset,
+        split=split,
+        dtype=dtype,
+        quantize=quantize,
+        optimize=optimize,
+        atol=atol,
+        keep_failed=keep_failed,
+        device=device,
+        data=DataOptions(_text(data), None, image_column, text_column, None, answer_column, split_column),
+    )
+
+    def work(told: Progress) -> ExportReport:
+        from .commands.export import export, resolve_folder
+
+        source = resolve_folder(_path(folder), told)
+        place = source.with_name(source.name + "-onnx") if output is None else Path(output)
+        return export(source, place, options, told, overwrite=overwrite)
+
+    return _reported(work, progress)
+
+
+def bench(
+    folder: StrPath | None = None,
+    *,
+    baseline: StrPath | None = None,
+    device: str = BenchOptions.device,
+    backend: str | Sequence[str] = BenchOptions.backends,
+    batch: str | int | Sequence[int] = BenchOptions.batches,
+    iterations: int = BenchOptions.iterations,
+    duration: float = BenchOptions.duration,
+    threads: int = BenchOptions.threads,
+    text_tokens: int = BenchOptions.text_tokens,
+    seed: int = BenchOptions.seed,
+    min_speedup: float | None = Gates.min_speedup,
+    max_latency_ms: float | None = Gates.max_latency_ms,
+    max_memory_mb: float | None = Gates.max_memory_mb,
+    plot: StrPath | None = BenchOptions.plot,
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
+    allow_pickle: bool = HubOptions.allow_pickle,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Time the dense against the compact model, interleaved; the rows include stock transformers and its plain ONNX export.
+
+    Args:
+        folder: a folder that `prune` wrote (default: the last one below the current folder).
+        baseline: dense model to compare with (default: the one that the folder was made of).
+        device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        backend: some of "torch", "onnx" and "compile" (torch.compile); one text with commas, or several.
+        batch: batch sizes; one number, one text with commas, or several numbers.
+        iterations: least number of timed runs of each variant.
+        duration: least seconds of timed runs for each batch size, s.
+        threads: CPU threads; 0 for all cores.
+        text_tokens: text length of the inputs, tokens.
+        seed: random seed, of the inputs and of the bootstrap.
+        min_speedup: gate: every row must be so many times faster than stock on its backend.
+        max_latency_ms: gate: median latency of every compact row, ms for a whole batch.
+        max_memory_mb: gate: peak memory of the compact model at the largest batch, MiB.
+        plot: picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.
+        revision: branch, tag or commit of the baseline on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
+        allow_pickle: load pytorch_model.bin of the baseline where there is no safetensors.
+        progress: what hears how the work goes on (default: nobody).
+
+    Returns:
+        Latencies (ms for a whole batch), speed-ups with 95 % intervals, FLOPs, parameters, peak memory (bytes).
+
+    Raises:
+        UsageError: an argument that cannot be.
+        RefusedError: a folder or a baseline that does not fit.
+        GateError: a gate is not met; `error.report` holds all that was measured.
+        DeviceError: a device, provider or compiler that is not there.
+
+    Example:
+        >>> report = comp_cli.bench("blip-compact", batch=[1, 8], backend=("torch", "onnx"))
+        >>> [(row.backend, row.batch, row.speedup.value) for row in report.speedups]
+    """
+    options = BenchOptions(
+        device=device,
+        backends=parse_backends(backend),
+        batches=parse_batches(batch),
+        iterations=iterations,
+        duration=duration,
+        threads=threads,
+        text_tokens=text_tokens,
+        seed=seed,
+        gates=Gates(min_speedup, max_latency_ms, max_memory_mb),
+        plot=_path(plot),
+    )
+    hub = HubOptions(revision, _path(cache_dir), allow_pickle)
+
+    def work(told: Progress) -> BenchReport:
+        from .commands.bench import bench
+        from .commands.export import resolve_folder
+
+        return bench(resolve_folder(_path(folder), told), _text(baseline), options, told, hub_options=hub)
+
+    return _reported(work, progress)
+
+
+def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeReport:
+    """Put today's runtime beside the weights of a compact folder that an older comp wrote. The weights stay as they are.
+
+    Args:
+        folder: a folder that `prune` wrote. It changes as a whole or not at all.
+        progress: what hears how the work goes on (default: nobody).
+
+    Returns:
+        What changed; nothing where all is as comp writes it today.
+
+    Raises:
+        UsageError: no such folder, or the current folder lies in it.
+        RefusedError: a folder that is no compact model of comp, or whose files are not those that its report names.
+    """
+
+    def work(told: Progress) -> UpgradeReport:
+        from .commands.upgrade import upgrade
+
+        return upgrade(Path(folder), told)
+
+    return _reported(work, progress)
+
+
+def environment() -> EnvironmentReport:
+    """Versions, devices and providers, and what would fail here: for bug reports. It never fails itself."""
+    from .commands.environment import environment
+
+    return environment()
+
+
+def load(folder: StrPath, *, dtype: str | None = None, device: str = "cpu") -> "PreTrainedModel":
+    """The model of a checkpoint folder, compact or dense, in eval mode.
+
+    Args:
+        folder: a folder that `prune` wrote, or a dense checkpoint.
+        dtype: "fp32", "bf16" or "fp16" (default: checkpoint dtype).
+        device: "cpu", "cuda", "cuda:N" or "auto"; never falls back.
+
+    Returns:
+        A transformers model. It takes what the stock class takes: `pixel_values` (batch, 3, height, width), `input_ids` and
+        `attention_mask` (batch, tokens).
+
+    Raises:
+        UsageError: a dtype or device that is none.
+        RefusedError: weights that are missing, left over, not finite, or of another size than config.json says.
+        DeviceError: a device that is not there.
+
+    Example:
+        >>> model = comp_cli.load("blip-compact")
+        >>> model(**inputs).itm_score
+    """
+    from .checkpoint import loading
+
+    model = loading.load_model(Path(folder), dtype=loading.pick_dtype(dtype))
+    return cast("PreTrainedModel", model.to(loading.pick_device(device)))
+
+
+def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
+    """A captioning or question-answering model whose `generate` runs the ONNX graphs that `export` wrote.
+
+    Args:
+        folder: a folder that `export` wrote.
+        device: "cpu", "cuda", "cuda:N" or "auto"; never falls back.
+
+    Returns:
+        A model that takes what the stock `generate` takes: prompts, beams, sampling.
+
+    Raises:
+        RefusedError: graphs that generate no text, or are broken.
+        DeviceError: a device that ONNX Runtime does not have.
+
+    Example:
+        >>> writer = comp_cli.load_onnx("caption-onnx")
+        >>> writer.generate(**inputs, num_beams=3)
+    """
+    from .checkpoint import loading
+    from .onnx import generation
+
+    return generation.load_writer(Path(folder), str(loading.pick_device(device)))
+
+
+def _text(path: StrPath | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _path(path: StrPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _reported(work: Callable[[Progress], R], progress: Progress | None) -> R:
+    """The report of some work, with its warnings; that of a missed gate as well."""
+    told = Recorder(progress)
+    try:
+        return replace(work(told), warnings=tuple(told.warnings))
+    except CompError as error:
+        if error.report is not None:
+            error.report = replace(error.report, warnings=tuple(told.warnings))
+        raise

@@ -1,0 +1,50 @@
+"""`comp analyze`."""
+
+import typer
+
+from .. import api
+from ..options import AnalyzeOptions, DataOptions, HubOptions
+from . import options as given
+from .perform import perform
+
+
+def analyze(
+    context: typer.Context,
+    model: given.Model,
+    data: given.Data = DataOptions.data,
+    task: given.TaskName = AnalyzeOptions.task,
+    num_samples: given.NumSamples = AnalyzeOptions.num_samples,
+    split: given.Split = DataOptions.split,
+    image_column: given.ImageColumn = DataOptions.image_column,
+    text_column: given.TextColumn = DataOptions.text_column,
+    label_column: given.LabelColumn = DataOptions.label_column,
+    answer_column: given.AnswerColumn = DataOptions.answer_column,
+    split_column: given.SplitColumn = DataOptions.split_column,
+    batch_size: given.BatchSize = AnalyzeOptions.batch_size,
+    text_tokens: given.TextTokens = AnalyzeOptions.text_tokens,
+    score_rows: given.ScoreRows = AnalyzeOptions.score_rows,
+    seed: given.Seed = AnalyzeOptions.seed,
+    device: given.Device = AnalyzeOptions.device,
+    revision: given.Revision = HubOptions.revision,
+    cache_dir: given.CacheDir = HubOptions.cache_dir,
+    allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
+    form: given.Format = "human",
+    as_json: given.Json = False,
+    quiet: given.Quiet = False,
+    no_progress: given.NoProgress = False,
+) -> None:
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+
+    Examples:
+
+    `comp analyze demo`
+
+    `comp analyze Salesforce/blip-itm-base-coco --data pairs.jsonl --json`
+    """
+
+    def show(report, out):
+        from ..report.analysis import print_analysis
+
+        print_analysis(report, out, model, task)
+
+    perform(context, lambda options, out: api.analyze(**options, progress=out), show)

@@ -1,0 +1,79 @@
+"""`comp export`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .. import api
+from ..errors import UsageError
+from ..options import DataOptions, ExportOptions
+from . import options as given
+from .options import COMPUTING, MAIN, OUTPUT, option
+from .perform import perform
+
+GRAPHS = "Graphs"
+
+
+def export(
+    context: typer.Context,
+    folder: given.Folder = None,
+    onnx: Annotated[bool, option(MAIN, "Write ONNX (the only format so far).", "--onnx")] = False,
+    output: given.OutputDir = None,
+    dtype: Annotated[
+        str, option(MAIN, "fp32, fp16 or bf16 for the weights; inputs and outputs stay fp32.")
+    ] = ExportOptions.dtype,
+    quantize: Annotated[
+        str | None,
+        option(MAIN, "int8 dynamic quantization (int8); layers that change predictions stay in float.", show_default=False),
+    ] = ExportOptions.quantize,
+    split: Annotated[
+        bool,
+        option(MAIN, "vision_model.onnx and text_model.onnx, not model.onnx: an image is encoded once.", "--split"),
+    ] = ExportOptions.split,
+    data: Annotated[str | None, option(MAIN, f"Image-text pairs to check parity on: {given.PAIRS}")] = DataOptions.data,
+    image_column: given.ImageColumn = DataOptions.image_column,
+    text_column: given.TextColumn = DataOptions.text_column,
+    answer_column: given.AnswerColumn = DataOptions.answer_column,
+    split_column: given.SplitColumn = DataOptions.split_column,
+    atol: Annotated[
+        float | None, option(GRAPHS, "Max. abs. error against PyTorch (default: by precision).", show_default=False)
+    ] = ExportOptions.atol,
+    optimize: Annotated[
+        bool, option(GRAPHS, "ONNX Runtime's fusions, ahead of time; kept if the graphs still agree.", "--optimize")
+    ] = ExportOptions.optimize,
+    target: Annotated[
+        str, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
+    ] = ExportOptions.target,
+    opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23.")] = ExportOptions.opset,
+    device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
+    overwrite: given.Overwrite = False,
+    keep_failed: Annotated[
+        bool, option(OUTPUT, "Leave refused graphs in OUTPUT.failed.", "--keep-failed")
+    ] = ExportOptions.keep_failed,
+    form: given.Format = "human",
+    as_json: given.Json = False,
+    quiet: given.Quiet = False,
+    no_progress: given.NoProgress = False,
+) -> None:
+    """Write an ONNX graph with the token pruning inside, checked against PyTorch.
+
+    Examples:
+
+    `comp export compact --onnx`
+
+    `comp export --onnx -o served` (takes the last compact model below the current folder)
+
+    `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
+    """
+
+    def call(options: dict[str, Any], out: Any) -> Any:
+        if not options.pop("onnx"):
+            raise UsageError("name a format.", hint="comp export FOLDER --onnx")
+        return api.export(**options, progress=out)
+
+    def show(report, out):
+        from ..report.graphs import print_export
+
+        print_export(report, out)
+
+    perform(context, call, show, lambda report: report.output)

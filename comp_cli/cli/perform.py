@@ -1,0 +1,87 @@
+"""How a command runs: what was typed to a function of the library, its report to where results go, its end to an exit code."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import CompError, UsageError, explain
+from ..report.base import Report
+from .output import Output
+from .signals import Interrupted
+
+OUTPUT = {"form": "human", "as_json": False, "quiet": False, "no_progress": False}  # options that are the terminal's
+
+
+def nowhere(report: Any) -> None:
+    """The path of the result of a command that writes none."""
+
+
+def perform(
+    context: typer.Context,
+    call: Callable[[dict[str, Any], Output], Report],
+    show: Callable[[Any, Output], None],
+    path: Callable[[Any], Path | None] = nowhere,
+    *,
+    resumes: bool = False,
+) -> None:
+    """Call the library with what was typed, and end with its result, or with one sentence and the right exit code.
+
+    call: gets the options by name, those of the terminal left out. show: prints the report for people. path: what quiet mode
+    prints of it. resumes: whether the command has a journal.
+    """
+    given = dict(context.params)
+    out = output_of({name: given.pop(name, default) for name, default in OUTPUT.items()})
+    error: CompError
+    try:
+        with redirect_stdout(sys.stderr):
+            check_place()
+            report = call(given, out)
+            show(report, out)
+        found = path(report)
+        out.result(report.to_json(), None if found is None else str(found))
+        return
+    except CompError as raised:
+        error = raised
+        trace()
+    except (Interrupted, KeyboardInterrupt) as raised:
+        error = interruption(raised, resumes)
+    except Exception as raised:
+        error = explain(raised)
+        trace()
+    out.error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def output_of(chosen: dict[str, Any]) -> Output:
+    """Where the command speaks; of several processes that `accelerate launch` started, the first one alone."""
+    mode = "json" if chosen["as_json"] else "quiet" if chosen["quiet"] else chosen["form"]
+    first = os.environ.get("RANK", "0") == "0"
+    return Output(mode if first else "mute", progress=not chosen["no_progress"])
+
+
+def check_place() -> None:
+    """Raises UsageError where the current folder was deleted: torch would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone.", hint="Change to another one.") from None
+
+
+def trace() -> None:
+    if os.environ.get("COMP_DEBUG"):
+        traceback.print_exc()
+
+
+def interruption(end: BaseException, resumes: bool) -> CompError:
+    """With the command line that goes on."""
+    end = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
+    again = " ".join(word for word in Output.command.split(" ") if word != "--no-resume")
+    hint = f"The same command goes on where it was: {again}" if resumes else f"Start it again: {again}"
+    return CompError(f"{end.said}.", exit_code=end.code, hint=hint)

@@ -1,0 +1,121 @@
+"""`comp prune`."""
+
+from typing import Annotated
+
+import typer
+
+from .. import api
+from ..engine.methods import METHODS
+from ..options import (
+    EVAL_SAMPLES,
+    LEARNING_RATE,
+    NUM_SAMPLES,
+    STAGE_SAMPLES,
+    STAGES,
+    DataOptions,
+    HubOptions,
+    PruneOptions,
+    Training,
+)
+from . import options as given
+from .options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TUNING, option
+from .perform import perform
+
+EPILOG = "Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.description}" for name, method in METHODS.items())
+
+
+def prune(
+    context: typer.Context,
+    model: given.Model,
+    ratio: Annotated[float, option(MAIN, "FLOPs reduction, 0 to 1 (0.5 removes half).", show_default=False)],
+    output: given.OutputDir = None,
+    data: given.Data = DataOptions.data,
+    max_drop: Annotated[
+        float | None, option(MAIN, "Points that the metric may fall; more is exit code 3, and nothing is written.")
+    ] = None,
+    task: given.TaskName = PruneOptions.task,
+    num_samples: Annotated[
+        int | None, option(DATA, f"Image-text pairs for calibration (default: {NUM_SAMPLES}).")
+    ] = PruneOptions.num_samples,
+    eval_samples: Annotated[
+        int | None, option(DATA, f"Pairs of the final comparison (default: {EVAL_SAMPLES}).")
+    ] = PruneOptions.eval_samples,
+    split: given.Split = DataOptions.split,
+    image_column: given.ImageColumn = DataOptions.image_column,
+    text_column: given.TextColumn = DataOptions.text_column,
+    label_column: given.LabelColumn = DataOptions.label_column,
+    answer_column: given.AnswerColumn = DataOptions.answer_column,
+    split_column: given.SplitColumn = DataOptions.split_column,
+    method: Annotated[str, option(SEARCH, "What is scored and removed; see Methods below.")] = PruneOptions.method,
+    stages: Annotated[int | None, option(SEARCH, f"Stages of the method comp (default: {STAGES}).")] = PruneOptions.stages,
+    stage_samples: Annotated[
+        int | None, option(SEARCH, f"Pairs that judge a stage (default: {STAGE_SAMPLES}).")
+    ] = PruneOptions.stage_samples,
+    steps: Annotated[int, option(TUNING, "Fine-tuning steps (0: training-free).")] = Training.steps,
+    epochs: Annotated[float | None, option(TUNING, "Fine-tuning epochs over --data.")] = Training.epochs,
+    lr: Annotated[float | None, option(TUNING, f"Learning rate (default: {LEARNING_RATE}).")] = Training.lr,
+    train_batch_size: Annotated[int, option(TUNING, "Pairs of one step, over all processes.")] = Training.batch_size,
+    stage_share: Annotated[
+        float, option(TUNING, "Share of the steps inside the stages, while units fade (CoMP: 0.5).")
+    ] = Training.stage_share,
+    distill: Annotated[
+        float, option(TUNING, "Distillation weight w: loss = (1-w) task + w KL(dense, compact).")
+    ] = Training.distill,
+    mixed_precision: Annotated[
+        str | None, option(TUNING, "no, fp16 or bf16 (default: accelerate's configuration).")
+    ] = Training.mixed_precision,
+    recover: Annotated[bool, option(ABLATIONS, "Refit output projections in closed form.")] = PruneOptions.recover,
+    cip: Annotated[bool, option(ABLATIONS, "Token-weighted parameter importance (CIP, Eq. 4).")] = PruneOptions.cip,
+    cit: Annotated[
+        bool, option(ABLATIONS, "Head-weighted token importance (CIT, Eq. 7), while units fade.")
+    ] = PruneOptions.cit,
+    explore: Annotated[bool, option(ABLATIONS, "Random exploration (RE, Eq. 9).")] = PruneOptions.explore,
+    history: Annotated[bool, option(ABLATIONS, "History information (HI, Eq. 10).")] = PruneOptions.history,
+    batch_size: given.BatchSize = PruneOptions.batch_size,
+    text_tokens: given.TextTokens = PruneOptions.text_tokens,
+    score_rows: given.ScoreRows = PruneOptions.score_rows,
+    seed: given.Seed = PruneOptions.seed,
+    device: given.Device = PruneOptions.device,
+    revision: given.Revision = HubOptions.revision,
+    cache_dir: given.CacheDir = HubOptions.cache_dir,
+    allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
+    dtype: Annotated[
+        str | None, option(OUTPUT, "fp32, bf16 or fp16 for the written weights (default: checkpoint dtype).")
+    ] = PruneOptions.dtype,
+    overwrite: given.Overwrite = False,
+    resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
+    dry_run: Annotated[bool, option(OUTPUT, "Print the plan, write nothing.", "--dry-run")] = False,
+    form: given.Format = "human",
+    as_json: given.Json = False,
+    quiet: given.Quiet = False,
+    no_progress: given.NoProgress = False,
+) -> None:
+    """Remove heads, feed-forward channels and tokens together, and write a compact checkpoint.
+
+    Examples:
+
+    `comp prune demo --ratio 0.5 -o compact`
+
+    `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
+
+    `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
+
+    `comp prune openai/clip-vit-base-patch32 --ratio 0.5 --data pairs.jsonl --max-drop 1.0`
+
+    `comp prune demo --ratio 0.8 --steps 200 --mixed-precision bf16`
+
+    `accelerate launch -m comp_cli prune ./my-blip --ratio 0.8 --data pairs/ --epochs 2`
+    """
+
+    def show(report, out):
+        from ..report.tables import print_pruned
+
+        print_pruned(report, out)
+
+    perform(
+        context,
+        lambda options, out: api.prune(**options, progress=out),
+        show,
+        lambda report: report.output,
+        resumes=not dry_run,
+    )

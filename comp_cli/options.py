@@ -1,0 +1,328 @@
+"""What each command can be asked for, and the defaults: the only place where they stand, for the library and the command line.
+Light to import.
+
+Numbers that cannot be are refused when options are made, by the name that the command line has for them.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .errors import UsageError
+
+TEXT_TOKENS = 35  # of the reference input
+SCORE_ROWS = 64  # query rows that score image tokens; ranks nearly as all rows do: benchmarks/score_rows.py
+LARGE_FLOPS = 10e9  # for one pair: models from here on are large
+OPSET = 20
+TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
+BACKENDS = ("torch", "onnx", "compile")
+DTYPES = ("fp32", "bf16", "fp16")
+MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
+
+WHOLE = {  # numbers that are whole: the least and the most
+    "num_samples": (1, MOST),
+    "stage_samples": (1, MOST),
+    "eval_samples": (1, MOST),
+    "batch_size": (1, MOST),
+    "stages": (1, MOST),
+    "text_tokens": (4, MOST),
+    "score_rows": (0, MOST),
+    "seed": (0, 2**32 - 1),
+    "steps": (0, MOST),
+    "opset": (1, 99),
+    "iterations": (1, MOST),
+    "threads": (0, 1024),
+}
+REAL = {
+    "ratio": (-math.inf, math.inf),  # what it has to be, a sentence of its own says
+    "lr": (-math.inf, math.inf),
+    "stage_share": (-math.inf, math.inf),
+    "distill": (-math.inf, math.inf),
+    "epochs": (0, MOST),
+    "atol": (0, math.inf),
+    "duration": (0, MOST),
+    "min_speedup": (0, math.inf),
+    "max_latency_ms": (0, math.inf),
+    "max_memory_mb": (0, math.inf),
+}
+
+
+def flag(name: str) -> str:
+    """The option of a field: "--num-samples"."""
+    return "--" + name.replace("_", "-")
+
+
+class Checked:
+    """Options whose numbers are numbers, and within their bounds.
+
+    Raises UsageError where one is not.
+    """
+
+    NAMES: ClassVar[dict[str, str]] = {}  # field -> keyword, where they differ
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # those that inherit from this are dataclasses
+            value = getattr(self, field.name)
+            if value is not None:
+                check_number(self.NAMES.get(field.name, field.name), value, WHOLE.get(field.name), REAL.get(field.name))
+
+
+def check_number(name: str, value: Any, whole: tuple[int, int] | None, real: tuple[float, float] | None) -> None:
+    """Raises UsageError where a value is no number of the kind, or out of bounds."""
+    bounds = whole or real
+    if bounds is None:
+        return
+    kind, what = (int, "a whole number") if whole else ((int, float), "a number")
+    least, most = bounds
+    if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
+        return
+    limits = f" from {least}" * (least > -math.inf) + f" to {most}" * (most < math.inf)
+    raise UsageError(f"{flag(name)} {value}: expected {what}{limits}.")
+
+
+@dataclass(frozen=True)
+class BySize:
+    """A default that depends on the model: for small ones and large ones (see LARGE_FLOPS), and for large ones where every
+    sample is a candidate for every other (retrieval), so that few are no question."""
+
+    small: float
+    large: float
+    retrieval: float | None = None
+
+    def __str__(self) -> str:
+        several = f", retrieval {brief(self.retrieval)}" if self.retrieval is not None else ""
+        return f"{brief(self.small)}; large models {brief(self.large)}{several}"
+
+
+def brief(number: float) -> str:
+    """ "256" or "1e-4"."""
+    return f"{number:g}" if number >= 0.01 else f"{number:.0e}".replace("e-0", "e-")
+
+
+STAGES = BySize(40, 10)
+NUM_SAMPLES = BySize(256, 64)
+STAGE_SAMPLES = BySize(256, 8, 32)
+EVAL_SAMPLES = BySize(1000, 64, 256)
+LEARNING_RATE = BySize(1e-4, 1e-5)
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How models are looked up and loaded.
+
+    Attributes:
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; None for $HF_HOME.
+        allow_pickle: whether pytorch_model.bin may be loaded where there is no safetensors.
+    """
+
+    revision: str | None = None
+    cache_dir: Path | None = None
+    allow_pickle: bool = False
+
+
+HUB_DEFAULTS = HubOptions()
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where image-text pairs come from.
+
+    Attributes:
+        data: jsonl, csv, parquet, image folder or Hub data set; None for built-in synthetic scenes.
+        split: its split to calibrate on.
+        image_column: column with images or their paths; None to find it by its name, as for all columns.
+        text_column: column with texts.
+        label_column: column that says whether image and text match; "" for none.
+        answer_column: column with the answers to questions; "" for none.
+        split_column: column that names each row's split; "" for none.
+    """
+
+    data: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    answer_column: str | None = None
+    split_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Training(Checked):
+    """Fine-tuning of what is pruned.
+
+    Attributes:
+        steps: optimizer steps; 0 for none (training-free).
+        epochs: the same in passes over the data.
+        lr: learning rate; None for the default of the model's size.
+        batch_size: pairs of one step, over all processes.
+        stage_share: share of the steps that train inside the stages, while units fade; the others tune the final plan.
+        distill: weight w of the distillation: loss = (1-w) task + w KL(dense, compact).
+        mixed_precision: "no", "fp16" or "bf16"; None for what accelerate is configured for.
+    """
+
+    NAMES: ClassVar[dict[str, str]] = {"batch_size": "train_batch_size"}
+
+    steps: int = 0
+    epochs: float | None = None
+    lr: float | None = None
+    batch_size: int = 32
+    stage_share: float = 0.0
+    distill: float = 0.5
+    mixed_precision: str | None = None
+
+    @property
+    def stage_steps(self) -> int:
+        return round(self.stage_share * self.steps)
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions(Checked):
+    """What `comp analyze` is asked for.
+
+    Attributes:
+        model: Hub id, hf:// URI, folder, or "demo".
+        num_samples: image-text pairs for calibration.
+        batch_size: pairs in one forward pass.
+        text_tokens: text length of the reference input.
+        score_rows: query rows that score image tokens; 0 for all.
+        seed: random seed.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        data: where the pairs come from.
+        task: evaluation task; None for that of the architecture.
+    """
+
+    model: str
+    num_samples: int = 32
+    batch_size: int = 8
+    text_tokens: int = TEXT_TOKENS
+    score_rows: int = SCORE_ROWS
+    seed: int = 0
+    device: str = "auto"
+    data: DataOptions = DataOptions()
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class PruneOptions(Checked):
+    """What `comp prune` is asked for; goes into the report as it is.
+
+    Attributes:
+        model: Hub id, hf:// URI, folder, or "demo".
+        ratio: FLOPs reduction, 0 to 1 (0.5 removes half).
+        method: what is scored and removed, and how.
+        recover: whether output projections are refitted in closed form.
+        seed: random seed.
+        stages: stages of the method comp.
+        num_samples: image-text pairs for calibration.
+        stage_samples: pairs that judge a stage.
+        eval_samples: pairs of the final comparison.
+        batch_size: pairs in one forward pass.
+        text_tokens: text length of the reference input.
+        score_rows: query rows that score image tokens; 0 for all.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the written weights; None for the checkpoint's.
+        data: where the pairs come from.
+        task: evaluation task; None for that of the architecture.
+        training: fine-tuning of what is pruned.
+        cip: token-weighted parameter importance (CoMP, Eq. 4).
+        cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
+        explore: random exploration of modes (CoMP, RE, Eq. 9).
+        history: history information on modes (CoMP, HI, Eq. 10).
+    """
+
+    model: str
+    ratio: float
+    method: str = "comp"
+    recover: bool = True
+    seed: int = 0
+    stages: int | None = None  # these four None: by the size of the model
+    num_samples: int | None = None
+    stage_samples: int | None = None
+    eval_samples: int | None = None
+    batch_size: int = 8
+    text_tokens: int = TEXT_TOKENS
+    score_rows: int = SCORE_ROWS
+    device: str = "auto"
+    dtype: str | None = None
+    data: DataOptions = DataOptions()
+    task: str | None = None
+    training: Training = Training()
+    cip: bool = True
+    cit: bool = True
+    explore: bool = True
+    history: bool = True
+
+
+@dataclass(frozen=True)
+class ExportOptions(Checked):
+    """What `comp export` is asked for.
+
+    Attributes:
+        target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
+        opset: ONNX opset.
+        split: whether images and texts get a graph each.
+        dtype: of the weights; inputs and outputs stay fp32.
+        quantize: "int8" for int8 dynamic quantization.
+        optimize: whether ONNX Runtime's fusions are applied ahead of time.
+        atol: max. abs. error against PyTorch; None for that of the dtype or quantization.
+        keep_failed: whether refused graphs are left in OUTPUT.failed.
+        device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
+        data: the real pairs that they are checked on.
+    """
+
+    target: str = TARGETS[0]
+    opset: int = OPSET
+    split: bool = False
+    dtype: str = DTYPES[0]
+    quantize: str | None = None
+    optimize: bool = False
+    atol: float | None = None
+    keep_failed: bool = False
+    device: str = "cpu"
+    data: DataOptions = DataOptions()
+
+
+@dataclass(frozen=True)
+class Gates(Checked):
+    """What a benchmark must show. None asks for nothing.
+
+    Attributes:
+        min_speedup: median latency of the stock model over that of the compact one, on the same backend at the same batch.
+        max_latency_ms: median latency of the compact model, ms for a whole batch.
+        max_memory_mb: peak memory of the compact model at the largest batch, MiB.
+    """
+
+    min_speedup: float | None = None
+    max_latency_ms: float | None = None
+    max_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class BenchOptions(Checked):
+    """What `comp bench` is asked for.
+
+    Attributes:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backends: some of "torch", "onnx" and "compile".
+        batches: batch sizes.
+        iterations: least number of timed runs of each variant.
+        duration: least seconds of timed runs for each batch size.
+        threads: CPU threads; 0 for all cores.
+        text_tokens: text length of the inputs.
+        seed: random seed, of the inputs and of the bootstrap.
+        gates: what must be shown.
+        plot: picture to write.
+    """
+
+    device: str = "auto"
+    backends: tuple[str, ...] = BACKENDS[:2]
+    batches: tuple[int, ...] = (1, 8)
+    iterations: int = 10
+    duration: float = 5.0
+    threads: int = 0
+    text_tokens: int = TEXT_TOKENS
+    seed: int = 0
+    gates: Gates = Gates()
+    plot: Path | None = None

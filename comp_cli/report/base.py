@@ -1,0 +1,131 @@
+"""Reports: what a command found, as dataclasses. `to_json` is the document that `--json` prints; docs/schema describes it.
+
+The "Attributes" of the docstrings are the descriptions in the JSON schema (see schema.py).
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+FLOPS = "2 x multiply-accumulates, one sample"
+
+
+def if_known() -> Any:
+    """A field that the document leaves out where it is None."""
+    return field(default=None, metadata={"if_known": True})
+
+
+def unwritten() -> Any:
+    """A field that is no part of the document."""
+    return field(default=None, metadata={"unwritten": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every report has.
+
+    Attributes:
+        warnings: what the user should know about the work.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document: plain dicts, lists, texts and numbers."""
+        found = plain(self)
+        return {"schema_version": self.SCHEMA_VERSION} | found | {"warnings": found.pop("warnings")}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in written(value) if not is_left_out(f, value)}
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def written(cls: Any) -> list[Any]:
+    """The fields of a dataclass that are part of its document."""
+    return [f for f in fields(cls) if not f.metadata.get("unwritten")]
+
+
+def is_left_out(f: Any, owner: Any) -> bool:
+    return bool(f.metadata.get("if_known")) and getattr(owner, f.name) is None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The input that FLOPs are counted for.
+
+    Attributes:
+        tokens: tokens that enter each tower.
+        flops: the unit of FLOPs.
+    """
+
+    tokens: dict[str, int]
+    flops: str = FLOPS
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A number of the dense and of the compact model.
+
+    Attributes:
+        dense: of the dense model.
+        compact: of the compact model.
+    """
+
+    dense: int
+    compact: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """A measurement of the dense and of the compact model.
+
+    Attributes:
+        dense: of the dense model.
+        compact: of the compact model.
+    """
+
+    dense: float
+    compact: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that were truncated.
+
+    Attributes:
+        cut: number of truncated texts.
+        of: number of texts.
+        at: tokens at which they are truncated.
+    """
+
+    cut: int
+    of: int
+    at: int
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What became of the rows of the user's data.
+
+    Attributes:
+        asked: pairs that were asked for; null for all.
+        pairs: pairs that were used.
+        rows: rows that were read.
+        bad_rows: rows that could not be used, by problem.
+        left_out: rows and pairs that were left out, by reason.
+    """
+
+    asked: int | None
+    pairs: int
+    rows: int
+    bad_rows: dict[str, int]
+    left_out: dict[str, int]

@@ -1,0 +1,156 @@
+"""The report of `comp prune`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..options import PruneOptions
+from ..plan import Plan
+from .base import PairCounts, Reference, Report, Sizes, Texts, Values, if_known, unwritten
+
+
+@dataclass(frozen=True)
+class LayerKept:
+    """What is left of a layer, each as [kept, dense].
+
+    Attributes:
+        tower: name of the tower.
+        layer: index of the layer in it.
+        heads: attention heads.
+        cross_heads: heads of the cross-attention; null where there is none.
+        ffn: feed-forward channels.
+        tokens: tokens that the layer hands on, and those that enter the tower.
+        flops: FLOPs of the compact layer at the reference input.
+    """
+
+    tower: str
+    layer: int
+    heads: list[int] | None
+    cross_heads: list[int] | None
+    ffn: list[int]
+    tokens: list[int]
+    flops: int
+
+
+@dataclass(frozen=True)
+class StageTaken:
+    """One stage of the search.
+
+    Attributes:
+        stage: its number, from 1.
+        mode: what it removed.
+        why: why this mode.
+        threshold: that the mode was raised to: a quantile of parameter scores, or a token score relative to uniform.
+        ratio: FLOPs reduction after the stage.
+        flops: FLOPs after the stage.
+        loss: loss on the calibration pairs after the stage.
+        metric: metric on the calibration pairs after the stage.
+        cost: loss that the stage added per share of the dense FLOPs that it removed (CoMP, Eq. 8).
+        remembered: remembered cost of the mode after the stage (CoMP, Eq. 10).
+    """
+
+    stage: int
+    mode: str
+    why: str
+    threshold: float
+    ratio: float
+    flops: int
+    loss: float
+    metric: float
+    cost: float
+    remembered: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Dense against compact on pairs that calibration never saw.
+
+    Attributes:
+        samples: number of pairs.
+        data: where they come from.
+        metric: the metric that counts.
+        metrics: the metrics of both models; null where nothing is labelled.
+        agreement: share of the samples on which both predict the same.
+        divergence: KL(dense, compact) of the predictions, nats.
+        texts: texts that were truncated.
+        shared_texts: samples whose text belongs to several images, each of which counts as right.
+    """
+
+    samples: int
+    data: str
+    metric: str
+    metrics: dict[str, Values] | None
+    agreement: float
+    divergence: float
+    texts: Texts
+    shared_texts: int
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What the search took.
+
+    Attributes:
+        search_seconds: seconds of the search.
+        dense_pass_seconds: seconds of one pass of the dense model over the calibration pairs.
+        dense_passes: the former in units of the latter.
+    """
+
+    search_seconds: float
+    dense_pass_seconds: float
+    dense_passes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneReport(Report):
+    """What was pruned, and what it costs in accuracy. A dry run ends with the plan: what is measured on the compact model is
+    None then, and so is what is written in a run that missed --max-drop.
+
+    Attributes:
+        comp_version: version of comp.
+        torch_version: version of PyTorch.
+        base_model: the dense model: Hub id, name of the folder, or "demo".
+        base_revision: its commit, for a model from the Hub.
+        base_address: where it is, as seen from the output; null for a folder that is far away.
+        architecture: transformers class.
+        task: evaluation task.
+        options: what was asked for, with the defaults of the model's size filled in; local paths as names only.
+        ratio: FLOPs reduction: 1 - FLOPs(compact) / FLOPs(dense).
+        reference: the input that FLOPs are counted for.
+        flops: FLOPs of one sample at the reference input.
+        params: parameters; shared ones count once.
+        layers: what is left of every layer.
+        stages: the stages of the search.
+        texts: texts that were truncated, by purpose.
+        pairs: what became of the rows of the user's data, by purpose.
+        command: the command line that does the same.
+        quality: dense against compact on pairs that calibration never saw.
+        size_bytes: size of the folders, bytes.
+        seconds: duration of the whole run, s.
+        cost: what the search took; left out after a resume.
+        output: the folder that was written; null where none was.
+        plan: every kept head, channel and token count; comp_report.json holds it.
+    """
+
+    comp_version: str
+    torch_version: str
+    base_model: str
+    base_revision: str | None
+    base_address: str | None
+    architecture: str
+    task: str
+    options: PruneOptions
+    ratio: float
+    reference: Reference
+    flops: Sizes
+    params: Sizes
+    layers: tuple[LayerKept, ...]
+    stages: tuple[StageTaken, ...]
+    texts: dict[str, Texts]
+    pairs: dict[str, PairCounts]
+    command: str | None = if_known()
+    quality: Quality | None = if_known()
+    size_bytes: Sizes | None = if_known()
+    seconds: float | None = if_known()
+    cost: SearchCost | None = if_known()
+    output: Path | None = None
+    plan: Plan | None = unwritten()

@@ -1,0 +1,78 @@
+"""Search with fine-tuning: inside the stages, while units fade, or after a training-free search (see trainer.py)."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..data.batches import Batch
+from ..engine import stages
+from ..models.dense import Dense, Pairs
+from ..options import PruneOptions
+from ..plan import Plan
+from ..progress import Progress
+from .journal import Journal
+from .trainer import Trainer, is_main_process, training_batches
+from .training_free import TrainingFree
+
+
+class Trained:
+    """The search of a run that trains. Where the stages train, to measure a plan is to train into it. Weights are in the
+    journal as soon as one step is done."""
+
+    def __init__(
+        self,
+        dense: Dense,
+        pairs: Pairs,
+        options: PruneOptions,
+        batches: list[Batch],
+        judges: list[Batch],
+        journal: Journal | None,
+        progress: Progress,
+        saved: dict[str, Any] | None,
+    ):
+        """saved: what the journal holds. The others as in TrainingFree."""
+        training = options.training
+        self.journal, self.stage_steps = journal, training.stage_steps
+        self.is_trained = saved is not None and "steps" in saved
+        read = partial(training_batches, dense, pairs, training, options.seed)
+        self.trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
+        recovers = not self.stage_steps and not self.is_trained and is_main_process()
+        self.free = TrainingFree(dense, options, batches, judges, None, progress, recovers=recovers)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the plan is found, and only tuned."""
+        return self.is_trained and self.trainer.done > self.stage_steps
+
+    def restore(self, saved: dict[str, Any], plan: Plan) -> None:
+        """Go on from a journal."""
+        if self.is_trained and self.journal is not None:
+            self.trainer.restore(plan, saved["steps"], self.journal.tensors(saved))
+        if not self.is_over and is_main_process():
+            self.free.restore(saved, plan)
+
+    def measure(self, plan: Plan) -> stages.Measurement:
+        """What a plan shows on the calibration pairs, the same in all processes."""
+        if self.stage_steps:
+            return self.trainer.measure(self.free.calibration, plan)
+        return self.trainer.together(self.free.measure)(plan)
+
+    def save(self, state: stages.SearchState) -> None:
+        """A stage is done, or a part of the tuning."""
+        if self.journal is None or not is_main_process():
+            return
+        if self.trainer.done or self.stage_steps:
+            self.journal.save(state.to_json() | {"steps": self.trainer.done}, self.trainer.to_tensors())
+        else:
+            self.journal.save(state.to_json())
+
+    def build(self, plan: Plan) -> nn.Module:
+        """The model of the plan that was found."""
+        return self.trainer.dense.build(plan, self.trainer.state) if self.trainer.done else self.free.build(plan)
+
+    def finish(self, state: stages.SearchState, model: nn.Module, progress: Progress) -> nn.Module:
+        """Tune it for the steps that are left."""
+        if not self.trainer.done:
+            self.trainer.take(state.plan, model)
+        return self.trainer.tune(progress, partial(self.save, state))
