@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST ?= .venv-newest
+SITE_VENV ?= .venv-docs
 # Not the newest: PyPI's newest wheel for Linux brings gigabytes of CUDA libraries. `make newest TORCH=...` tries another.
 TORCH ?= 2.13.0
 # Tests on so many processes, one thread each: tiny models gain nothing by a second thread.
@@ -12,7 +13,7 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 NEWEST_TESTS := $(addprefix tests/test_,runtime.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
 	families.py consumer.py)
 
-.PHONY: setup demo test test-newest newest fuzz lint bench clean
+.PHONY: setup demo test test-newest newest fuzz lint docs bench clean
 
 setup: $(VENV)/.done
 
@@ -52,7 +53,7 @@ newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install -q -U pip
-	$(NEWEST)/bin/pip install -q 'torch==$(TORCH)' -e '.[dev]'
+	$(NEWEST)/bin/pip install -q 'torch==$(TORCH)' -e '.[dev,docs]'
 	$(NEWEST)/bin/python .ci/newest.py > constraints-newest.txt.partial
 	mv constraints-newest.txt.partial constraints-newest.txt
 	touch $(NEWEST)/.done
@@ -60,9 +61,21 @@ newest:
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# The site, into out/site; a warning is an error. Pages of the API come from docstrings, which are read and not run: no torch.
+docs: $(SITE_VENV)/.done
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --quiet --strict
+
+$(SITE_VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE_VENV)
+	$(SITE_VENV)/bin/pip install -q -U pip
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(SITE_VENV)/requirements.txt
+	$(SITE_VENV)/bin/pip install -q -c constraints.txt -r $(SITE_VENV)/requirements.txt
+	touch $@
+
 bench: setup
 	test -d out/demo-compact || $(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact
 	$(BIN)/comp bench out/demo-compact --baseline demo --iterations 50 --duration 20
 
 clean:
-	rm -rf $(VENV) $(NEWEST) out build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(SITE_VENV) out build dist *.egg-info

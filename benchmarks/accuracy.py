@@ -1,7 +1,7 @@
 """Accuracy of the methods on the demo task, on equal terms: same model, same calibration pairs, same test pairs, same steps.
 
     python benchmarks/accuracy.py
-    python benchmarks/accuracy.py --model CLIP      # recall@1 among all test pairs; made by benchmarks/train_clip.py
+    python benchmarks/accuracy.py --model CLIP      # recall@1 among all test pairs; made by scripts/train_clip.py
 
 Every method prunes without training; the main ones are then fine-tuned, each for as many steps on the same pairs. One JSON
 line a result, with the commit that made it; those that are in the file already are skipped, so it can be stopped and started at
@@ -246,7 +246,7 @@ def read_runs(path: Path, subject: Subject) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="demo (the default), or the folder of train_clip.py")
+    parser.add_argument("--model", default="demo", help="demo (the default), or the folder of scripts/train_clip.py")
     parser.add_argument("--output", type=Path, help="default: accuracy.jsonl or accuracy_clip.jsonl in benchmarks/results")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
@@ -255,5 +255,5 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
     parsed = parser.parse_args()
     if parsed.model != "demo" and not Path(parsed.model).is_dir():
-        parser.error(f"no folder {parsed.model}: make it with python benchmarks/train_clip.py --output {parsed.model}")
+        parser.error(f"no folder {parsed.model}: make it with python scripts/train_clip.py --output {parsed.model}")
     main(parsed)

@@ -13,7 +13,6 @@ import statistics
 import time
 from pathlib import Path
 
-import full_size
 import latency
 import prepared
 import torch
@@ -40,15 +39,13 @@ def exported(folder: Path, source: Path, model: torch.nn.Module) -> Path:
 
 def writers(work: Path) -> dict[str, torch.nn.Module]:
     """What writes, by its name in the table."""
-    dense = work / "dense"
-    if not dense.exists():
-        full_size.write(dense, task="caption")
+    dense = prepared.dense_folder(work, "caption")
     stock = load(dense)
     onnx = "ONNX Runtime"
     found = {
         "torch, stock transformers": stock,
         f"{onnx}, export of the stock model": load_onnx(exported(work / "stock-onnx", dense, stock)),
-        f"{onnx}, dense on comp's kernels": load_onnx(exported(work / "own-onnx", dense, on_own_kernels(stock))),
+        f"{onnx}, dense (comp runtime)": load_onnx(exported(work / "own-onnx", dense, on_own_kernels(stock))),
     }
     for ratio in RATIOS:
         folder = prepared.compact_folder(work, ratio, dense)

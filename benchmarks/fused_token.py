@@ -1,6 +1,6 @@
 """Why token pruning costs CLIP so much: what becomes of the tokens that go. An experiment on stock CLIP, outside of comp.
 
-    python benchmarks/fused_token.py CLIP           # the folder of train_clip.py
+    python benchmarks/fused_token.py CLIP           # the folder of scripts/train_clip.py
 
 Behind the attention of one layer half of the patches stay. The others are dropped, or stay as one token, their mean (as in
 EViT), or as one that later attention counts as often as there are tokens in it: log(number) is added to its logits (as in ToMe,
@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_clip import LONGEST, TASK, build_processor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
 from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.tasks import TASKS
 
+TASK = TASKS["retrieval"]
 SEED = 3  # of the validation scenes
 AFTERWARDS = ("dropped", "mean", "weighted mean")
 
@@ -80,7 +81,9 @@ def image_embeds(model: CLIPModel, pixel_values: Tensor, layer: int | None, rule
 @torch.inference_mode()
 def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
-    collate = Collator(build_processor(), ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    processor = CLIPProcessor.from_pretrained(arguments.model)
+    inputs, longest = ("pixel_values", "input_ids", "attention_mask"), processor.tokenizer.model_max_length
+    collate = Collator(processor, inputs, "longest", longest, TASK.labels)
     batches = list(collate.batches(caption_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]

@@ -1,4 +1,4 @@
-"""The speed table of the README: full-size BLIP ITM (random weights), stock against compact, on one pinned thread.
+"""The speed table of docs/performance.md: full-size BLIP ITM (random weights), stock against compact, on one pinned thread.
 
     python benchmarks/latency.py --work out/speed --core 1
 
@@ -28,11 +28,11 @@ ONNX = ("stock", "own", *RATIOS, *(f"int8 {ratio}" for ratio in RATIOS))
 ROUNDS = {1: 11, 8: 5}
 CLOCKS = ("wall", "cpu")
 ROWS = {
-    "torch own": "torch, dense on comp's kernels",
+    "torch own": "torch, dense (comp runtime)",
     "torch 0.5": "torch, compact at 0.5",
     "torch 0.85": "torch, compact at 0.85",
     "onnx stock": "ONNX Runtime, plain export of the stock model",
-    "onnx own": "ONNX Runtime, dense on comp's kernels",
+    "onnx own": "ONNX Runtime, dense (comp runtime)",
     "onnx 0.5": "ONNX Runtime, compact at 0.5",
     "onnx 0.85": "ONNX Runtime, compact at 0.85",
     "onnx int8 0.5": "ONNX Runtime, compact at 0.5, int8",

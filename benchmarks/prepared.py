@@ -1,9 +1,10 @@
 """Models and graphs that the speed benchmarks share, made once in a work folder: full-size BLIP ITM, random weights."""
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
-import full_size
 import torch
 from torch import nn
 
@@ -17,13 +18,14 @@ from comp_cli.onnx import graphs, rewrite
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35
+FULL_SIZE = Path(__file__).parent.parent / "scripts" / "full_size.py"
 
 
-def dense_folder(work: Path) -> Path:
+def dense_folder(work: Path, task: str = "itm") -> Path:
     """The full-size checkpoint."""
     folder = work / "dense"
     if not folder.exists():
-        full_size.write(folder)
+        subprocess.run([sys.executable, FULL_SIZE, folder, "--task", task], check=True)
     return folder
 
 

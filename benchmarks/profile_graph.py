@@ -66,7 +66,16 @@ def groups(path: Path, batch: int, config, runs: int) -> dict[str, list[float]]:
 def table(own: dict[str, list[float]], compact: dict[str, list[float]], ratio: str, batch: int) -> str:
     fall = sum(flops for _, flops in own.values()) / sum(flops for _, flops in compact.values())
     out = [f"Ratio {ratio}, batch {batch}: FLOPs fall {fall:.2f}x.", ""]
-    out += ["| | own dense, ms | GFLOP/s | limit, ms | compact, ms | GFLOP/s | above the limit, ms |", "|---" * 7 + "|"]
+    columns = (
+        "",
+        "dense (comp runtime), ms",
+        "GFLOP/s",
+        "FLOPs bound, ms",
+        "compact, ms",
+        "GFLOP/s",
+        "excess over FLOPs bound, ms",
+    )
+    out += [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
     names = sorted({*own, *compact}, key=lambda name: -compact.get(name, [0.0])[0])
     sums = [[sum(row[i] for row in part.values()) for i in (0, 1)] for part in (own, compact)]
     rows = [(name, own.get(name, [0.0, 0.0]), compact.get(name, [0.0, 0.0])) for name in names]

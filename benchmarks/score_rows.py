@@ -4,7 +4,7 @@
 
 On the demo model's vision tower (144 image tokens and [CLS]), for evenly spaced rows, with and without the row of [CLS], and
 for the row of [CLS] alone: how alike the rankings are (Spearman), how much of the kept sets is the same, what scoring costs,
-and the accuracy with that share of tokens kept at the second layer. Writes JSON and prints the README's table.
+and the accuracy with that share of tokens kept at the second layer. Writes JSON and prints the table of docs/methods.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""README's snippets, as somebody runs them who has neither torch nor comp: in a virtual environment of their own."""
+"""Snippets of docs/export.md, as somebody runs them who has neither torch nor comp: in an environment of their own."""
 
 import os
 import re
@@ -23,7 +23,7 @@ PACKAGES = ["onnxruntime", "numpy", "pillow", "tokenizers"]
 
 
 def snippets(title: str = "Run the ONNX graph") -> list[str]:
-    section = (ROOT / "README.md").read_text().split(f"### {title}")[1].split("\n#")[0]
+    section = (ROOT / "docs" / "export.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
@@ -48,7 +48,7 @@ def python(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(served, tmp_path_factory) -> Path:
-    """Both kinds of export and an image, under the names of README."""
+    """Both kinds of export and an image, under the names of the page."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(served["whole"], folder / "blip-compact-onnx")
     shutil.copytree(served["split"], folder / "blip-compact-split")
@@ -86,7 +86,7 @@ def test_the_snippets_agree_with_torch(python, place, compact_folder):
 
 
 def test_the_snippet_fits_a_model_that_crops_its_pictures(clip, tmp_path):
-    """CLIP, under the name of README, and a photo that is stored on its side."""
+    """CLIP, under the name of the page, and a photo that is stored on its side."""
     folder, served = clip
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -106,9 +106,9 @@ def test_the_snippet_fits_a_model_that_crops_its_pictures(clip, tmp_path):
     assert named.startswith("logits_per_image")
 
 
-def test_readme_loads_a_checkpoint_in_both_ways(compact_folder, tmp_path):
+def test_the_page_loads_a_checkpoint_in_both_ways(compact_folder, tmp_path):
     shutil.copytree(compact_folder, tmp_path / "blip-compact")
-    (code,) = snippets("Load it")
+    (code,) = snippets("Load a checkpoint")
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint(type(model).__name__, type(processor).__name__)"],
         cwd=tmp_path,

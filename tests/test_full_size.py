@@ -1,7 +1,6 @@
 """Full size: 224 M parameters, 384 px. Minutes, so marked slow: pytest -m slow tests/test_full_size.py"""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 # Runs a command and prints the peak memory of its process: VmHWM does not remember the parent's size.
 MEASURED = """
@@ -35,8 +34,7 @@ def comp(*arguments):
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full") / "blip"
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
-    subprocess.run([sys.executable, BENCHMARKS / "full_size.py", folder], check=True, env=environment)
+    subprocess.run([sys.executable, SCRIPTS / "full_size.py", folder], check=True)
     return folder
 
 

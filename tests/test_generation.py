@@ -166,12 +166,12 @@ def test_how_texts_begin_and_end_lies_beside_the_graphs(served):
     assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (tiny.START, tiny.END, tiny.PAD)
 
 
-def test_readme_writes_a_text(writer, pruned, served, tmp_path, monkeypatch, capsys):
-    """README's code as it stands, in a folder where its names are."""
+def test_the_page_on_deployment_writes_a_text(writer, pruned, served, tmp_path, monkeypatch, capsys):
+    """The code of docs/export.md as it stands, in a folder where its names are."""
     if writer.dense.task.has_answers:
-        pytest.skip("README captions")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code = readme.split("### Write texts")[1].split("```python")[1].split("```")[0]
+        pytest.skip("the page captions")
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    code = page.split("## Text generation")[1].split("```python")[1].split("```")[0]
     (tmp_path / "captions-onnx").symlink_to(served)
     turned = Image.Exif()
     turned[0x0112] = 6  # a photo that is stored on its side
@@ -270,7 +270,7 @@ def test_the_loss_is_that_of_the_stock_model(writer):
     assert question.loss().item() == pytest.approx(expected, rel=1e-4)
     assert len(question.logits) == mask.sum() - 3
     found = comparison.evaluate(writer.stock, task, [batch, batch])
-    assert found.samples == 6 and len(found.labels) == len(found.read[0]) <= 4 * 6
+    assert found.samples == 6 and len(found.labels) == len(found.outputs[0]) <= 4 * 6
     assert 0 <= found.metrics["token accuracy"] <= 1
 
 

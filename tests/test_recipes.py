@@ -351,8 +351,8 @@ def test_nothing_written_names_the_place_where_it_was_made(every):
             assert not {"is_local", "local_files_only", "name_or_path"} & json.loads(settings.read_text()).keys()
 
 
-def test_cards_and_readme_name_the_least_versions():
+def test_cards_and_the_page_on_deployment_name_the_least_versions():
     root = Path(__file__).parent.parent
     assert f'"transformers>={cards.LEAST_TRANSFORMERS},' in (root / "pyproject.toml").read_text()
     newest = max(LEAST[OPSET], SHARED_BIAS, key=Version)
-    assert f"onnxruntime {newest} or newer, numpy, pillow and tokenizers" in (root / "README.md").read_text()
+    assert f"onnxruntime {newest} or newer, numpy, pillow and tokenizers" in (root / "docs" / "export.md").read_text()

@@ -1,14 +1,9 @@
 """The peer in benchmarks/tome.py is the published algorithm: otherwise the comparison would be against a straw man."""
 
 import copy
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import tome
+import torch
 
 
 def test_merging_by_hand():

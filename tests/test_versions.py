@@ -35,7 +35,8 @@ def test_the_runtime_was_tested_with_what_ci_tests_with(name):
     assert first <= release <= last
     assert name != SETS[1] or release == last
     assert f"transformers>={TESTED[0]}," in (ROOT / "pyproject.toml").read_text()
-    assert f"transformers {TESTED[0]} to {TESTED[1]}" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/export.md"):
+        assert f"transformers {TESTED[0]} to {TESTED[1]}" in (ROOT / page).read_text()
 
 
 def test_the_newest_versions_are_those_of_an_environment():

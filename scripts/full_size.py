@@ -1,8 +1,8 @@
 """Write a full-size BLIP or CLIP checkpoint with random weights: what speed and memory are measured on.
 
-    python benchmarks/full_size.py blip-itm-base-random
-    python benchmarks/full_size.py blip-caption-large-random --task caption --large --image-size 480
-    python benchmarks/full_size.py clip-random --task retrieval                                # ViT-B/16 at 224 px
+    python scripts/full_size.py blip-itm-base-random
+    python scripts/full_size.py blip-caption-large-random --task caption --large --image-size 480
+    python scripts/full_size.py clip-random --task retrieval                                # ViT-B/16 at 224 px
 
 The sizes of Salesforce/blip-itm-base-coco (ViT-B/16 at 384 px, 12 text layers with cross-attention, 224 M parameters) and of
 the others like it. Its decisions mean nothing; its shapes, and so its cost, are real. Biases are noise as well: ones that are

@@ -1,6 +1,6 @@
 """Train the `demo` model that ships inside the package: a small BLIP that matches generated scenes with captions.
 
-    python benchmarks/train_demo.py --output comp_cli/demo --log benchmarks/results/demo_training.jsonl
+    python scripts/train_demo.py --output comp_cli/demo --log benchmarks/results/demo_training.jsonl
 
 From scratch, image-text matching alone stays at chance for a long time. Five parts make it learn within an hour: (1) the
 vision tower learns to say what covers each patch; (2) the text tower learns to match captions about single things with

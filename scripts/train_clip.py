@@ -1,6 +1,6 @@
 """Train the small CLIP that benchmarks/accuracy.py prunes: it finds the description of a generated scene, and the reverse.
 
-    python benchmarks/train_clip.py --output CLIP --log benchmarks/results/clip_training.jsonl
+    python scripts/train_clip.py --output CLIP --log benchmarks/results/clip_training.jsonl
 
 From scratch, with the contrastive loss and helper heads that are thrown away in the end: image patches say what covers them
 and how manyth from the left that is, and both embeddings name all things from left to right. Every scene comes with a twin that
