@@ -240,14 +240,15 @@ def split_by_column(pairs: PairSet) -> PairSet:
         return pairs
     if len(pairs.splits) > 1 and not named:
         return pairs
+    types: list[dict[str, Any]] = []
     for table in pairs.splits.values():
-        found = column_types(table, pairs.name)
-        if named and named not in found:
-            hint = f"Columns: {', '.join(found)}. Name one with --split-column."
+        types.append(column_types(table, pairs.name))
+        if named and named not in types[-1]:
+            hint = f"Columns: {', '.join(types[-1])}. Name one with --split-column."
             raise UsageError(f"{pairs.name} has no column {named!r}.", hint=hint)
     if len(pairs.splits) > 1:
         return pairs
-    (root,) = pairs.roots.values()
+    (table,), (found,), (root,) = pairs.splits.values(), types, pairs.roots.values()
     most = REMOTE_SAMPLE if isinstance(root, Hub) else None
 
     def column(name: str, certain: bool = False, reader: Reader = split_value) -> SplitColumn | None:
