@@ -18,6 +18,6 @@ def be_silent() -> None:
     """Set what is not set. An ONNX Runtime that was imported before is asked to stop what it can still stop."""
     for name, value in SILENT.items():
         os.environ.setdefault(name, value)
-    runtime = sys.modules.get("onnxruntime")
-    if hasattr(runtime, "disable_telemetry_events") and os.environ["ORT_DISABLE_TELEMETRY"] == "1":
-        runtime.disable_telemetry_events()
+    stop = getattr(sys.modules.get("onnxruntime"), "disable_telemetry_events", None)
+    if stop and os.environ["ORT_DISABLE_TELEMETRY"] == "1":
+        stop()

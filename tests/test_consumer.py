@@ -118,3 +118,7 @@ def test_the_page_loads_a_checkpoint_in_both_ways(compact_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["CompactBlipForImageTextRetrieval", "BlipProcessor"]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(comp_cli.__file__).parent / "py.typed").is_file()

@@ -19,7 +19,7 @@ from comp_cli.cli.output import Output
 from comp_cli.data import rows as rows_module
 from comp_cli.data.batches import fingerprint
 from comp_cli.data.cells import read_label
-from comp_cli.data.rows import Columns, Pair, Tally, read_rows
+from comp_cli.data.rows import Columns, FoundColumns, Pair, Tally, read_rows
 from comp_cli.data.sources import open_pairs
 from comp_cli.data.splits import choose_split
 from comp_cli.errors import CompError
@@ -73,7 +73,7 @@ def write(path: Path, table: list[dict]) -> Path:
 
 
 def opened(data, out=None, **options):
-    return open_pairs(str(data), out=out or Output("quiet"), **options)
+    return open_pairs(str(data), progress=out or Output("quiet"), **options)
 
 
 def read(data, purpose="calibration", limit=None, seed=0, **options):
@@ -212,7 +212,7 @@ def test_names_of_classes_are_texts(photos, tmp_path):
     columns = {"image": [str(photos / f"{i}.png") for i in range(COUNT)], "label": [i % 3 for i in range(COUNT)]}
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.cast_column("label", datasets.ClassLabel(names=["cat", "dog", "crane"])).save_to_disk(tmp_path / "saved")
-    pairs = open_pairs(str(tmp_path / "saved"), out=Output("quiet"), columns=Columns(text="label")).read("calibration")
+    pairs = open_pairs(str(tmp_path / "saved"), progress=Output("quiet"), columns=Columns(text="label")).read("calibration")
     found = list(pairs)
     assert {pair.text for pair in found} == {"cat", "dog", "crane"} and {pair.label for pair in found} == {None}
 
@@ -468,7 +468,7 @@ def test_nothing_is_written_and_nothing_is_said(folder, tmp_path):
     code = f"""
 from comp_cli.data.sources import open_pairs
 from comp_cli.cli.output import Output
-print(len(list(open_pairs({str(path)!r}, out=Output('json')).read('calibration', 3))))
+print(len(list(open_pairs({str(path)!r}, progress=Output('json')).read('calibration', 3))))
 """
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
     (tmp_path / "tmp").mkdir()
@@ -523,7 +523,7 @@ from comp_cli.cli.output import Output
 
 for data in sys.argv[1:]:
     try:
-        pairs = open_pairs(data, out=Output("json"))
+        pairs = open_pairs(data, progress=Output("json"))
         found = [[(pair.text, pair.label) for pair in pairs.read(purpose)] for purpose in ("calibration", "evaluation")]
         print([len(part) for part in found], sorted(found[0])[0], pairs.describe("evaluation"))
     except CompError as error:
@@ -578,7 +578,7 @@ def test_the_fingerprint_is_of_the_content(folder, dense):
         return fingerprint(dense.collate.batches(pairs, 2))
 
     path = write(folder / "pairs.jsonl", [row | {"text": "a red circle"} for row in rows(range(4), match=lambda i: i % 2)])
-    pairs = list(read_rows(map(json.loads, path.open()), Columns("image", "text", "match"), folder, 4, Tally()))
+    pairs = list(read_rows(map(json.loads, path.open()), FoundColumns("image", "text", "match"), folder, 4, Tally()))
     made = [Pair(Image.new("RGB", (6, 4), colour(i)), "a red circle", i % 2) for i in range(4)]
     assert len(of(pairs)) == 16 and of(pairs) == of(made)
     word, label, image = replace(made[3], text="a red square"), replace(made[3], label=0), replace(made[3], image=made[0].image)

@@ -196,9 +196,9 @@ def test_padding_does_not_change_scores(dense, inputs):
 def prune_in_phases(dense, inputs, name, ratio, each=1):
     """The training-free plan of a method with phases."""
     method = methods.METHODS[name]
-    progress = stages.Progress.start(with_score_rule(dense.plan, method.tokens, dense.family), 0)
-    look = Calibration(dense, [Batch(inputs, None)], None, method.params).look
-    return stages.prune_in_phases(dense.plan, dense.reference, ratio, look, method.phases, each, schedule.Floors(), progress)
+    progress = stages.SearchState.start(with_score_rule(dense.plan, method.tokens, dense.family), 0)
+    measure = Calibration(dense, [Batch(inputs, None)], None, method.params).measure
+    return stages.prune_in_phases(dense.plan, dense.reference, ratio, measure, method.phases, each, schedule.Floors(), progress)
 
 
 @pytest.fixture(scope="module")

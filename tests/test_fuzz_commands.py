@@ -84,7 +84,7 @@ def test_fuzz_names_of_models(parts, revision, tmp_path_factory):
     typed = "".join(parts)
     if typed in ("demo", "", ".", "..") or typed.startswith(("/", "~", ".")):
         typed = "./gone/" + typed.replace(".", "")
-    found = outcome(lambda: hub.resolve(typed, revision=revision, cache_dir=cache, out=Output("quiet")))
+    found = outcome(lambda: hub.resolve(typed, revision=revision, cache_dir=cache, progress=Output("quiet")))
     assert isinstance(found, CompError) and found.exit_code in (1, 2, 4)
 
 
@@ -133,7 +133,7 @@ def pictures(tmp_path_factory):
 
 def pairs_of(path):
     """What calibration and the comparison would read."""
-    found = open_pairs(str(path), out=Output("quiet"))
+    found = open_pairs(str(path), progress=Output("quiet"))
     return [list(found.read(purpose, 4)) for purpose in ("calibration", "evaluation")]
 
 

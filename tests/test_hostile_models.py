@@ -431,7 +431,7 @@ def test_the_nearest_architecture_is_of_the_same_kind(tiny_folder, tmp_path, mod
 def test_other_kinds_of_folders_are_named(tmp_path, files, said):
     for name in files:
         (tmp_path / name).write_text("{}")
-    error = refusal(hub.resolve, str(tmp_path), out=Output("quiet"))
+    error = refusal(hub.resolve, str(tmp_path), progress=Output("quiet"))
     assert said in error.message and error.hint
 
 

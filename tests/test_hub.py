@@ -33,7 +33,7 @@ class Heard(Output):
 for options in json.load(sys.stdin):
     out = Heard(progress=False)
     try:
-        source = hub.resolve(**options, out=out)
+        source = hub.resolve(**options, progress=out)
         print(json.dumps({"folder": str(source.folder), "name": source.name, "revision": source.revision,
             "kind": source.kind, "files": sorted(p.name for p in source.folder.iterdir()),
             "said": getattr(out, "said", [])}))
@@ -234,7 +234,7 @@ def test_hub_down_and_network_down(fresh, tmp_path):
 
 
 def resolve(model: str, **options) -> hub.Source:
-    return hub.resolve(model, out=Output("quiet"), **options)
+    return hub.resolve(model, progress=Output("quiet"), **options)
 
 
 def refusal(model: str, **options) -> CompError:

@@ -46,11 +46,11 @@ def test_durations():
 
 @pytest.mark.parametrize(("mode", "progress"), [("json", True), ("quiet", True), ("human", False)])
 def test_other_modes_keep_silent(mode, progress, capsys):
-    with Output(mode, progress).progress("work", 3) as bar:
+    with Output(mode, progress).track("work", 3) as bar:
         assert type(bar) is Bar
     assert capsys.readouterr().err == ("work ...\n" if mode == "human" else "")
 
 
 def test_a_log_gets_lines():
-    with Output().progress("work", 3) as bar:
+    with Output().track("work", 3) as bar:
         assert isinstance(bar, Lines)

@@ -232,7 +232,7 @@ def test_too_little_room_is_said_before_any_work_with_both_numbers(tiny_folder, 
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
-    monkeypatch.setattr(prune, "find", lambda *given: pytest.fail("work was done"))
+    monkeypatch.setattr(prune, "search", lambda *given: pytest.fail("work was done"))
     options = prune.Options(str(tiny_folder), 0.5, num_samples=4, eval_samples=4)
     with pytest.raises(CompError, match="has 0.5 MiB free; the compact model needs at least 1.1 MiB") as caught:
         prune.prune(options, tmp_path / "out", Output("quiet"))

@@ -202,7 +202,7 @@ from comp_cli.cli.output import Output
 from comp_cli.models.dense import open_dense
 
 dense = open_dense(sys.argv[1], Output("quiet"))
-pairs = open_pairs(sys.argv[2], out=Output("quiet"))
+pairs = open_pairs(sys.argv[2], progress=Output("quiet"))
 list(dense.collate.batches(pairs.read("calibration", 2), 32))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = sum(batch.samples for batch in dense.collate.batches(pairs.read("calibration"), 32))

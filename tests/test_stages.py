@@ -80,7 +80,7 @@ def batches(inputs):
 def searched(dense, batches, seed, stages_=10, **strategy):
     """The plan, and every stage with the plan after it."""
     journal = []
-    progress = stages.Progress.start(dense.plan, seed)
+    progress = stages.SearchState.start(dense.plan, seed)
     plan = stages.search(
         dense.plan,
         dense.reference,
@@ -153,7 +153,7 @@ def test_progress_survives_json(dense, batches, found):
     measure = Calibration(dense, batches, None, "cip").measure
     rest = stages.Strategy(stages=10), schedule.Floors()
     for stop in (1, 4, 7):
-        progress = stages.Progress.start(dense.plan, 0)
+        progress = stages.SearchState.start(dense.plan, 0)
 
         class Stopped(Exception):
             pass
@@ -164,7 +164,7 @@ def test_progress_survives_json(dense, batches, found):
 
         with pytest.raises(Stopped):
             stages.search(dense.plan, dense.reference, 0.5, measure, *rest, progress, tell)
-        again = stages.Progress.from_json(json.loads(json.dumps(progress.to_json())))
+        again = stages.SearchState.from_json(json.loads(json.dumps(progress.to_json())))
         assert stages.search(dense.plan, dense.reference, 0.5, measure, *rest, again) == found[0]
         assert again.stages == [stage for stage, _ in found[1]]
 
@@ -176,7 +176,7 @@ def test_exhausted_modes_give_way_and_the_end_is_said(dense, batches):
 
 def test_floors_hold_through_many_stages(dense, batches):
     measure = Calibration(dense, batches, None, "cip").measure
-    progress = stages.Progress.start(dense.plan, 0)
+    progress = stages.SearchState.start(dense.plan, 0)
     rest = stages.Strategy(stages=20), schedule.Floors()
     plan = stages.search(dense.plan, dense.reference, 0.85, measure, *rest, progress)
     assert 1 - flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total == pytest.approx(

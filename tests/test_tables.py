@@ -21,7 +21,7 @@ from comp_cli.cli.exit_codes import REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.data.cells import BadRow, as_text, read_answers, read_texts, written
 from comp_cli.data.pictures import Hub, read_content
-from comp_cli.data.rows import Columns, read_row
+from comp_cli.data.rows import Columns, FoundColumns, read_row
 from comp_cli.data.splits import kind_of
 from comp_cli.data.tables import BROKEN, read_files
 
@@ -423,7 +423,7 @@ def test_bad_rows_among_mismatches_do_not_end_the_reading(folder):
     from comp_cli.tasks import TASKS
 
     path = table(folder / "few.csv", {"text": ["a", "a", ""], "match": ["1", "0", "1"]})
-    pairs = opened(path, out=Output("quiet"))
+    pairs = opened(path)
     assert len(list(pairs.read("calibration", 4, 0, TASKS["retrieval"].accepts))) == 4
 
 
@@ -452,7 +452,7 @@ def test_one_image_under_many_paths_is_one_image(folder, tmp_path):
     found = [{pair.text: pair.image_id for pair in read(path, purpose)} for purpose in PURPOSES]
     assert not set(found[0]) & set(found[1]) and len(found[0] | found[1]) == COUNT
     assert len({pair.image_id for pair in whole(path)}) == COUNT
-    columns = Columns("image", "text")
+    columns = FoundColumns("image", "text")
     (stored,) = read_row({"image": {"bytes": content, "path": "elsewhere.png"}, "text": "a"}, columns, None)
     assert stored.image_id == (found[0] | found[1])[str(COUNT - 1)]
 
@@ -575,7 +575,7 @@ def test_a_broken_line_is_told_by_its_number(tmp_path):
 def test_a_strange_image_cell_is_a_bad_row(folder, cell, root):
     place = {"folder": folder, "hub": Hub("org/name"), None: None}[root]
     with pytest.raises(BadRow):
-        read_row({"image": cell, "text": "a"}, Columns("image", "text"), place)
+        read_row({"image": cell, "text": "a"}, FoundColumns("image", "text"), place)
 
 
 # The hub and the net -------------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ from comp_cli.data.sources import open_pairs
 from comp_cli.errors import CompError
 from comp_cli.cli.output import Output
 
-pairs = open_pairs("org/table", out=Output("json"))
+pairs = open_pairs("org/table", progress=Output("json"))
 print(next(iter(pairs.splits["train"].rows())) | {"image": 0})
 try:
     pairs.read("calibration")
@@ -642,7 +642,7 @@ sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddr
 from comp_cli.data.sources import open_pairs
 from comp_cli.cli.output import Output
 for path in sys.argv[1:]:
-    print(len(list(open_pairs(path, out=Output("quiet")).read("calibration"))), asked)
+    print(len(list(open_pairs(path, progress=Output("quiet")).read("calibration"))), asked)
 """
 
 

@@ -158,7 +158,7 @@ def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
     calibration = Calibration(dense, [Batch(taken_inputs(dense), None)], None, "cip")
     from comp_cli.search.run import run_stages, stages
 
-    progress = stages.Progress.start(dense.plan, 0)
+    progress = stages.SearchState.start(dense.plan, 0)
     run_stages(dense, chosen, partial(trainer.measure, calibration), progress, lambda: None, QUIET)
     assert trainer.done == 10 and trainer.plan == progress.plan
     for kind in ("exp_avg", "exp_avg_sq"):

@@ -5,13 +5,14 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cli.output import Output
 from ..errors import CompError, RefusedError, UsageError
 from ..files.outputs import check_room
 from ..files.store import read_json
+from ..progress import Progress
 from .verify import check_downloads
 from .vetting import shown
 from .weights import check_checkpoint, pick_weights, pickled, safe
@@ -88,8 +89,8 @@ def resolve(
     revision: str | None = None,
     cache_dir: Path | None = None,
     allow_pickle: bool = False,
-    accepts: Callable[[dict], object] = lambda config: None,
-    out: Output,
+    accepts: Callable[[dict[str, Any]], object] = lambda config: None,
+    progress: Progress,
 ) -> Source:
     """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
 
@@ -114,25 +115,33 @@ def resolve(
         source = Source(folder, folder.name, None, "folder")
     else:
         name, revision = _read_hub_name(model, revision)
-        options = {"revision": revision, "cache_dir": cache_dir, "allow_pickle": allow_pickle, "accepts": accepts, "out": out}
-        name, folder = download_known(name, **options)
+        fetch = partial(
+            download,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_pickle=allow_pickle,
+            accepts=accepts,
+            progress=progress,
+        )
+        name, folder = download_known(name, fetch, progress)
         source = Source(folder, name, folder.name, "hub")
     check_checkpoint(source.folder, allow_pickle=allow_pickle)
     return source
 
 
-def download_known(name: str, out: Output, **options: Any) -> tuple[str, Path]:
-    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it."""
+def download_known(name: str, fetch: Callable[[str], Path], progress: Progress) -> tuple[str, Path]:
+    """The id and snapshot folder of what was typed: a repository of exactly that id, else what people mean by it. fetch: gets
+    the snapshot folder of an id; see `download`."""
     real = ALIASES.get(name)
     if real is None:
-        return name, download(name, out=out, **options)
+        return name, fetch(name)
     if "/" in name:
         try:
-            return name, download(name, out=out, **options)
+            return name, fetch(name)
         except NotThere:
             pass
-    out.say(f"{name}: taking {real}, its id on the hub.")
-    return real, download(real, out=out, **options)
+    progress.say(f"{name}: taking {real}, its id on the hub.")
+    return real, fetch(real)
 
 
 def download(
@@ -141,8 +150,8 @@ def download(
     revision: str | None,
     cache_dir: Path | None,
     allow_pickle: bool,
-    accepts: Callable[[dict], object] = lambda config: None,
-    out: Output,
+    accepts: Callable[[dict[str, Any]], object] = lambda config: None,
+    progress: Progress,
 ) -> Path:
     """The snapshot folder of a hub model in the cache, named by its commit, with the files that comp needs.
 
@@ -151,7 +160,7 @@ def download(
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars
 
-    if not out.show_progress:
+    if not progress.shows_bars:
         disable_progress_bars()
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
@@ -180,8 +189,9 @@ def download(
 def _snapshot(model: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    place = {"repo_id": model, "cache_dir": cache_dir, "ignore_patterns": NESTED}
-    return Path(snapshot_download(**place, revision=revision, allow_patterns=patterns))
+    return Path(
+        snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=NESTED)
+    )
 
 
 def _listing(model: str, folder: Path, cache_dir: Path | None) -> tuple[dict[str, int], dict[str, tuple[str, int]]]:
@@ -203,7 +213,7 @@ def suggest(model: str) -> list[str]:
     return list(dict.fromkeys(spellings[name] for name in near))[:3]
 
 
-def explain(error: Exception, model: str, revision: str | None) -> CompError:
+def explain(error: BaseException, model: str, revision: str | None) -> CompError:
     """What huggingface_hub raised, as a sentence: RefusedError, UsageError for what is no name, CompError for the rest."""
     from huggingface_hub import constants, errors
 

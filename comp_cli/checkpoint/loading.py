@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def pick_dtype(name: str | None) -> torch.dtype | None:
 
 
 @contextmanager
-def quiet_libraries():
+def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' bars and advice away from the user's screen; errors still rise."""
     level = transformers.logging.get_verbosity()
     onnx_log = logging.getLogger("torch.onnx")
@@ -117,7 +117,7 @@ def load_model(
 
 
 @contextmanager
-def sentences(folder: Path):
+def sentences(folder: Path) -> Iterator[None]:
     """transformers raises many kinds for a broken checkpoint; the sentence is what matters, and exit 4."""
     try:
         yield

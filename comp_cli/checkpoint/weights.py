@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ..errors import RefusedError
 from ..files.store import read_json
@@ -69,7 +70,7 @@ def weight_files(folder: Path, weights: list[str]) -> list[str]:
     return found
 
 
-def check_shards(index: dict, path: Path) -> list[str]:
+def check_shards(index: dict[str, Any], path: Path) -> list[str]:
     """The file names of a shard index, sorted. Raises RefusedError where one is more than a plain name: it could lead anywhere;
     or of another kind than the index: it could be a pickle."""
     shards, kind = index.get("weight_map"), Path(path.name.removesuffix(".index.json")).suffix

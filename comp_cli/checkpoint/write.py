@@ -41,8 +41,8 @@ def write_checkpoint(
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
         save_processor(load_processor(dense.source.folder, dense.family.inputs), folder)
-    about = {"longest": dense.reference.tokens.get("language", 0), "alone": hasattr(compact, "logit_bias")}
-    card = model_card(document, dense.family, dense.task, dense.source.folder, **about)
+    longest, alone = dense.reference.tokens.get("language", 0), hasattr(compact, "logit_bias")
+    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=longest, alone=alone)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

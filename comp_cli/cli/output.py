@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import CompError
@@ -36,7 +36,7 @@ class Output:
         self.console = Console(stderr=True, highlight=False)
         self.results = sys.stdout  # while a command works, what others print goes to stderr
         self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
-        self.show_progress = progress and mode == "human"
+        self.shows_bars = progress and mode == "human"
         self.warnings: list[str] = []
 
     def say(self, message: str) -> None:
@@ -51,11 +51,11 @@ class Output:
             self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator["Bar"]:
+    def track(self, title: str, total: int) -> Iterator["Bar"]:
         """A bar with the time left; now and then a plain line where stderr is no terminal."""
-        if not (self.show_progress and self.console.is_terminal):
+        if not (self.shows_bars and self.console.is_terminal):
             self.say(f"{title} ...")
-            yield Lines(self.say, title, total) if self.show_progress else Bar()
+            yield Lines(self.say, title, total) if self.shows_bars else Bar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
@@ -88,9 +88,9 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, **style: bool) -> None:
+    def _print(self, what: Any, markup: bool | None = None, soft_wrap: bool | None = None) -> None:
         with self.stdout.capture() as captured:
-            self.stdout.print(what, **style)
+            self.stdout.print(what, markup=markup, soft_wrap=soft_wrap)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
@@ -131,7 +131,7 @@ class Bar:
 class TerminalBar(Bar):
     """A moving bar."""
 
-    def __init__(self, progress: Progress, task):
+    def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task = progress, task
 
     def advance(self, title: str | None = None, by: int = 1) -> None:

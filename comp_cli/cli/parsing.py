@@ -52,7 +52,8 @@ class Command(TyperCommand):
         Output("json").result({"help": said.getvalue()})
 
     def invoke(self, ctx: Any) -> Any:
-        for param in self.params:
+        params: list[Any] = self.params  # of classes that typer keeps to itself
+        for param in params:
             value = ctx.params.get(param.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"{value} is not a finite number.", ctx=ctx, param=param)
@@ -92,7 +93,7 @@ def _check_mode(ctx: Any) -> None:
 def _refusal(end: SystemExit) -> CompError:
     """What the parser said before it ended the process."""
     refused = end.__context__
-    said = refused.format_message() if hasattr(refused, "format_message") else "see stderr."
+    said = getattr(refused, "format_message", lambda: "see stderr.")()
     ctx = getattr(refused, "ctx", None)
     code = end.code if isinstance(end.code, int) else FAILED
     return CompError(said, exit_code=code, hint=f"{ctx.command_path if ctx else 'comp'} --help")

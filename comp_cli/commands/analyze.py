@@ -35,9 +35,9 @@ def analyze(
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
     warn_cut_texts("calibration", texts, out, dense.longest)
     runtime = dense.runtime(dense.plan)
-    with out.progress("scoring heads, channels and tokens", len(batches)) as bar:
+    with out.track("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
-    with out.progress("comparing parameter and token scores", len(batches)) as bar:
+    with out.track("comparing parameter and token scores", len(batches)) as bar:
         found = diagnostics.diagnose(runtime, dense.family, dense.plan, dense.on_device(batches), bar.advance)
     document = {
         "comp_version": __version__,

@@ -163,7 +163,7 @@ def open_models(
     family, architecture, _ = find_family(config)
     compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
     baseline = baseline or made_of(folder, config["comp"])
-    source = hub.resolve(baseline, out=out, accepts=find_architecture, **hub_options)
+    source = hub.resolve(baseline, progress=out, accepts=find_architecture, **hub_options)
     dense_config = read_config(source.folder)
     if "comp" in dense_config:
         raise RefusedError(f"--baseline {baseline} is a compact model.", hint="Name the dense model.")
@@ -197,7 +197,7 @@ def find_providers(
 ) -> dict[str, dict[str, Any]]:
     """Per side: the session's first provider, and what share of the nodes that ran, and of their time, each provider has."""
     found = {}
-    with out.progress("looking where the graphs run", len(graphs)) as bar:
+    with out.track("looking where the graphs run", len(graphs)) as bar:
         for side, path in graphs.items():
             seen = providers.profile(path, inputs, str(device))
             found[side] = {"first": seen.first, "tf32": seen.tf32, "shares": seen.shares()}
@@ -225,7 +225,7 @@ def time_interleaved(
 ) -> dict[Key, list[float]]:
     """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
     taken: dict[Key, list[float]] = {key: [] for key in runners}
-    with out.progress(f"timing batch {batch}", options.iterations) as bar:
+    with out.track(f"timing batch {batch}", options.iterations) as bar:
         start = None
         for done, found in enumerate(timing.rounds(runners, inputs), start=1):
             start = start or time.perf_counter()

@@ -63,7 +63,7 @@ class Check:
         return open_graphs(folder, names, self.device, self.text)
 
     def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
-        with out.progress("checking parity with torch", len(self.cases)) as bar:
+        with out.track("checking parity with torch", len(self.cases)) as bar:
             return parity.check(graphs, self.cases, self.task, bar.advance)
 
 
@@ -96,7 +96,8 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
     if options.split and not can_split(family):
         why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
         raise UsageError(f"--split: {architecture} {why}.")
-    source = None if options.data is None else open_pairs(options.data, out=out, columns=replace(options.columns, label=""))
+    columns = replace(options.columns, label="")
+    source = None if options.data is None else open_pairs(options.data, progress=out, columns=columns)
     processor = load_processor(folder, family.inputs)
     model = load_model(folder, family=family, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)

@@ -263,7 +263,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
     warn_cut_texts("evaluation", texts, out, dense.longest)
-    with out.progress("comparing dense and compact", 2 * len(batches)) as bar:
+    with out.track("comparing dense and compact", 2 * len(batches)) as bar:
         for name, model in models.items():
             begin = time.perf_counter()
             found[name] = comparison.evaluate(model, task, batches, bar.advance)
@@ -299,7 +299,7 @@ def judge_texts(
         out.warn(f"{why}; {dense.task.metric} is what counts")
         return {}
     found = {}
-    with out.progress("writing texts", 2 * len(about)) as bar:
+    with out.track("writing texts", 2 * len(about)) as bar:
         for name, model in models.items():
             found[name] = judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done))
     return {name: {side: values[name] for side, values in found.items()} for name in found["dense"]}

@@ -10,8 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..cli.output import Output
 from ..errors import RefusedError, UsageError
+from ..progress import Progress
 from .cells import BadRow, written
 from .columns import REMOTE_SAMPLE, SAMPLE, Table, chosen_columns, column_types, first_rows, is_string, rows_of, sample_size
 from .pictures import DEEP, MISSING, Hub, Root, read_content, stored_image
@@ -20,6 +20,7 @@ from .rows import (
     UNLABELLED,
     Accepts,
     Columns,
+    FoundColumns,
     Pair,
     Tally,
     every,
@@ -60,10 +61,11 @@ class PairSet:
     roots: Mapping[str, Root]
     columns: Columns
     wanted: str | None  # the split to calibrate on, where the user named one
-    out: Output
+    progress: Progress
     by_column: SplitColumn | None = None  # what the splits come from, if not from files
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # purpose -> counts of rows, see Tally
     calibrated: set[int] = field(default_factory=set)  # images that calibration has read
+    warned: set[str] = field(default_factory=set)  # what was said already
 
     def split(self, purpose: Purpose) -> str:
         """The split that serves a purpose; see `choose_split`."""
@@ -98,7 +100,7 @@ class PairSet:
         found = [f"images from {columns.image}", f"texts from {columns.text}{held}"]
         more = {"answers": columns.answer, "labels": columns.label}
         found += [f"{what} from {column}" for what, column in more.items() if column]
-        self.out.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
+        self.progress.say(f"{purpose} on {self.describe(purpose)}: {', '.join(found)}")
         pairs = self._pairs(rows, columns, purpose, limit, accepts)
         return chain([next(pairs)], pairs)
 
@@ -112,7 +114,7 @@ class PairSet:
     def _shares_split(self, purpose: Purpose) -> bool:
         return not is_test(self.split(purpose)) and self.split("calibration") == self.split("evaluation")
 
-    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], Columns, str]:
+    def _open(self, split: str, seed: int) -> tuple[Iterator[dict[str, Any]], FoundColumns, str]:
         """The rows in the seed's order, with images as they are stored and labels by name, their columns, and what is to be
         said of the texts."""
         table = self.splits[split]
@@ -127,8 +129,9 @@ class PairSet:
         if columns.label and self.columns.label is None:
             if odd := says_match(columns.label, (row.get(columns.label) for row in sample), self.name):
                 told = f"{self.name}: {columns.label} holds {odd}, not match or mismatch; it is not taken for labels."
-                if told not in self.out.warnings:
-                    self.out.warn(told)
+                if told not in self.warned:
+                    self.warned.add(told)
+                    self.progress.warn(told)
                 columns = replace(columns, label=None)
         held = " (lists)" if any(is_list(row.get(columns.text)) for row in sample) else ""
         kind = found[columns.image]
@@ -150,7 +153,7 @@ class PairSet:
         return named or None
 
     def _pairs(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, limit: int | None, accepts: Accepts
+        self, rows: Iterator[dict[str, Any]], columns: FoundColumns, purpose: Purpose, limit: int | None, accepts: Accepts
     ) -> Iterator[Pair]:
         where, tally = self.describe(purpose), Tally()
         root = self.roots[self.split(purpose)]
@@ -169,14 +172,14 @@ class PairSet:
             hint = "Give more pairs, or a split for each purpose: train and validation."
             raise RefusedError(f"{where}: no pairs.{left_out}", hint=hint)
         if 2 * tally.skipped > tally.looked:
-            hints = {MISSING: isinstance(root, Path) and f"Relative paths start in {root}.", DEEP: SCALE}
-            hints[UNLABELLED] = f"If {columns.label} says something else, leave it out with --label-column ''."
-            hint = next((hint for problem, hint in hints.items() if hint and problem in tally.bad), None)
-            raise RefusedError(f"{where}: {tally}.", hint=hint)
+            hints = {MISSING: f"Relative paths start in {root}."} if isinstance(root, Path) else {}
+            hints |= {DEEP: SCALE, UNLABELLED: f"If {columns.label} says something else, leave it out with --label-column ''."}
+            remedy = next((hints[problem] for problem in hints if problem in tally.bad), None)
+            raise RefusedError(f"{where}: {tally}.", hint=remedy)
         self._tell("training" if purpose == "calibration" and limit is None else purpose, where, tally, limit)
 
     def _of_use(
-        self, rows: Iterator[dict[str, Any]], columns: Columns, purpose: Purpose, root: Root, tally: Tally
+        self, rows: Iterator[dict[str, Any]], columns: FoundColumns, purpose: Purpose, root: Root, tally: Tally
     ) -> Iterator[dict[str, Any]]:
         """The rows that serve a purpose, with the content of their images; the others are counted."""
         split, shared = self.split(purpose), self._shares_split(purpose)
@@ -213,12 +216,12 @@ class PairSet:
         if purpose in self.told:
             return
         self.told[purpose] = tally.counts(limit)
-        self.out.say(f"{purpose}: {tally.line(limit)}")
+        self.progress.say(f"{purpose}: {tally.line(limit)}")
         if mismatches := tally.left_out["labelled as mismatches"]:
-            of = f"{mismatches} of {mismatches + tally.given} pairs"
-            self.out.warn(f"{where}: {of} are labelled as mismatches and are not used: this task is about those that match.")
+            of = f"{mismatches} of {mismatches + tally.given} pairs are labelled as mismatches and are not used"
+            self.progress.warn(f"{where}: {of}: this task is about those that match.")
         if tally.skipped:
-            self.out.warn(f"{where}: {tally}. They are skipped.")
+            self.progress.warn(f"{where}: {tally}. They are skipped.")
 
 
 def is_list(value: Any) -> bool:
@@ -247,19 +250,20 @@ def split_by_column(pairs: PairSet) -> PairSet:
     (root,) = pairs.roots.values()
     most = REMOTE_SAMPLE if isinstance(root, Hub) else None
 
-    def column(name: str, **options: Any) -> SplitColumn | None:
+    def column(name: str, certain: bool = False, reader: Reader = split_value) -> SplitColumn | None:
         rows = islice(first_rows(table, found, [name], pairs.name), most)
-        return split_column(name, (row[name] for row in rows if BROKEN not in row), pairs.wanted, **options)
+        cells = (row[name] for row in rows if BROKEN not in row)
+        return split_column(name, cells, pairs.wanted, certain=certain, reader=reader)
 
     def split_up(made: SplitColumn) -> PairSet:
-        pairs.out.say(f"{pairs.name}: {made}")
+        pairs.progress.say(f"{pairs.name}: {made}")
         return replace(pairs, splits=dict.fromkeys(made.splits, table), roots=dict.fromkeys(made.splits, root), by_column=made)
 
     used = {pairs.columns.image, pairs.columns.text, pairs.columns.label, pairs.columns.answer}
     for name in [named] if named else [name for name in find_split_columns(found) if name not in used]:
         if made := column(name, certain=bool(named) or name.lower() == SPLIT_COLUMN):
             return split_up(made)
-        pairs.out.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
+        pairs.progress.say(f"{pairs.name}: the column {name} names no splits; all rows are taken.")
     if not named and isinstance(root, Path):
         for name, reader in other_split_columns(pairs, table, found):
             made = column(name, reader=reader)

@@ -53,6 +53,17 @@ class Columns:
     split: str | None = None
 
 
+@dataclass(frozen=True)
+class FoundColumns:
+    """The columns that are read of a table; None for labels, answers or splits that it has none of."""
+
+    image: str
+    text: str
+    label: str | None = None
+    answer: str | None = None
+    split: str | None = None
+
+
 Accepts = Callable[[Pair], bool]  # whether a pair is of use
 
 
@@ -101,12 +112,12 @@ class Tally:
         return f"{self.skipped} of {self.looked} rows are bad: {problems}"
 
 
-def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Columns:
+def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> FoundColumns:
     """The columns to read of those a table has (name -> type, or None). Raises UsageError where one is missing or not clear."""
     from datasets import Image as ImageType
 
     listed = f"Columns: {', '.join(found)}."
-    taken: dict[str, str | None] = {}
+    taken: dict[str, str] = {}  # "" for none
     for role, common in COLUMN_NAMES.items():
         name, flag = getattr(named, role), f"--{role}-column"
         if name is None:
@@ -126,8 +137,8 @@ def find_columns(found: Mapping[str, Any], named: Columns, owner: str) -> Column
         if not name and role not in ("label", "answer"):
             hint = f"{listed} Name the one with the {role} with {flag}."
             raise UsageError(f"{owner}: no {role} column found.", hint=hint)
-        taken[role] = name or None
-    return Columns(**taken)
+        taken[role] = name
+    return FoundColumns(taken["image"], taken["text"], taken["label"] or None, taken["answer"] or None)
 
 
 def says_match(column: str, values: Iterable[Any], owner: str) -> str | None:
@@ -156,7 +167,7 @@ def every(pair: Pair) -> bool:
 
 
 def read_rows(
-    rows: Iterable[Mapping[str, Any]], columns: Columns, root: Root, limit: int, tally: Tally, accepts: Accepts = every
+    rows: Iterable[Mapping[str, Any]], columns: FoundColumns, root: Root, limit: int, tally: Tally, accepts: Accepts = every
 ) -> Iterator[Pair]:
     """Up to `limit` pairs of those that are taken. Bad rows are skipped and tallied; more than `limit` of them, and more than
     half of all, end the reading."""
@@ -177,7 +188,7 @@ def read_rows(
             return
 
 
-def read_row(row: Mapping[str, Any], columns: Columns, root: Root) -> list[Pair]:
+def read_row(row: Mapping[str, Any], columns: FoundColumns, root: Root) -> list[Pair]:
     """The pairs of a row: one for each of its texts. Relative image paths start in `root`; raises BadRow."""
     if BROKEN in row:
         raise BadRow(*row[BROKEN])

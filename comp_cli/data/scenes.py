@@ -100,7 +100,7 @@ def random_scene(rng: random.Random) -> Scene:
             return random_scene(rng)
         if scene and rng.random() < 0.4:
             twin = rng.choice(scene)
-            like = replace(thing, **rng.choice(({"colour": twin.colour}, {"shape": twin.shape})))
+            like = _like(rng, thing, twin)
             if all((like.colour, like.shape) != (t.colour, t.shape) for t in scene):
                 thing = like
         scene += (thing,)
@@ -113,7 +113,7 @@ def edit_scene(rng: random.Random, scene: Scene, family: str) -> Scene:
     a, b = scene[i], scene[j]
     if family == "attribute":
         what, values = rng.choice((("size", tuple(SIZES)), ("colour", tuple(COLOURS)), ("shape", SHAPES)))
-        return _with(scene, {i: replace(a, **{what: rng.choice([v for v in values if v != getattr(a, what)])})})
+        return _with(scene, {i: Thing(**vars(a) | {what: rng.choice([v for v in values if v != getattr(a, what)])})})
     if family == "binding":  # the same colours and shapes, bound the other way
         return _with(scene, {i: replace(a, colour=b.colour), j: replace(b, colour=a.colour)})
     if family == "relation":  # the same things, each in the other's place
@@ -122,9 +122,13 @@ def edit_scene(rng: random.Random, scene: Scene, family: str) -> Scene:
         return scene[:i] + scene[i + 1 :]
     new = _random_thing(rng, scene) if len(scene) < 5 and rng.random() < 0.5 else None
     if new:
-        like = replace(new, **rng.choice(({"colour": a.colour}, {"shape": a.shape})))
-        return (*scene, like)
-    return _with(scene, {i: replace(a, **rng.choice(({"colour": b.colour}, {"shape": b.shape})))})
+        return (*scene, _like(rng, new, a))
+    return _with(scene, {i: _like(rng, a, b)})
+
+
+def _like(rng: random.Random, thing: Thing, other: Thing) -> Thing:
+    """The thing with the colour or the shape of another one."""
+    return rng.choice((replace(thing, colour=other.colour), replace(thing, shape=other.shape)))
 
 
 def _with(scene: Scene, changed: dict[int, Thing]) -> Scene:
@@ -176,13 +180,13 @@ def hard_pair(seed: int) -> list[Example]:
     while True:
         left = random_scene(rng)
         right = edit_scene(rng, left, family)
-        captions = [distinguishing(rng, left, right, family), distinguishing(rng, right, left, family)]
-        if all(captions):
+        of_left, of_right = distinguishing(rng, left, right, family), distinguishing(rng, right, left, family)
+        if of_left and of_right:
             break
     background = rng.getrandbits(32)
     return [
         Example(scene, background, caption, int(scene is owner))
-        for caption, owner in zip(captions, (left, right), strict=True)
+        for caption, owner in ((of_left, left), (of_right, right))
         for scene in (left, right)
     ]
 
@@ -262,7 +266,7 @@ def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
     return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
 
 
-_POLYGONS = {
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
     "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
     "star": _star(),
 }

@@ -7,13 +7,12 @@ import glob
 import json
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..cli.output import Output
 from ..errors import RefusedError, UsageError
+from ..progress import Progress
 from .columns import Table, unreadable
 from .pairset import PairSet, split_by_column
 from .pictures import Hub, Root
@@ -30,7 +29,7 @@ SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", STATE} 
 def open_pairs(
     data: str,
     *,
-    out: Output,
+    progress: Progress,
     split: str | None = None,
     columns: Columns | None = None,
     revision: str | None = None,
@@ -41,11 +40,11 @@ def open_pairs(
     `split` is the one to calibrate on. Raises UsageError for a path that does not exist or a file of an unknown kind,
     RefusedError for data that holds no pairs or cannot be read, CompError where the hub cannot be reached."""
     path, name = Path(data).expanduser(), re.sub("^(hf://|https://huggingface.co/)datasets/", "", data)
-    quiet_datasets(out)
+    quiet_datasets(progress)
     if path.exists():
         if revision is not None:
             raise UsageError(f"--revision {revision} needs a hub data set; {data} is a local path.")
-        splits, roots = open_files(path.absolute(), out)
+        splits, roots = open_files(path.absolute(), progress)
     elif path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UsageError(f"--data {data}: no such file or folder.")
     else:
@@ -53,18 +52,18 @@ def open_pairs(
         roots = dict.fromkeys(splits, root)
     shown = path.absolute().name if path.exists() else name
     for between in sorted({found for table in splits.values() if isinstance(table, TextTable) for found in table.separators()}):
-        out.say(f"{shown}: cells are separated by {between!r}")
-    return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, out))
+        progress.say(f"{shown}: cells are separated by {between!r}")
+    return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, progress))
 
 
-def open_files(path: Path, out: Output) -> tuple[Mapping[str, Table], dict[str, Root]]:
+def open_files(path: Path, progress: Progress) -> tuple[Mapping[str, Table], Mapping[str, Root]]:
     """The splits of a file or folder with tables, and for each the folder in which its image paths start.
 
     Of an imagefolder only the metadata files are read: `datasets` would look for splits in the names of its images.
     """
     from datasets import load_dataset
 
-    tables = find_tables(path, out)
+    tables = find_tables(path, progress)
     suffixes = sorted({file.suffix.lower() for files in tables.values() for file in files})
     parents = {split: sorted({file.parent for file in files}) for split, files in tables.items()}
     if len(suffixes) > 1 or any(len(places) > 1 for places in parents.values()):
@@ -82,7 +81,7 @@ def open_files(path: Path, out: Output) -> tuple[Mapping[str, Table], dict[str, 
         raise unreadable(str(path), error) from error
 
 
-def find_tables(path: Path, out: Output) -> dict[str, list[Path]]:
+def find_tables(path: Path, progress: Progress) -> dict[str, list[Path]]:
     """The files with pairs, by split. Files that name no split are the folder's own split, or train, unless others are: then a
     warning names them."""
     kinds = f"Expected {', '.join(KINDS)}."
@@ -97,15 +96,16 @@ def find_tables(path: Path, out: Output) -> dict[str, list[Path]]:
     if not (files := [file for file in files if file.stat().st_size]):
         raise RefusedError(f"{path}: no pairs.", hint=f"{kinds} An imagefolder needs texts in metadata files.")
     own = next((split for split, words in SPLIT_WORDS.items() if folder.name.lower() in words), "train")
-    tables = defaultdict(list)
+    tables: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for file in files:
         words = set(re.split("[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower()))
-        tables[next((split for split, named in SPLIT_WORDS.items() if words & named), None)].append(file)
-    unnamed = tables.pop(None, [])
+        split = next((split for split, named in SPLIT_WORDS.items() if words & named), None)
+        (tables.setdefault(split, []) if split else unnamed).append(file)
     if own in tables and unnamed:
         listed = few([str(file.relative_to(folder)) for file in unnamed])
-        out.warn(f"{folder.name}: not read, as the names say no split and others do: {listed}.")
-    return dict(tables) if own in tables or not unnamed else {**tables, own: unnamed}
+        progress.warn(f"{folder.name}: not read, as the names say no split and others do: {listed}.")
+    return tables if own in tables or not unnamed else {**tables, own: unnamed}
 
 
 def is_table(file: Path) -> bool:
@@ -153,13 +153,13 @@ def text_tables(builder: Any) -> dict[str, TextTable] | None:
     return None
 
 
-def quiet_datasets(out: Output) -> None:
+def quiet_datasets(progress: Progress) -> None:
     """No logging, and bars only where comp shows its own; `CompError` tells what matters."""
     import datasets
     import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it asks a server on the net, for local files too
-    if not out.show_progress:
+    if not progress.shows_bars:
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()

@@ -43,9 +43,9 @@ def choose_split(owner: str, splits: Sequence[str], purpose: Purpose, wanted: st
     tests = [split for split in splits if is_test(split)]
     usable = [split for split in splits if not is_test(split)]
     if purpose == "evaluation":
-        calibration = choose_split(owner, splits, "calibration", wanted) if usable or wanted else None
-        validation = [split for split in usable if split.lower() in SPLIT_WORDS["validation"] and split != calibration]
-        return [*validation, *tests, calibration][0]
+        calibration = [choose_split(owner, splits, "calibration", wanted)] if usable or wanted else []
+        validation = [split for split in usable if split.lower() in SPLIT_WORDS["validation"] and split not in calibration]
+        return [*validation, *tests, *calibration][0]
     listed = f"Splits: {', '.join(splits)}."
     if wanted and wanted not in splits:
         raise UsageError(f"{owner} has no split {wanted!r}.", hint=listed)
@@ -74,7 +74,8 @@ def folder_value(value: Any) -> str:
 
 def flag_value(value: Any, kind: str) -> str:
     """What the truth value of a column such as is_test says: what is not called training data is none."""
-    return {1: kind, 0: "test" if kind == "train" else "train"}.get(read_label(value), "")
+    named: dict[int | None, str] = {1: kind, 0: "test" if kind == "train" else "train"}
+    return named.get(read_label(value), "")
 
 
 def flag_reader(column: str) -> Reader | None:

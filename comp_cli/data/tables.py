@@ -22,8 +22,13 @@ BROKEN = "\0broken"  # the key of a row that could not be read: what is wrong, a
 LINE = 2**24  # letters of the longest line
 FILE = 2**30  # bytes of the largest .json, which is read as a whole
 SEPARATORS = ",;\t|"
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"))
-MARKS += ((codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig"))
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before that of UTF-16, which begins alike
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 RECORDS = (
     "Expected a list of records, a record of lists, or a record a line: pandas writes them with to_json(orient='records')."
 )
@@ -42,7 +47,8 @@ class TextTable:
 
     def shuffled(self, columns: Sequence[str], seed: int, room: int) -> Iterator[Row]:
         """The rows in an order that the seed decides, as far as that can be with `room` rows in memory."""
-        chance, held = random.Random(seed), []
+        chance = random.Random(seed)
+        held: list[Row] = []
         files = list(self.files)
         chance.shuffle(files)
         for row in read_files(files, columns):

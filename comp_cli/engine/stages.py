@@ -109,7 +109,7 @@ def choose(
 
 
 @dataclass
-class Progress:
+class SearchState:
     """How far a search has come: everything that the next stage depends on, as JSON."""
 
     plan: Plan
@@ -118,7 +118,7 @@ class Progress:
     rng: random.Random
 
     @classmethod
-    def start(cls, plan: Plan, seed: int) -> "Progress":
+    def start(cls, plan: Plan, seed: int) -> "SearchState":
         return cls(plan, [], Memory(), random.Random(seed))
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Progress:
         return {"stages": stages, "memory": memory, "rng": self.rng.getstate(), "plan": self.plan.to_json()}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Progress":
+    def from_json(cls, found: dict[str, Any]) -> "SearchState":
         version, internal, gauss = found["rng"]
         rng = random.Random()
         rng.setstate((version, tuple(internal), gauss))
@@ -155,26 +155,26 @@ def search(
     measure: Measure,
     strategy: Strategy,
     floors: Floors,
-    progress: Progress,
+    state: SearchState,
     tell: Callable[[Stage], None] = lambda stage: None,
 ) -> Plan:
-    """Prune stage by stage until the FLOPs ratio is reached, from wherever `progress` is; it is kept up to date.
+    """Prune stage by stage until the FLOPs ratio is reached, from wherever `state` is; it is kept up to date.
 
-    `measure` runs a plan over the calibration pairs. `tell` hears of every stage when `progress` holds it. Deterministic for a
-    seed of `progress`.
+    `measure` runs a plan over the calibration pairs. `tell` hears of every stage when `state` holds it. Deterministic for a
+    seed of `state`.
     """
     counted = flops.count(dense, ref)
     shares, total = mode_shares(counted, ref.whole), counted.total
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
-    memory = progress.memory
-    measured = measure(progress.plan)
-    while (before := flops.count(progress.plan, ref).total) > target:
-        stage = len(progress.stages) + 1
+    memory = state.memory
+    measured = measure(state.plan)
+    while (before := flops.count(state.plan, ref).total) > target:
+        stage = len(state.stages) + 1
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
         while True:
             open_modes = [mode for mode in strategy.modes if mode in shares and mode not in memory.exhausted]
             if not open_modes and before <= target + TOLERANCE * total:
-                return progress.plan
+                return state.plan
             if not open_modes:
                 raise out_of_reach(ratio, 1 - before / total)
             unseen = [mode for mode in open_modes if mode not in seen]
@@ -182,9 +182,9 @@ def search(
             remembered = [memory.known(mode, stage, strategy) for mode in unseen]
             if cheapest and all(cost is not None and cheapest.cost <= cost for cost in remembered):
                 break
-            mode, why = choose(memory, stage, unseen, shares, strategy, progress.rng)
+            mode, why = choose(memory, stage, unseen, shares, strategy, state.rng)
             step = min(quantum, strategy.mode_share * shares[mode])
-            plan, threshold = prune_to(progress.plan, measured.scores, ref, (mode,), max(target, before - step), floors)
+            plan, threshold = prune_to(state.plan, measured.scores, ref, (mode,), max(target, before - step), floors)
             removed = before - flops.count(plan, ref).total
             too_far = before - removed < target - TOLERANCE * total
             if too_far or removed < min(step / 4, before - target):
@@ -197,12 +197,12 @@ def search(
             if not strategy.measure_first:
                 cheapest = seen[mode]
                 break
-        progress.plan, measured = cheapest.plan, cheapest.measured
+        state.plan, measured = cheapest.plan, cheapest.measured
         others = [mode for mode in seen if mode != cheapest.mode]
         why = cheapest.why + (f", after a look at {', '.join(others)}" if others else "")
-        progress.stages.append(cheapest.as_stage(stage, why, total))
-        tell(progress.stages[-1])
-    return progress.plan
+        state.stages.append(cheapest.as_stage(stage, why, total))
+        tell(state.stages[-1])
+    return state.plan
 
 
 def prune_in_phases(
@@ -213,7 +213,7 @@ def prune_in_phases(
     phases: Sequence[str],
     each: int,
     floors: Floors,
-    progress: Progress,
+    state: SearchState,
     tell: Callable[[Stage], None] = lambda stage: None,
 ) -> Plan:
     """Prune without choice: in every phase the modes of its kind together, in `each` stages of equal FLOPs.
@@ -228,21 +228,21 @@ def prune_in_phases(
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
         for part in range(1, each + 1)
     ]
-    measured = measure(progress.plan)
-    for kind, target in steps[len(progress.stages) :]:
-        before = flops.count(progress.plan, ref).total
+    measured = measure(state.plan)
+    for kind, target in steps[len(state.stages) :]:
+        before = flops.count(state.plan, ref).total
         together = [mode for mode in KINDS[kind] if mode in modes]
-        plan, threshold = prune_to(progress.plan, measured.scores, ref, together, target, floors)
+        plan, threshold = prune_to(state.plan, measured.scores, ref, together, target, floors)
         found, now = measure(plan), flops.count(plan, ref).total
         cost = (found.loss - measured.loss) / (max(before - now, 1) / total)
-        progress.plan, measured = plan, found
+        state.plan, measured = plan, found
         taken = Candidate(kind, f"phase of {kind}", plan, threshold, found, now, cost, cost)
-        progress.stages.append(taken.as_stage(len(progress.stages) + 1, taken.why, total))
-        tell(progress.stages[-1])
-    reached = 1 - flops.count(progress.plan, ref).total / total
+        state.stages.append(taken.as_stage(len(state.stages) + 1, taken.why, total))
+        tell(state.stages[-1])
+    reached = 1 - flops.count(state.plan, ref).total / total
     if abs(reached - ratio) > TOLERANCE:
         raise out_of_reach(ratio, reached)
-    return progress.plan
+    return state.plan
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class _Lock:
 
 
 def _why(error: OSError) -> str:
-    return "the disk is full" if is_full(error) else error.strerror
+    return "the disk is full" if is_full(error) else error.strerror or str(error)
 
 
 def boot_id() -> str:
@@ -163,7 +163,7 @@ def boot_id() -> str:
 def _try_lock(handle: int) -> bool | None:
     """Whether the kernel gives us the lock; None where the disk knows no locks."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             os.lseek(handle, 2**30, os.SEEK_SET)  # behind the text, which others shall read

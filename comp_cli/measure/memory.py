@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cli.output import Output
 from ..errors import CompError
 from ..families import Family
 from ..onnx import sessions
+from ..progress import Progress
 from .timing import Inputs
 
 # -P: what lies in the current folder is no library. This very comp, wherever Python found it.
@@ -29,7 +29,12 @@ peak.main()
 
 
 def peak_memory(
-    places: dict[tuple[str, str], Path], inputs: Inputs, family: Family, device: torch.device, allow_pickle: bool, out: Output
+    places: dict[tuple[str, str], Path],
+    inputs: Inputs,
+    family: Family,
+    device: torch.device,
+    allow_pickle: bool,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Bytes, per (backend, side): peak resident memory (on CUDA: peak allocated) of a process that loads and runs the model.
 
@@ -38,9 +43,10 @@ def peak_memory(
     if device.type == "cuda":
         places = {key: path for key, path in places.items() if key[0] == "torch"}
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, out.progress("measuring peak memory", len(places)) as bar:
+    with tempfile.TemporaryDirectory() as scratch, progress.track("measuring peak memory", len(places)) as bar:
         example = Path(scratch) / "inputs.npz"
-        np.savez(example, **sessions.feeds(inputs))
+        arrays: dict[str, Any] = sessions.feeds(inputs)
+        np.savez(example, **arrays)
         for (backend, side), path in places.items():
             given = [backend, str(path), str(example), str(device), family.name]
             given += ["--allow-pickle"] if allow_pickle and side == "dense" else []

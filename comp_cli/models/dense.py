@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
-from ..cli.output import Output
 from ..data import batches as data
 from ..data.pairset import PairSet
 from ..data.rows import Accepts, Columns, Pair, every
@@ -25,6 +24,7 @@ from ..errors import RefusedError, UsageError, first_line
 from ..families import Family, find_family, tower_config
 from ..files.store import read_config
 from ..plan import Plan, dense_plan
+from ..progress import Progress
 
 SCORE_ROWS = 64  # ranks nearly as all rows do: benchmarks/score_rows.py
 
@@ -94,7 +94,7 @@ class Dense:
 
 def open_dense(
     model: str,
-    out: Output,
+    progress: Progress,
     *,
     text_tokens: int = flops.TEXT_TOKENS,
     score_rows: int = SCORE_ROWS,
@@ -114,11 +114,11 @@ def open_dense(
             )
         return found
 
-    source = hub.resolve(model, out=out, accepts=described, **hub_options)
+    source = hub.resolve(model, progress=progress, accepts=described, **hub_options)
     config = read_config(source.folder)
     family, architecture, name = described(config)
     chosen = tasks.TASKS[name]
-    out.say(f"loading {source.name} ({architecture}) ...")
+    progress.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder, family.inputs)
     pickled = hub_options.get("allow_pickle", False)
     dense = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
@@ -242,17 +242,17 @@ class DataOptions:
     split_column: str | None = None
 
 
-def choose_pairs(dense: Dense, options: DataOptions, out: Output, cache_dir: Path | None = None) -> Pairs:
+def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:
     """The user's pairs, or generated scenes with a warning for models that do not know them."""
     if options.data is not None:
         named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
         columns = Columns(*named)
-        out.say(f"{dense.task.name}: {dense.task.compares}")
-        return open_pairs(options.data, out=out, split=options.split, columns=columns, cache_dir=cache_dir)
+        progress.say(f"{dense.task.name}: {dense.task.compares}")
+        return open_pairs(options.data, progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
     if dense.source.kind != "demo":
-        out.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
+        progress.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
     elif not dense.task.has_negatives:
-        out.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
+        progress.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
     return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.has_negatives)
 
 
@@ -271,8 +271,8 @@ def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
     return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
 
 
-def warn_cut_texts(purpose: str, texts: Mapping[str, int], out: Output, most: int) -> None:
+def warn_cut_texts(purpose: str, texts: Mapping[str, int], progress: Progress, most: int) -> None:
     """A warning where texts were cut; `most`: tokens that the model takes."""
     if texts["cut"]:
         more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"
-        out.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")
+        progress.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")

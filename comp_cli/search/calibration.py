@@ -4,20 +4,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import tasks
-from ..cli.output import Output
 from ..data.batches import Batch
 from ..engine import scoring, stages
 from ..engine.recover import Fitted, collect_grams
 from ..models.dense import Dense
 from ..plan import Plan
+from ..progress import Progress
 from ..tasks import comparison
 
 Grams = dict[scoring.Key, Tensor]
 
 
-def gather_grams(dense: Dense, batches: list[Batch], out: Output) -> Grams:
+def gather_grams(dense: Dense, batches: list[Batch], progress: Progress) -> Grams:
     model = dense.runtime(dense.plan)
-    with out.progress("gathering activations for recovery", len(batches)) as bar:
+    with progress.track("gathering activations for recovery", len(batches)) as bar:
         return collect_grams(model, dense.family, dense.plan, dense.on_device(batches), bar.advance)
 
 

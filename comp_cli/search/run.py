@@ -7,12 +7,12 @@ from functools import partial
 
 from torch import nn
 
-from ..cli.output import Output
 from ..data.batches import Batch, fingerprint
 from ..engine import flops, schedule, stages
 from ..engine.methods import METHODS
 from ..models.dense import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
 from ..plan import Plan
+from ..progress import Progress
 from .calibration import Calibration, gather_grams
 from .journal import Journal
 from .trainer import Trainer, Training, is_main_process, training_batches
@@ -58,16 +58,16 @@ class SearchResult:
     texts: dict[str, int]  # of the calibration, and how many of them were cut, see workbench.cut_texts
 
 
-def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, out: Output) -> SearchResult:
+def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None, progress: Progress) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method, training = METHODS[options.method], options.training
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
-    warn_cut_texts("calibration", texts, out, dense.longest)
+    warn_cut_texts("calibration", texts, progress, dense.longest)
     if method.removes("tokens"):
-        warn_short_texts(dense, batches, out)
+        warn_short_texts(dense, batches, progress)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = journal.load() if journal else None
@@ -79,23 +79,23 @@ def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None
     recovers = (
         options.recover and method.removes("parameters") and not training.stage_steps and not tuning and is_main_process()
     )
-    grams = gather_grams(dense, batches, out) if recovers else None
+    grams = gather_grams(dense, batches, progress) if recovers else None
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
         judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
     calibration = Calibration(dense, judges, grams, method.params if options.cip else "wanda", options.seed)
 
-    progress = stages.Progress.from_json(saved) if saved else stages.Progress.start(dense.plan, options.seed)
+    state = stages.SearchState.from_json(saved) if saved else stages.SearchState.start(dense.plan, options.seed)
     if trainer and tuning:
-        trainer.restore(progress.plan, saved["steps"], journal.tensors(saved))
+        trainer.restore(state.plan, saved["steps"], journal.tensors(saved))
 
     def save() -> None:
         if journal and trainer is None:
-            journal.save(progress.to_json())
+            journal.save(state.to_json())
         elif journal and is_main_process():
             trained = trainer.done or training.stage_steps
             tensors = trainer.to_tensors() if trained else None
-            journal.save(progress.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
+            journal.save(state.to_json() | ({"steps": trainer.done} if trained else {}), tensors)
 
     measure = calibration.measure
     if trainer:
@@ -103,40 +103,40 @@ def search(dense: Dense, pairs: Pairs, options: Options, journal: Journal | None
     if not (tuning and trainer.done > training.stage_steps):
         if saved and is_main_process():
             calibration.measure(dense.plan)  # what the dense model says is what divergence is measured from
-        run_stages(dense, options, measure, progress, save, out)
+        run_stages(dense, options, measure, state, save, progress)
     if trainer is None or not trainer.done:
-        model = dense.runtime(progress.plan, grams)
+        model = dense.runtime(state.plan, grams)
     seconds = None if saved else time.perf_counter() - begin
     if trainer:
         if not trainer.done:
-            trainer.take(progress.plan, model)
-        model = trainer.tune(out, save)
-    return SearchResult(progress.plan, progress.stages, model, seconds, texts)
+            trainer.take(state.plan, model)
+        model = trainer.tune(progress, save)
+    return SearchResult(state.plan, state.stages, model, seconds, texts)
 
 
-def warn_short_texts(dense: Dense, batches: list[Batch], out: Output) -> None:
+def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> None:
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
     longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
     reference = dense.reference.tokens.get("language")
     if longest is not None and longest < reference:
-        out.say(f"texts have {longest} tokens at most, --text-tokens is {reference}: language tokens stay")
+        progress.say(f"texts have {longest} tokens at most, --text-tokens is {reference}: language tokens stay")
 
 
 def run_stages(
     dense: Dense,
     options: Options,
     measure: stages.Measure,
-    progress: stages.Progress,
+    state: stages.SearchState,
     save: Callable[[], None],
-    out: Output,
+    progress: Progress,
 ) -> None:
     """The stages of a method, told as they pass."""
     method, floors = METHODS[options.method], schedule.Floors()
     each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_steps else 1
     expected = each * len(method.phases) if method.phases else options.stages
-    with out.progress("pruning", expected) as bar:
-        if done := len(progress.stages):
-            out.say(f"going on after stage {done} of about {expected} (--no-resume starts anew)")
+    with progress.track("pruning", expected) as bar:
+        if done := len(state.stages):
+            progress.say(f"going on after stage {done} of about {expected} (--no-resume starts anew)")
             bar.advance(by=done)
 
         def tell(stage: stages.Stage) -> None:
@@ -144,10 +144,10 @@ def run_stages(
             bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}, metric {stage.metric:.3f}")
 
         if method.phases:
-            rest = (method.phases, each, floors, progress, tell)
+            rest = (method.phases, each, floors, state, tell)
             stages.prune_in_phases(dense.plan, dense.reference, options.ratio, measure, *rest)
         else:
-            stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, progress, tell)
+            stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, state, tell)
 
 
 def strategy_of(options: Options) -> stages.Strategy:

@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import tasks
 from ..checkpoint.loading import pick_device, untied_state_dict
-from ..cli.output import Output
 from ..data.batches import Batch
 from ..engine import flops, stages
 from ..engine.fading import fade_at, fading, forget_head_masks
@@ -31,6 +30,7 @@ from ..engine.slicing import slice_state
 from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
 from ..plan import Plan
+from ..progress import Progress
 from ..tasks import comparison
 from .calibration import Calibration
 
@@ -102,13 +102,13 @@ def precision(training: Training) -> str:
     return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def count_steps(training: Training, task: tasks.Task, pairs: Pairs, out: Output) -> Training:
+def count_steps(training: Training, task: tasks.Task, pairs: Pairs, progress: Progress) -> Training:
     """Epochs as steps. Raises UsageError for epochs of generated scenes, which do not end."""
     if training.epochs is None:
         return training
     if isinstance(pairs, ScenePairs):
         raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
-    out.say("counting the pairs ...")
+    progress.say("counting the pairs ...")
     found = sum(1 for _ in pairs.read("calibration", accepts=task.accepts))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
@@ -195,7 +195,7 @@ class Trainer:
 
     # The tuning ------------------------------------------------------------------------------------------------------
 
-    def tune(self, out: Output, save: Callable[[], None]) -> nn.Module:
+    def tune(self, progress: Progress, save: Callable[[], None]) -> nn.Module:
         """Train the plan that was found for the steps that are left, the rate falling to zero as a cosine."""
         begin, end = self.training.stage_steps, self.training.steps
 
@@ -203,7 +203,7 @@ class Trainer:
             passed = (step - 1 - begin) / max(end - begin, 1)
             return self.training.lr * 0.5 * (1 + math.cos(math.pi * max(passed, 0.0)))
 
-        with out.progress("fine-tuning", end) as bar:
+        with progress.track("fine-tuning", end) as bar:
             bar.advance(by=self.done)
             while self.done < end:
                 model = self.dense.build(self.plan, self.state)
@@ -212,7 +212,7 @@ class Trainer:
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
         self.accelerator.end_training()
-        warn_cut_texts("fine-tuning", self.texts, out, self.dense.longest)
+        warn_cut_texts("fine-tuning", self.texts, progress, self.dense.longest)
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
     # Both ------------------------------------------------------------------------------------------------------------
