@@ -125,3 +125,9 @@ def test_the_tree_in_readme_names_every_folder_of_the_package():
     tree = re.search(r"```\ncomp_cli/\n(.*?)^tests/", PAGES["README.md"], re.DOTALL | re.MULTILINE)[1]
     named = {folder for line in tree.splitlines() for folder in re.findall(r"(\w+)/", line[:24])}
     assert named == {path.name for path in (ROOT / "comp_cli").iterdir() if path.is_dir() and path.name != "__pycache__"}
+
+
+def test_the_citation_is_of_the_version_that_the_changes_begin_with():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f"\n## {cited['version']}\n" in PAGES["CHANGELOG.md"].split("\n### ")[0]
+    assert cited["license"] == "Apache-2.0" and cited["references"][0]["title"]
