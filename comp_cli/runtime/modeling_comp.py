@@ -364,7 +364,8 @@ class TokenState:
     another layer, so a layer that runs again in the backward pass (gradient checkpointing) finds what it found before.
 
     masks: number of a layer -> the mask that its attention gets, (batch, 1, tokens, tokens), None for none. kept: number of a
-    layer that drops tokens -> those that stay, (batch, keep), indices into the ones that enter it.
+    layer that drops tokens -> those that stay, (batch, keep), indices into the ones that enter it. For loops that give all
+    layers one mask, as those of BLIP, CLIP and SigLIP do.
     """
 
     def __init__(self) -> None:
