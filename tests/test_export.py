@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +19,8 @@ from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
 from comp_cli.onnx import graphs, parity, rewrite, sessions
 from comp_cli.options import DataOptions, ExportOptions
+from comp_cli.runtime import modeling_comp
+from comp_cli.runtime.modeling_comp import TokenPruning, TokenScores
 
 
 def run_export(source, folder, out=None, **options):
@@ -331,6 +334,38 @@ def test_nodes_tell_where_tokens_are_pruned(exported):
     assert "TopK" in {node.op_type for node in named}
     assert not {"MultiHeadAttention", "Gelu", "LayerNormalization"} & {node.op_type for node in named}
     assert all(node.op_type != "TopK" or node in named for node in graph.node)
+
+
+class Pruned(torch.nn.Module):
+    """Tokens that rank themselves: scoring and dropping, and one more operation before and behind."""
+
+    names, outputs, dynamic = ["states"], ("left",), {"states": None}
+
+    def __init__(self, merge):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.scorer = TokenScores("cls", 0, skip_first=True)
+        self.layer.dropper = TokenPruning(5, ("first",), merge)
+
+    def forward(self, states):
+        states = states.tanh()
+        return self.layer.dropper(states, self.layer.scorer(states, states, 4, 0.5), None)[0].sin()
+
+    def example(self):
+        return {"states": torch.zeros(2, 9, 8)}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_nodes_of_token_pruning_are_known_by_their_module(tmp_path, monkeypatch, merge):
+    """Whatever functions and attributes are called. By hand: all nodes are token pruning, but the first and the last."""
+    select, cls = modeling_comp.select_tokens, modeling_comp.TOKEN_RULES["cls"]
+    monkeypatch.setattr(modeling_comp, "select_tokens", lambda *tensors: select(*tensors))
+    monkeypatch.setitem(modeling_comp.TOKEN_RULES, "cls", replace(cls, score=lambda *given, **more: cls.score(*given, **more)))
+    graphs.write(Pruned(merge), tmp_path / "model.onnx", opset=20, target="onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    named = [node for node in nodes if node.name.startswith(f"layer/{graphs.TOKEN_PRUNING}/")]
+    assert [node.op_type for node in nodes if node not in named] == ["Tanh", "Sin"]
+    assert {"Softmax", "TopK"} <= {node.op_type for node in named}
 
 
 def test_graphs_are_checked_on_the_users_pairs(compact_folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -220,11 +221,29 @@ def test_it_can_be_trained(case, tmp_path, share):
 def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
     report = export.export(compact_folder, tmp_path / "onnx", ExportOptions(), QUIET)
     assert report.passed and report.agreement == 1.0
+    check_profile(compact_folder, [onnx.load(tmp_path / "onnx" / name).graph for name in report.graphs])
     if case.dense.family.decoder:
         assert list(report.graphs) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
         return
     (graph,) = report.graphs.values()
     assert tuple(graph.inputs) == case.dense.family.inputs and tuple(graph.outputs) == case.dense.task.outputs
+
+
+def check_profile(folder, written: list[onnx.GraphProto]) -> None:
+    """A profile shows what token pruning costs: the layers that drop tokens, and no others, have nodes of that name. Each ranks
+    (TopK, and once more to sort what stays), and its attention scores (Softmax; the attention's own is in its node)."""
+    layers, attentions = [], []
+    for tower in json.loads((folder / "config.json").read_text())["comp"]["towers"]:
+        layout = tower["layout"]
+        for index, layer in enumerate(tower["layers"]):
+            if layer["keep"] is not None:
+                layers.append(f"{layout['encoder']}.{layout['layers']}.{index}")
+                attentions.append(f"{layers[-1]}.{layout['attention']['module']}")
+    places = [(node.op_type, *node.name.split("/")[:2]) for graph in written for node in graph.node]
+    expected = [("TopK", layer, "token_pruning") for layer in 2 * layers]
+    assert layers and Counter(place for place in places if place[0] == "TopK") == Counter(expected)
+    expected = [("Softmax", attention, "token_pruning") for attention in attentions]
+    assert Counter(place for place in places if place[::2] == ("Softmax", "token_pruning")) == Counter(expected)
 
 
 def test_images_and_texts_apart(case, compact_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Image tokens of CLIP that go and stay as one: the whole tower, written out with stock weights."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -60,3 +61,19 @@ def test_a_tower_that_fuses_is_what_it_is_by_hand(clip):
         unweighted = torch.cat([by_hand(stock, image[None], weighted=0.0) for image in inputs["pixel_values"]])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert (found - unweighted).abs().max() > 1e-3  # the weight is not for nothing
+
+
+def test_a_layer_that_runs_again_in_the_backward_pass_finds_the_same_tokens(clip):
+    """Gradient checkpointing, in a tower where each layer reads what the one before it left; texts drop tokens as well."""
+    dense, _ = clip
+    plan = tiny.uneven(dense.plan, dense.family)
+    model = copy.deepcopy(dense.runtime(plan)).train().requires_grad_(True)
+    inputs, found = dense.random_inputs(3, 12, padded=5), []
+    for activate in (lambda: None, model.gradient_checkpointing_enable):
+        activate()
+        model.zero_grad()
+        model(**inputs).logits_per_image.square().sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert found[0].keys() == found[1].keys() and model.vision_model.encoder.layers[0].gradient_checkpointing
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, atol=1e-6, rtol=1e-5)

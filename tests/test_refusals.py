@@ -17,7 +17,7 @@ from comp_cli.models.dense import open_dense
 from comp_cli.onnx import generation
 from comp_cli.onnx.graphs import Encoded, decode
 from comp_cli.runtime import modeling_comp
-from comp_cli.runtime.modeling_comp import CompactAttention, PostNormLayer, PreNormLayer, add_token_state
+from comp_cli.runtime.modeling_comp import CompactAttention, PostNormLayer, PreNormLayer, TokenState, add_token_state
 
 FAMILIES = ("blip", "blip-caption", "blip-vqa", "clip", "siglip")
 UNKNOWN = ("kv_cache", "mask", "encoder_mask", "position_ids", "head_mask", "cu_seq_lens_q", "kept_tokens")
@@ -94,6 +94,15 @@ def test_caches_where_there_is_no_place_for_them_are_refused(compact):
             if kind in (PreNormLayer, "loop"):
                 with pytest.raises((TypeError, ValueError), match="no cache|does not know"):
                     module(torch.zeros(1, 40, 72), **{name: cache})
+
+
+def test_a_layer_that_drops_tokens_is_refused_outside_of_its_loop(compact):
+    """Nobody would know which tokens are left, nor how many one of them stands for."""
+    layer = next(m for m in compact.modules() if isinstance(m, PreNormLayer) and m.token_pruning is not None)
+    with pytest.raises(TypeError, match="nowhere to say which"):
+        layer(torch.zeros(1, 37, 72))
+    assert layer(torch.zeros(1, 37, 72), token_state=TokenState()).shape == (1, layer.token_pruning.keep, 72)
+    assert layer(torch.zeros(1, 9, 72)).shape == (1, 9, 72)  # which it keeps
 
 
 def test_an_end_of_text_needs_a_mask_of_tokens(compact):

@@ -7,7 +7,7 @@ import torch
 from reference import masked_logits
 from torch import nn
 
-from comp_cli.runtime.modeling_comp import TokenPruning
+from comp_cli.runtime.modeling_comp import LAYOUT_DEFAULTS, TokenPruning, compact_layer
 
 
 def run(model, inputs, **more):
@@ -106,6 +106,26 @@ def test_cuda(dense, uneven_plan, inputs, dtype):
     there = {name: t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for name, t in inputs.items()}
     found = run(copy.deepcopy(model).cuda().to(dtype), there).itm_score
     torch.testing.assert_close(found.float().cpu(), expected, atol=1e-3 if dtype == torch.float32 else 0.15, rtol=0.1)
+
+
+def test_norms_and_feed_forward_part_are_found_under_the_names_of_the_layout(stock):
+    """Those of a Llama-like layer, around the weights of BLIP's."""
+    layer = copy.deepcopy(stock.vision_model.encoder.layers[0])
+    states = torch.randn(2, 7, 72, generator=torch.Generator().manual_seed(0))
+    expected = layer(states)
+    for old, new in (("layer_norm1", "input_layernorm"), ("layer_norm2", "post_attention_layernorm"), ("mlp", "ffn")):
+        layer.add_module(new, layer._modules.pop(old))
+    layout = LAYOUT_DEFAULTS | {
+        "order": "pre_norm",
+        "attention": {"module": "self_attn", "qkv": ["qkv"], "out": "self_attn.projection"},
+        "cross": None,
+        "norms": ["input_layernorm", "post_attention_layernorm"],
+        "mlp": "ffn",
+        "ffn": ["ffn.fc1", "ffn.fc2"],
+    }
+    sizes = {"attention": {"num_heads": 6, "head_dim": 12, "scale": 12**-0.5}, "ffn": 200, "keep": None}
+    compact = compact_layer(layer, 0, layout, sizes, {})
+    torch.testing.assert_close(compact(states), expected, atol=1e-5, rtol=0)
 
 
 def merging(keep: int) -> TokenPruning:

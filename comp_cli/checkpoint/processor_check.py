@@ -111,7 +111,7 @@ def check_texts(tokenizer: Any, vocabulary: int, folder: Path) -> None:
 
 def check_end(tokenizer: Any, end: Any, folder: Path) -> None:
     """Raises RefusedError where texts do not end with the token that the model reads them at: it would read all of them at
-    their first one. end: `eos_token_id` of the config; 2 stands for the highest id of a text (see modeling_comp.EndOfText)."""
+    their first one. end: `eos_token_id` of the config; 2 stands for the highest id of a text (as in modeling_comp)."""
     ids = tokenizer(["a"])["input_ids"][0]
     if end != 2 and end not in ids[1:]:
         said = f"the tokenizer makes {ids} of 'a', which has no end: config.json says eos_token_id {shown(end)}"

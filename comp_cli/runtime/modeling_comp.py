@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -217,7 +218,8 @@ def by_position(order: Callable[[torch.Tensor], torch.Tensor]) -> ScoreFunction:
 
 def bit_reversed(position: torch.Tensor) -> torch.Tensor:
     """Positions with their lowest ten bits reversed: the k largest are evenly spread, whatever k."""
-    return sum(((position >> bit) & 1) << (9 - bit) for bit in range(10))
+    bits = (((position >> bit) & 1) << (9 - bit) for bit in range(10))
+    return reduce(torch.add, bits)
 
 
 def hashed(position: torch.Tensor) -> torch.Tensor:
@@ -362,7 +364,8 @@ class TokenState:
     another layer, so a layer that runs again in the backward pass (gradient checkpointing) finds what it found before.
 
     masks: number of a layer -> the mask that its attention gets, (batch, 1, tokens, tokens), None for none. kept: number of a
-    layer that drops tokens -> those that stay, (batch, keep), indices into the ones that enter it.
+    layer that drops tokens -> those that stay, (batch, keep), indices into the ones that enter it. For loops that give all
+    layers one mask, as those of BLIP, CLIP and SigLIP do.
     """
 
     def __init__(self) -> None:
@@ -487,7 +490,7 @@ class CompactAttention(nn.Module):
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
         self.layout = layout
         self.config = getattr(stock, "config", None)
-        self.layer_idx: int | None = getattr(stock, "layer_idx", None)  # place in the cache of a tower that generates
+        self.layer_idx: Any = getattr(stock, "layer_idx", None)  # place in the cache of a tower that generates
         self.causal = False
         self.register_module("token_scores", None)
         self.head_mask: torch.Tensor | None = None
@@ -534,8 +537,8 @@ class CompactAttention(nn.Module):
         if self.fused_node and torch.onnx.is_in_onnx_export():
             context = fused_attention(query, key, value, self.num_heads, self.scale, attention_mask)
         else:
-            split = (self.split(states) for states in (query, key, value))
-            context = F.scaled_dot_product_attention(*split, attention_mask, scale=self.scale)
+            queries, keys, values = (self.split(states) for states in (query, key, value))
+            context = F.scaled_dot_product_attention(queries, keys, values, attention_mask, scale=self.scale)
             context = context.transpose(1, 2).flatten(2)
         scores = None
         if self.token_scores is not None:
@@ -564,7 +567,7 @@ class CompactAttention(nn.Module):
         crosses = encoder_hidden_states is not None
         query = getattr(self, names[0])(hidden_states)
         if cache is not None and crosses and cache.is_updated.get(self.layer_idx):
-            known = cache.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
+            known: Any = cache.cross_attention_cache.layers[self.layer_idx]  # what does not change is made once
             return [query, known.keys, known.values]
         other = encoder_hidden_states if crosses else hidden_states
         key, value = (getattr(self, name)(other) for name in names[1:])
@@ -585,7 +588,7 @@ class CompactLayer(nn.Module):
 
     layer_idx: int
     token_pruning: TokenPruning | None
-    norms: tuple[str, str]
+    norms: tuple[str, ...]
     attention_name: str
     mlp_name: str
     cache_name: str | None  # what the stock module around the attention calls the cache
@@ -643,6 +646,10 @@ class PostNormLayer(CompactLayer):
     encoder_attention_mask is taken and not used: the stock layer (5.20 to 5.24) does not hand it to the attention either.
     """
 
+    attention: nn.Module
+    crossattention: nn.Module
+    feed_forward_chunk: Callable[[torch.Tensor], torch.Tensor]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -656,12 +663,13 @@ class PostNormLayer(CompactLayer):
     ) -> torch.Tensor:
         """(batch, tokens, dim) -> (batch, tokens or keep, dim). attention_mask: of all tokens that entered the tower."""
         refuse_unknown(self, kwargs)
-        cache = the_cache(cache, past_key_values)
-        if cache is not None and token_state is not None:
-            raise ValueError("where tokens are dropped there is no cache: those that are left differ from layer to layer.")
-        if cache is not None and self.cache_name is None:
-            raise TypeError(f"{type(self.attention).__name__} of transformers {transformers.__version__} takes no cache.")
-        past = {} if cache is None else {self.cache_name: cache}
+        past, cache = {}, the_cache(cache, past_key_values)
+        if cache is not None:
+            if token_state is not None:
+                raise ValueError("where tokens are dropped there is no cache: those that are left differ from layer to layer.")
+            if self.cache_name is None:
+                raise TypeError(f"{type(self.attention).__name__} of transformers {transformers.__version__} takes no cache.")
+            past[self.cache_name] = cache
         if token_state is not None:
             attention_mask = token_state.mask_of(self.layer_idx, attention_mask, hidden_states.device)
         hidden_states, scores = self.attention(hidden_states, attention_mask=attention_mask, **past)
@@ -675,7 +683,7 @@ LAYERS: dict[str, type[CompactLayer]] = {"pre_norm": PreNormLayer, "post_norm": 
 
 
 @once
-def _layer_class(order: str, stock_class: type) -> type:
+def _layer_class(order: str, stock_class: Any) -> Any:
     # A subclass of the stock layer, so that transformers' recording of hidden states and checkpointing find it.
     return type(f"Compact{stock_class.__name__}", (LAYERS[order], stock_class), {})
 
@@ -684,9 +692,11 @@ def compact_layer(
     stock: nn.Module, index: int, layout: dict[str, Any], sizes: dict[str, Any], tower: dict[str, Any]
 ) -> CompactLayer:
     """The layer with the sizes of its plan, `index` in its tower. Weights that change size are left uninitialised."""
-    layer_class = _layer_class(layout["order"], type(stock))
-    layer = layer_class.__new__(layer_class)
+    stock_class: Any = type(stock)
+    layer_class = _layer_class(layout["order"], stock_class)
+    layer: CompactLayer = layer_class.__new__(layer_class)
     layer.__dict__.update(stock.__dict__)
+    inside: Callable[[str], Any] = layer.get_submodule
     around = stock.get_submodule(layout["attention"]["module"].split(".")[0])  # the stock module that holds the attention
     layer.layer_idx, layer.cache_name = index, cache_name(around.forward)
     layer.norms, layer.mlp_name, layer.attention_name = tuple(layout["norms"]), layout["mlp"], layout["attention"]["module"]
@@ -698,19 +708,19 @@ def compact_layer(
         attention.causal = kind == "attention" and layout["causal"]
         layer.set_submodule(parts["module"], attention)
         if attention.out_name is None:
-            out = layer.get_submodule(parts["out"])
+            out = inside(parts["out"])
             inner = attention.num_heads * attention.head_dim
             layer.set_submodule(parts["out"], resized(out, inner, out.out_features))
     for path in layout["ffn"]:
-        linear, last = layer.get_submodule(path), path == layout["ffn"][-1]
+        linear, last = inside(path), path == layout["ffn"][-1]
         shape = (sizes["ffn"], linear.out_features) if last else (linear.in_features, sizes["ffn"])
         layer.set_submodule(path, resized(linear, *shape))
     layer.register_module("token_pruning", None)
     if sizes["keep"] is not None:
         protected = tuple(layout["protected"])
         layer.token_pruning = TokenPruning(sizes["keep"], protected, tower.get("fuse", False))
-        attention = layer.get_submodule(layout["attention"]["module"])
-        attention.token_scores = TokenScores(tower.get("score_rule", "attention"), tower["score_rows"], "first" in protected)
+        scores = TokenScores(tower.get("score_rule", "attention"), tower["score_rows"], "first" in protected)
+        inside(layout["attention"]["module"]).token_scores = scores
     return layer
 
 
@@ -738,7 +748,8 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
         layout = LAYOUT_DEFAULTS | tower["layout"]
         encoder = model.get_submodule(layout["encoder"])
         layers = getattr(encoder, layout["layers"])
-        check_sizes(tower, encoder.config.hidden_size, encoder.config.num_attention_heads)
+        config: Any = encoder.config
+        check_sizes(tower, config.hidden_size, config.num_attention_heads)
         if len(layers) != len(tower["layers"]):
             raise ValueError(f"{layout['encoder']}: the plan has {len(tower['layers'])} layers, the model {len(layers)}")
         for index, sizes in enumerate(tower["layers"]):
@@ -756,14 +767,14 @@ def compact_class(architecture: str) -> type:
     warn_if_untested()
     stock = getattr(transformers, architecture)
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         make_compact(self, config.comp)
         # What scales all logits stays exact, whatever precision the matrices are loaded in.
         scalars = {name for name, parameter in self.named_parameters() if parameter.numel() == 1}
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | scalars
 
-    def dtype(self) -> torch.dtype:
+    def dtype(self: Any) -> torch.dtype:
         """Of the matrices."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.numel() > 1)
 
