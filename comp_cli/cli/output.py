@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import CompError
@@ -75,7 +75,7 @@ class Output:
     def line(self, message: str) -> None:
         """A line of the result for people."""
         if self.mode == "human":
-            self._print(printable(message), markup=False, soft_wrap=True)
+            self._print(printable(message), plain=True)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, or in quiet mode the path that was written."""
@@ -88,9 +88,10 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, **style: bool) -> None:
+    def _print(self, what: Any, *, plain: bool = False) -> None:
+        """plain: a line that is neither markup nor wrapped."""
         with self.stdout.capture() as captured:
-            self.stdout.print(what, **style)
+            self.stdout.print(what, markup=not plain, soft_wrap=plain)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
@@ -131,7 +132,7 @@ class Bar:
 class TerminalBar(Bar):
     """A moving bar."""
 
-    def __init__(self, progress: Progress, task):
+    def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task = progress, task
 
     def advance(self, title: str | None = None, by: int = 1) -> None:
