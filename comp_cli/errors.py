@@ -85,8 +85,7 @@ def explain(error: Exception) -> CompError:
     """What no command foresaw, as a sentence: exit 1. What the machine lacks is no defect."""
     lines = str(error).strip().splitlines() or ["no message"]
     if is_full(error):
-        name = getattr(error, "filename", None)
-        where = f" ({name})" if name else ""
+        where = f" ({filename})" if (filename := getattr(error, "filename", None)) else ""
         return CompError(
             f"the disk is full{where}.", hint="Free some space and run it again; TMPDIR names another scratch disk."
         )

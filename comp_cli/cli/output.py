@@ -75,7 +75,7 @@ class Output:
     def line(self, message: str) -> None:
         """A line of the result for people."""
         if self.mode == "human":
-            self._print(printable(message), plain=True)
+            self._print(printable(message), markup=False, soft_wrap=True)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, or in quiet mode the path that was written."""
@@ -88,10 +88,9 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, *, plain: bool = False) -> None:
-        """plain: a line that is neither markup nor wrapped."""
+    def _print(self, what: Any, markup: bool | None = None, soft_wrap: bool | None = None) -> None:
         with self.stdout.capture() as captured:
-            self.stdout.print(what, markup=not plain, soft_wrap=plain)
+            self.stdout.print(what, markup=markup, soft_wrap=soft_wrap)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__
 from ..errors import CompError
 from ..report.environment import EnvironmentReport
-from ..report.tables import mib
+from ..report.numbers import mib
 
 DISTRIBUTION = "comp-cli"
 VARIABLES = (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ def peak_memory(
     rows = []
     with tempfile.TemporaryDirectory() as scratch, progress.track("measuring peak memory", len(places)) as bar:
         example = Path(scratch) / "inputs.npz"
-        np.savez(example, **sessions.feeds(inputs))
+        arrays: dict[str, Any] = sessions.feeds(inputs)
+        np.savez(example, **arrays)
         for (backend, side), path in places.items():
             given = [backend, str(path), str(example), str(device), family.name]
             given += ["--allow-pickle"] if allow_pickle and side == "dense" else []

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -13,13 +13,14 @@ from ..report.benched import Factor, Latency
 RESAMPLES = 2000
 WARM_UP = 2
 
+Variant = TypeVar("Variant", bound=Hashable)  # what a caller calls one
 Inputs = dict[str, Tensor]
 Runner = Callable[[Inputs], Any]  # one forward pass, synchronised; what it returns is not looked at
 
 
 def rounds(
-    runners: Mapping[Hashable, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter, warm_up: int = WARM_UP
-) -> Iterator[dict[Hashable, float]]:
+    runners: Mapping[Variant, Runner], inputs: Inputs, clock: Callable[[], Any] = time.perf_counter, warm_up: int = WARM_UP
+) -> Iterator[dict[Variant, float]]:
     """Endless rounds of milliseconds in which every variant runs once, so that a busy moment of the machine hits all alike.
 
     After the runs to warm up, every second round goes backwards, so that no variant always follows the same one.
@@ -41,7 +42,8 @@ def rounds(
 
 def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Latency:
     """The row of one variant from its times in milliseconds."""
-    median, p90, p99 = statistics.median(times), *np.percentile(times, [90, 99]).tolist()
+    median = statistics.median(times)
+    p90, p99 = np.percentile(times, [90, 99]).tolist()
     return Latency(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
 
 
