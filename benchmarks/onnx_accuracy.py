@@ -11,7 +11,7 @@ from comp_cli.cli.output import Output
 from comp_cli.files.store import folder_size
 from comp_cli.models.dense import ScenePairs, batches_of, open_dense
 from comp_cli.onnx.sessions import OnnxModel
-from comp_cli.report.tables import mib, percent
+from comp_cli.report.numbers import mib, percent
 from comp_cli.tasks import comparison
 
 PAIRS = 1000

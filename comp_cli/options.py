@@ -178,6 +178,13 @@ class Training(Checked):
 
 
 @dataclass(frozen=True)
+class ResolvedTraining(Training):
+    """With the numbers that the size of the model decides, and epochs as steps."""
+
+    lr: float = LEARNING_RATE.small
+
+
+@dataclass(frozen=True)
 class AnalyzeOptions(Checked):
     """What `comp analyze` is asked for.
 
@@ -253,6 +260,17 @@ class PruneOptions(Checked):
     cit: bool = True
     explore: bool = True
     history: bool = True
+
+
+@dataclass(frozen=True)
+class ResolvedOptions(PruneOptions):
+    """With the numbers that the size of the model decides."""
+
+    stages: int = int(STAGES.small)
+    num_samples: int = int(NUM_SAMPLES.small)
+    stage_samples: int = int(STAGE_SAMPLES.small)
+    eval_samples: int = int(EVAL_SAMPLES.small)
+    training: ResolvedTraining = ResolvedTraining()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,8 @@ def test_defaults_are_those_of_the_options(name):
             if name == "export" and (cls is options.HubOptions or key in ("split", "label_column")):
                 continue  # export reads folders, and its --split is another one
             if not is_dataclass(found.default) and key in library:
-                assert library[key].default == found.default or library[key].default is found.default, key
+                expected = inspect.Parameter.empty if found.default is MISSING else found.default
+                assert library[key].default == expected, key
             elif not is_dataclass(found.default):
                 assert key in typed(name), key
 
@@ -282,7 +283,7 @@ def test_the_command_line_says_the_same(name, given, sentence, tiny_folder, tmp_
 
 def test_a_missed_gate_carries_the_report(tiny_folder, tmp_path):
     with pytest.raises(comp_cli.GateError, match="--max-drop allows 0 points") as missed:
-        comp_cli.prune(tiny_folder, ratio=0.9, output=tmp_path / "compact", max_drop=0, **FAST)
+        comp_cli.prune(tiny_folder, ratio=0.9, output=tmp_path / "compact", max_drop=0, task="retrieval", **FAST)
     report = missed.value.report
     assert isinstance(report, comp_cli.PruneReport) and report.quality.agreement < 1 and report.output is None
     assert missed.value.document == report.to_json() and report.warnings and missed.value.exit_code == 3

@@ -81,7 +81,7 @@ def test_documents_of_the_commands(tiny_folder, compact_folder, tmp_path):
 def test_documents_of_failures_and_dry_runs(tiny_folder, compact_folder, tmp_path):
     cases = [
         ("prune", 0, [tiny_folder, "--dry-run", *FAST]),
-        ("prune", 3, [tiny_folder, "-o", tmp_path / "c", "--max-drop", "0", *FAST[:-1], "0.9"]),
+        ("prune", 3, [tiny_folder, "-o", tmp_path / "c", "--max-drop", "0", "--task", "retrieval", *FAST[:-1], "0.9"]),
         ("prune", 2, [tiny_folder, "--ratio", "2"]),
         ("prune", 2, [tiny_folder, "--ratio", "abc"]),
         ("analyze", 2, ["./nowhere"]),

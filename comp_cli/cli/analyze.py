@@ -1,10 +1,13 @@
 """`comp analyze`."""
 
+from typing import Any
+
 import typer
 
 from .. import api
 from ..options import AnalyzeOptions, DataOptions, HubOptions
 from . import options as given
+from .output import Output
 from .perform import perform
 
 
@@ -42,7 +45,7 @@ def analyze(
     `comp analyze Salesforce/blip-itm-base-coco --data pairs.jsonl --json`
     """
 
-    def show(report, out):
+    def show(report: Any, out: Output) -> None:
         from ..report.analysis import print_analysis
 
         print_analysis(report, out, model, task)

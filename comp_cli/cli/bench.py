@@ -8,8 +8,10 @@ import typer
 from .. import api
 from ..errors import GateError
 from ..options import BenchOptions, Gates, HubOptions
+from ..report.benched import BenchReport
 from . import options as given
 from .options import COMPUTING, MAIN, OUTPUT, option
+from .output import Output
 from .perform import perform
 
 GATES = "Gates (exit code 3 where one is not met)"
@@ -62,14 +64,14 @@ def bench(
     `comp bench compact --backend onnx --batch 1 --min-speedup 1.8` (a gate for CI: exit code 3)
     """
 
-    def show(report: Any, out: Any) -> None:
+    def show(report: Any, out: Output) -> None:
         from ..report.benchmark import print_benchmark
 
         print_benchmark(report, out)
         if plot:
             out.line(f"Wrote {plot}.")
 
-    def call(options: dict[str, Any], out: Any) -> Any:
+    def call(options: dict[str, Any], out: Output) -> BenchReport:
         try:
             return api.bench(**options, progress=out)
         except GateError as missed:

@@ -7,8 +7,10 @@ import typer
 from .. import api
 from ..errors import UsageError
 from ..options import DataOptions, ExportOptions
+from ..report.exported import ExportReport
 from . import options as given
 from .options import COMPUTING, MAIN, OUTPUT, option
+from .output import Output
 from .perform import perform
 
 GRAPHS = "Graphs"
@@ -66,12 +68,12 @@ def export(
     `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
     """
 
-    def call(options: dict[str, Any], out: Any) -> Any:
+    def call(options: dict[str, Any], out: Output) -> ExportReport:
         if not options.pop("onnx"):
             raise UsageError("name a format.", hint="comp export FOLDER --onnx")
         return api.export(**options, progress=out)
 
-    def show(report, out):
+    def show(report: Any, out: Output) -> None:
         from ..report.graphs import print_export
 
         print_export(report, out)

@@ -1,6 +1,6 @@
 """`comp prune`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from ..options import (
 )
 from . import options as given
 from .options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TUNING, option
+from .output import Output
 from .perform import perform
 
 EPILOG = "Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.description}" for name, method in METHODS.items())
@@ -107,7 +108,7 @@ def prune(
     `accelerate launch -m comp_cli prune ./my-blip --ratio 0.8 --data pairs/ --epochs 2`
     """
 
-    def show(report, out):
+    def show(report: Any, out: Output) -> None:
         from ..report.tables import print_pruned
 
         print_pruned(report, out)

@@ -124,7 +124,7 @@ def made_of(folder: Path, comp: dict[str, Any]) -> str:
         there = (folder.resolve() / address).resolve()
         address = str(there) if there.is_dir() else None
     if not address:
-        was = f"was made of {name}, and does not know where that is" if name else "does not say what it was made of"
+        was = f"records the base model {name}, and no way to it" if name else "records no base model"
         raise UsageError(f"{folder} {was}.", hint="Name the dense model: --baseline MODEL")
     return address
 

@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__
 from ..errors import CompError
 from ..report.environment import EnvironmentReport
-from ..report.tables import mib
+from ..report.numbers import mib
 
 DISTRIBUTION = "comp-cli"
 VARIABLES = (
@@ -29,11 +29,18 @@ COMPILERS = ("c++", "g++", "clang++")
 LITTLE_SPACE = 2 * 2**30  # bytes in the cache of downloads: a full-size model with its pickled twin is about as large
 
 Problem = dict[str, str]  # what would fail, and why
+Reader = Callable[[], tuple[Any, list[Problem]]]
 
 
 def environment() -> EnvironmentReport:
     """It never fails: what does not work is among its problems."""
-    readers = (read_packages, {}), (read_tested, None), (read_devices, []), (read_providers, []), (read_cache, {})
+    readers: tuple[tuple[Reader, Any], ...] = (
+        (read_packages, {}),
+        (read_tested, None),
+        (read_devices, []),
+        (read_providers, []),
+        (read_cache, {}),
+    )
     (packages, _, devices, providers, cache), found = zip(*(look(*reader) for reader in readers), strict=True)
     return EnvironmentReport(
         comp_version=__version__,
@@ -49,7 +56,7 @@ def environment() -> EnvironmentReport:
     )
 
 
-def look(read: Callable[[], tuple[Any, list[Problem]]], nothing: Any) -> tuple[Any, list[Problem]]:
+def look(read: Reader, nothing: Any) -> tuple[Any, list[Problem]]:
     """What a reader found, with its problems; `nothing` where it stumbles: half an installation fails in its own ways."""
     try:
         return read()
@@ -87,12 +94,12 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
 
 def read_tested() -> tuple[None, list[Problem]]:
     """Whether transformers is of a release that the runtime of compact models was tested with."""
-    transformers, problem = _import("transformers")
+    transformers, missing = _import("transformers")
     if transformers is None:
-        return None, [problem]
-    runtime, problem = _import("comp_cli.runtime.modeling_comp")
+        return None, missing
+    runtime, missing = _import("comp_cli.runtime.modeling_comp")
     if runtime is None:
-        return None, [problem]
+        return None, missing
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runtime.warn_if_untested.__wrapped__()
@@ -117,9 +124,9 @@ def _fits(requirement: Any, version: str) -> bool:
 def read_devices() -> tuple[list[dict[str, Any]], list[Problem]]:
     """The CPU, and the GPUs that torch sees."""
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": processor_name(), "cores": os.cpu_count()}]
-    torch, problem = _import("torch")
+    torch, missing = _import("torch")
     if torch is None:
-        return devices, [problem]
+        return devices, missing
     devices[0]["threads"] = torch.get_num_threads()
     problems = []
     if not any(map(shutil.which, COMPILERS)):
@@ -138,25 +145,27 @@ def read_devices() -> tuple[list[dict[str, Any]], list[Problem]]:
 
 def read_providers() -> tuple[list[str], list[Problem]]:
     """The providers that ONNX Runtime says it has, and whether that for CUDA loads."""
-    onnxruntime, problem = _import("onnxruntime")
+    onnxruntime, missing = _import("onnxruntime")
     if onnxruntime is None:
-        return [], [problem]
+        return [], missing
+    why = None
     try:
         from ..onnx import providers
 
         providers.check_cuda()
     except CompError as error:
-        problem = {"what": "graphs on --device cuda", "why": error.message}
+        why = error.message
     except Exception as error:
-        problem = {"what": "graphs on --device cuda", "why": _sentence(error)}
-    return list(onnxruntime.get_available_providers()), [problem] if problem else []
+        why = _sentence(error)
+    problems = [{"what": "graphs on --device cuda", "why": why}] if why else []
+    return list(onnxruntime.get_available_providers()), problems
 
 
 def read_cache() -> tuple[dict[str, Any], list[Problem]]:
     """Where downloads go, and how much room there is."""
-    hub, problem = _import("huggingface_hub")
+    hub, missing = _import("huggingface_hub")
     if hub is None:
-        return {}, [problem]
+        return {}, missing
     place = Path(hub.constants.HF_HUB_CACHE)
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
@@ -170,12 +179,12 @@ def read_cache() -> tuple[dict[str, Any], list[Problem]]:
     return {"path": str(place), "free_bytes": free}, problems
 
 
-def _import(name: str) -> tuple[Any, Problem | None]:
-    """A module, or why it cannot be had: a broken one raises nearly anything."""
+def _import(name: str) -> tuple[Any, list[Problem]]:
+    """A module, or None and why it cannot be had: a broken one raises nearly anything."""
     try:
-        return import_module(name), None
+        return import_module(name), []
     except Exception as error:
-        return None, {"what": "everything", "why": f"{name} cannot be imported: {_sentence(error)}"}
+        return None, [{"what": "everything", "why": f"{name} cannot be imported: {_sentence(error)}"}]
 
 
 def _told(name: str) -> str:

@@ -13,7 +13,16 @@ import torch
 import transformers
 
 from .. import __version__, tasks
-from ..checkpoint.loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries, save_processor
+from ..checkpoint.loading import (
+    DTYPES,
+    facts,
+    load_model,
+    load_processor,
+    pick_device,
+    pick_dtype,
+    quiet_libraries,
+    save_processor,
+)
 from ..checkpoint.precision import cast
 from ..data.pairset import PairSet
 from ..data.rows import Columns
@@ -67,7 +76,7 @@ def export(folder: Path, output: Path, options: ExportOptions, progress: Progres
         if options.keep_failed:
             check_output(failed, overwrite=True, source=folder)
         times = 1.25 if options.quantize else 2 if options.optimize else 1  # floats and int8, plain and fused graphs
-        check_room(output, times * count_weights(folder) * pick_dtype(options.dtype).itemsize, "the graphs")
+        check_room(output, times * count_weights(folder) * DTYPES[options.dtype].itemsize, "the graphs")
         return replace(_export(folder, output, failed, progress, options, overwrite), output=typed)
 
 
@@ -97,10 +106,17 @@ def _export(
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
         warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
+        check = Check(cases, task, options.device, tolerance, family.decoder.text if family.decoder else None)
         progress.say("exporting (this takes a minute for a full-size model) ...")
-        layout = {"split": options.split, "opset": options.opset, "target": options.target}
-        names = write_graphs(cast(model, pick_dtype(options.dtype)), task, family, partial, **layout)
+        names = write_graphs(
+            cast(model, DTYPES[options.dtype]),
+            task,
+            family,
+            partial,
+            split=options.split,
+            opset=options.opset,
+            target=options.target,
+        )
         fused = optimize(partial, names, check, options, progress) if options.optimize else {}
         left_out = quantize(partial, names, check, progress) if options.quantize else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
@@ -114,7 +130,7 @@ def _export(
                 tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
             save_processor(processor, partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = family.decoder and generation_config(model.config.text_config, family.decoder)
+        generation = generation_config(model.config.text_config, family.decoder) if family.decoder else None
         if generation:
             generation.save_pretrained(partial)
         report = ExportReport(
@@ -216,6 +232,7 @@ def quantize(folder: Path, names: list[str], check: Check, progress: Progress) -
     floats.mkdir()
     _move(folder, floats)
     noise: dict[str, float] = {}
+    left_out: list[str] = []
     for share in LEFT_OUT:
         if share and not noise:
             graphs = check.open(floats, names)

@@ -1,6 +1,7 @@
 """`comp prune`: from a dense model to a folder with a compact one."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from ..options import (
     BySize,
     HubOptions,
     PruneOptions,
-    Training,
+    ResolvedOptions,
+    ResolvedTraining,
 )
 from ..plan import Plan
 from ..progress import Progress
@@ -68,7 +70,7 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError("--stage-samples are some of the --num-samples, not more.")
 
 
-def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> PruneOptions:
+def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
     """The options with a number wherever the size of the model decides it."""
 
     def usual(default: BySize) -> Any:
@@ -77,14 +79,14 @@ def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress
 
     num_samples = options.num_samples or max(usual(NUM_SAMPLES), options.stage_samples or 0)
     training = count_steps(options.training, dense.task, pairs, progress)
-    return replace(
-        options,
-        stages=options.stages or usual(STAGES),
-        num_samples=num_samples,
-        stage_samples=min(options.stage_samples or usual(STAGE_SAMPLES), num_samples),
-        eval_samples=options.eval_samples or usual(EVAL_SAMPLES),
-        training=replace(training, lr=training.lr or usual(LEARNING_RATE)),
-    )
+    numbers = {
+        "stages": options.stages or usual(STAGES),
+        "num_samples": num_samples,
+        "stage_samples": min(options.stage_samples or usual(STAGE_SAMPLES), num_samples),
+        "eval_samples": options.eval_samples or usual(EVAL_SAMPLES),
+        "training": ResolvedTraining(**vars(training) | {"lr": training.lr or usual(LEARNING_RATE)}),
+    }
+    return ResolvedOptions(**vars(options) | numbers)
 
 
 def prune(
@@ -152,21 +154,21 @@ def _prune(
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
-    options = resolve_defaults(dense, pairs, options, progress)
-    if dry_run and options.training.steps:
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    if dry_run and resolved.training.steps:
         progress.say("--dry-run: without the training.")
-        options = replace(options, training=Training())
+        resolved = replace(resolved, training=ResolvedTraining())
     if journal:
-        journal.settings = settings_of(dense, options)
-        check_disk(dense, options, wanted_dtype or of_the_whole(own, dense.state), output)
+        journal.settings = settings_of(dense, resolved)
+        check_disk(dense, resolved, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
-        found = search(dense, pairs, options, journal, progress)
+        found = search(dense, pairs, resolved, journal, progress)
         plan = found.plan.told_apart(dense.plan)
         report = replace(
-            describe(dense, plan, options),
+            describe(dense, plan, resolved),
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
             texts={"calibration": Texts(**found.texts)},
-            pairs=counts(pairs, options),
+            pairs=counts(pairs, resolved),
         )
         if dry_run:
             return report
@@ -175,9 +177,9 @@ def _prune(
         round_as_written(compact, dtypes)  # judged with the weights that are written
         if not is_main_process():
             return report
-        quality, per_pair = compare(dense, compact, pairs, options, progress)
+        quality, per_pair = compare(dense, compact, pairs, resolved, progress)
         address = dense.source.address_from(output)
-        report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, options))
+        report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
         check_drop(report, quality, max_drop, progress)
     except (DeadEnd, GateError):
         if journal and is_main_process():
@@ -194,7 +196,7 @@ def _prune(
         journal.finish(folder / "comp_report.json")
     journal.remove()
     seconds = round(time.perf_counter() - started, 1)
-    cost = search_cost(found.seconds, per_pair * options.num_samples) if found.seconds else None
+    cost = search_cost(found.seconds, per_pair * resolved.num_samples) if found.seconds else None
     return replace(report, seconds=seconds, cost=cost)
 
 
@@ -276,13 +278,15 @@ def counts(pairs: Pairs, options: PruneOptions) -> dict[str, PairCounts]:
     return {purpose: PairCounts(**found) for purpose, found in rows if purpose != "training" or options.training.epochs}
 
 
-def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: PruneOptions, progress: Progress) -> tuple[Quality, float]:
+def compare(
+    dense: Dense, compact: nn.Module, pairs: Pairs, options: ResolvedOptions, progress: Progress
+) -> tuple[Quality, float]:
     """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
     And the seconds that the dense model took for a pair."""
     found, seconds, task = {}, {}, dense.task
     models = {"dense": dense.runtime(dense.plan), "compact": compact}
     collate = dense.collate_whole
-    read = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
+    read: Iterable[Pair] = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
     if dense.family.decoder:
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
@@ -295,10 +299,10 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: PruneOption
             seconds[name] = time.perf_counter() - begin
     before, after = found["dense"], found["compact"]
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
-    metrics = {name: Values(value, after.metrics[name]) for name, value in (before.metrics or {}).items()}
+    metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
     metric = task.metric
     if dense.family.decoder and before.metrics:
-        written = judge_texts(dense, models, read, options.batch_size, progress)
+        written = judge_texts(dense, models, list(read), options.batch_size, progress)
         metric, metrics = next(iter(written), metric), written | metrics
     quality = Quality(
         samples=before.samples,

@@ -116,9 +116,9 @@ def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> Non
         write(fresh / REPORT, json.dumps(report | {"files": files}) + "\n")
         load_model(fresh)
         with signals.held():
-            old = swap(fresh, folder, judged)
-            discard(old, folder)
-            shutil.rmtree(old, ignore_errors=True)  # the user's own folders in it, which came along
+            if (old := swap(fresh, folder, judged)) is not None:
+                discard(old, folder)
+                shutil.rmtree(old, ignore_errors=True)  # the user's own folders in it, which came along
     except OSError as error:
         if is_full(error):
             raise write_failed(folder, error) from error

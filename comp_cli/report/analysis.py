@@ -3,7 +3,8 @@
 import shlex
 
 from .analyzed import AnalyzeReport, Diagnostics
-from .tables import Printer, gflops, millions, percent, reference_input
+from .numbers import Printer, gflops, millions, percent
+from .tables import reference_input
 
 
 def print_analysis(report: AnalyzeReport, out: Printer, model: str, task: str | None) -> None:

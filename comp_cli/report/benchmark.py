@@ -2,7 +2,7 @@
 
 from ..measure.gates import sentence
 from .benched import BenchReport, Factor, Latency, Speedup
-from .tables import Printer, change, gflops, mib, millions, percent
+from .numbers import Printer, change, gflops, mib, millions, percent
 
 BACKEND_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "compile": "torch.compile"}
 STOCK = {"torch": "stock transformers", "onnx": "plain export", "compile": "stock transformers"}

@@ -14,7 +14,8 @@ from ..onnx.graphs import ENCODER, VISION
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
 from . import recipes
-from .tables import gflops, metric_value, millions, percent
+from .numbers import gflops, millions, percent
+from .tables import metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Report
-from .tables import Printer, mib
+from .numbers import Printer, mib
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The table of `comp export`."""
 
 from .exported import ExportReport, ParityRow
-from .tables import Printer, mib, percent
+from .numbers import Printer, mib, percent
 
 
 def print_export(report: ExportReport, out: Printer) -> None:

@@ -44,11 +44,11 @@ def plot(report: BenchReport, path: Path) -> None:
             batches, medians = [row.batch for row in rows], [row.median for row in rows]
             label = f"{BACKEND_NAMES[backend]}, {side_name(backend, side)}"
             left.plot(batches, medians, style, color=color, marker="o", markersize=4, label=label)
-        rows = [row for row in report.speedups if row.backend == backend]
-        values = [row.by_pruning.value for row in rows]
-        reach = [[v - r.by_pruning.low for v, r in zip(values, rows, strict=True)]]
-        reach += [[r.by_pruning.high - v for v, r in zip(values, rows, strict=True)]]
-        batches = [row.batch for row in rows]
+        speedups = [row for row in report.speedups if row.backend == backend]
+        values = [row.by_pruning.value for row in speedups]
+        reach = [[v - r.by_pruning.low for v, r in zip(values, speedups, strict=True)]]
+        reach += [[r.by_pruning.high - v for v, r in zip(values, speedups, strict=True)]]
+        batches = [row.batch for row in speedups]
         right.errorbar(batches, values, reach, color=color, marker="o", capsize=3, label=BACKEND_NAMES[backend])
     right.axhline(report.flops_reduction, color="grey", linestyle="--", label="FLOPs limit")
     highest = max(report.flops_reduction, *(row.by_pruning.high for row in report.speedups))

@@ -1,42 +1,13 @@
-"""Numbers as people read them, and the tables of `comp prune`."""
+"""The tables of `comp prune`."""
 
 import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine import flops
+from ..models.dense import Dense
 from ..plan import AttentionPlan, Plan
 from .base import Reference
+from .numbers import Printer, change, gflops, mib, millions, percent
 from .pruned import LayerKept, PruneReport
-
-if TYPE_CHECKING:  # `comp env` prints where torch is broken
-    from ..models.dense import Dense
-
-
-class Printer(Protocol):
-    """Where tables go."""
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """The first column is text, the others are numbers."""
-
-    def line(self, message: str) -> None:
-        """A line of the result."""
-
-
-def millions(number: float) -> str:
-    return f"{number / 1e6:,.1f} M"
-
-
-def gflops(number: float) -> str:
-    return f"{number / 1e9:,.2f} G"
-
-
-def mib(number: float) -> str:
-    return f"{number / 2**20:,.1f} MiB"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def metric_value(name: str, value: float) -> str:
@@ -44,11 +15,7 @@ def metric_value(name: str, value: float) -> str:
     return f"{100 * value:.1f}" if name == "CIDEr" else percent(value)
 
 
-def change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %" if before else "-"
-
-
-def layer_rows(dense: "Dense", plan: Plan) -> tuple[LayerKept, ...]:
+def layer_rows(dense: Dense, plan: Plan) -> tuple[LayerKept, ...]:
     """One row per layer: what is left of heads, channels and tokens."""
     rows = []
     counted = {(row.tower, row.layer): row for row in flops.count(plan, dense.reference).layers}

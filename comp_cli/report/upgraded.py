@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base import Report
-from .tables import Printer
+from .numbers import Printer
 
 
 @dataclass(frozen=True, kw_only=True)

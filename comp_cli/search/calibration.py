@@ -33,7 +33,8 @@ class Calibration:
         self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
         self.fitted: Fitted = {}
         self.known = [comparison.subsampled_labels(dense.task, batch) for batch in batches]
-        self.labels = torch.cat(self.known) if all(label is not None for label in self.known) else None
+        labels = [label for label in self.known if label is not None]
+        self.labels = torch.cat(labels) if len(labels) == len(self.known) else None
         self.expected: list[tasks.Outputs] = []  # of every batch what was read of the first plan: the dense one
 
     def measure(self, plan: Plan) -> stages.Measurement:
@@ -42,7 +43,8 @@ class Calibration:
 
     def judge(self, model: nn.Module, plan: Plan) -> stages.Measurement:
         """What any model of a plan shows. The first one is taken for the dense model."""
-        task, captured = self.dense.task, []
+        task = self.dense.task
+        captured: list[tasks.Outputs] = []
 
         def run(inputs: dict[str, Tensor]) -> Tensor:
             number = len(captured)

@@ -45,7 +45,7 @@ class Journal:
         found = self._read()
         if found is None:
             return
-        pairs = {}
+        pairs: dict[str, tuple[Any, Any]] = {}
         for name, value in settings.items():
             was = found["settings"].get(name)
             inside = isinstance(value, dict) and isinstance(was, dict)

@@ -10,7 +10,7 @@ from ..data.batches import Batch, fingerprint
 from ..engine import schedule, stages
 from ..engine.methods import METHODS
 from ..models.dense import Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
-from ..options import PruneOptions
+from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from .journal import Journal
@@ -29,7 +29,7 @@ class SearchResult:
     texts: dict[str, int]  # of the calibration, and how many of them were cut, see `dense.cut_texts`
 
 
-def search(dense: Dense, pairs: Pairs, options: PruneOptions, journal: Journal | None, progress: Progress) -> SearchResult:
+def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method = METHODS[options.method]
@@ -64,13 +64,13 @@ def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> 
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
     longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
     reference = dense.reference.tokens.get("language")
-    if longest is not None and longest < reference:
+    if longest is not None and reference is not None and longest < reference:
         progress.say(f"texts have {longest} tokens at most, --text-tokens is {reference}: language tokens stay")
 
 
 def run_stages(
     dense: Dense,
-    options: PruneOptions,
+    options: ResolvedOptions,
     measure: stages.Measure,
     state: stages.SearchState,
     save: Callable[[], None],
@@ -96,8 +96,8 @@ def run_stages(
             stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, state, tell)
 
 
-def strategy_of(options: PruneOptions) -> stages.Strategy:
+def strategy_of(options: ResolvedOptions) -> stages.Strategy:
     """The paper's rule where a bad stage heals, looking first where it does not; without what was switched off."""
-    off = {"explore": 0.0} if not options.explore else {}
-    off |= {"history": 0.0} if not options.history else {}
-    return replace(stages.Strategy(stages=options.stages, measure_first=not options.training.stage_steps), **off)
+    strategy = stages.Strategy(stages=options.stages, measure_first=not options.training.stage_steps)
+    explore, history = strategy.explore * options.explore, strategy.history * options.history
+    return replace(strategy, explore=explore, history=history)

@@ -8,7 +8,7 @@ from torch import nn
 from ..data.batches import Batch
 from ..engine import stages
 from ..models.dense import Dense, Pairs
-from ..options import PruneOptions
+from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from .journal import Journal
@@ -24,7 +24,7 @@ class Trained:
         self,
         dense: Dense,
         pairs: Pairs,
-        options: PruneOptions,
+        options: ResolvedOptions,
         batches: list[Batch],
         judges: list[Batch],
         journal: Journal | None,

@@ -29,7 +29,7 @@ from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
 from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
-from ..options import Training
+from ..options import ResolvedTraining, Training
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import comparison
@@ -97,7 +97,9 @@ def count_steps(training: Training, task: tasks.Task, pairs: Pairs, progress: Pr
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
-def training_batches(dense: Dense, pairs: Pairs, training: Training, seed: int, skip: int, part: slice) -> Iterator[Batch]:
+def training_batches(
+    dense: Dense, pairs: Pairs, training: ResolvedTraining, seed: int, skip: int, part: slice
+) -> Iterator[Batch]:
     """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
     passed, collate = 0, dense.collate
     for epoch in count(1):
@@ -120,7 +122,7 @@ class Trainer:
     def __init__(
         self,
         dense: Dense,
-        training: Training,
+        training: ResolvedTraining,
         ratio: float,
         batches: Callable[[int, slice], Iterator[Batch]],
         *,
