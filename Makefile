@@ -59,7 +59,7 @@ newest:
 	touch $(NEWEST)/.done
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # The site, into out/site; a warning is an error. Pages of the API come from docstrings, which are read and not run: no torch.
 docs: $(SITE_VENV)/.done
