@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import asdict
-from pathlib import PurePosixPath
 from typing import Any
 
 from .. import __version__
@@ -11,6 +10,8 @@ from ..cli.output import Output
 from ..engine import diagnostics, flops, importance, scoring
 from ..models.dense import DataOptions, Dense, batches_of, choose_pairs, cut_texts, open_dense, warn_cut_texts
 from ..report.tables import gflops, millions, percent, reference_input
+
+PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
 
 
 def analyze(
@@ -49,7 +50,7 @@ def analyze(
         **costs(dense),
         "inequality": inequality(dense, scores),
         "diagnostics": diagnosis(dense, found),
-        "score_rows": {tower.name: tower.score_rows for tower in dense.plan.towers},
+        "score_rows": {name: stream.score_rows for name, stream in dense.plan.streams.items()},
         "samples": sum(batch.samples for batch in batches),
         "data": pairs.describe("calibration"),
         "pairs": pairs.counts(),
@@ -67,8 +68,8 @@ def costs(dense: Dense) -> dict[str, Any]:
         {
             "tower": row.tower,
             "layer": row.layer,
-            "flops": {part: getattr(row, part) for part in ("attention", "cross", "ffn")},
-            "params": {part: params.get((row.tower, row.layer, part), 0) for part in ("attention", "cross", "ffn")},
+            "flops": {part: row.parts.get(part, 0) for part in PARTS},
+            "params": {part: params.get((row.tower, row.layer, part), 0) for part in PARTS},
         }
         for row in counted.layers
     ]
@@ -85,20 +86,19 @@ def part_params(dense: Dense) -> dict[scoring.Key, int]:
     found: dict[scoring.Key, int] = {}
     for tower in dense.family.towers:
         root = f"{tower.encoder}.{tower.layers}."
-        heads = {"cross": _head(tower.cross.module)} if tower.cross else {}
-        heads["attention"] = _head(tower.attention.module)
+        inside = {_first(part.column): part.name for part in tower.parts if part.is_attention}
         for name, tensor in dense.state.items():
             if not name.startswith(root):
                 continue
             index, _, path = name.removeprefix(root).partition(".")
-            part = next((part for part, head in heads.items() if path.startswith(head + ".")), "ffn")
-            key = (tower.name, int(index), part)
+            key = (tower.name, int(index), inside.get(_first(path), tower.parts[-1].name))
             found[key] = found.get(key, 0) + tensor.numel()
     return found
 
 
-def _head(path: str) -> str:
-    return PurePosixPath(path.replace(".", "/")).parts[0]
+def _first(path: str) -> str:
+    """The module right inside a layer that a path goes through."""
+    return path.partition(".")[0]
 
 
 def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
@@ -106,10 +106,12 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
     rows = []
     for tower in dense.family.towers:
         for index in range(len(dense.plan.tower(tower.name).layers)):
-            tokens = scores.tokens[tower.name, index]
-            per_sample = [importance.gini(row[row.isfinite()]) for row in tokens]
-            row = {"tower": tower.name, "layer": index, "tokens": sum(per_sample) / len(per_sample) if tower.tokens else None}
-            for part in ("attention", "cross", "ffn"):
+            row: dict[str, Any] = {"tower": tower.name, "layer": index, "tokens": None}
+            if any(stream.prunable for stream in tower.streams):
+                (stream,) = tower.streams
+                per_sample = [importance.gini(row[row.isfinite()]) for row in scores.tokens[stream.name, index]]
+                row["tokens"] = sum(per_sample) / len(per_sample)
+            for part in PARTS:
                 found = scores.units.get((tower.name, index, part))
                 row[part] = None if found is None else importance.gini(found)
             rows.append(row)
@@ -119,16 +121,16 @@ def inequality(dense: Dense, scores: scoring.Scores) -> list[dict[str, Any]]:
 def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> dict[str, Any]:
     """CoMP's two findings per layer, with the shares that define them."""
     layers = []
-    for tower in (tower for tower in dense.plan.towers if dense.family.tower(tower.name).tokens):
+    for tower in (tower for tower in dense.plan.towers if diagnostics.ranks_tokens(dense.family.tower(tower.name))):
         for index in range(len(tower.layers)):
-            parts = [part for part in ("attention", "cross", "ffn") if (tower.name, index, part) in found.overlap]
+            parts = [part for part in PARTS if (tower.name, index, part) in found.overlap]
             influence = found.influence.get((tower.name, index))
             layers.append(
                 {
                     "tower": tower.name,
                     "layer": index,
                     "overlap": {part: found.overlap[tower.name, index, part] for part in parts},
-                    "chance": found.chance[tower.name, index, "ffn"],
+                    "chance": found.chance[tower.name, index, parts[-1]],
                     "influence": influence and asdict(influence),
                 }
             )
@@ -146,7 +148,7 @@ def print_analysis(document: dict[str, Any], model: str, task: str | None, out: 
     total_flops, total_params = document["flops"]["total"], document["params"]["total"]
     sums: dict[tuple[str, str], list[int]] = {}
     for layer in document["layers"]:
-        for part in ("attention", "cross", "ffn"):
+        for part in PARTS:
             entry = sums.setdefault((layer["tower"], part), [0, 0])
             entry[0] += layer["flops"][part]
             entry[1] += layer["params"][part]
@@ -165,7 +167,7 @@ def print_analysis(document: dict[str, Any], model: str, task: str | None, out: 
     rows = []
     for layer in document["layers"]:
         uneven = by_layer[layer["tower"], layer["layer"]]
-        cells = [uneven[part] for part in ("attention", "cross", "ffn", "tokens")]
+        cells = [uneven[part] for part in (*PARTS, "tokens")]
         rows.append(
             [
                 f"{layer['tower']} {layer['layer']}",
@@ -185,7 +187,7 @@ def print_diagnosis(found: dict[str, Any], out: Output) -> None:
     """One row per layer, and what the columns mean."""
     rows = []
     for layer in found["layers"]:
-        shares = [layer["overlap"].get(part) for part in ("attention", "cross", "ffn")] + [layer["chance"]]
+        shares = [layer["overlap"].get(part) for part in PARTS] + [layer["chance"]]
         influence = layer["influence"] or {}
         shares += [influence.get(name) for name in ("changed_by_least", "changed_by_all", "strong")]
         rows.append([f"{layer['tower']} {layer['layer']}", *("-" if share is None else percent(share) for share in shares)])

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..cli.output import Output
 from ..engine import flops
-from ..plan import AttentionPlan
+from ..plan import LayerPlan
+
+COLUMNS = {"heads": "attention", "cross_heads": "cross", "ffn": "ffn"}  # of the report -> part, as families name it
 
 
 def millions(number: float) -> str:
@@ -46,18 +48,17 @@ def layer_rows(dense, plan) -> list[dict[str, Any]]:
                 {
                     "tower": tower.name,
                     "layer": index,
-                    "heads": _of(layer.attention, before.attention),
-                    "cross_heads": _of(layer.cross, before.cross),
-                    "ffn": [len(layer.ffn), len(before.ffn)],
-                    "tokens": [row.tokens_out, dense.reference.tokens[tower.name]],
+                    **{name: _of(layer, before, part) for name, part in COLUMNS.items()},
+                    "tokens": [row.tokens_out, sum(dense.reference.tokens[stream] for stream in tower.streams)],
                     "flops": row.total,
                 }
             )
     return rows
 
 
-def _of(kept: AttentionPlan | None, dense: AttentionPlan | None) -> list[int] | None:
-    return [len(kept.heads), len(dense.heads)] if kept and dense else None
+def _of(layer: LayerPlan, dense: LayerPlan, part: str) -> list[int] | None:
+    """Kept and dense units of a part, None where the layer has none of that name."""
+    return [len(layer.kept(part)), len(dense.kept(part))] if part in layer.parts else None
 
 
 def print_plan(document: dict[str, Any], out: Output) -> None:

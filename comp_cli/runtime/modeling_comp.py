@@ -12,6 +12,7 @@ Where numbers would depend on something that it does not know (an argument, a ma
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache as once
 from typing import Any
 
@@ -205,14 +206,23 @@ def unmasked(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
 
 
-# How tokens are ranked. "even" is for towers that keep all of theirs; "stride" and "random" are baselines.
-TOKEN_RULES: dict[str, Callable[..., torch.Tensor]] = {
-    "attention": token_scores,
-    "last": last_attention,
-    "even": by_position(torch.ones_like),
-    "cls": class_attention,
-    "stride": by_position(bit_reversed),
-    "random": by_position(hashed),
+@dataclass(frozen=True)
+class TokenRule:
+    """How tokens are ranked: all that anybody needs to know of a rule."""
+
+    score: Callable[..., torch.Tensor]
+    query_rows: int | None = 0  # query rows that the scores are made of; None for as many as `score_rows` says
+    class_token: bool = False  # whether it asks [CLS]
+
+
+# "even" is for towers that keep all of their tokens; "stride" and "random" are baselines.
+TOKEN_RULES: dict[str, TokenRule] = {
+    "attention": TokenRule(token_scores, query_rows=None),
+    "last": TokenRule(last_attention, query_rows=1),
+    "even": TokenRule(by_position(torch.ones_like)),
+    "cls": TokenRule(class_attention, query_rows=1, class_token=True),
+    "stride": TokenRule(by_position(bit_reversed)),
+    "random": TokenRule(by_position(hashed)),
 }
 
 
@@ -358,7 +368,7 @@ class CompactAttention(nn.Module):
             masks = {"attention_mask": attention_mask, "head_mask": self.head_mask}
             # The scores only choose: no gradient goes through them.
             states = (self.split(states.detach()) for states in (query, key))
-            scores = TOKEN_RULES[self.score_rule](*states, self.scale, **options, **masks)
+            scores = TOKEN_RULES[self.score_rule].score(*states, self.scale, **options, **masks)
         return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
 
     def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, past: int = 0) -> torch.Tensor | None:

@@ -10,7 +10,8 @@ from torch import nn
 from ..data.batches import Batch, fingerprint
 from ..engine import flops, schedule, stages
 from ..engine.methods import METHODS
-from ..models.dense import SCORE_ROWS, DataOptions, Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
+from ..engine.token_ranking import SCORE_ROWS, with_score_rule
+from ..models.dense import DataOptions, Dense, Pairs, batches_of, cut_texts, warn_cut_texts
 from ..plan import Plan
 from ..progress import Progress
 from .calibration import Calibration, gather_grams
