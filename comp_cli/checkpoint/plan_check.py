@@ -9,7 +9,7 @@ from ..engine.methods import METHODS
 from ..engine.token_ranking import fits
 from ..errors import RefusedError
 from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
-from ..plan import PADDING, SCHEMA_VERSION, width_of_head
+from ..plan import JSON_PARTS, PADDING, SCHEMA_VERSION, width_of_head
 from .vetting import shown
 
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
@@ -91,8 +91,8 @@ def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], to
         else:
             kept, dense = layer.get(part.name), sizes[part.units]
             _expect(_count(kept, 1) and kept <= dense + PADDING, f"{place}.{part.name}", kept, f"1 to {dense} channels")
-    crosses = any(part.reads for part in tower.parts)
-    _expect(crosses or "cross" not in layer, f"{place}.cross", layer.get("cross"), "none: the tower has no cross-attention")
+    for name in {*JSON_PARTS} - {part.name for part in tower.parts}:
+        _expect(name not in layer, f"{place}.{name}", layer.get(name), f"none: the {tower.name} tower has no {name}")
     _expect("keep" in layer, f"{place}.keep", None, "a number of tokens, or null for all")
     if len(tower.streams) == 1:
         (stream,) = tower.streams
