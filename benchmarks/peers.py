@@ -35,6 +35,7 @@ from comp_cli.measure import timing, variants
 from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
 from comp_cli.onnx import graphs, sessions
 from comp_cli.options import PruneOptions
+from comp_cli.plan import Channels
 
 SCENES = ScenePairs(labelled=True)
 DEMO = Path(loading.__file__).parent / "demo"
@@ -84,15 +85,15 @@ def uniform_sizes(dense: Dense, ratio: float) -> tuple[float, float]:
 
     def left(heads: int, channels: int) -> float:
         def cut(layer):
-            attention = replace(layer.attention, heads=layer.attention.heads[:heads])
-            cross = layer.cross and replace(layer.cross, heads=layer.cross.heads[:heads])
-            return replace(layer, attention=attention, cross=cross, ffn=layer.ffn[:channels])
+            for part, units in layer.parts.items():
+                layer = layer.keeping(part, units.units[: channels if isinstance(units, Channels) else heads])
+            return layer
 
         towers = (replace(tower, layers=tuple(map(cut, tower.layers))) for tower in dense.plan.towers)
         return flops.count(replace(dense.plan, towers=tuple(towers)), dense.reference).total / before
 
     layer = dense.plan.towers[0].layers[0]
-    most, wide = len(layer.attention.heads), len(layer.ffn)
+    most, wide = len(layer.kept("attention")), len(layer.kept("ffn"))
     heads = max(1, round((1 - ratio) * most))
     least, full = left(heads, 0), left(heads, wide)
     channels = 8 * round(wide * (1 - ratio - least) / (full - least) / 8)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from comp_cli.cli.output import Output
 from comp_cli.engine import diagnostics, scoring
-from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense, with_score_rows
+from comp_cli.engine.token_ranking import with_score_rows
+from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
 from comp_cli.runtime.modeling_comp import CompactAttention, token_scores
 from comp_cli.tasks import comparison
 
@@ -54,7 +55,7 @@ def queries_and_keys(model: nn.Module, dense: Dense):
         heard.append((module, query, key))
 
     layers = scoring.tower_layers(model, dense.family.tower("vision"))
-    path = dense.family.tower("vision").attention.module
+    path = dense.family.tower("vision").self_attention.module
     hooks = [layer.get_submodule(path).register_forward_hook(hook) for layer in layers]
     try:
         yield heard
@@ -97,10 +98,10 @@ def agreement(dense: Dense, batches: list) -> tuple[dict[str, dict], float]:
 
 def accuracy(dense: Dense, rows: int, share: float, batches: list) -> float:
     """With that share of the image tokens (and [CLS]) handed on by one early layer, chosen with so many rows."""
-    plan = with_score_rows(dense.plan, rows)
+    plan = with_score_rows(dense.plan, rows, dense.family)
     tower = plan.tower("vision")
     keep = 1 + round(share * (dense.reference.tokens["vision"] - 1))
-    layers = tuple(replace(layer, keep=keep) if i == PRUNED_LAYER else layer for i, layer in enumerate(tower.layers))
+    layers = tuple(layer.handing_on("vision", keep) if i == PRUNED_LAYER else layer for i, layer in enumerate(tower.layers))
     model = dense.runtime(plan.with_tower(replace(tower, layers=layers)))
     return comparison.evaluate(model, dense.task, batches).metric(dense.task)
 

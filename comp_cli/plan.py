@@ -1,48 +1,98 @@
 """The plan: what a compact model keeps. The only thing that passes between scoring, slicing, loading and exporting."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .families import Family, tower_config
+from .families import Family, Tower, tower_config
 
 SCHEMA_VERSION = 1
 PADDING = 8  # channels of zeros, see Plan.told_apart
+JSON_PARTS = ("attention", "cross", "ffn")  # parts that every layer of a plan has had in JSON since version 0.1, null for none
+Kept = dict[str, Any] | list[int] | None
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Kept heads as indices into the dense model. head_dim and scale are stored, never derived."""
+class Heads:
+    """Kept heads of an attention. head_dim and scale are stored, never derived."""
 
-    heads: tuple[int, ...]
+    units: tuple[int, ...]  # indices into the key-value heads of the dense model
     head_dim: int
     scale: float
+    group: int = 1  # query heads of a key-value head
+
+    @property
+    def width(self) -> int:
+        """Channels of a unit, as the output projection reads them."""
+        return self.group * self.head_dim
+
+    def to_json(self) -> Kept:
+        group = {"group": self.group} if self.group > 1 else {}
+        return {"heads": list(self.units), "head_dim": self.head_dim, "scale": self.scale, **group}
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Kept channels of a feed-forward part."""
+
+    units: tuple[int, ...]  # indices into the channels of the dense model
+    width: int = field(default=1, init=False)
+
+    def to_json(self) -> Kept:
+        return list(self.units)
+
+
+Units = Heads | Channels
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    attention: AttentionPlan
-    cross: AttentionPlan | None
-    ffn: tuple[int, ...]  # kept feed-forward channels, indices into the dense model
-    keep: int | None = None  # tokens handed on from attention to feed-forward layer; None for all
+    parts: Mapping[str, Units]  # name of the part -> its kept units, in the order of the family's description
+    keep: Mapping[str, int] = field(default_factory=dict)  # stream -> tokens handed on from attention; all where not named
     padding: int = 0  # channels of zeros behind those that are kept, see Plan.told_apart
 
-    @property
-    def width(self) -> int:
-        """Channels of the feed-forward layer as it is built and written."""
-        return len(self.ffn) + self.padding
-
     def kept(self, part: str) -> tuple[int, ...]:
-        """Kept units of "attention", "cross" (heads) or "ffn" (channels)."""
-        return self.ffn if part == "ffn" else getattr(self, part).heads
+        """Kept heads or channels of a part, as indices into the dense model."""
+        return self.parts[part].units
+
+    def built(self, part: str) -> int:
+        """Units of a part as it is built and written."""
+        units = self.parts[part]
+        return len(units.units) + (self.padding if isinstance(units, Channels) else 0)
+
+    def keeping(self, part: str, units: Sequence[int]) -> "LayerPlan":
+        """The layer with other kept units of a part."""
+        return replace(self, parts={**self.parts, part: replace(self.parts[part], units=tuple(units))})
+
+    def handing_on(self, stream: str, tokens: int | None) -> "LayerPlan":
+        """The layer with another number of kept tokens of a stream, None for all."""
+        others = {name: count for name, count in self.keep.items() if name != stream}
+        return replace(self, keep=others if tokens is None else {**others, stream: tokens})
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How the tokens of a stream are ranked."""
+
+    score_rows: int = 0  # query rows behind the token scores; 0 for all
+    score_rule: str = "attention"  # see modeling_comp.TOKEN_RULES
+    fuse: bool = False  # whether tokens that go stay as one, see modeling_comp.TokenPruning
 
 
 @dataclass(frozen=True)
 class TowerPlan:
     name: str
     layers: tuple[LayerPlan, ...]
-    score_rows: int = 0  # query rows behind the token scores; 0 for all
-    score_rule: str = "attention"  # see modeling_comp.TOKEN_RULES
-    fuse: bool = False  # whether tokens that go stay as one, see modeling_comp.TokenPruning
+    streams: Mapping[str, StreamPlan]
+
+    def rules(self) -> dict[str, Any]:
+        """How tokens are ranked, as JSON: flat where the tower has one stream, which has its name."""
+        rules = {name: asdict(stream) for name, stream in self.streams.items()}
+        return rules[self.name] if set(rules) == {self.name} else {"streams": rules}
+
+    def keep(self, layer: LayerPlan) -> int | dict[str, int] | None:
+        """How many tokens a layer hands on, as JSON: a number where the tower has one stream, None for all."""
+        return layer.keep.get(self.name) if set(self.streams) == {self.name} else dict(layer.keep) or None
 
 
 @dataclass(frozen=True)
@@ -52,22 +102,41 @@ class Plan:
     architecture: str
     towers: tuple[TowerPlan, ...]
 
+    @property
+    def streams(self) -> dict[str, StreamPlan]:
+        return {name: stream for tower in self.towers for name, stream in tower.streams.items()}
+
     def tower(self, name: str) -> TowerPlan:
         return next(tower for tower in self.towers if tower.name == name)
 
     def with_tower(self, tower: TowerPlan) -> "Plan":
         return replace(self, towers=tuple(tower if t.name == tower.name else t for t in self.towers))
 
+    def with_streams(self, changed: Mapping[str, StreamPlan]) -> "Plan":
+        """The same plan, tokens of some streams ranked in another way."""
+        towers = (
+            replace(tower, streams={name: changed.get(name, stream) for name, stream in tower.streams.items()})
+            for tower in self.towers
+        )
+        return replace(self, towers=tuple(towers))
+
+    def with_keeps_of(self, other: "Plan") -> "Plan":
+        """The same heads and channels, with the tokens that another plan keeps."""
+
+        def tower(own: TowerPlan, theirs: TowerPlan) -> TowerPlan:
+            pairs = zip(own.layers, theirs.layers, strict=True)
+            return replace(own, layers=tuple(replace(layer, keep=wanted.keep) for layer, wanted in pairs))
+
+        return replace(self, towers=tuple(map(tower, self.towers, other.towers)))
+
     def within(self, outer: "Plan") -> "Plan":
         """The same plan for a model that is sliced to `outer` already: kept units as indices into those that `outer` keeps."""
 
-        def attention(part: AttentionPlan | None, before: AttentionPlan | None) -> AttentionPlan | None:
-            return part and replace(part, heads=tuple(map(before.heads.index, part.heads)))
-
-        def layer(part: LayerPlan, before: LayerPlan) -> LayerPlan:
-            place = {channel: index for index, channel in enumerate(before.ffn)}
-            heads = {name: attention(getattr(part, name), getattr(before, name)) for name in ("attention", "cross")}
-            return replace(part, ffn=tuple(place[channel] for channel in part.ffn), **heads)
+        def layer(own: LayerPlan, before: LayerPlan) -> LayerPlan:
+            for part in own.parts:
+                place = {unit: index for index, unit in enumerate(before.kept(part))}
+                own = own.keeping(part, [place[unit] for unit in own.kept(part)])
+            return own
 
         pairs = zip(self.towers, outer.towers, strict=True)
         return replace(self, towers=tuple(replace(t, layers=tuple(map(layer, t.layers, o.layers))) for t, o in pairs))
@@ -76,13 +145,13 @@ class Plan:
         """The same plan with shapes that no stock class takes, in every tower that drops tokens.
 
         Where heads or channels went the shapes differ anyway. A tower that loses tokens only has the shapes of the dense one:
-        a stock class would load it, and answer as the dense model, without a word. Its first feed-forward layer gets
-        channels of zeros: they add exactly nothing, and the stock class refuses the shape.
+        a stock class would load it, and answer as the dense model, without a word. The feed-forward part of its first layer
+        gets channels of zeros: they add exactly nothing, and the stock class refuses the shape.
         """
 
         def tower(found: TowerPlan, before: TowerPlan) -> TowerPlan:
-            sizes = [[_layer_sizes(replace(layer, keep=None)) for layer in part.layers] for part in (found, before)]
-            if sizes[0] != sizes[1] or all(layer.keep is None for layer in found.layers):
+            sizes = [[_part_sizes(layer) for layer in part.layers] for part in (found, before)]
+            if sizes[0] != sizes[1] or not any(layer.keep for layer in found.layers):
                 return found
             first, *others = found.layers
             return replace(found, layers=(replace(first, padding=PADDING), *others))
@@ -90,22 +159,42 @@ class Plan:
         return replace(self, towers=tuple(map(tower, self.towers, dense.towers)))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The plan as JSON; version 0.1 wrote the same."""
+
+        def layer(tower: TowerPlan, found: LayerPlan) -> dict[str, Any]:
+            parts = dict.fromkeys(JSON_PARTS) | {name: units.to_json() for name, units in found.parts.items()}
+            return {**parts, "keep": tower.keep(found), "padding": found.padding}
+
+        towers = (
+            {"name": tower.name, "layers": [layer(tower, found) for found in tower.layers], **tower.rules()}
+            for tower in self.towers
+        )
+        return {"architecture": self.architecture, "towers": list(towers)}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Plan":
         """What `to_json` wrote, also after a way through a JSON file."""
 
-        def attention(part: dict[str, Any] | None) -> AttentionPlan | None:
-            return part and AttentionPlan(tuple(part["heads"]), part["head_dim"], part["scale"])
+        def units(kept: dict[str, Any] | list[int]) -> Units:
+            if isinstance(kept, dict):
+                return Heads(tuple(kept["heads"]), kept["head_dim"], kept["scale"], kept.get("group", 1))
+            return Channels(tuple(kept))
 
-        def layer(part: dict[str, Any]) -> LayerPlan:
-            heads = attention(part["attention"]), attention(part["cross"])
-            return LayerPlan(*heads, tuple(part["ffn"]), part["keep"], part.get("padding", 0))
+        def layer(tower: str, part: dict[str, Any]) -> LayerPlan:
+            parts = {name: units(kept) for name, kept in part.items() if name not in ("keep", "padding") and kept is not None}
+            keep = part["keep"] or {}
+            return LayerPlan(parts, keep if isinstance(keep, dict) else {tower: keep}, part.get("padding", 0))
+
+        def streams(tower: dict[str, Any]) -> dict[str, StreamPlan]:
+            rules = tower.get("streams", {tower["name"]: tower})
+            return {
+                name: StreamPlan(rule["score_rows"], rule["score_rule"], rule.get("fuse", False))
+                for name, rule in rules.items()
+            }
 
         towers = (
-            TowerPlan(t["name"], tuple(map(layer, t["layers"])), t["score_rows"], t["score_rule"], t.get("fuse", False))
-            for t in found["towers"]
+            TowerPlan(tower["name"], tuple(layer(tower["name"], one) for one in tower["layers"]), streams(tower))
+            for tower in found["towers"]
         )
         return cls(found["architecture"], tuple(towers))
 
@@ -114,33 +203,44 @@ class Plan:
         towers = [
             {
                 "layout": family.tower(tower.name).layout(),
-                "score_rows": tower.score_rows,
-                "score_rule": tower.score_rule,
-                "fuse": tower.fuse,
-                "layers": [_layer_sizes(layer) for layer in tower.layers],
+                **tower.rules(),
+                "layers": [{**_part_sizes(layer), "keep": tower.keep(layer)} for layer in tower.layers],
             }
             for tower in self.towers
         ]
         return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers}
 
 
-def _layer_sizes(layer: LayerPlan) -> dict[str, Any]:
-    def sizes(attention: AttentionPlan) -> dict[str, Any]:
-        return {"num_heads": len(attention.heads), "head_dim": attention.head_dim, "scale": attention.scale}
+def _part_sizes(layer: LayerPlan) -> dict[str, Any]:
+    """What config.json says of each part of a layer: an attention in words, channels as a number."""
 
-    cross = {"cross": sizes(layer.cross)} if layer.cross else {}
-    return {"attention": sizes(layer.attention), **cross, "ffn": layer.width, "keep": layer.keep}
+    def sizes(name: str, units: Units) -> dict[str, Any] | int:
+        if isinstance(units, Channels):
+            return layer.built(name)
+        grouped = {"num_key_value_heads": len(units.units)} if units.group > 1 else {}
+        return {"num_heads": units.group * len(units.units), **grouped, "head_dim": units.head_dim, "scale": units.scale}
+
+    return {name: sizes(name, units) for name, units in layer.parts.items()}
 
 
 def dense_plan(config: dict[str, Any], family: Family, architecture: str) -> Plan:
     """The plan that keeps everything. The config is that of a model that was loaded."""
-    towers = []
-    for tower in family.towers:
-        part = tower_config(config, tower)
-        width, heads = part["hidden_size"], part["num_attention_heads"]
-        attention = AttentionPlan(tuple(range(heads)), width // heads, (width // heads) ** -0.5)
-        ffn = tuple(range(part["intermediate_size"]))
-        layer = LayerPlan(attention, attention if tower.cross else None, ffn)
-        layers = (layer,) * part["num_hidden_layers"]
-        towers.append(TowerPlan(tower.name, layers, score_rule=tower.score_rule, fuse=tower.fuse))
-    return Plan(architecture, tuple(towers))
+    return Plan(architecture, tuple(_dense_tower(tower_config(config, tower), tower) for tower in family.towers))
+
+
+def _dense_tower(config: dict[str, Any], tower: Tower) -> TowerPlan:
+    parts: dict[str, Units] = {}
+    for part in tower.parts:
+        every = tuple(range(config[part.units]))
+        if not part.is_attention:
+            parts[part.name] = Channels(every)
+        else:
+            head_dim = width_of_head(config, part.queries)
+            parts[part.name] = Heads(every, head_dim, head_dim**-0.5, config[part.queries] // len(every))
+    streams = {stream.name: StreamPlan(score_rule=stream.rule, fuse=stream.fuse) for stream in tower.streams}
+    return TowerPlan(tower.name, (LayerPlan(parts),) * config["num_hidden_layers"], streams)
+
+
+def width_of_head(config: dict[str, Any], queries: str = "num_attention_heads") -> int:
+    """Channels of an attention head: as the config says, or an equal share of the hidden size."""
+    return config.get("head_dim") or config["hidden_size"] // config[queries]

@@ -24,7 +24,7 @@ def attend(q, k, v, heads, plan, alive):
     logits = split(q) @ split(k).transpose(-1, -2) * plan.scale
     maps = logits.masked_fill(~alive[:, None, None, :], -torch.inf).softmax(-1)
     kept = torch.zeros(heads)
-    kept[list(plan.heads)] = 1
+    kept[list(plan.units)] = 1
     maps = maps * kept.view(1, -1, 1, 1)
     return (maps @ split(v)).transpose(1, 2).flatten(2), maps
 
@@ -58,10 +58,10 @@ def vision_tower(model, plan, pixel_values):
     alive = torch.ones(x.shape[:2], dtype=torch.bool)
     for layer, wanted in zip(model.encoder.layers, plan.layers, strict=True):
         q, k, v = layer.self_attn.qkv(layer.layer_norm1(x)).chunk(3, -1)
-        context, maps = attend(q, k, v, layer.self_attn.num_heads, wanted.attention, alive)
+        context, maps = attend(q, k, v, layer.self_attn.num_heads, wanted.parts["attention"], alive)
         x = x + layer.self_attn.projection(context)
-        alive = drop(maps, alive, wanted.keep, protect_last=False)
-        x = x + masked_ffn(layer.layer_norm2(x), layer.mlp.fc1, layer.mlp.fc2, wanted.ffn)
+        alive = drop(maps, alive, wanted.keep.get("vision"), protect_last=False)
+        x = x + masked_ffn(layer.layer_norm2(x), layer.mlp.fc1, layer.mlp.fc2, wanted.kept("ffn"))
     return model.post_layernorm(x), alive
 
 
@@ -73,12 +73,12 @@ def text_tower(model, plan, inputs, image, image_alive):
         own, cross = layer.attention, layer.crossattention
         heads = own.self.num_attention_heads
         q, k, v = own.self.query(x), own.self.key(x), own.self.value(x)
-        context, maps = attend(q, k, v, heads, wanted.attention, alive)
+        context, maps = attend(q, k, v, heads, wanted.parts["attention"], alive)
         x = own.output.LayerNorm(own.output.dense(context) + x)
-        alive = drop(maps, alive, wanted.keep, protect_last=True)
+        alive = drop(maps, alive, wanted.keep.get("language"), protect_last=True)
         q, k, v = cross.self.query(x), cross.self.key(image), cross.self.value(image)
-        context, _ = attend(q, k, v, heads, wanted.cross, image_alive)
+        context, _ = attend(q, k, v, heads, wanted.parts["cross"], image_alive)
         x = cross.output.LayerNorm(cross.output.dense(context) + x)
-        hidden = masked_ffn(x, layer.intermediate.dense, layer.output.dense, wanted.ffn)
+        hidden = masked_ffn(x, layer.intermediate.dense, layer.output.dense, wanted.kept("ffn"))
         x = layer.output.LayerNorm(hidden + x)
     return model.itm_head(x[:, 0])

@@ -77,7 +77,7 @@ def test_pruned_for_one_task_it_answers_the_other(task, dense, contrastive, inpu
 
 def test_the_first_token_of_a_text_is_read_whatever_it_was_pruned_for(dense, stock, inputs):
     tower = dense.plan.tower("language")
-    last = replace(tower.layers[-1], keep=2)
+    last = tower.layers[-1].handing_on("language", 2)
     model = dense.runtime(dense.plan.with_tower(replace(tower, layers=(*tower.layers[:-1], last))))
     same(scores(model, inputs, use_itm_head=False), scores(stock, inputs, use_itm_head=False))
 

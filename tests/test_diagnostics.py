@@ -96,7 +96,7 @@ def test_the_diagnosis_of_a_layer_from_the_stock_model(stock, dense, inputs):
         for a, b in zip(full, without, strict=True):
             changed[head] += len(set(a.topk(18).indices.tolist()) - set(b.topk(18).indices.tolist())) / 18 / 3
 
-    found = diagnostics.diagnose(dense.runtime(dense.plan), dense.family, full_rows(dense.plan), [inputs])
+    found = diagnostics.diagnose(dense.runtime(dense.plan), dense.family, full_rows(dense), [inputs])
     assert found.overlap["vision", 1, "ffn"] == pytest.approx(sum(shared) / 3 / 11)
     assert found.chance["vision", 1, "ffn"] == pytest.approx(11 / 36)
     influence = found.influence["vision", 2]
@@ -105,15 +105,15 @@ def test_the_diagnosis_of_a_layer_from_the_stock_model(stock, dense, inputs):
     assert influence.changed_by_all == pytest.approx(changed.mean().item())
 
 
-def full_rows(plan):
-    from comp_cli.models.dense import with_score_rows
+def full_rows(dense):
+    from comp_cli.engine.token_ranking import with_score_rows
 
-    return with_score_rows(plan, 0)
+    return with_score_rows(dense.plan, 0, dense.family)
 
 
 def test_masking_is_cit(dense, inputs):
     """The same as running the layer with `head_mask` set, on text with padding."""
-    model, plan = dense.runtime(dense.plan), full_rows(dense.plan)
+    model, plan = dense.runtime(dense.plan), full_rows(dense)
     attention = model.text_encoder.encoder.layer[1].attention.self
     with torch.inference_mode(), scoring.recording(model, dense.family, plan) as recorder:
         model(**inputs)

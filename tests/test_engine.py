@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from comp_cli.cli.output import Output
 from comp_cli.data.batches import Batch
 from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
-from comp_cli.engine.slicing import fused_channels, head_channels
+from comp_cli.engine.slicing import copied_channels, unit_channels
+from comp_cli.engine.token_ranking import with_score_rule
 from comp_cli.errors import CompError
-from comp_cli.models.dense import ScenePairs, batches_of, open_dense, with_score_rule
+from comp_cli.models.dense import ScenePairs, batches_of, open_dense
 from comp_cli.runtime.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
 from comp_cli.search.calibration import Calibration
 
@@ -122,8 +124,8 @@ def test_gini():
 
 
 def test_channels_of_heads():
-    assert head_channels((2, 0), 2).tolist() == [4, 5, 0, 1]
-    assert fused_channels((1,), 2, dense_heads=3).tolist() == [2, 3, 8, 9, 14, 15]
+    assert unit_channels((2, 0), 2).tolist() == [4, 5, 0, 1]
+    assert copied_channels((1,), 2, dense_units=3, copies=3).tolist() == [2, 3, 8, 9, 14, 15]
 
 
 # FLOPs -----------------------------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def test_flops_of_an_uneven_plan(dense, uneven_plan, inputs):
 def test_flops_of_scoring_with_few_rows(dense, uneven_plan, inputs):
     from dataclasses import replace
 
-    plan = uneven_plan.with_tower(replace(uneven_plan.tower("vision"), score_rows=7))
+    plan = uneven_plan.with_streams({"vision": replace(uneven_plan.streams["vision"], score_rows=7)})
     assert flops.count(plan, dense.reference).total == counted(dense.runtime(plan), one_pair(inputs))
 
 
@@ -156,7 +158,9 @@ def test_published_macs_of_the_vision_tower(size, giga_macs):
         vision={"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
         | {"image_size": size, "patch_size": 16}
     ).to_dict()
-    shapes = {"vision_model.embeddings.patch_embedding.weight": (768, 3, 16, 16), "itm_head.weight": (2, 0)}
+    with torch.device("meta"):
+        model = transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} | {"itm_head.weight": (2, 0)}
     ref = flops.reference(config, BLIP, shapes, 12)
     found = flops.count(dense_plan(config, BLIP, "BlipForImageTextRetrieval"), ref)
     assert (found.tower("vision") + found.fixed) / 2e9 == pytest.approx(giga_macs, abs=0.001)
@@ -229,7 +233,7 @@ def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
         for tower, full in zip(plan.towers, dense.plan.towers, strict=True)
         for layer, was in zip(tower.layers, full.layers, strict=True)
         for part in ("attention", "cross", "ffn", "keep")
-        if getattr(layer, part) != getattr(was, part)
+        if (layer.keep != was.keep if part == "keep" else layer.parts.get(part) != was.parts.get(part))
     }
     assert touched and touched <= set().union(*(allowed[kind] for kind in methods.METHODS[name].phases))
 
@@ -280,30 +284,30 @@ def test_gradients_say_what_a_gate_does_to_the_loss(dense, inputs):
 def test_everything_shrinks_and_unevenly(dense, inputs):
     plan = prune_in_phases(dense, inputs, "joint", 0.6)
     vision, language = plan.towers
-    assert len({(len(layer.ffn), len(layer.attention.heads)) for layer in (*vision.layers, *language.layers)}) > 2
-    assert any(len(layer.attention.heads) < 6 for layer in vision.layers)
-    assert any(len(layer.cross.heads) < 6 for layer in language.layers)
+    assert len({(len(layer.kept("ffn")), len(layer.kept("attention"))) for layer in (*vision.layers, *language.layers)}) > 2
+    assert any(len(layer.kept("attention")) < 6 for layer in vision.layers)
+    assert any(len(layer.kept("cross")) < 6 for layer in language.layers)
     assert any(layer.keep for layer in vision.layers)
-    assert all(len(layer.ffn) % 8 == 0 for tower in plan.towers for layer in tower.layers)
-    keeps = [layer.keep for layer in vision.layers if layer.keep]
+    assert all(len(layer.kept("ffn")) % 8 == 0 for tower in plan.towers for layer in tower.layers)
+    keeps = [layer.keep["vision"] for layer in vision.layers if layer.keep]
     assert keeps == sorted(keeps, reverse=True)
 
 
 def test_the_best_units_stay(dense, scores):
-    plan = schedule.prune_parameters(dense.plan, scores, dense.reference, "vision_params", 0.4, schedule.Floors())
+    plan = schedule.prune_mode(dense.plan, scores, dense.reference, "vision_params", 0.4, schedule.Floors())
     for index, layer in enumerate(plan.tower("vision").layers):
         found = scores.units["vision", index, "ffn"]
-        gone = [i for i in range(200) if i not in layer.ffn]
+        gone = [i for i in range(200) if i not in layer.kept("ffn")]
         if gone:
-            assert found[gone].max() <= found[list(layer.ffn)].min()
+            assert found[gone].max() <= found[list(layer.kept("ffn"))].min()
 
 
 def test_texts_shorter_than_the_reference_say_nothing_about_language_tokens(dense, scores):
     from dataclasses import replace
 
     longer = replace(dense.reference, tokens=dense.reference.tokens | {"language": 20})
-    assert schedule.prune_tokens(dense.plan, scores, longer, "language_tokens", 9.0, schedule.Floors()) == dense.plan
-    same = schedule.prune_tokens(dense.plan, scores, dense.reference, "language_tokens", 9.0, schedule.Floors())
+    assert schedule.prune_tokens(dense.plan, scores, longer, "language", 9.0, schedule.Floors()) == dense.plan
+    same = schedule.prune_tokens(dense.plan, scores, dense.reference, "language", 9.0, schedule.Floors())
     assert same != dense.plan
 
 
@@ -314,7 +318,7 @@ def test_a_ratio_out_of_reach_says_what_is_in_reach(dense, inputs):
 
 
 def test_floors_hold(dense, scores):
-    smallest, _ = schedule.prune_to(dense.plan, scores, dense.reference, methods.MODES, 0, schedule.Floors())
+    smallest, _ = schedule.prune_to(dense.plan, scores, dense.reference, tuple(dense.family.modes), 0, schedule.Floors())
     for tower in smallest.towers:
         for layer in tower.layers:
-            assert len(layer.attention.heads) >= 1 and len(layer.ffn) >= 20 and (layer.keep or 5) >= 5
+            assert len(layer.kept("attention")) >= 1 and len(layer.kept("ffn")) >= 20 and layer.keep.get(tower.name, 5) >= 5

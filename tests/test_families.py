@@ -22,10 +22,11 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import bench, export
 from comp_cli.commands.prune import prune
 from comp_cli.engine import flops
+from comp_cli.engine.token_ranking import with_score_rule
 from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.measure.variants import on_own_kernels
-from comp_cli.models.dense import Dense, open_dense, with_score_rule
+from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx import graphs
 from comp_cli.options import BenchOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Plan
@@ -89,19 +90,21 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_nothing_pruned_says_what_the_stock_model_says(case):
-    same(case.read(on_own_kernels(case.stock, case.dense.family), case.inputs), case.read(case.stock, case.inputs))
+    same(case.forward(on_own_kernels(case.stock, case.dense.family), case.inputs), case.forward(case.stock, case.inputs))
 
 
 def test_masked_is_sliced(case):
     """Heads and channels that are multiplied with zero in the dense model, tokens pruned alike; padded text."""
-    same(case.read(case.dense.runtime(case.plan), case.inputs), case.read(tiny.masked(case.dense, case.plan), case.inputs))
+    same(
+        case.forward(case.dense.runtime(case.plan), case.inputs), case.forward(tiny.masked(case.dense, case.plan), case.inputs)
+    )
 
 
 def test_results_do_not_depend_on_the_batch(case):
     model = case.dense.runtime(case.plan)
-    together = case.read(model, case.inputs).split(case.rows(case.inputs))
+    together = case.forward(model, case.inputs).split(case.rows(case.inputs))
     for row in range(3):
-        same(case.read(model, {name: tensor[row : row + 1] for name, tensor in case.inputs.items()}), together[row])
+        same(case.forward(model, {name: tensor[row : row + 1] for name, tensor in case.inputs.items()}), together[row])
 
 
 def test_padding_changes_nothing(case):
@@ -114,17 +117,17 @@ def test_padding_changes_nothing(case):
     assert short["attention_mask"].all() and not case.inputs["attention_mask"][2].all()
     plan = replace(case.plan, towers=tuple(t if t.name == "vision" else shortened(t, 6) for t in case.plan.towers))
     model = case.dense.runtime(plan)
-    same(case.read(model, short), case.read(model, case.inputs).split(case.rows(case.inputs))[2])
+    same(case.forward(model, short), case.forward(model, case.inputs).split(case.rows(case.inputs))[2])
 
 
 def test_what_is_read_at_its_place_is_still_there(case):
     """Tokens that the last layer of the text tower drops can change nothing that is read at a token that stays."""
-    if not any(tower.name == "language" and tower.tokens for tower in case.dense.family.towers):
+    if not any(mode.stream == "language" for mode in case.dense.family.modes.values()):
         pytest.skip("no texts, or none that may lose tokens")
     tower = case.dense.plan.tower("language")
-    last = replace(tower.layers[-1], keep=4)
+    last = tower.layers[-1].handing_on("language", 4)
     model = case.dense.runtime(case.dense.plan.with_tower(replace(tower, layers=(*tower.layers[:-1], last))))
-    same(case.read(model, case.inputs), case.read(case.stock, case.inputs))
+    same(case.forward(model, case.inputs), case.forward(case.stock, case.inputs))
 
 
 def test_the_first_checkpoints_of_clip(case):
@@ -132,7 +135,7 @@ def test_the_first_checkpoints_of_clip(case):
     if not case.name.startswith("clip") or "input_ids" not in case.inputs:
         pytest.skip("only CLIP's")
     tower = case.dense.plan.tower("language")
-    last = replace(tower.layers[-1], keep=4)
+    last = tower.layers[-1].handing_on("language", 4)
     model = case.dense.runtime(case.dense.plan.with_tower(replace(tower, layers=(*tower.layers[:-1], last))))
     ids = case.inputs["input_ids"]
     inputs = case.inputs | {"input_ids": torch.where(ids == tiny.END, 4 + len(tiny.WORDS), ids)}
@@ -140,14 +143,14 @@ def test_the_first_checkpoints_of_clip(case):
     try:
         for one in (model, case.stock):
             one.text_model.eos_token_id = 2
-        same(case.read(model, inputs), case.read(case.stock, inputs))
+        same(case.forward(model, inputs), case.forward(case.stock, inputs))
     finally:
         case.stock.text_model.eos_token_id = tiny.END
 
 
 def shortened(tower, keep):
     """Keep counts that also bite in a text of seven tokens: what is kept of padding must not count."""
-    return replace(tower, layers=tuple(replace(layer, keep=layer.keep and keep) for layer in tower.layers))
+    return replace(tower, layers=tuple(layer.handing_on(tower.name, keep) if layer.keep else layer for layer in tower.layers))
 
 
 def test_flops_are_those_that_run(case):
@@ -320,14 +323,14 @@ def test_checkpoints_of_older_transformers(case, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(case.folder / "config.json", folder / "config.json")
     loaded = load_model(folder, family=case.dense.family, dtype=torch.float32)
-    same(case.read(loaded, case.inputs), case.read(case.stock.half().float(), case.inputs))
+    same(case.forward(loaded, case.inputs), case.forward(case.stock.half().float(), case.inputs))
 
 
 def test_token_scores_that_a_family_does_not_have_are_refused(case):
-    has_class = any(tower.name == "vision" and tower.class_token for tower in case.dense.family.towers)
+    has_class = any(name == "vision" and stream.class_token for name, (_, stream) in case.dense.family.streams.items())
     if has_class:
         plan = with_score_rule(case.dense.plan, "cls", case.dense.family)
-        assert [tower.score_rule for tower in plan.towers if tower.name == "vision"] == ["cls"]
+        assert plan.streams["vision"].score_rule == "cls"
         return
     with pytest.raises(CompError, match="token scores by cls") as refused:
         with_score_rule(case.dense.plan, "cls", case.dense.family)

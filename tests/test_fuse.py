@@ -52,7 +52,7 @@ def by_hand(stock, pixels, weighted):
 def test_a_tower_that_fuses_is_what_it_is_by_hand(clip):
     dense, stock = clip
     tower = dense.plan.tower("vision")
-    layers = tuple(replace(layer, keep=keep) for layer, keep in zip(tower.layers, KEEPS, strict=True))
+    layers = tuple(layer.handing_on("vision", keep) for layer, keep in zip(tower.layers, KEEPS, strict=True))
     model = dense.runtime(dense.plan.with_tower(replace(tower, layers=layers)))
     inputs = dense.random_inputs(3, 6)
     with torch.inference_mode():

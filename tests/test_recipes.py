@@ -30,7 +30,7 @@ from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.onnx.graphs import OPSET
 from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
-from comp_cli.plan import Plan
+from comp_cli.plan import Channels, Plan
 from comp_cli.report import cards, recipes
 
 QUIET = Output("quiet")
@@ -112,12 +112,12 @@ def smaller(dense: Dense) -> Plan:
     """Two heads of six and half of the channels gone, and image tokens. Those of texts stay: random weights rank them nearly
     alike, and rounding would decide."""
 
-    def cut(layer, keep):
-        attention = replace(layer.attention, heads=(0, 1, 3, 5))
-        return replace(layer, attention=attention, cross=layer.cross and attention, ffn=layer.ffn[::2], keep=keep)
+    def cut(layer, name):
+        for part, units in layer.parts.items():
+            layer = layer.keeping(part, units.units[::2] if isinstance(units, Channels) else (0, 1, 3, 5))
+        return layer.handing_on(name, 20 if name == "vision" else None)
 
-    keeps = {tower.name: 20 if tower.name == "vision" else None for tower in dense.family.towers}
-    towers = (replace(t, layers=tuple(cut(layer, keeps[t.name]) for layer in t.layers)) for t in dense.plan.towers)
+    towers = (replace(t, layers=tuple(cut(layer, t.name) for layer in t.layers)) for t in dense.plan.towers)
     return replace(dense.plan, towers=tuple(towers))
 
 

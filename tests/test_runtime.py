@@ -43,10 +43,10 @@ def test_sliced_equals_masked(stock, dense, uneven_plan, inputs):
 def test_tensors_are_really_smaller(dense, uneven_plan):
     model = dense.runtime(uneven_plan)
     layer, wanted = model.vision_model.encoder.layers[0], uneven_plan.tower("vision").layers[0]
-    assert layer.self_attn.qkv.weight.shape == (3 * 12 * len(wanted.attention.heads), 72)
-    assert layer.mlp.fc2.weight.shape == (72, len(wanted.ffn))
+    assert layer.self_attn.qkv.weight.shape == (3 * 12 * len(wanted.kept("attention")), 72)
+    assert layer.mlp.fc2.weight.shape == (72, len(wanted.kept("ffn")))
     cross = model.text_encoder.encoder.layer[0].crossattention
-    assert cross.output.dense.weight.shape == (72, 12 * len(uneven_plan.tower("language").layers[0].cross.heads))
+    assert cross.output.dense.weight.shape == (72, 12 * len(uneven_plan.tower("language").layers[0].kept("cross")))
     assert sum(p.numel() for p in model.parameters()) < sum(t.numel() for t in dense.state.values())
 
 

@@ -6,11 +6,12 @@ import random
 import pytest
 import torch
 
-from comp_cli.engine import flops, methods, recover, schedule, scoring, stages
+from comp_cli.engine import flops, recover, schedule, scoring, stages
 from comp_cli.errors import CompError
 from comp_cli.search.calibration import Calibration
 
 STRATEGY = stages.Strategy()
+MODES = ("vision_params", "language_params", "cross_params", "vision_tokens", "language_tokens")
 
 
 # Strategy ------------------------------------------------------------------------------------------------------------
@@ -38,33 +39,33 @@ def test_what_was_not_looked_at_for_long_is_forgotten_where_looking_is_free():
     memory.remember("vision_params", 3, 2.0, STRATEGY)
     assert [memory.known("vision_params", stage, STRATEGY) for stage in (4, 8, 9)] == [2.0, 2.0, None]
     assert memory.known("vision_params", 9, paper) == 2.0 and memory.known("cross_params", 4, paper) is None
-    shares = {mode: 1.0 for mode in methods.MODES}
-    for mode in methods.MODES:
+    shares = {mode: 1.0 for mode in MODES}
+    for mode in MODES:
         memory.remember(mode, 9 if mode != "vision_params" else 3, 1.0, STRATEGY)
-    assert stages.choose(memory, 10, methods.MODES, shares, STRATEGY, random.Random(0)) == ("vision_params", "forgotten")
+    assert stages.choose(memory, 10, MODES, shares, STRATEGY, random.Random(0)) == ("vision_params", "forgotten")
 
 
 def test_modes_run_once_by_their_share_then_by_cost():
-    shares = {mode: float(i) for i, mode in enumerate(methods.MODES)}
+    shares = {mode: float(i) for i, mode in enumerate(MODES)}
     memory, rng = stages.Memory(), random.Random(0)
     greedy = stages.Strategy(explore=0)
     first = []
     for stage in range(1, 6):
-        mode, why = stages.choose(memory, stage, methods.MODES, shares, greedy, rng)
+        mode, why = stages.choose(memory, stage, MODES, shares, greedy, rng)
         memory.remember(mode, stage, cost=float(len(mode)), strategy=greedy)
         first.append((mode, why))
-    assert first == [(mode, "first visit") for mode in reversed(methods.MODES)]
-    cheapest = min(methods.MODES, key=len)
-    assert stages.choose(memory, 6, methods.MODES, shares, greedy, rng) == (cheapest, "lowest cost")
+    assert first == [(mode, "first visit") for mode in reversed(MODES)]
+    cheapest = min(MODES, key=len)
+    assert stages.choose(memory, 6, MODES, shares, greedy, rng) == (cheapest, "lowest cost")
 
 
 def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited():
-    memory = stages.Memory({m: float(i) for i, m in enumerate(methods.MODES)}, {m: i for i, m in enumerate(methods.MODES)})
+    memory = stages.Memory({m: float(i) for i, m in enumerate(MODES)}, {m: i for i, m in enumerate(MODES)})
     rng = random.Random(0)
-    drawn = [stages.choose(memory, 5, methods.MODES, {}, STRATEGY, rng) for _ in range(4000)]
+    drawn = [stages.choose(memory, 5, MODES, {}, STRATEGY, rng) for _ in range(4000)]
     explored = [mode for mode, why in drawn if why == "exploration"]
     assert len(explored) / 4000 == pytest.approx(0.2, abs=0.02)
-    assert explored.count(methods.MODES[0]) > explored.count(methods.MODES[-1])
+    assert explored.count(MODES[0]) > explored.count(MODES[-1])
 
 
 # Search --------------------------------------------------------------------------------------------------------------
@@ -115,8 +116,8 @@ def test_a_stage_touches_its_own_mode_only(dense, found):
         for tower, old in zip(plan.towers, before.towers, strict=True):
             for layer, was in zip(tower.layers, old.layers, strict=True):
                 mine = {"vision": "vision_params", "language": "language_params"}[tower.name]
-                assert (layer.ffn, layer.attention) == (was.ffn, was.attention) or stage.mode == mine
-                assert layer.cross == was.cross or stage.mode == "cross_params"
+                assert all(layer.parts[part] == was.parts[part] for part in ("attention", "ffn")) or stage.mode == mine
+                assert layer.parts.get("cross") == was.parts.get("cross") or stage.mode == "cross_params"
                 assert layer.keep == was.keep or stage.mode == f"{tower.name}_tokens"
         before = plan
 
@@ -136,8 +137,8 @@ def test_a_stage_can_be_made_again_from_its_line(dense, batches, found):
     stage, plan = found[1][0]
     calibration = Calibration(dense, batches, None, "cip")
     scores = calibration.measure(dense.plan).scores
-    prune = schedule.prune_tokens if stage.mode in methods.TOKEN_MODES else schedule.prune_parameters
-    assert prune(dense.plan, scores, dense.reference, stage.mode, stage.threshold, schedule.Floors()) == plan != dense.plan
+    found = schedule.prune_mode(dense.plan, scores, dense.reference, stage.mode, stage.threshold, schedule.Floors())
+    assert found == plan != dense.plan
     with torch.inference_mode():
         before, after = (dense.runtime(p)(**batches[0].inputs).itm_score.argmax(-1) for p in (dense.plan, plan))
     assert stage.metric == (before == after).float().mean().item()
@@ -182,7 +183,7 @@ def test_floors_hold_through_many_stages(dense, batches):
     assert 1 - flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total == pytest.approx(
         0.85, abs=0.01
     )
-    assert min(len(layer.ffn) for tower in plan.towers for layer in tower.layers) >= 20
+    assert min(len(layer.kept("ffn")) for tower in plan.towers for layer in tower.layers) >= 20
 
 
 # Recovery ------------------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_padding_has_no_weight_in_the_gram_matrix():
 def test_recovery_brings_the_outputs_nearer(stock, dense, inputs, batches):
     """On the pairs that it was fitted on, against plain slicing, parameters pruned by half."""
     scores = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
-    plan = schedule.prune_parameters(dense.plan, scores, dense.reference, "vision_params", 0.5, schedule.Floors())
+    plan = schedule.prune_mode(dense.plan, scores, dense.reference, "vision_params", 0.5, schedule.Floors())
     grams = recover.collect_grams(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
     with torch.inference_mode():
         expected = stock(**inputs).last_hidden_state

@@ -46,7 +46,7 @@ def test_the_clock_of_a_fade_has_upops_golden_values():
 def test_a_plan_within_a_plan(dense, uneven_plan):
     """Slicing twice is slicing once."""
     vision = uneven_plan.tower("vision")
-    layers = tuple(replace(layer, ffn=layer.ffn[1::2]) for layer in vision.layers)
+    layers = tuple(layer.keeping("ffn", layer.kept("ffn")[1::2]) for layer in vision.layers)
     smaller = uneven_plan.with_tower(replace(vision, layers=layers))
     once = slice_state(dense.state, dense.family, smaller)
     twice = slice_state(slice_state(dense.state, dense.family, uneven_plan), dense.family, smaller.within(uneven_plan))
@@ -56,13 +56,7 @@ def test_a_plan_within_a_plan(dense, uneven_plan):
 
 def test_what_has_faded_is_gone(dense, uneven_plan, inputs):
     """At alpha 0 the fading model says what the sliced one says, tokens included (CIT); at 1 what it said before."""
-    keeps = replace(
-        dense.plan,
-        towers=tuple(
-            replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
-            for t, u in zip(dense.plan.towers, uneven_plan.towers, strict=True)
-        ),
-    )
+    keeps = dense.plan.with_keeps_of(uneven_plan)
     model = dense.build(keeps, dense.state)
     with torch.inference_mode():
         before = model(**inputs).itm_score
@@ -74,10 +68,7 @@ def test_what_has_faded_is_gone(dense, uneven_plan, inputs):
             fade(0.5)
             assert not torch.allclose(model(**inputs).itm_score, faded)
         torch.testing.assert_close(model(**inputs).itm_score, before)
-        uneven = replace(
-            uneven_plan,
-            towers=tuple(replace(t, score_rows=k.score_rows) for t, k in zip(uneven_plan.towers, keeps.towers, strict=True)),
-        )
+        uneven = uneven_plan.with_streams(keeps.streams)
         torch.testing.assert_close(faded, dense.runtime(uneven)(**inputs).itm_score, atol=1e-5, rtol=1e-4)
 
 

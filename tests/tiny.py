@@ -145,45 +145,41 @@ def uneven(plan, family=None):
     """Another number of heads, channels and tokens in every layer of a plan, but the tokens of towers that keep theirs."""
     from dataclasses import replace
 
+    from comp_cli.plan import Channels
+
     generator = torch.Generator().manual_seed(2)
 
     def some(count: int, least: int) -> tuple[int, ...]:
         kept = int(torch.randint(least, count + 1, (1,), generator=generator))
         return tuple(sorted(torch.randperm(count, generator=generator)[:kept].tolist()))
 
-    def cut(layer, keep):
-        attention = replace(layer.attention, heads=some(6, 1))
-        cross = replace(layer.cross, heads=some(6, 1)) if layer.cross else None
-        return replace(layer, attention=attention, cross=cross, ffn=some(200, 8), keep=keep)
+    def cut(tower, layer, keep):
+        for part, units in layer.parts.items():
+            layer = layer.keeping(part, some(200, 8) if isinstance(units, Channels) else some(6, 1))
+        return layer.handing_on(tower.name, keep)
 
     keeps = {"vision": [30, None, 19, 11, None], "language": [None, 9, None, 6]}
-    keeps |= {tower.name: [None] * 4 for tower in (family.towers if family else ()) if not tower.tokens}
+    keeps |= {tower.name: [None] * 4 for tower in (family.towers if family else ()) if not tower.streams[0].prunable}
     towers = tuple(
-        replace(tower, layers=tuple(cut(layer, keep) for layer, keep in zip(tower.layers, keeps[tower.name], strict=True)))
-        for tower in plan.towers
+        replace(t, layers=tuple(cut(t, layer, keep) for layer, keep in zip(t.layers, keeps[t.name], strict=True)))
+        for t in plan.towers
     )
     return replace(plan, towers=towers)
 
 
 def masked(dense, plan):
     """The dense model with the tokens pruned as in a plan, and the heads and channels that it removes multiplied by zero."""
-    from dataclasses import replace
+    from comp_cli.engine.scoring import tower_layers
 
-    from comp_cli.engine.scoring import layer_parts, tower_layers
-
-    keeps = tuple(
-        replace(t, layers=tuple(replace(a, keep=b.keep) for a, b in zip(t.layers, u.layers, strict=True)))
-        for t, u in zip(dense.plan.towers, plan.towers, strict=True)
-    )
-    model = dense.build(replace(dense.plan, towers=keeps), dense.state)
+    model = dense.build(dense.plan.with_keeps_of(plan), dense.state)
     for tower in dense.family.towers:
         for layer, wanted in zip(tower_layers(model, tower), plan.tower(tower.name).layers, strict=True):
-            for part, path in layer_parts(tower).items():
-                linear, kept = layer.get_submodule(path), wanted.kept(part)
-                units = 200 if part == "ffn" else 6
+            for part in tower.parts:
+                linear, kept = layer.get_submodule(part.column), wanted.kept(part.name)
+                units = 6 if part.is_attention else 200
                 mask = torch.zeros(units).index_fill(0, torch.tensor(kept), 1).repeat_interleave(linear.in_features // units)
                 linear.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,))
-                if part == "attention":
+                if part == tower.self_attention:
                     heads = torch.zeros(6).index_fill(0, torch.tensor(kept), 1)
-                    layer.get_submodule(tower.attention.module).head_mask = heads
+                    layer.get_submodule(part.module).head_mask = heads
     return model

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from ..engine.methods import METHODS
+from ..engine.token_ranking import fits
 from ..errors import RefusedError
-from ..families import FAMILIES, Family, Tower, tower_config
-from ..plan import PADDING, SCHEMA_VERSION
+from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
+from ..plan import JSON_PARTS, PADDING, SCHEMA_VERSION, width_of_head
 from .vetting import shown
 
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
@@ -42,64 +43,101 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
         given = found["layout"] if isinstance(found.get("layout"), dict) else {}
         name = next((name for name in {**layout, **given} if name not in given or given[name] != layout.get(name)), "")
         _expect(False, f"{place}.layout.{name}", given.get(name), f"{layout.get(name)!r}, as the {tower.name} tower is built")
-    rows = found.get("score_rows")
-    _expect(_count(rows, 0), f"{place}.score_rows", rows, "a number of rows, 0 for all")
-    _check_rule(place, found, tower, method)
+    for where, ranked, stream in _streams(place, found, tower):
+        rows = ranked.get("score_rows")
+        _expect(_count(rows, 0), f"{where}.score_rows", rows, "a number of rows, 0 for all")
+        _check_rule(where, ranked, stream, method)
     layers, depth = found.get("layers"), sizes["num_hidden_layers"]
     fits = isinstance(layers, list) and len(layers) == depth
     _expect(
         fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"
     )
-    left = _tokens(tower, sizes)
+    left = {stream.name: _tokens(stream, sizes) for stream in tower.streams}
     for index, layer in enumerate(layers):
         left = _check_layer(f"{place}.layers[{index}]", layer, tower, sizes, left)
 
 
-def _check_rule(place: str, found: dict[str, Any], tower: Tower, method: Any) -> None:
+def _streams(place: str, found: dict[str, Any], tower: Tower) -> list[tuple[str, dict[str, Any], Stream]]:
+    """Where it is said how the tokens of each stream are ranked, and what: in the tower itself where it has one stream."""
+    if len(tower.streams) == 1:
+        return [(place, found, tower.streams[0])]
+    given, names = found.get("streams"), [stream.name for stream in tower.streams]
+    fits_all = isinstance(given, dict) and set(given) == set(names) and all(isinstance(one, dict) for one in given.values())
+    _expect(fits_all, f"{place}.streams", given, f"what is said of {', '.join(names)}")
+    return [(f"{place}.streams.{stream.name}", given[stream.name], stream) for stream in tower.streams]
+
+
+def _check_rule(place: str, found: dict[str, Any], stream: Stream, method: Any) -> None:
     """How tokens are ranked follows from the method: images by its rule, texts by their own as ever."""
-    own = tower.score_rule
-    rules = {"attention", "stride", "random", own} | ({"cls"} if tower.class_token else set())
-    if tower.name != "vision":
+    own = stream.rule
+    rules = {own} | {method.tokens for method in METHODS.values() if method.tokens and fits(method.tokens, stream)}
+    if stream.source != "image":
         rules = {own}
     elif isinstance(method, str) and method in METHODS:
         rules = {METHODS[method].tokens or own}
     rule, fuse = found.get("score_rule", "attention"), found.get("fuse", False)
     known = isinstance(rule, str) and rule in rules
     _expect(known, f"{place}.score_rule", rule, f"{' or '.join(sorted(rules))} (method {method})")
-    allowed = {tower.fuse, False} if rule == own and "fuse" not in found else {tower.fuse and rule == own}
-    _expect(type(fuse) is bool and fuse in allowed, f"{place}.fuse", fuse, f"{tower.fuse and rule == own}")
+    allowed = {stream.fuse, False} if rule == own and "fuse" not in found else {stream.fuse and rule == own}
+    _expect(type(fuse) is bool and fuse in allowed, f"{place}.fuse", fuse, f"{stream.fuse and rule == own}")
 
 
-def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], tokens: int) -> int:
-    """Returns the tokens that the layer hands on."""
+def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], tokens: dict[str, int]) -> dict[str, int]:
+    """Returns the tokens of each stream that the layer hands on."""
     _expect(isinstance(layer, dict), place, layer, "the sizes of a layer")
-    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
-    for part in ("attention", "cross") if tower.cross else ("attention",):
-        attention, where = layer.get(part), f"{place}.{part}"
-        _expect(isinstance(attention, dict), where, attention, "num_heads, head_dim and scale")
-        kept, wide, scale = (attention.get(name) for name in ("num_heads", "head_dim", "scale"))
-        _expect(set(attention) == {"num_heads", "head_dim", "scale"}, where, attention, "num_heads, head_dim and scale")
-        _expect(_count(kept, 1) and kept <= heads, f"{where}.num_heads", kept, f"1 to {heads}")
-        _expect(_count(wide, 1) and wide == width // heads, f"{where}.head_dim", wide, f"{width // heads} = {width} / {heads}")
-        right = (width // heads) ** -0.5
-        close = type(scale) in (int, float) and math.isclose(scale, right, rel_tol=1e-6)
-        _expect(close, f"{where}.scale", scale, f"{right:.8g} = 1 / sqrt({width // heads})")
-    _expect(tower.cross or "cross" not in layer, f"{place}.cross", layer.get("cross"), "none: the tower has no cross-attention")
-    ffn, most = layer.get("ffn"), sizes["intermediate_size"] + PADDING
-    _expect(_count(ffn, 1) and ffn <= most, f"{place}.ffn", ffn, f"1 to {sizes['intermediate_size']} channels")
+    for part in tower.parts:
+        if part.is_attention:
+            _check_heads(f"{place}.{part.name}", layer.get(part.name), part, sizes)
+        else:
+            kept, dense = layer.get(part.name), sizes[part.units]
+            _expect(_count(kept, 1) and kept <= dense + PADDING, f"{place}.{part.name}", kept, f"1 to {dense} channels")
+    for name in {*JSON_PARTS} - {part.name for part in tower.parts}:
+        _expect(name not in layer, f"{place}.{name}", layer.get(name), f"none: the {tower.name} tower has no {name}")
     _expect("keep" in layer, f"{place}.keep", None, "a number of tokens, or null for all")
-    keep, least = layer["keep"], max(1, len(tower.protected))
+    if len(tower.streams) == 1:
+        (stream,) = tower.streams
+        return {stream.name: _check_keep(f"{place}.keep", layer["keep"], stream, tokens[stream.name])}
+    keep = {} if layer["keep"] is None else layer["keep"]
+    named = isinstance(keep, dict) and set(keep) <= set(tokens)
+    _expect(named, f"{place}.keep", keep, f"null, or numbers of tokens of {', '.join(tokens)}")
+    return {
+        stream.name: _check_keep(f"{place}.keep.{stream.name}", keep.get(stream.name), stream, tokens[stream.name])
+        for stream in tower.streams
+    }
+
+
+def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> None:
+    """The heads of an attention: those of a number of units, as wide as in the dense model."""
+    units, heads, width = sizes[part.units], sizes[part.queries], width_of_head(sizes, part.queries)
+    group, names = heads // units, ("num_heads", "head_dim", "scale")
+    names = names if group == 1 else (*names, "num_key_value_heads")
+    _expect(isinstance(found, dict) and set(found) == set(names), place, found, f"{', '.join(names[:-1])} and {names[-1]}")
+    kept, wide, scale = (found[name] for name in ("num_heads", "head_dim", "scale"))
+    whole = _count(kept, group) and kept <= heads and kept % group == 0
+    _expect(whole, f"{place}.num_heads", kept, f"{group} to {heads}" + ("" if group == 1 else f", in groups of {group}"))
+    if group > 1:
+        shared = found["num_key_value_heads"]
+        _expect(type(shared) is int and shared * group == kept, f"{place}.num_key_value_heads", shared, f"{kept // group}")
+    said = f"{width} = {sizes['hidden_size']} / {heads}" if not sizes.get("head_dim") else f"{width}"
+    _expect(_count(wide, 1) and wide == width, f"{place}.head_dim", wide, said)
+    close = type(scale) in (int, float) and math.isclose(scale, width**-0.5, rel_tol=1e-6)
+    _expect(close, f"{place}.scale", scale, f"{width**-0.5:.8g} = 1 / sqrt({width})")
+
+
+def _check_keep(place: str, keep: Any, stream: Stream, tokens: int) -> int:
+    """Returns the tokens of a stream that are handed on, of `tokens`."""
+    least = max(1, len(stream.protected))
     if keep is None:
         return tokens
-    _expect(tower.tokens, f"{place}.keep", keep, f"null: the {tower.name} tower keeps its tokens")
-    _expect(_count(keep, least) and keep <= tokens, f"{place}.keep", keep, f"{least} to {tokens} tokens, or null for all")
+    _expect(stream.prunable, place, keep, f"null: the {stream.name} tower keeps its tokens")
+    _expect(_count(keep, least) and keep <= tokens, place, keep, f"{least} to {tokens} tokens, or null for all")
     return keep
 
 
-def _tokens(tower: Tower, sizes: dict[str, Any]) -> int:
-    """The most tokens that enter a tower."""
+def _tokens(stream: Stream, sizes: dict[str, Any]) -> int:
+    """The most tokens of a stream that enter its tower."""
     if "image_size" in sizes:
-        return (sizes["image_size"] // sizes["patch_size"]) ** 2 + (tower.class_token == "first")
+        return (sizes["image_size"] // sizes["patch_size"]) ** 2 + stream.skips_first
     return sizes["max_position_embeddings"]
 
 

@@ -1,7 +1,6 @@
 """`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how they pollute each other."""
 
 from dataclasses import asdict
-from pathlib import PurePosixPath
 
 from .. import __version__
 from ..checkpoint.loading import pick_device
@@ -19,6 +18,8 @@ from ..report.analyzed import (
     LayerInfluence,
 )
 from ..report.base import PairCounts, Reference, Texts
+
+PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
 
 
 def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS) -> AnalyzeReport:
@@ -48,7 +49,7 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
         layers=layers,
         inequality=inequality(dense, scores),
         diagnostics=diagnosis(dense, found),
-        score_rows={tower.name: tower.score_rows for tower in dense.plan.towers},
+        score_rows={name: stream.score_rows for name, stream in dense.plan.streams.items()},
         samples=sum(batch.samples for batch in batches),
         data=pairs.describe("calibration"),
         pairs={purpose: PairCounts(**found) for purpose, found in pairs.counts().items()},
@@ -65,8 +66,8 @@ def costs(dense: Dense) -> tuple[Cost, Cost, tuple[LayerCost, ...]]:
         LayerCost(
             row.tower,
             row.layer,
-            flops={part: getattr(row, part) for part in ("attention", "cross", "ffn")},
-            params={part: params.get((row.tower, row.layer, part), 0) for part in ("attention", "cross", "ffn")},
+            flops={part: row.parts.get(part, 0) for part in PARTS},
+            params={part: params.get((row.tower, row.layer, part), 0) for part in PARTS},
         )
         for row in counted.layers
     )
@@ -79,20 +80,19 @@ def part_params(dense: Dense) -> dict[scoring.Key, int]:
     found: dict[scoring.Key, int] = {}
     for tower in dense.family.towers:
         root = f"{tower.encoder}.{tower.layers}."
-        heads = {"cross": _head(tower.cross.module)} if tower.cross else {}
-        heads["attention"] = _head(tower.attention.module)
+        inside = {_first(part.column): part.name for part in tower.parts if part.is_attention}
         for name, tensor in dense.state.items():
             if not name.startswith(root):
                 continue
             index, _, path = name.removeprefix(root).partition(".")
-            part = next((part for part, head in heads.items() if path.startswith(head + ".")), "ffn")
-            key = (tower.name, int(index), part)
+            key = (tower.name, int(index), inside.get(_first(path), tower.parts[-1].name))
             found[key] = found.get(key, 0) + tensor.numel()
     return found
 
 
-def _head(path: str) -> str:
-    return PurePosixPath(path.replace(".", "/")).parts[0]
+def _first(path: str) -> str:
+    """The module right inside a layer that a path goes through."""
+    return path.partition(".")[0]
 
 
 def inequality(dense: Dense, scores: scoring.Scores) -> tuple[LayerInequality, ...]:
@@ -100,13 +100,14 @@ def inequality(dense: Dense, scores: scoring.Scores) -> tuple[LayerInequality, .
     rows = []
     for tower in dense.family.towers:
         for index in range(len(dense.plan.tower(tower.name).layers)):
-            tokens = scores.tokens[tower.name, index]
-            per_sample = [importance.gini(row[row.isfinite()]) for row in tokens]
-            units = {}
-            for part in ("attention", "cross", "ffn"):
+            of_tokens, units = None, {}
+            if any(stream.prunable for stream in tower.streams):
+                (stream,) = tower.streams
+                per_sample = [importance.gini(row[row.isfinite()]) for row in scores.tokens[stream.name, index]]
+                of_tokens = sum(per_sample) / len(per_sample)
+            for part in PARTS:
                 found = scores.units.get((tower.name, index, part))
                 units[part] = None if found is None else importance.gini(found)
-            of_tokens = sum(per_sample) / len(per_sample) if tower.tokens else None
             rows.append(LayerInequality(tower.name, index, of_tokens, **units))
     return tuple(rows)
 
@@ -114,16 +115,16 @@ def inequality(dense: Dense, scores: scoring.Scores) -> tuple[LayerInequality, .
 def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> Diagnostics:
     """CoMP's two findings per layer, with the shares that define them."""
     layers = []
-    for tower in (tower for tower in dense.plan.towers if dense.family.tower(tower.name).tokens):
+    for tower in (tower for tower in dense.plan.towers if diagnostics.ranks_tokens(dense.family.tower(tower.name))):
         for index in range(len(tower.layers)):
-            parts = [part for part in ("attention", "cross", "ffn") if (tower.name, index, part) in found.overlap]
+            parts = [part for part in PARTS if (tower.name, index, part) in found.overlap]
             influence = found.influence.get((tower.name, index))
             layers.append(
                 LayerDiagnosis(
                     tower.name,
                     index,
                     overlap={part: found.overlap[tower.name, index, part] for part in parts},
-                    chance=found.chance[tower.name, index, "ffn"],
+                    chance=found.chance[tower.name, index, parts[-1]],
                     influence=None if influence is None else LayerInfluence(**asdict(influence)),
                 )
             )

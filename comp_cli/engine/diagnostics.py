@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import Family
+from ..families import Family, Tower
 from ..plan import Plan
 from ..runtime.modeling_comp import TOKEN_RULES, CompactAttention
 from . import importance, scoring
@@ -127,25 +128,28 @@ def diagnose(
             model(**batch)
             for key, activations in recorder.inputs.items():
                 tower = family.tower(key[0])
-                if not tower.tokens:
+                if not ranks_tokens(tower):
                     continue
                 valid, weights = (scoring.weights_of(recorder, tower, plan, key, weighted) for weighted in (False, True))
                 ordinary = valid > 0
-                ordinary[:, : int("first" in tower.protected)] = False
+                ordinary[:, : int(tower.streams[0].skips_first)] = False
                 found = contributions(activations, scoring.output_weight(model, family, key), valid)
                 overlaps.setdefault(key, []).append(overlap(found, weights, ordinary, TOP))
                 chances.setdefault(key, []).append(top_count(ordinary, TOP) / ordinary.sum(1))
-                if key[2] == "attention":
+                if key[2] == tower.self_attention.name:
                     energies[key] = energies.get(key, 0) + importance.energy(activations, valid)
             advance()
     summaries = {}
-    for (tower, index), (changed, correlation) in captured.items():
-        key = (tower, index, "attention")
+    for (name, index), (changed, correlation) in captured.items():
+        key = (name, index, family.tower(name).self_attention.name)
         channels = importance.channel_importance(scoring.output_weight(model, family, key), energies[key])
-        heads = importance.head_importance(channels, plan.tower(tower).layers[index].attention.head_dim)
-        summaries[tower, index] = summarise(heads.cpu(), torch.cat(changed).cpu(), torch.cat(correlation).cpu())
-    means = ({key: torch.cat(rows).mean().item() for key, rows in table.items()} for table in (overlaps, chances))
-    return Diagnosis(*means, summaries)
+        heads = importance.unit_importance(channels, plan.tower(name).layers[index].parts[key[2]].width)
+        summaries[name, index] = summarise(heads.cpu(), torch.cat(changed).cpu(), torch.cat(correlation).cpu())
+    return Diagnosis(_means(overlaps), _means(chances), summaries)
+
+
+def _means(table: dict[scoring.Key, list[Tensor]]) -> dict[scoring.Key, float]:
+    return {key: torch.cat(rows).mean().item() for key, rows in table.items()}
 
 
 def summarise(heads: Tensor, changed: Tensor, correlation: Tensor) -> Influence:
@@ -161,6 +165,11 @@ def summarise(heads: Tensor, changed: Tensor, correlation: Tensor) -> Influence:
     )
 
 
+def ranks_tokens(tower: Tower) -> bool:
+    """Whether tokens of a tower may go, all of one stream."""
+    return len(tower.streams) == 1 and tower.streams[0].prunable
+
+
 @contextmanager
 def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]]:
     """While the context is open, gather `head_influence` of every layer with more than one head, batch by batch."""
@@ -169,20 +178,19 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
     def hear(key: tuple[str, int]) -> Callable:
         def hook(module: CompactAttention, args, kwargs, output) -> None:
             query, key_states, _ = map(module.split, module.project(args[0], None))
-            ranked = module.token_scores
-            options = {"rows": ranked.rows, "skip_first": ranked.skip_first, "rule": ranked.rule}
-            options["attention_mask"] = module.complete(kwargs["attention_mask"], args[0])
-            found = head_influence(query, key_states, module.scale, **options)
+            ranked, mask = module.token_scores, module.complete(kwargs["attention_mask"], args[0])
+            how: dict[str, Any] = {"rows": ranked.rows, "skip_first": ranked.skip_first, "attention_mask": mask}
+            found = head_influence(query, key_states, module.scale, rule=ranked.rule, **how)
             for rows, new in zip(captured.setdefault(key, ([], [])), found, strict=True):
                 rows.append(new)
 
         return hook
 
     hooks = []
-    for tower in (tower for tower in family.towers if tower.tokens):
+    for tower in filter(ranks_tokens, family.towers):
         for index, layer in enumerate(scoring.tower_layers(model, tower)):
-            attention: CompactAttention = layer.get_submodule(tower.attention.module)
-            if attention.num_heads > 1:
+            attention = layer.get_submodule(tower.self_attention.module)
+            if isinstance(attention, CompactAttention) and attention.num_heads > 1:
                 hooks.append(attention.register_forward_hook(hear((tower.name, index)), with_kwargs=True))
     try:
         yield captured

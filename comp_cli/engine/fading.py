@@ -1,7 +1,7 @@
 """Masks that fade: units that a stage removes leave little by little, while the rest learns to do without them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,33 +9,40 @@ from torch import Tensor, nn
 
 from ..families import Family
 from ..plan import Plan
-from .scoring import layer_parts, tower_layers
+from ..runtime.modeling_comp import CompactAttention
+from .scoring import reader_of, tower_layers
 
 
 @contextmanager
 def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Iterator[Callable[[float], None]]:
     """While open, the units of `before` that `after` does not keep are multiplied with what the yielded function was last
     called with. The maps of fading heads count as little in the token scores (CIT, Eq. 7)."""
-    hooks, faders, attentions = [], [], []
+    hooks, faders = [], []
+    attentions: list[CompactAttention] = []
     relative = after.within(before)
+
+    def masks(count: int, left: Sequence[int], width: int, linear: nn.Linear) -> Tensor:
+        """One number for each of the units, repeated `width` times: ones, of which those that go will fade."""
+        stays = torch.zeros(count, device=linear.weight.device)
+        stays[list(left)] = 1
+        mask, stays = torch.ones_like(stays).repeat_interleave(width), stays.repeat_interleave(width)
+        faders.append((mask, stays))
+        return mask
+
     for tower in family.towers:
-        kept_layers = relative.tower(tower.name).layers
-        for index, (layer, kept) in enumerate(zip(tower_layers(model, tower), kept_layers, strict=True)):
-            was = before.tower(tower.name).layers[index]
-            for part, path in layer_parts(tower).items():
-                linear = layer.get_submodule(path)
-                units, left = was.kept(part), kept.kept(part)
-                if len(units) == len(left):
+        planned = before.tower(tower.name).layers, relative.tower(tower.name).layers
+        for layer, was, now in zip(tower_layers(model, tower), *planned, strict=True):
+            for part in tower.parts:
+                linear = reader_of(layer, part)
+                units, left = was.parts[part.name], now.kept(part.name)
+                count = len(units.units)
+                if count == len(left):
                     continue
-                stays = torch.zeros(len(units), device=linear.weight.device)
-                stays[list(left)] = 1
-                mask = torch.ones_like(stays)
-                width = linear.in_features // len(units)
-                hooks.append(linear.register_forward_pre_hook(_multiply(mask, width)))
-                faders.append((mask, stays))
-                if part == "attention":
-                    attention = layer.get_submodule(tower.attention.module)
-                    attention.head_mask = mask
+                mask = masks(count, left, linear.in_features // count, linear)
+                hooks.append(linear.register_forward_pre_hook(_multiply(mask)))
+                attention = layer.get_submodule(part.module) if part == tower.self_attention else None
+                if isinstance(attention, CompactAttention):  # whose heads vote on tokens
+                    attention.head_mask = masks(count, left, attention.num_heads // count, linear)
                     attentions.append(attention)
 
     def fade(alpha: float) -> None:
@@ -51,8 +58,8 @@ def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Itera
             attention.head_mask = None
 
 
-def _multiply(mask: Tensor, width: int) -> Callable:
-    return lambda module, args: (args[0] * mask.repeat_interleave(width).to(args[0].dtype),)
+def _multiply(mask: Tensor) -> Callable:
+    return lambda module, args: (args[0] * mask.to(args[0].dtype),)
 
 
 def fade_at(step: int, steps: int) -> float:
@@ -63,5 +70,5 @@ def fade_at(step: int, steps: int) -> float:
 def forget_head_masks(model: nn.Module) -> None:
     """The ablation without CIT: fading heads vote on tokens as loudly as ever."""
     for module in model.modules():
-        if hasattr(module, "head_mask"):
+        if isinstance(module, CompactAttention):
             module.head_mask = None

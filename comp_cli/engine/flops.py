@@ -5,41 +5,48 @@ where they are pruned costs FLOPs as well and is counted.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..families import Family, tower_config
+from ..families import Family, Tower, tower_config
 from ..families.base import ANSWER_TOKENS
-from ..plan import LayerPlan, Plan, TowerPlan
+from ..plan import LayerPlan, Plan, StreamPlan, TowerPlan
+from .parts import PartSizes, Shape, matrices_of, part_sizes
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference input of a model, and the widths that a plan does not hold."""
+    """The reference input of a model, and the sizes that a plan does not hold."""
 
-    tokens: dict[str, int]  # tower -> tokens that enter it
-    width: dict[str, int]  # tower -> hidden size
-    ffn: dict[str, int]  # tower -> feed-forward channels of the dense model
-    class_token: dict[str, bool]  # tower -> whether token 0 is [CLS], which casts no vote on the others
+    family: Family
+    tokens: dict[str, int]  # stream -> tokens that enter its tower
+    sizes: dict[tuple[str, str], PartSizes]  # (tower, part) -> sizes of its matrices
     fixed: int  # FLOPs outside the towers: patch embedding, heads
-    reads: dict[str, str]  # tower -> the one whose tokens its cross-attention reads
-    whole: tuple[str, ...] = ()  # towers whose tokens all stay
-    pooling: tuple[int, int] = (0, 0)  # of an attention pooling head over the image tokens: FLOPs, and those of a token
+    whole: dict[str, int] = field(default_factory=dict)  # tower -> FLOPs of a token in each layer's matrices that all stay
+    behind: dict[str, int] = field(default_factory=dict)  # stream -> FLOPs of each token that its tower hands out, outside it
 
 
 @dataclass(frozen=True)
 class LayerFlops:
     tower: str
     layer: int
-    attention: int
-    cross: int
-    ffn: int
-    tokens_in: int
-    tokens_out: int
+    parts: dict[str, int]  # part -> FLOPs
+    whole: int  # FLOPs of what no plan prunes
+    entering: dict[str, int]  # stream -> tokens
+    handed_on: dict[str, int]  # stream -> tokens that the attention hands on
+
+    @property
+    def tokens_in(self) -> int:
+        return sum(self.entering.values())
+
+    @property
+    def tokens_out(self) -> int:
+        return sum(self.handed_on.values())
 
     @property
     def total(self) -> int:
-        return self.attention + self.cross + self.ffn
+        return self.whole + sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -54,70 +61,111 @@ class Flops:
     def tower(self, name: str) -> int:
         return sum(layer.total for layer in self.layers if layer.tower == name)
 
-    def part(self, name: str, part: str) -> int:
-        """FLOPs of one part ("attention", "cross" or "ffn") of a tower."""
-        return sum(getattr(layer, part) for layer in self.layers if layer.tower == name)
+    def part(self, tower: str, part: str) -> int:
+        """FLOPs of one part of a tower."""
+        return sum(layer.parts[part] for layer in self.layers if layer.tower == tower)
 
 
-def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[int, ...]], text_tokens: int) -> Reference:
-    """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
-    parts = {tower.name: tower_config(config, tower) for tower in family.towers}
-    class_token = {tower.name: "first" in tower.protected for tower in family.towers}
-    tokens, times = {}, {"once": 1}
-    if "vision" in parts:
-        times["patches"] = (parts["vision"]["image_size"] // parts["vision"]["patch_size"]) ** 2
-        tokens["vision"] = times["patches"] + class_token["vision"]
-    if "language" in parts:
-        tokens["language"] = family.text_length(text_tokens, parts["language"]["max_position_embeddings"])
-    if "answer" in parts:
-        tokens["answer"] = ANSWER_TOKENS
-    times |= tokens
+def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape], text_tokens: int) -> Reference:
+    """The reference input from config.json and the shapes of the weights.
+
+    Raises RefusedError where the family's description does not fit the shapes, see `part_sizes`.
+    """
+    sizes = part_sizes(config, family, shapes)
+    patches, tokens = _tokens(config, family, text_tokens)
+    times = {"once": 1, "patches": patches}
+    times |= {tower.name: sum(tokens[stream.name] for stream in tower.streams) for tower in family.towers}
     fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
     if family.text_embeds:  # the cosine of an image with a text
         fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]
-    width = {name: part["hidden_size"] for name, part in parts.items()}
-    ffn = {name: part["intermediate_size"] for name, part in parts.items()}
-    pooling = (0, 0)
+    behind = {}
     if family.pooling:  # one query; its keys and values are made of every token
-        square = 2 * width["vision"] ** 2
-        pooling = (2 * square + 4 * width["vision"] * ffn["vision"], 2 * square + 4 * width["vision"])
-    reads = {tower.name: tower.reads for tower in family.towers if tower.cross}
-    whole = tuple(tower.name for tower in family.towers if not tower.tokens)
-    return Reference(tokens, width, ffn, class_token, fixed, reads, whole, pooling)
+        name, images = _images(family)
+        own = tower_config(config, images)
+        width, square = own["hidden_size"], 2 * own["hidden_size"] ** 2
+        fixed += 2 * square + 4 * width * own["intermediate_size"]
+        behind[name] = 2 * square + 4 * width
+    whole = {tower.name: _whole(tower, shapes) for tower in family.towers if tower.whole}
+    return Reference(family, tokens, sizes, fixed, whole, behind)
+
+
+def _images(family: Family) -> tuple[str, Tower]:
+    """The first stream of image tokens, and its tower."""
+    return next((name, tower) for name, (tower, stream) in family.streams.items() if stream.source == "image")
+
+
+def _tokens(config: dict[str, Any], family: Family, text_tokens: int) -> tuple[int, dict[str, int]]:
+    """Patches of the reference image, 0 where the model takes none, and the tokens that enter of each stream."""
+    patches, tokens = 0, {}
+    for tower in family.towers:
+        sizes = tower_config(config, tower)
+        for stream in tower.streams:
+            if stream.source == "image":
+                patches = patches or (sizes["image_size"] // sizes["patch_size"]) ** 2  # of the tower that sees the image
+                tokens[stream.name] = patches + stream.skips_first
+            elif stream.source == "text":
+                tokens[stream.name] = family.text_length(text_tokens, sizes["max_position_embeddings"])
+            else:
+                tokens[stream.name] = ANSWER_TOKENS
+    return patches, tokens
+
+
+def _whole(tower: Tower, shapes: Mapping[str, Shape]) -> int:
+    """FLOPs of a token in the matrices of a layer that all stay."""
+    inside = tuple(f"{path}." for path in tower.whole)
+    return sum(2 * math.prod(shape) for name, shape in matrices_of(shapes, tower, 0).items() if name.startswith(inside))
 
 
 def count(plan: Plan, ref: Reference) -> Flops:
     """FLOPs of every layer of a plan at the reference input."""
     rows = []
-    handed_on = {}
-    for tower in plan.towers:
-        tokens, width = ref.tokens[tower.name], ref.width[tower.name]
-        for index, layer in enumerate(tower.layers):
-            rows.append(_layer(tower, index, layer, tokens, width, handed_on.get(ref.reads.get(tower.name)), ref))
-            tokens = rows[-1].tokens_out
-        handed_on[tower.name] = tokens
-    pooling = ref.pooling[0] + ref.pooling[1] * handed_on.get("vision", 0)
-    return Flops(tuple(rows), ref.fixed + pooling)
+    handed_out: dict[str, int] = {}  # stream -> tokens that its tower hands out
+    for planned in plan.towers:
+        tower = ref.family.tower(planned.name)
+        tokens = {stream.name: ref.tokens[stream.name] for stream in tower.streams}
+        for index, layer in enumerate(planned.layers):
+            rows.append(_layer(planned, tower, index, layer, tokens, handed_out, ref))
+            tokens = rows[-1].handed_on
+        handed_out |= tokens
+    behind = sum(each * handed_out[stream] for stream, each in ref.behind.items())
+    return Flops(tuple(rows), ref.fixed + behind)
 
 
 def _layer(
-    tower: TowerPlan, index: int, layer: LayerPlan, tokens: int, width: int, read: int | None, ref: Reference
+    planned: TowerPlan,
+    tower: Tower,
+    index: int,
+    layer: LayerPlan,
+    entering: dict[str, int],
+    handed_out: dict[str, int],
+    ref: Reference,
 ) -> LayerFlops:
-    inner = len(layer.attention.heads) * layer.attention.head_dim
-    attention = 2 * tokens * width * inner * 4 + 4 * tokens * tokens * inner
-    out = tokens
-    if layer.keep is not None and layer.keep < tokens:
-        out = layer.keep
-        attention += 2 * _score_rows(tower, tokens - ref.class_token[tower.name]) * tokens * inner
-    cross = 0
-    if layer.cross is not None:
-        cross_inner = len(layer.cross.heads) * layer.cross.head_dim
-        other = ref.width[ref.reads[tower.name]]
-        cross = 4 * out * width * cross_inner + 4 * read * other * cross_inner + 4 * out * read * cross_inner
-    return LayerFlops(tower.name, index, attention, cross, 4 * out * width * layer.width, tokens, out)
+    handed_on = {name: min(layer.keep.get(name, number), number) for name, number in entering.items()}
+    parts, ranking = {}, tower.self_attention
+    own, pruned = sum(entering.values()), sum(handed_on.values())
+    for part in tower.parts:
+        read = own if part.reads is None else handed_out[part.reads]
+        sizes, units = ref.sizes[tower.name, part.name], layer.built(part.name)
+        (rows, inputs), *others = sizes.rows
+        outputs, columns = sizes.column
+        macs = own * (rows * inputs + columns * outputs) + read * sum(rows * inputs for rows, inputs in others)
+        if part.is_attention:  # queries with keys, maps with values
+            macs += 2 * own * read * columns
+        if part == ranking:
+            voters = (
+                _score_rows(planned.streams[stream.name], entering[stream.name] - stream.skips_first)
+                for stream in tower.streams
+                if handed_on[stream.name] < entering[stream.name]
+            )
+            macs += sum(voters) * own * columns
+            own = pruned
+        parts[part.name] = 2 * units * macs
+    return LayerFlops(tower.name, index, parts, ref.whole.get(tower.name, 0) * pruned, entering, handed_on)
 
 
-def _score_rows(tower: TowerPlan, most: int) -> int:
+def _score_rows(stream: StreamPlan, most: int) -> int:
     """Query rows behind the token scores."""
-    rows = {"attention": tower.score_rows or most, "cls": 1, "last": 1}
-    return min(rows.get(tower.score_rule, 0), most)
+    from ..runtime.modeling_comp import TOKEN_RULES  # brings torch; whoever wants a default of this file does not need it
+
+    rows = TOKEN_RULES[stream.score_rule].query_rows
+    return min(stream.score_rows or most if rows is None else rows, most)

@@ -37,9 +37,9 @@ def channel_importance(weight: Tensor, channel_energy: Tensor) -> Tensor:
     return weight.float().abs().mean(0) * channel_energy.sqrt()
 
 
-def head_importance(channel_scores: Tensor, head_dim: int) -> Tensor:
-    """Mean over the channels of each head. (heads * head_dim,) -> (heads,)."""
-    return channel_scores.unflatten(0, (-1, head_dim)).mean(1)
+def unit_importance(channel_scores: Tensor, width: int) -> Tensor:
+    """Mean over the channels of each unit, a head or one channel. (units * width,) -> (units,)."""
+    return channel_scores.unflatten(0, (-1, width)).mean(1)
 
 
 def relative_to_layer(scores: Tensor) -> Tensor:

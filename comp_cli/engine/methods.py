@@ -1,18 +1,9 @@
-"""Modes and methods: what `comp prune --method` scores and removes, and how. Names only; light to import."""
+"""Methods: what `comp prune --method` scores and removes, and how. Names only; light to import.
+
+What there is to remove, the modes, follows from the description of a model (Family.modes).
+"""
 
 from dataclasses import dataclass
-
-# The five modes: what one of them removes. A parameter mode is (towers, parts of their layers), a token mode a tower. A model
-# has some of the towers.
-TEXT = ("language", "answer")
-PARAMETER_MODES = {
-    "vision_params": (("vision",), ("attention", "ffn")),
-    "language_params": (TEXT, ("attention", "ffn")),
-    "cross_params": (TEXT, ("cross",)),
-}
-TOKEN_MODES = {"vision_tokens": "vision", "language_tokens": "language"}
-MODES = (*PARAMETER_MODES, *TOKEN_MODES)
-KINDS = {"parameters": tuple(PARAMETER_MODES), "tokens": tuple(TOKEN_MODES)}
 
 
 @dataclass(frozen=True)

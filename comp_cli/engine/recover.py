@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..plan import LayerPlan, Plan
-from .scoring import Key, layer_parts, recording, tower_layers, weights_of
-from .slicing import head_channels
+from ..plan import Plan
+from .scoring import Key, recording, tower_layers, weights_of
+from .slicing import unit_channels
 
 RIDGE = 1e-3  # times the mean of the diagonal
 
@@ -33,8 +33,8 @@ def collect_grams(
             model(**batch)
             for tower in family.towers:
                 for index in range(len(tower_layers(model, tower))):
-                    for part in layer_parts(tower):
-                        key = (tower.name, index, part)
+                    for part in tower.parts:
+                        key = (tower.name, index, part.name)
                         weights = weights_of(recorder, tower, plan, key, weighted=True)
                         found = gram(recorder.inputs[key], weights)
                         grams[key] = grams[key].add_(found) if key in grams else found
@@ -51,20 +51,31 @@ def gram(activations: Tensor, weights: Tensor) -> Tensor:
     return x.T @ x
 
 
-def refit(weight: Tensor, bias: Tensor, found: Tensor, kept: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, kept) and bias (outputs,) that best replace a dense (outputs, channels) one on the kept channels."""
-    columns = torch.cat([kept, torch.tensor([weight.shape[1]])]).to(found.device)
-    whole = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
+def refit(
+    weight: Tensor, bias: Tensor | None, found: Tensor, kept: Tensor, ridge: float = RIDGE
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (outputs, kept) and bias (outputs,) that best replace a dense (outputs, channels) one on the kept channels.
+
+    A projection without bias gets none: the constant column of the Gram matrix `found` is left out.
+    """
+    channels = weight.shape[1]
+    if bias is None:
+        columns, whole, found = kept.to(found.device), weight.double(), found[:channels, :channels]
+    else:
+        columns = torch.cat([kept, torch.tensor([channels])]).to(found.device)
+        whole = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
     inner = found[columns][:, columns].double()
     shrink = ridge * inner.diagonal().mean()
     inner = inner + shrink * torch.eye(len(columns), dtype=torch.double, device=found.device)
     # The ridge pulls towards the plain slice, not towards zero: nothing pruned, nothing changed.
     target = whole @ found[:, columns].double() + shrink * whole[:, columns]
     fitted = torch.cholesky_solve(target.T, torch.linalg.cholesky(inner)).T  # the ridge makes it positive definite
+    if bias is None:
+        return fitted.to(weight.dtype).contiguous(), None
     return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
 
 
-Fitted = dict[Key, tuple[Tensor, tuple[Tensor, Tensor]]]  # what was kept last, and the fit
+Fitted = dict[Key, tuple[Tensor, tuple[Tensor, Tensor | None]]]  # what was kept last, and the fit
 
 
 def recover(
@@ -83,22 +94,17 @@ def recover(
     for tower_plan in plan.towers:
         tower = family.tower(tower_plan.name)
         for index, layer in enumerate(tower_plan.layers):
-            for part, path in layer_parts(tower).items():
-                name = f"{tower.encoder}.{tower.layers}.{index}.{path}"
-                weight, bias = dense[f"{name}.weight"], dense[f"{name}.bias"]
-                kept = kept_channels(layer, part)
+            for part in tower.parts:
+                name = f"{tower.encoder}.{tower.layers}.{index}.{part.column}"
+                weight, bias = dense[f"{name}.weight"], dense.get(f"{name}.bias")
+                units = layer.parts[part.name]
+                kept = unit_channels(units.units, units.width)
                 if len(kept) == weight.shape[1]:
                     continue
-                key = (tower.name, index, part)
+                key = (tower.name, index, part.name)
                 if key not in fitted or not torch.equal(fitted[key][0], kept):
                     fitted[key] = kept, refit(weight, bias, grams[key], kept)
-                recovered[f"{name}.weight"], recovered[f"{name}.bias"] = fitted[key][1]
+                recovered[f"{name}.weight"], shift = fitted[key][1]
+                if shift is not None:
+                    recovered[f"{name}.bias"] = shift
     return recovered
-
-
-def kept_channels(layer: LayerPlan, part: str) -> Tensor:
-    """Inner channels of a part that stay, as indices into the dense model."""
-    if part == "ffn":
-        return torch.tensor(layer.ffn)
-    attention = getattr(layer, part)
-    return head_channels(attention.heads, attention.head_dim)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..plan import LayerPlan, Plan, TowerPlan
+from ..errors import RefusedError
+from ..families import Mode
+from ..plan import Channels, Plan
 from . import flops
-from .methods import PARAMETER_MODES, TOKEN_MODES
 from .scoring import Key, Scores
 
 
@@ -40,18 +41,17 @@ def prune_to(
 ) -> tuple[Plan, float]:
     """Raise the thresholds of `modes` together, by bisection, until the plan's FLOPs are at most `target`.
 
-    Returns the plan nearest above the threshold that suffices, and that threshold; if the floors forbid the target, the
-    smallest plan.
+    modes: names of the family's modes. Returns the plan nearest above the threshold that suffices, and that threshold; if the
+    floors forbid the target, the smallest plan.
     """
 
     def pruned(threshold: float) -> Plan:
         result = plan
         for mode in modes:
-            prune = prune_tokens if mode in TOKEN_MODES else prune_parameters
-            result = prune(result, scores, ref, mode, threshold, floors)
+            result = prune_mode(result, scores, ref, mode, threshold, floors)
         return result
 
-    low, high = 0.0, max(_highest(scores, mode) for mode in modes)
+    low, high = 0.0, max(_highest(scores, ref.family.modes[mode]) for mode in modes)
     if flops.count(plan, ref).total <= target:
         return plan, low
     best = pruned(high)
@@ -67,25 +67,37 @@ def prune_to(
     return best, high
 
 
-def _highest(scores: Scores, mode: str) -> float:
-    """A threshold at which everything but the floors goes."""
-    if mode in PARAMETER_MODES:
+def prune_mode(plan: Plan, scores: Scores, ref: flops.Reference, name: str, threshold: float, floors: Floors) -> Plan:
+    """Remove what scores below the threshold of a mode, of those that the family has."""
+    mode = ref.family.modes[name]
+    if mode.stream is None:
+        return prune_parameters(plan, scores, ref, mode.parts, threshold, floors)
+    return prune_tokens(plan, scores, ref, mode.stream, threshold, floors)
+
+
+def _highest(scores: Scores, mode: Mode) -> float:
+    """A threshold at which everything but the floors goes. Raises RefusedError for a stream whose tokens were not scored."""
+    if mode.stream is None:
         return 1.0
-    found = [t.nan_to_num(0, posinf=0).max().item() for (tower, _), t in scores.tokens.items() if tower == TOKEN_MODES[mode]]
-    return max(found) * max(len(found), 1) + 1e-3
+    found = [t.nan_to_num(0, posinf=0).max().item() for (stream, _), t in scores.tokens.items() if stream == mode.stream]
+    if not found:
+        said = f"{mode.name}: the tokens of {mode.stream} have no scores: its tower has tokens of several streams."
+        raise RefusedError(said, hint="Use a method that removes parameters only.")
+    return max(found) * len(found) + 1e-3
 
 
-def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, quantile: float, floors: Floors) -> Plan:
-    """Remove the units of a mode with the lowest scores, until they hold `quantile` of the mode's FLOPs."""
-    names, parts = PARAMETER_MODES[mode]
-    towers = [tower for tower in plan.towers if tower.name in names]
-    units = _units(plan, towers, scores, ref, parts)
+def prune_parameters(
+    plan: Plan, scores: Scores, ref: flops.Reference, parts: Sequence[tuple[str, str]], quantile: float, floors: Floors
+) -> Plan:
+    """Remove the units of some (tower, part) with the lowest scores, until they hold `quantile` of the FLOPs of all."""
+    units = _units(plan, scores, ref, parts)
     budget = quantile * sum(unit.cost for unit in units)
     doomed: set[tuple[Key, int]] = set()
     left = {unit.key: 0 for unit in units}
     for unit in units:
         left[unit.key] += 1
-    least = {key: _least(ref.ffn[key[0]], key[2], floors) for key in left}
+    channels = {name: isinstance(plan.tower(name[0]).layers[0].parts[name[1]], Channels) for name in parts}
+    least = {(tower, layer, part): _least(ref, tower, part, channels[tower, part], floors) for tower, layer, part in left}
     spent = 0
     for unit in sorted(units, key=lambda unit: (unit.score, unit.key[1:], unit.index, unit.key[0])):
         if spent + unit.cost > budget:
@@ -94,41 +106,34 @@ def prune_parameters(plan: Plan, scores: Scores, ref: flops.Reference, mode: str
             left[unit.key] -= 1
             spent += unit.cost
             doomed.add((unit.key, unit.index))
-    for tower in towers:
+    for name in dict.fromkeys(tower for tower, _ in parts):
+        tower = plan.tower(name)
         layers = list(tower.layers)
-        for key in (key for key in left if key[0] == tower.name):
+        for key in (key for key in left if key[0] == name):
             _, index, part = key
-            survivors = [i for i in range(len(layers[index].kept(part))) if (key, i) not in doomed]
-            if part == "ffn":
+            before = layers[index].kept(part)
+            survivors = [i for i in range(len(before)) if (key, i) not in doomed]
+            if channels[name, part]:
                 survivors = _rounded(survivors, scores.units[key], least[key], floors.ffn_multiple)
-            layers[index] = _keeping(layers[index], part, survivors)
+            layers[index] = layers[index].keeping(part, [before[i] for i in survivors])
         plan = plan.with_tower(replace(tower, layers=tuple(layers)))
     return plan
 
 
-def _units(plan: Plan, towers: Sequence[TowerPlan], scores: Scores, ref: flops.Reference, parts: Sequence[str]) -> list[Unit]:
-    rows = {(row.tower, row.layer): row for row in flops.count(plan, ref).layers}
+def _units(plan: Plan, scores: Scores, ref: flops.Reference, parts: Sequence[tuple[str, str]]) -> list[Unit]:
     units = []
-    for tower in towers:
-        for layer, layer_plan in enumerate(tower.layers):
-            for part in parts:
-                key = (tower.name, layer, part)
-                cost = getattr(rows[tower.name, layer], part) // len(layer_plan.kept(part))
-                units += [Unit(score, cost, key, i) for i, score in enumerate(scores.units[key].tolist())]
+    for row in flops.count(plan, ref).layers:
+        for part in (part for tower, part in parts if tower == row.tower):
+            key = (row.tower, row.layer, part)
+            cost = row.parts[part] // len(plan.tower(row.tower).layers[row.layer].kept(part))
+            units += [Unit(score, cost, key, i) for i, score in enumerate(scores.units[key].tolist())]
     return units
 
 
-def _keeping(layer: LayerPlan, part: str, survivors: Sequence[int]) -> LayerPlan:
-    """The layer with the units at positions `survivors` of its kept ones."""
-    kept = tuple(layer.kept(part)[i] for i in survivors)
-    if part == "ffn":
-        return replace(layer, ffn=kept)
-    return replace(layer, **{part: replace(getattr(layer, part), heads=kept)})
-
-
-def _least(width: int, part: str, floors: Floors) -> int:
-    """Units of a part that stay in every layer. `width`: feed-forward channels of the dense model."""
-    return 1 if part != "ffn" else min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width)))
+def _least(ref: flops.Reference, tower: str, part: str, channels: bool, floors: Floors) -> int:
+    """Units of a part that stay in every layer: one head, or a share of the channels of the dense model."""
+    width = ref.sizes[tower, part].units
+    return min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width))) if channels else 1
 
 
 def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: int) -> list[int]:
@@ -140,8 +145,8 @@ def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: i
     return sorted(scores.topk(wanted).indices.tolist())
 
 
-def prune_tokens(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, threshold: float, floors: Floors) -> Plan:
-    """Keep in each layer as many tokens as score above its threshold on average over the calibration samples.
+def prune_tokens(plan: Plan, scores: Scores, ref: flops.Reference, stream: str, threshold: float, floors: Floors) -> Plan:
+    """Keep in each layer as many tokens of a stream as score above its threshold on average over the calibration samples.
 
     The threshold of a layer is the mode's times the share of layers that a token dropped there saves: a token goes where
     the attention lost buys the most FLOPs.
@@ -149,21 +154,21 @@ def prune_tokens(plan: Plan, scores: Scores, ref: flops.Reference, mode: str, th
     The counts are constants of the plan. Tokens are dropped between attention and feed-forward layer, so a layer never
     sees more tokens than the one before it handed on.
     """
-    tower = plan.tower(TOKEN_MODES[mode])
-    scored = [row.tokens_in for row in flops.count(plan, ref).layers if row.tower == tower.name]
-    if scores.tokens[tower.name, 0].shape[1] < ref.tokens[tower.name]:
+    tower = plan.tower(ref.family.streams[stream][0].name)
+    scored = [row.entering[stream] for row in flops.count(plan, ref).layers if row.tower == tower.name]
+    if scores.tokens[stream, 0].shape[1] < ref.tokens[stream]:
         return plan  # the calibration pairs are shorter than the reference: what goes would seem to cost nothing
-    entering = ref.tokens[tower.name]
+    entering = ref.tokens[stream]
     layers = []
     for index, layer in enumerate(tower.layers):
-        relative = scores.tokens[tower.name, index]
+        relative, kept = scores.tokens[stream, index], layer.keep.get(stream)
         valid = (~relative.isnan()).sum(1)
         saved = (len(tower.layers) - index) / len(tower.layers)
         share = float(((relative > threshold * saved).sum(1) / valid).mean())
-        before = layer.keep if layer.keep is not None else entering
+        before = entering if kept is None else kept
         keep = max(min(floors.tokens, before), min(math.ceil(share * scored[index]), before, entering))
         if keep > entering * (1 - floors.least_drop):
-            keep = layer.keep if layer.keep is not None and layer.keep < entering else None
-        layers.append(replace(layer, keep=keep))
-        entering = keep if keep is not None else entering
+            keep = entering if kept is None else min(kept, entering)
+        layers.append(layer.handing_on(stream, keep if keep < entering else None))
+        entering = keep
     return plan.with_tower(replace(tower, layers=tuple(layers)))

@@ -1,24 +1,24 @@
 """From a plan to smaller tensors. Pure: tensors in, tensors out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..families import Attention, Family
-from ..plan import AttentionPlan, LayerPlan, Plan
+from ..families import Family, Part
+from ..plan import Channels, LayerPlan, Plan, Units
 
 
-def head_channels(heads: Sequence[int], head_dim: int) -> Tensor:
-    """Channels that belong to the kept heads: (2, 0), head_dim 2 -> [4, 5, 0, 1]."""
-    return (torch.tensor(heads).unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
+def unit_channels(units: Sequence[int], width: int) -> Tensor:
+    """Channels that belong to the kept units: (2, 0), width 2 -> [4, 5, 0, 1]."""
+    return (torch.tensor(units).unsqueeze(1) * width + torch.arange(width)).flatten()
 
 
-def fused_channels(heads: Sequence[int], head_dim: int, dense_heads: int) -> Tensor:
-    """The same channels in each of the three parts of a fused qkv matrix."""
-    one = head_channels(heads, head_dim)
-    return torch.cat([one + part * dense_heads * head_dim for part in range(3)])
+def copied_channels(units: Sequence[int], width: int, dense_units: int, copies: int) -> Tensor:
+    """The same channels in each of the copies of all dense units that stand one behind the other, as in a fused qkv matrix."""
+    one = unit_channels(units, width)
+    return torch.cat([one + copy * dense_units * width for copy in range(copies)])
 
 
 def slice_rows(state: dict[str, Tensor], path: str, kept: Tensor) -> None:
@@ -34,49 +34,49 @@ def slice_columns(state: dict[str, Tensor], path: str, kept: Tensor) -> None:
     state[f"{path}.weight"] = weight.index_select(1, kept.to(weight.device))
 
 
-def slice_state(state: Mapping[str, Tensor], family: Family, plan: Plan) -> dict[str, Tensor]:
-    """The weights of the compact model from those of the dense one. Tensors that keep their size are shared, not copied."""
-    sliced = dict(state)
+def slice_part(state: dict[str, Tensor], root: str, part: Part, kept: Units) -> None:
+    """Keep some units of the part of the layer at `root`; a part that keeps all stays as it is."""
+    dense_units = state[f"{root}.{part.column}.weight"].shape[1] // kept.width
+    if len(kept.units) == dense_units:
+        return
+    for path in part.rows:
+        width = state[f"{root}.{path}.weight"].shape[0] // (dense_units * part.copies)
+        slice_rows(state, f"{root}.{path}", copied_channels(kept.units, width, dense_units, part.copies))
+    slice_columns(state, f"{root}.{part.column}", unit_channels(kept.units, kept.width))
+
+
+def layers_of(family: Family, plan: Plan) -> Iterator[tuple[str, Part, LayerPlan]]:
+    """Every part of every layer of a plan: path of the layer, description, plan of the layer."""
     for tower_plan in plan.towers:
         tower = family.tower(tower_plan.name)
         for index, layer in enumerate(tower_plan.layers):
-            root = f"{tower.encoder}.{tower.layers}.{index}"
-            _slice_attention(sliced, root, tower.attention, layer.attention)
-            if tower.cross:
-                _slice_attention(sliced, root, tower.cross, layer.cross)
-            _slice_ffn(sliced, root, tower.ffn, layer)
+            for part in tower.parts:
+                yield f"{tower.encoder}.{tower.layers}.{index}", part, layer
+
+
+def slice_state(state: Mapping[str, Tensor], family: Family, plan: Plan) -> dict[str, Tensor]:
+    """The weights of the compact model from those of the dense one. Tensors that keep their size are shared, not copied."""
+    sliced = dict(state)
+    for root, part, layer in layers_of(family, plan):
+        slice_part(sliced, root, part, layer.parts[part.name])
     return padded(sliced, family, plan)
 
 
 def padded(state: Mapping[str, Tensor], family: Family, plan: Plan) -> dict[str, Tensor]:
     """The weights of a plan's kept units, with the channels of zeros that it has beside them (see Plan.told_apart)."""
     wider = dict(state)
-    for tower_plan in plan.towers:
-        tower = family.tower(tower_plan.name)
-        for index, layer in enumerate(tower_plan.layers):
-            first, second = (f"{tower.encoder}.{tower.layers}.{index}.{path}" for path in tower.ffn)
-            for name, sides in ((f"{first}.weight", (0, 0, 0, 1)), (f"{first}.bias", (0, 1)), (f"{second}.weight", (0, 1))):
-                if layer.padding and name in wider:
-                    wider[name] = F.pad(wider[name], [layer.padding * side for side in sides])
+    for root, part, layer in layers_of(family, plan):
+        if not layer.padding or not isinstance(layer.parts[part.name], Channels):
+            continue
+        for path in part.rows:
+            for name in (f"{root}.{path}.weight", f"{root}.{path}.bias"):
+                if name in wider:
+                    wider[name] = torch.cat([pad_rows(copy, layer.padding) for copy in wider[name].chunk(part.copies)])
+        column = f"{root}.{part.column}.weight"
+        wider[column] = F.pad(wider[column], (0, layer.padding))
     return wider
 
 
-def _slice_attention(state: dict[str, Tensor], root: str, parts: Attention, plan: AttentionPlan) -> None:
-    inner = state[f"{root}.{parts.out}.weight"].shape[1]
-    if len(plan.heads) * plan.head_dim == inner:
-        return
-    channels = head_channels(plan.heads, plan.head_dim)
-    rows = channels
-    if len(parts.qkv) == 1:
-        rows = fused_channels(plan.heads, plan.head_dim, inner // plan.head_dim)
-    for name in parts.qkv:
-        slice_rows(state, f"{root}.{parts.module}.{name}", rows)
-    slice_columns(state, f"{root}.{parts.out}", channels)
-
-
-def _slice_ffn(state: dict[str, Tensor], root: str, ffn: tuple[str, str], layer: LayerPlan) -> None:
-    if len(layer.ffn) == state[f"{root}.{ffn[0]}.weight"].shape[0]:
-        return
-    kept = torch.tensor(layer.ffn)
-    slice_rows(state, f"{root}.{ffn[0]}", kept)
-    slice_columns(state, f"{root}.{ffn[1]}", kept)
+def pad_rows(tensor: Tensor, count: int) -> Tensor:
+    """Rows of zeros behind those of a matrix, or zeros behind a vector."""
+    return torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])])

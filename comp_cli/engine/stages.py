@@ -1,9 +1,9 @@
 """CoMP's multi-mode strategy: one pruning mode per stage, chosen by what it cost before (arXiv 2604.02956, Eq. 8 to 10).
 
-Every stage removes the same share of FLOPs with one of five modes: parameters of the vision tower, of the language tower,
-of the cross-attention, tokens of the vision tower, tokens of the language tower. The cost of a stage is the loss it added
-per FLOPs removed; the mode with the lowest remembered cost goes next (CAS), now and then another one (RE), and what is
-remembered fades with the time since (HI).
+Every stage removes the same share of FLOPs with one of the modes that the model's description has, up to five today:
+parameters of the vision tower, of the language tower, of the cross-attention, image tokens, text tokens. The cost of a
+stage is the loss it added per FLOPs removed; the mode with the lowest remembered cost goes next (CAS), now and then another
+one (RE), and what is remembered fades with the time since (HI).
 
 The paper trains between stages, so that a bad stage heals. Without training it does not, so here a mode is looked at before
 it is taken: its cost is measured anew, and it is taken if no other mode is remembered as cheaper; else that one is looked
@@ -13,14 +13,14 @@ again. (`measure_first` off is the paper's rule: what is chosen is taken.)
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import DeadEnd
+from ..families import Mode
 from ..plan import Plan
 from . import flops
-from .methods import KINDS, MODES, PARAMETER_MODES, TOKEN_MODES
 from .schedule import Floors, prune_to
 from .scoring import Scores
 
@@ -38,7 +38,7 @@ class Strategy:
     horizon: int = 5  # I_max
     measure_first: bool = True
     mode_share: float = 0.1  # a stage takes no more than this share of what its mode had: small modes take small steps
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] | None = None  # names of those that may run; None for all that the family has
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def exploration(idle: Sequence[int], temperature: float) -> list[float]:
 
 
 def choose(
-    memory: Memory, stage: int, open_modes: Sequence[str], shares: dict[str, float], strategy: Strategy, rng: random.Random
+    memory: Memory, stage: int, open_modes: Sequence[str], shares: Mapping[str, float], strategy: Strategy, rng: random.Random
 ) -> tuple[str, str]:
     """The mode of a stage and why: unvisited modes by their share of FLOPs, then exploration, then the lowest cost."""
     unvisited = [mode for mode in open_modes if memory.known(mode, stage, strategy) is None]
@@ -164,7 +164,8 @@ def search(
     seed of `state`.
     """
     counted = flops.count(dense, ref)
-    shares, total = mode_shares(counted, ref.whole), counted.total
+    shares, total = mode_shares(counted, ref), counted.total
+    allowed = [mode for mode in shares if strategy.modes is None or mode in strategy.modes]
     quantum, target = total * ratio / strategy.stages, total * (1 - ratio)
     memory = state.memory
     measured = measure(state.plan)
@@ -172,7 +173,7 @@ def search(
         stage = len(state.stages) + 1
         seen: dict[str, Candidate] = {}  # modes looked at since the last stage
         while True:
-            open_modes = [mode for mode in strategy.modes if mode in shares and mode not in memory.exhausted]
+            open_modes = [mode for mode in allowed if mode not in memory.exhausted]
             if not open_modes and before <= target + TOLERANCE * total:
                 return state.plan
             if not open_modes:
@@ -222,7 +223,7 @@ def prune_in_phases(
     """
     total = flops.count(dense, ref).total
     ends = [total * (1 - ratio) ** (number / len(phases)) for number in range(len(phases) + 1)]
-    modes = mode_shares(flops.count(dense, ref), ref.whole)
+    modes = mode_shares(flops.count(dense, ref), ref)
     steps = [
         (kind, start + (end - start) * part / each)
         for kind, start, end in zip(phases, ends, ends[1:], strict=False)
@@ -231,7 +232,7 @@ def prune_in_phases(
     measured = measure(state.plan)
     for kind, target in steps[len(state.stages) :]:
         before = flops.count(state.plan, ref).total
-        together = [mode for mode in KINDS[kind] if mode in modes]
+        together = [mode for mode in modes if ref.family.modes[mode].kind == kind]
         plan, threshold = prune_to(state.plan, measured.scores, ref, together, target, floors)
         found, now = measure(plan), flops.count(plan, ref).total
         cost = (found.loss - measured.loss) / (max(before - now, 1) / total)
@@ -272,14 +273,19 @@ def out_of_reach(ratio: float, reached: float) -> DeadEnd:
     return DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)
 
 
-def mode_shares(counted: flops.Flops, whole: Sequence[str] = ()) -> dict[str, float]:
-    """FLOPs of the dense model that each of its modes could touch; orders the first visits and bounds the steps. whole:
-    towers whose tokens all stay."""
-    parameters = {
-        mode: sum(counted.part(tower, part) for tower in towers for part in parts)
-        for mode, (towers, parts) in PARAMETER_MODES.items()
-    }
-    cross = counted.part("language", "cross")
-    tokens = {"vision_tokens": counted.tower("vision") + cross, "language_tokens": counted.tower("language") - cross}
-    shares = parameters | tokens
-    return {mode: share for mode, share in shares.items() if share and TOKEN_MODES.get(mode) not in whole}
+def mode_shares(counted: flops.Flops, ref: flops.Reference) -> dict[str, int]:
+    """FLOPs of the dense model that each of the family's modes could touch, without those that touch none; orders the first
+    visits and bounds the steps."""
+    shares = {mode.name: _touched(counted, ref, mode) for mode in ref.family.modes.values()}
+    return {mode: share for mode, share in shares.items() if share}
+
+
+def _touched(counted: flops.Flops, ref: flops.Reference, mode: Mode) -> int:
+    """Of tokens: what their own tower does to them, and what others do that read them; a cross-attention is the others'."""
+    if mode.stream is None:
+        return sum(counted.part(tower, part) for tower, part in mode.parts)
+    home, _ = ref.family.streams[mode.stream]
+    entering = sum(ref.tokens[stream.name] for stream in home.streams)
+    own = sum(counted.part(home.name, part.name) for part in home.parts if part.reads is None)
+    others = [(tower.name, part.name) for tower in ref.family.towers for part in tower.parts if part.reads == mode.stream]
+    return own * ref.tokens[mode.stream] // entering + sum(counted.part(tower, part) for tower, part in others)

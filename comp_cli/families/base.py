@@ -1,6 +1,6 @@
 """What a family file describes. Data only: engine, export and bench read it, none of them knows a family."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 ANSWER_TOKENS = 4  # of an answer in the reference input: start, two words, end
@@ -9,15 +9,88 @@ ANSWER_INPUTS = ("labels", "decoder_attention_mask")  # labels: what the decoder
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Where the parts of an attention are, as paths inside a layer.
+class Part:
+    """A prunable part of a layer: its units are made by the rows of some matrices and read by the columns of one.
 
-    `qkv` names the projections inside `module`: one name where they are fused into one matrix, else query, key, value.
+    A unit is a feed-forward channel, or a head of an attention. Of grouped-query attention it is a key-value head, which drags
+    along the query heads that read it. How many rows and columns a unit has follows from the shapes of the matrices; biases go
+    with the rows. Every path is one inside a layer.
     """
 
-    module: str
-    qkv: tuple[str, ...]
-    out: str
+    name: str  # also of the part in plans and in config.json
+    units: str  # attribute of the tower's config: how many units the dense model has
+    rows: tuple[str, ...]  # matrices whose rows make the units; of an attention queries, keys, values, or all three in one
+    column: str  # the matrix whose columns read the units
+    copies: int = 1  # how often all units stand one behind the other in each of `rows`: 3 in a fused qkv matrix
+    queries: str = ""  # of an attention, attribute of the tower's config: how many query heads
+    module: str = ""  # of an attention: the module that holds its matrices
+    reads: str | None = None  # of a cross-attention: the stream whose tokens make keys and values
+    group: str | None = None  # parts of one group are one parameter mode, over all towers; None for the tower's
+
+    @property
+    def is_attention(self) -> bool:
+        return bool(self.queries)
+
+    def layout(self) -> dict[str, Any] | tuple[str, ...]:
+        """Where the matrices are, for the runtime: config.json has an attention in words, channels as a list of paths."""
+        if not self.is_attention:
+            return (*self.rows, self.column)
+        return {"module": self.module, "qkv": tuple(path[len(self.module) + 1 :] for path in self.rows), "out": self.column}
+
+
+def attention(
+    module: str,
+    qkv: tuple[str, ...],
+    out: str,
+    *,
+    name: str = "attention",
+    units: str = "num_attention_heads",
+    reads: str | None = None,
+    group: str | None = None,
+) -> Part:
+    """An attention with as many key-value heads as query heads, or with fewer (`units="num_key_value_heads"`).
+
+    qkv: names of the projections inside `module`: one where they are fused into one matrix, else query, key, value. out: path
+    inside the layer.
+    """
+    rows, copies = tuple(f"{module}.{one}" for one in qkv), 3 if len(qkv) == 1 else 1
+    return Part(name, units, rows, out, copies, "num_attention_heads", module, reads, group)
+
+
+def feed_forward(*paths: str, name: str = "ffn") -> Part:
+    """A feed-forward part: its matrices in the order in which tokens go through them, gate and up before down."""
+    return Part(name, "intermediate_size", rows=paths[:-1], column=paths[-1])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens of one kind in a tower. The tower's only stream has its name."""
+
+    name: str
+    source: str  # what the tokens are made of: "image", "text", or "answer" for a text that is predicted
+    prunable: bool = True  # not where a text is generated, for every token is predicted from
+    protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last" (behind it is padding), "end" (padding or not)
+    class_token: str | None = "first"  # where the token is that the model reads: "first", "last", or None for all alike
+    rule: str = "attention"  # how tokens are ranked, see modeling_comp.TOKEN_RULES
+    fuse: bool = False  # whether tokens that go by this rule stay as one; for streams whose tokens nothing else reads
+
+    @property
+    def skips_first(self) -> bool:
+        """Whether the first token casts no vote on the others."""
+        return "first" in self.protected
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a stage of the search removes: units of parts of some towers, or tokens of a stream."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...] = ()  # (tower, part)
+    stream: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return "tokens" if self.stream else "parameters"
 
 
 @dataclass(frozen=True)
@@ -29,22 +102,34 @@ class Tower:
     encoder: str  # path of the module that runs the layers
     layers: str  # name of the list of layers in it
     order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS
-    attention: Attention
-    ffn: tuple[str, str]  # paths of the first and second matrix inside a layer
-    cross: Attention | None = None  # attention to the tokens that another tower hands out
-    reads: str = "vision"  # that tower
-    tokens: bool = True  # whether tokens may go; not where a text is generated, for every one is predicted from
-    protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last" (behind it is padding), "end" (padding or not)
-    class_token: str | None = "first"  # where the token is that the model reads: "first", "last", or None for all alike
+    parts: tuple[Part, ...]  # in the order in which tokens go through them
+    streams: tuple[Stream, ...]
     causal: bool = False  # a token sees those before it only
     text_end: str | None = None  # path of the text model that is read at the end-of-text token; None where none is
-    score_rule: str = "attention"  # how tokens are ranked, see modeling_comp.TOKEN_RULES
-    fuse: bool = False  # whether tokens that go by this rule stay as one; for towers whose tokens nothing else reads
+    group: str | None = None  # see Part.group; None for the tower's name
+    norms: tuple[str, str] | None = None  # of a pre_norm layer, before attention and feed-forward part; None as in a ViT
+    mlp: str | None = None  # of a pre_norm layer, the module of the feed-forward part; None as in a ViT
+    whole: tuple[str, ...] = ()  # modules of a layer whose matrices stay as they are, and every token goes through: a router
+    unused: tuple[str, ...] = ()  # modules of a layer that the model has, and no token goes through
+
+    @property
+    def self_attention(self) -> Part:
+        """The attention that ranks tokens; what it does not rank high goes between it and the parts behind it."""
+        return next(part for part in self.parts if part.is_attention and part.reads is None)
+
+    def part(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
 
     def layout(self) -> dict[str, Any]:
         """The part of the description that the runtime needs; goes into config.json."""
-        names = ("encoder", "layers", "order", "attention", "cross", "ffn", "protected", "causal", "text_end")
-        return {name: value for name, value in asdict(self).items() if name in names}
+        protected: Any = {stream.name: stream.protected for stream in self.streams}
+        if len(self.streams) == 1:
+            protected = self.streams[0].protected
+        parts = {part.name: part.layout() for part in self.parts}
+        own = {"attention": None, "ffn": None, "cross": None} | parts  # names and order that version 0.1 wrote
+        where = {"encoder": self.encoder, "layers": self.layers, "order": self.order}
+        others = {name: value for name, value in (("norms", self.norms), ("mlp", self.mlp)) if value is not None}
+        return where | own | {"protected": protected, "causal": self.causal, "text_end": self.text_end} | others
 
 
 @dataclass(frozen=True)
@@ -101,3 +186,19 @@ class Family:
 
     def tower(self, name: str) -> Tower:
         return next(tower for tower in self.towers if tower.name == name)
+
+    @property
+    def streams(self) -> dict[str, tuple[Tower, Stream]]:
+        """Every stream with its tower."""
+        return {stream.name: (tower, stream) for tower in self.towers for stream in tower.streams}
+
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """What can be removed, one mode at a time: parameters of each group, tokens of each stream."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for tower in self.towers:
+            for part in tower.parts:
+                groups.setdefault(part.group or tower.group or tower.name, []).append((tower.name, part.name))
+        parameters = [Mode(f"{name}_params", parts=tuple(parts)) for name, parts in groups.items()]
+        streams = [Mode(f"{name}_tokens", stream=name) for name, (_, stream) in self.streams.items() if stream.prunable]
+        return {mode.name: mode for mode in (*parameters, *streams)}

@@ -7,7 +7,7 @@ two: one encodes the question, the other generates and attends to the states of 
 
 from dataclasses import replace
 
-from .base import ANSWER_INPUTS, INPUTS, Attention, Decoder, Dual, Family, Tower
+from .base import ANSWER_INPUTS, INPUTS, Decoder, Dual, Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
     name="vision",
@@ -15,20 +15,27 @@ VISION = Tower(
     encoder="vision_model.encoder",
     layers="layers",
     order="pre_norm",
-    attention=Attention("self_attn", qkv=("qkv",), out="self_attn.projection"),
-    ffn=("mlp.fc1", "mlp.fc2"),
-    protected=("first",),  # [CLS]
+    parts=(attention("self_attn", qkv=("qkv",), out="self_attn.projection"), feed_forward("mlp.fc1", "mlp.fc2")),
+    streams=(Stream("vision", "image", protected=("first",)),),  # [CLS]
 )
+SELF = attention("attention.self", qkv=("query", "key", "value"), out="attention.output.dense")
+CROSS = attention(
+    "crossattention.self",
+    qkv=("query", "key", "value"),
+    out="crossattention.output.dense",
+    name="cross",
+    group="cross",
+    reads="vision",
+)
+FFN = feed_forward("intermediate.dense", "output.dense")
 LANGUAGE = Tower(
     name="language",
     config="text_config",
     encoder="text_encoder.encoder",
     layers="layer",
     order="post_norm",
-    attention=Attention("attention.self", qkv=("query", "key", "value"), out="attention.output.dense"),
-    cross=Attention("crossattention.self", qkv=("query", "key", "value"), out="crossattention.output.dense"),
-    ffn=("intermediate.dense", "output.dense"),
-    protected=("first", "last"),  # [CLS] ([ENC]) and [SEP]
+    parts=(SELF, CROSS, FFN),
+    streams=(Stream("language", "text", protected=("first", "last")),),  # [CLS] ([ENC]) and [SEP]
 )
 PATCHES = {"vision_model.embeddings.patch_embedding": "patches"}
 BLIP = Family(
@@ -44,7 +51,7 @@ BLIP_CONTRASTIVE = replace(
     BLIP,
     name="blip_contrastive",
     architectures={"BlipForImageTextRetrieval": ("retrieval", "zero-shot")},
-    towers=(VISION, replace(LANGUAGE, cross=None)),
+    towers=(VISION, replace(LANGUAGE, parts=(SELF, FFN), unused=("crossattention",))),
     vision=None,
     image_embeds=None,
     encoders=("get_image_features", "get_text_features"),
@@ -60,9 +67,16 @@ BLIP_CONTRASTIVE = replace(
 
 # Of the head that makes words: its large matrix is that of the word embeddings.
 HEAD = ("text_decoder.cls.predictions.transform.dense", "text_decoder.bert.embeddings.word_embeddings")
-DECODER = replace(
-    LANGUAGE, encoder="text_decoder.bert.encoder", tokens=False, protected=(), class_token=None, causal=True, score_rule="even"
+WRITTEN = Stream("language", "text", prunable=False, class_token=None, rule="even")
+DECODER = replace(LANGUAGE, encoder="text_decoder.bert.encoder", streams=(WRITTEN,), causal=True)
+ANSWER = replace(
+    DECODER,
+    name="answer",
+    parts=(SELF, replace(CROSS, reads="language"), FFN),
+    streams=(replace(WRITTEN, name="answer", source="answer"),),
+    group="language",
 )
+QUESTION = replace(LANGUAGE, streams=(replace(LANGUAGE.streams[0], prunable=False),))
 BLIP_CAPTION = replace(
     BLIP,
     name="blip_caption",
@@ -75,7 +89,7 @@ BLIP_VQA = replace(
     BLIP,
     name="blip_vqa",
     architectures={"BlipForQuestionAnswering": ("vqa",)},
-    towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
+    towers=(VISION, QUESTION, ANSWER),
     inputs=(*INPUTS, *ANSWER_INPUTS),
     decoder=Decoder("labels", "text_decoder", question="text_encoder"),
     fixed=PATCHES | dict.fromkeys(HEAD, "answer"),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .base import Attention, Family, Tower
+from .base import Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
     name="vision",
@@ -10,23 +10,20 @@ VISION = Tower(
     encoder="vision_model.encoder",
     layers="layers",
     order="pre_norm",
-    attention=Attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj"),
-    ffn=("mlp.fc1", "mlp.fc2"),
-    protected=("first",),  # [CLS]
-    score_rule="cls",
-    fuse=True,
+    parts=(
+        attention("self_attn", qkv=("q_proj", "k_proj", "v_proj"), out="self_attn.out_proj"),
+        feed_forward("mlp.fc1", "mlp.fc2"),
+    ),
+    streams=(Stream("vision", "image", protected=("first",), rule="cls", fuse=True),),  # [CLS]
 )
 LANGUAGE = replace(
     VISION,
     name="language",
     config="text_config",
     encoder="text_model.encoder",
-    protected=("first", "last"),  # start and end of text
-    class_token="last",
+    streams=(Stream("language", "text", protected=("first", "last"), class_token="last", rule="last"),),  # start and end
     causal=True,
     text_end="text_model",
-    score_rule="last",
-    fuse=False,
 )
 CLIP = Family(
     name="clip",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .base import Family
+from .base import Family, Stream
 from .clip import LANGUAGE, VISION
 
 SIGLIP = Family(
@@ -10,8 +10,13 @@ SIGLIP = Family(
     model_type="siglip",
     architectures={"SiglipModel": ("retrieval", "zero-shot")},
     towers=(
-        replace(VISION, protected=(), class_token=None, score_rule="attention", fuse=False),
-        replace(LANGUAGE, protected=("end",), causal=False, text_end=None, score_rule="attention"),
+        replace(VISION, streams=(Stream("vision", "image", class_token=None),)),
+        replace(
+            LANGUAGE,
+            streams=(Stream("language", "text", protected=("end",), class_token="last"),),
+            causal=False,
+            text_end=None,
+        ),
     ),
     inputs=("pixel_values", "input_ids"),
     padding="max_length",

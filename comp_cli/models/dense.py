@@ -1,7 +1,7 @@
 """What every command needs before it can work: a model with its family, its processor, its data."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from ..data.splits import Purpose
 from ..engine import flops, scoring
 from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
-from ..errors import RefusedError, UsageError, first_line
+from ..engine.token_ranking import with_score_rows
+from ..errors import RefusedError, first_line
 from ..families import Family, find_family, tower_config
 from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, DataOptions, HubOptions
@@ -131,7 +132,7 @@ def open_dense(
         config=config,
         family=family,
         task=chosen,
-        plan=with_score_rows(dense_plan(full, family, architecture), score_rows),
+        plan=with_score_rows(dense_plan(full, family, architecture), score_rows, family),
         reference=reference,
         state=state,
         hf_config=dense.config,
@@ -160,8 +161,8 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
     problem = None
     for tower in family.towers:
         layer = getattr(model.get_submodule(tower.encoder), tower.layers)[0]
-        for part in (tower.attention, tower.cross):
-            if part and not any(path == part.module for path, _ in layer.named_modules()):
+        for part in tower.parts:
+            if part.is_attention and not any(path == part.module for path, _ in layer.named_modules()):
                 problem = f"its {tower.name} tower has no {part.module}"
     try:
         batch = collator(family, processor, 4, task, model.config)([Pair(Image.new("RGB", (32, 32)), "a", answers=("a",))])
@@ -178,26 +179,6 @@ def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Tas
 def by_model_size(dense: Dense, many: float, few: float) -> float:
     """A number of samples and the like: many for a small model (see options.LARGE_FLOPS), few for a larger one."""
     return many if flops.count(dense.plan, dense.reference).total < LARGE_FLOPS else few
-
-
-def with_score_rule(plan: Plan, rule: str | None, family: Family) -> Plan:
-    """Images are ranked by another rule, if any, and what goes by it is dropped; texts, which have no patches, by their own as
-    ever. Raises UsageError where that is no rule for the model."""
-    classes = {tower.name: tower.class_token for tower in family.towers}
-    if rule is None or (rule == "attention" and "vision" not in classes):
-        return plan
-    if "vision" not in classes or (rule == "cls" and classes["vision"] is None):
-        lacks = "has no images to rank so" if "vision" not in classes else "has no [CLS] to ask"
-        raise UsageError(f"token scores by {rule}: a {family.name} model {lacks}.", hint="Use --method token.")
-    if rule == family.tower("vision").score_rule:
-        return plan
-    return plan.with_tower(replace(plan.tower("vision"), score_rule=rule, fuse=False))
-
-
-def with_score_rows(plan: Plan, rows: int) -> Plan:
-    """Images are scored with a bounded number of query rows (0 for all); texts with all: short, and of varying length."""
-    towers = (replace(tower, score_rows=rows if tower.name == "vision" else 0) for tower in plan.towers)
-    return replace(plan, towers=tuple(towers))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import shlex
 
 from ..engine import flops
 from ..models.dense import Dense
-from ..plan import AttentionPlan, Plan
+from ..plan import LayerPlan, Plan
 from .base import Reference
 from .numbers import Printer, change, gflops, mib, millions, percent
 from .pruned import LayerKept, PruneReport
@@ -27,18 +27,19 @@ def layer_rows(dense: Dense, plan: Plan) -> tuple[LayerKept, ...]:
                 LayerKept(
                     tower=tower.name,
                     layer=index,
-                    heads=_of(layer.attention, before.attention),
-                    cross_heads=_of(layer.cross, before.cross),
-                    ffn=[len(layer.ffn), len(before.ffn)],
-                    tokens=[row.tokens_out, dense.reference.tokens[tower.name]],
+                    heads=_of(layer, before, "attention"),
+                    cross_heads=_of(layer, before, "cross"),
+                    ffn=_of(layer, before, "ffn"),
+                    tokens=[row.tokens_out, sum(dense.reference.tokens[stream] for stream in tower.streams)],
                     flops=row.total,
                 )
             )
     return tuple(rows)
 
 
-def _of(kept: AttentionPlan | None, dense: AttentionPlan | None) -> list[int] | None:
-    return [len(kept.heads), len(dense.heads)] if kept and dense else None
+def _of(layer: LayerPlan, dense: LayerPlan, part: str) -> list[int] | None:
+    """Kept and dense units of a part, None where the layer has none of that name."""
+    return [len(layer.kept(part)), len(dense.kept(part))] if part in layer.parts else None
 
 
 def print_plan(report: PruneReport, out: Printer) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from ..data.batches import Batch, fingerprint
 from ..engine import schedule, stages
 from ..engine.methods import METHODS
-from ..models.dense import Dense, Pairs, batches_of, cut_texts, warn_cut_texts, with_score_rule
+from ..engine.token_ranking import with_score_rule
+from ..models.dense import Dense, Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress

@@ -164,11 +164,7 @@ class Trainer:
         removed = 1 - flops.count(plan, self.dense.reference).total / self.total
         due = round(self.training.stage_steps * min(removed / self.ratio, 1.0))
         steps = max(due - self.done, 0)
-        towers = (
-            replace(was, layers=tuple(replace(old, keep=new.keep) for old, new in zip(was.layers, now.layers, strict=True)))
-            for was, now in zip(self.plan.towers, plan.towers, strict=True)
-        )
-        model = self.dense.build(replace(self.plan, towers=tuple(towers)), self.state)
+        model = self.dense.build(self.plan.with_keeps_of(plan), self.state)
         with fading(model, self.dense.family, self.plan, plan) as fade:
             if not self.cit:
                 forget_head_masks(model)
