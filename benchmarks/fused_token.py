@@ -18,6 +18,7 @@ from train_clip import LONGEST, TASK, build_processor
 from transformers import CLIPModel
 
 from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.families import FAMILIES
 
 SEED = 3  # of the validation scenes
 AFTERWARDS = ("dropped", "mean", "weighted mean")
@@ -80,7 +81,7 @@ def image_embeds(model: CLIPModel, pixel_values: Tensor, layer: int | None, rule
 @torch.inference_mode()
 def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
-    collate = Collator(build_processor(), ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    collate = Collator(build_processor(), FAMILIES["clip"].topology, LONGEST, TASK.labels)
     batches = list(collate.batches(caption_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]

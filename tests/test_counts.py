@@ -12,7 +12,8 @@ from comp_cli.commands import export
 from comp_cli.commands.analyze import analyze
 from comp_cli.commands.prune import Options, Training, prune
 from comp_cli.data.rows import Pair
-from comp_cli.models.dense import DataOptions, longest_text, open_dense, tasks
+from comp_cli.models.dense import DataOptions, longest_text, open_dense
+from comp_cli.tasks import comparison
 
 LONG = " ".join((WORDS * 2)[:17])  # 19 tokens with [CLS] and [SEP]; the tiny model takes 24
 TOO_LONG = " ".join((WORDS * 2)[:30])
@@ -89,13 +90,13 @@ def test_evaluation_reads_whole_texts(tiny_folder):
 
 def test_max_drop_judges_whole_texts(tiny_folder, tmp_path, monkeypatch):
     """The batches that dense and compact are compared on hold every token."""
-    widths, evaluate = [], tasks.evaluate
+    widths, evaluate = [], comparison.evaluate
 
     def spy(model, task, batches, advance):
         widths.extend(batch.inputs["input_ids"].shape[1] for batch in batches)
         return evaluate(model, task, batches, advance)
 
-    monkeypatch.setattr(tasks, "evaluate", spy)
+    monkeypatch.setattr(comparison, "evaluate", spy)
     data = DataOptions(table(tmp_path, caption=lambda number: LONG))
     prune(
         Options(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES),

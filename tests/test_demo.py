@@ -92,7 +92,7 @@ def test_it_matches_scenes_with_hard_captions(demo):
     """At least 90 % of 2000 unseen pairs, chance being 50 %; and something of every family."""
     pairs = list(scenes.examples("test", 2000))
     found = comparison.evaluate(demo.runtime(demo.plan), demo.task, batches_of(demo, SCENES, "evaluation", 2000, 50))
-    right = found.read[0].argmax(-1) == torch.tensor([example.label for example in pairs])
+    right = found.outputs[0].argmax(-1) == torch.tensor([example.label for example in pairs])
     assert found.metrics["accuracy"] == pytest.approx(right.float().mean().item()) and found.metric(demo.task) >= 0.9
     for family in scenes.FAMILIES:
         of_family = torch.tensor([example.caption.family == family for example in pairs])

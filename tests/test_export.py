@@ -16,7 +16,8 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
-from comp_cli.onnx import graphs, parity, rewrite, sessions
+from comp_cli.onnx import parity, rewrite, sessions, write
+from comp_cli.topology.graphs import TEXT, VISION
 
 
 def run_export(source, folder, out=None, **options):
@@ -57,7 +58,7 @@ def judge(cases):
 @pytest.fixture
 def graph_pair(pair, tmp_path):
     """The pair of graphs alone, in a folder to work in."""
-    for name in (graphs.VISION, graphs.TEXT):
+    for name in (VISION, TEXT):
         shutil.copy(pair / name, tmp_path)
     return tmp_path
 
@@ -175,7 +176,7 @@ def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, ju
     assert export.quantize(graph_pair, list(before), judge, Output("quiet")) == []
     assert {path.name for path in graph_pair.iterdir()} == set(before)
     assert sum(path.stat().st_size for path in graph_pair.iterdir()) < 0.5 * sum(before.values())
-    found = operators(graph_pair / graphs.VISION)
+    found = operators(graph_pair / VISION)
     assert found["MatMulInteger"] == 4 * 5 and found["MultiHeadAttention"] == 5
     assert capsys.readouterr() == ("", "")
 
@@ -183,7 +184,7 @@ def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, ju
 def test_matrices_that_cost_decisions_stay_float(graph_pair, judge, monkeypatch, cases):
     verdicts = iter(["decisions suffer", None])
     monkeypatch.setattr(parity, "problem", lambda rows, tolerance: next(verdicts))
-    names = [graphs.VISION, graphs.TEXT]
+    names = [VISION, TEXT]
     floats = sessions.OnnxModel(graph_pair, names)
     floats.run(cases[0].inputs)
     noise = {n: share for name in names for n, share in rewrite.int8_noise(graph_pair / name, floats.given[name]).items()}
@@ -220,10 +221,10 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
 
 
 def test_optimize_fuses_what_is_around_attention(graph_pair, judge):
-    names = [graphs.VISION, graphs.TEXT]
+    names = [VISION, TEXT]
     fused = export.optimize(graph_pair, names, judge, export.Options(), Output("quiet"))
     assert fused["SkipLayerNormalization"] > 10 and fused["BiasGelu"] == 5 + 4
-    assert operators(graph_pair / graphs.VISION)["BiasGelu"] == 5
+    assert operators(graph_pair / VISION)["BiasGelu"] == 5
     assert sorted(path.name for path in graph_pair.iterdir()) == sorted(names)
 
 
@@ -240,13 +241,13 @@ def test_optimize_that_changes_the_result_is_skipped_with_a_line(graph_pair, jud
     monkeypatch.setattr(rewrite, "optimize", wrong)
     before = {path.name: path.read_bytes() for path in graph_pair.iterdir()}
     out = Output("quiet")
-    assert export.optimize(graph_pair, [graphs.VISION, graphs.TEXT], judge, export.Options(), out) == {}
+    assert export.optimize(graph_pair, [VISION, TEXT], judge, export.Options(), out) == {}
     assert "--optimize is skipped: the graph differs from torch by" in out.warnings[0]
     assert {path.name: path.read_bytes() for path in graph_pair.iterdir()} == before
 
 
 def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "EXTERNAL_DATA_FROM", 1000)
+    monkeypatch.setattr(write, "EXTERNAL_DATA_FROM", 1000)
     monkeypatch.setattr(rewrite, "EXTERNAL_DATA_FROM", 1000)
     document = run_export(compact_folder, tmp_path / "large", optimize=True, quantize="int8")
     files = {path.name for path in (tmp_path / "large").iterdir()}
@@ -261,7 +262,7 @@ def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_pa
 @pytest.fixture
 def torch_says_more(pair, monkeypatch):
     def write_graphs(model, task, family, folder, **how):
-        names = [graphs.VISION, graphs.TEXT]
+        names = [VISION, TEXT]
         for name in names:
             shutil.copy(pair / name, folder)
         return names
@@ -326,7 +327,7 @@ def test_a_session_on_another_provider_is_refused(exported):
 def test_nodes_tell_where_tokens_are_pruned(exported):
     """For profiles: top-k and what scores for it stand in layers that drop tokens, named so; nothing else is."""
     graph = onnx.load(exported / "model.onnx").graph
-    named = [node for node in graph.node if f"/{graphs.TOKEN_PRUNING}/" in node.name]
+    named = [node for node in graph.node if f"/{write.TOKEN_PRUNING}/" in node.name]
     assert "TopK" in {node.op_type for node in named}
     assert not {"MultiHeadAttention", "Gelu", "LayerNormalization"} & {node.op_type for node in named}
     assert all(node.op_type != "TopK" or node in named for node in graph.node)

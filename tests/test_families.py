@@ -25,9 +25,9 @@ from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import Dense, open_dense, with_score_rule
-from comp_cli.onnx import graphs
 from comp_cli.plan import Plan
 from comp_cli.search.trainer import Training
+from comp_cli.topology import EncoderDecoder
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -49,12 +49,12 @@ class Case:
     @property
     def asked(self) -> dict[str, bool]:
         """What the class itself needs to be asked with."""
-        return {"use_itm_head": False} if self.dense.family.dual else {}
+        return {"use_itm_head": False} if self.dense.family.name == "blip_contrastive" else {}
 
     def options(self, ratio: float, **changes) -> Options:
         return Options(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
 
-    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def read(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         task = self.dense.task
         with torch.inference_mode():
             return task.features(task.forward(model, inputs))
@@ -63,7 +63,7 @@ class Case:
         """How many rows of what is read belong to each sample."""
         task = self.dense.task
         if isinstance(task, tasks.TokenPrediction):
-            return (inputs[task.mask].sum(1) - 1).tolist()
+            return (inputs[task.place.mask].sum(1) - 1).tolist()
         return [1] * len(next(iter(inputs.values())))
 
 
@@ -220,16 +220,16 @@ def test_it_can_be_trained(case, tmp_path, share):
 def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
     document = export.export(compact_folder, tmp_path / "onnx", QUIET, export.Options(), overwrite=False)
     assert document["passed"] and document["agreement"] == 1.0
-    if case.dense.family.decoder:
+    if isinstance(case.dense.family.topology, EncoderDecoder):
         assert list(document["graphs"]) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
         return
     (graph,) = document["graphs"].values()
-    assert tuple(graph["inputs"]) == case.dense.family.inputs and tuple(graph["outputs"]) == case.dense.task.outputs
+    assert tuple(graph["inputs"]) == case.dense.family.topology.inputs and tuple(graph["outputs"]) == case.dense.task.outputs
 
 
 def test_images_and_texts_apart(case, compact_folder, tmp_path):
     options = export.Options(split=True)
-    if not graphs.can_split(case.dense.family):
+    if case.dense.family.topology.why_whole:
         with pytest.raises(CompError, match=r"--split: .* (encodes only one|in parts anyway)"):
             export.export(compact_folder, tmp_path / "onnx", QUIET, options, overwrite=False)
         return

@@ -259,7 +259,7 @@ def test_the_loss_is_that_of_the_stock_model(writer):
     dense, task = writer.dense, writer.dense.task
     first, *others = scenes(task, 3)
     batch = dense.collate([replace(first, text="two red", answers=("two red",)), *others])
-    text, mask = batch.inputs[task.text], batch.inputs[task.mask]
+    text, mask = batch.inputs[task.place.text], batch.inputs[task.place.mask]
     assert (text[:, 0] == tiny.START).all() and not mask.all()
     given = batch.inputs | {"labels": text.masked_fill(mask == 0, -100)}
     if task.name == "vqa":
@@ -270,7 +270,7 @@ def test_the_loss_is_that_of_the_stock_model(writer):
     assert question.loss().item() == pytest.approx(expected, rel=1e-4)
     assert len(question.logits) == mask.sum() - 3
     found = comparison.evaluate(writer.stock, task, [batch, batch])
-    assert found.samples == 6 and len(found.labels) == len(found.read[0]) <= 4 * 6
+    assert found.samples == 6 and len(found.labels) == len(found.outputs[0]) <= 4 * 6
     assert 0 <= found.metrics["token accuracy"] <= 1
 
 

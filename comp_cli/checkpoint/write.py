@@ -40,8 +40,8 @@ def write_checkpoint(
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder, dense.family.inputs), folder)
-    about = {"longest": dense.reference.tokens.get("language", 0), "alone": hasattr(compact, "logit_bias")}
+        save_processor(load_processor(dense.source.folder), folder)
+    about = {"longest": dense.text_tokens, "alone": hasattr(compact, "logit_bias")}
     card = model_card(document, dense.family, dense.task, dense.source.folder, **about)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -32,7 +32,7 @@ def analyze(
     dense = open_dense(model, out, device=pick_device(device), task=task, **sizes, **hub_options)
     pairs = choose_pairs(dense, data, out, hub_options.get("cache_dir"))
     batches = batches_of(dense, pairs, "calibration", num_samples, batch_size, seed)
-    texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
+    texts = cut_texts(batches, dense.text_tokens)
     warn_cut_texts("calibration", texts, out, dense.longest)
     runtime = dense.runtime(dense.plan)
     with out.track("scoring heads, channels and tokens", len(batches)) as bar:

@@ -31,7 +31,7 @@ from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
 from ..onnx import providers
-from ..onnx.graphs import write_graph
+from ..onnx.write import write_graph
 from ..report import benchmark as bench_report
 from .environment import processor_name
 
@@ -82,8 +82,8 @@ def bench(folder: Path, baseline: str | None, options: Options, out: Output, **h
     task = tasks.TASKS[name]
     source, folders, models = open_models(folder, config, baseline, out, hub_options)
     described = models["dense"].config
-    longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
-    text_tokens = family.text_length(options.text_tokens, longest)
+    longest = longest_text(described.to_dict(), family, load_processor(folder))
+    text_tokens = family.topology.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
     document = {
         "comp_version": __version__,

@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import torch
-import transformers
 
 from .. import __version__, tasks
 from ..checkpoint.loading import facts, load_model, load_processor, pick_device, pick_dtype, quiet_libraries, save_processor
@@ -19,16 +18,17 @@ from ..cli.output import Output
 from ..data.rows import Columns
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
-from ..families import Decoder, find_family
+from ..families import find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text, warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
-from ..onnx.graphs import OPSET, TARGETS, can_split, check_target, write_graphs
-from ..onnx.sessions import OnnxModel, open_graphs
+from ..onnx.sessions import OnnxModel
+from ..onnx.write import OPSET, TARGETS, check_target, write_graphs
 from ..report.cards import graphs_card
 from ..report.tables import mib, percent
+from ..topology.graphs import Run, in_turn
 
 TEXT_TOKENS = 35  # length of the long texts that parity is checked on, where the model takes so many
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
@@ -57,10 +57,10 @@ class Check:
     task: tasks.Task
     device: str
     tolerance: parity.Tolerance
-    text: str | None = None  # see `sessions.open_graphs`
+    run: Run = in_turn  # how the graphs are run
 
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
-        return open_graphs(folder, names, self.device, self.text)
+        return OnnxModel(folder, names, self.device, self.run)
 
     def rows(self, graphs: OnnxModel, out: Output) -> list[parity.Parity]:
         with out.track("checking parity with torch", len(self.cases)) as bar:
@@ -93,15 +93,14 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
     family, architecture, name = find_family(config)
     task = tasks.TASKS[name]
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
-    if options.split and not can_split(family):
-        why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
-        raise UsageError(f"--split: {architecture} {why}.")
+    if options.split and family.topology.why_whole:
+        raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
     columns = replace(options.columns, label="")
     source = None if options.data is None else open_pairs(options.data, progress=out, columns=columns)
-    processor = load_processor(folder, family.inputs)
+    processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
-    checked = family.text_length(TEXT_TOKENS, longest)
+    checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         out.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
@@ -111,7 +110,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
         warn_cut_texts("parity", texts, out, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.decoder and family.decoder.text)
+        check = Check(cases, task, options.device, tolerance, family.topology.run)
         out.say("exporting (this takes a minute for a full-size model) ...")
         layout = {"split": options.split, "opset": options.opset, "target": options.target}
         names = write_graphs(cast(model, pick_dtype(options.dtype)), task, family, partial, **layout)
@@ -125,10 +124,10 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
         with quiet_libraries():
             if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
                 tokenizer = getattr(processor, "tokenizer", processor)
-                tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
+                tokenizer(["a"], padding=family.topology.padding, truncation=True, max_length=longest)
             save_processor(processor, partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = family.decoder and generation_config(model.config.text_config, family.decoder)
+        generation = family.topology.generation_config(family, model.config.to_dict())
         if generation:
             generation.save_pretrained(partial)
         document = {
@@ -144,9 +143,7 @@ def _export(folder: Path, output: Path, failed: Path, out: Output, options: Opti
             "fused": fused,
             "graphs": graphs.signature(),
             "keep": _keeps(config),
-            # What a dual encoder makes of a cosine: logit = scale * cosine + bias.
-            **{name: getattr(model, name).exp().item() for name in ("logit_scale",) if hasattr(model, name)},
-            **{name: getattr(model, name).item() for name in ("logit_bias",) if hasattr(model, name)},
+            **family.topology.facts(model),
             "checked_on": options.device,
             "data": source.describe("evaluation") if source else "generated scenes",
             "pairs": source.counts() if source else {},
@@ -224,14 +221,6 @@ def quantize(folder: Path, names: list[str], check: Check, out: Output) -> list[
         out.say(f"int8 with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
-
-
-def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -> transformers.GenerationConfig:
-    """How a text begins and ends, in the file where it is looked for."""
-    begin, end = getattr(config, decoder.begin), getattr(config, decoder.end)
-    return transformers.GenerationConfig(
-        bos_token_id=begin, decoder_start_token_id=begin, eos_token_id=end, pad_token_id=config.pad_token_id
-    )
 
 
 def refuse(problem: str, partial: Path, failed: Path | None) -> None:

@@ -28,6 +28,7 @@ from ..search.journal import Journal
 from ..search.run import Options, search
 from ..search.trainer import Training, check_training, count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
+from ..tasks.base import is_share
 from ..tasks.text_metrics import judge, missing, references
 
 __all__ = ["DataOptions", "Options", "Training", "prune"]
@@ -258,7 +259,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     models = {"dense": dense.runtime(dense.plan), "compact": compact}
     collate = dense.collate_whole
     read = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
-    if dense.family.decoder:
+    if task.new_tokens:
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
@@ -272,7 +273,7 @@ def compare(dense: Dense, compact: nn.Module, pairs: Pairs, options: Options, ou
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: {"dense": value, "compact": after.metrics[name]} for name, value in (before.metrics or {}).items()}
     metric = task.metric
-    if dense.family.decoder and before.metrics:
+    if task.new_tokens and before.metrics:
         written = judge_texts(dense, models, read, options.batch_size, out)
         metric, metrics = next(iter(written), metric), written | metrics
     quality = {
@@ -310,7 +311,7 @@ def check_drop(quality: dict[str, Any], allowed: float | None, out: Output) -> N
     if allowed is None:
         return
     name, metrics = quality["metric"], quality["metrics"]
-    if allowed < 100 / quality["samples"] and name != "CIDEr":  # which is no share of the pairs
+    if allowed < 100 / quality["samples"] and is_share(name):
         out.warn(f"--max-drop {allowed:g} is less than one of {quality['samples']} pairs: --eval-samples gives it more.")
     before, after = (metrics[name][side] for side in ("dense", "compact")) if metrics else (1.0, quality["agreement"])
     if not 100 * (before - after) <= allowed:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..families import Family, tower_config
-from ..families.base import ANSWER_TOKENS
 from ..plan import LayerPlan, Plan, TowerPlan
 
 TEXT_TOKENS = 35
@@ -65,18 +64,10 @@ def reference(config: dict[str, Any], family: Family, shapes: dict[str, tuple[in
     """The reference input from config.json and the shapes of the weights (which the matmuls outside the towers need)."""
     parts = {tower.name: tower_config(config, tower) for tower in family.towers}
     class_token = {tower.name: "first" in tower.protected for tower in family.towers}
-    tokens, times = {}, {"once": 1}
-    if "vision" in parts:
-        times["patches"] = (parts["vision"]["image_size"] // parts["vision"]["patch_size"]) ** 2
-        tokens["vision"] = times["patches"] + class_token["vision"]
-    if "language" in parts:
-        tokens["language"] = family.text_length(text_tokens, parts["language"]["max_position_embeddings"])
-    if "answer" in parts:
-        tokens["answer"] = ANSWER_TOKENS
-    times |= tokens
+    tokens = family.topology.lengths(family, config, text_tokens)
+    times = {"once": 1, "patches": tokens.get("vision", 0) - class_token.get("vision", False)} | tokens
     fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
-    if family.text_embeds:  # the cosine of an image with a text
-        fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]
+    fixed += family.topology.fixed_flops(shapes)
     width = {name: part["hidden_size"] for name, part in parts.items()}
     ffn = {name: part["intermediate_size"] for name, part in parts.items()}
     pooling = (0, 0)

@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import RefusedError, UsageError
-from .base import Attention, Decoder, Dual, Family, Tower
+from .base import Attention, Family, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_CONTRASTIVE, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
 from .siglip import SIGLIP
@@ -17,8 +17,6 @@ FAMILIES = {
 __all__ = [
     "FAMILIES",
     "Attention",
-    "Decoder",
-    "Dual",
     "Family",
     "Tower",
     "compact_block",

@@ -7,7 +7,8 @@ two: one encodes the question, the other generates and attends to the states of 
 
 from dataclasses import replace
 
-from .base import ANSWER_INPUTS, INPUTS, Attention, Decoder, Dual, Family, Tower
+from ..topology import ANSWER_INPUTS, INPUTS, CrossEncoder, DualEncoder, EncoderDecoder, Halves
+from .base import Attention, Family, Tower
 
 VISION = Tower(
     name="vision",
@@ -36,8 +37,7 @@ BLIP = Family(
     model_type="blip",
     architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
-    vision="vision_model",
-    image_embeds="last_hidden_state",
+    topology=CrossEncoder(vision="vision_model", image_embeds="last_hidden_state"),
     fixed=PATCHES | {"itm_head": "once"},
 )
 BLIP_CONTRASTIVE = replace(
@@ -45,15 +45,14 @@ BLIP_CONTRASTIVE = replace(
     name="blip_contrastive",
     architectures={"BlipForImageTextRetrieval": ("retrieval", "zero-shot")},
     towers=(VISION, replace(LANGUAGE, cross=None)),
-    vision=None,
-    image_embeds=None,
-    encoders=("get_image_features", "get_text_features"),
-    text_embeds="text_proj",
-    dual=Dual(
-        images=("vision_model", "vision_proj"),
-        texts=("text_encoder", "text_proj"),
-        temperature=0.07,  # which BLIP began its training with; what it learned is not in transformers' checkpoints
-        asked="use_itm_head=False",
+    topology=DualEncoder(
+        text_embeds="text_proj",
+        halves=Halves(
+            images=("vision_model", "vision_proj"),
+            texts=("text_encoder", "text_proj"),
+            temperature=0.07,  # which BLIP began its training with; what it learned is not in transformers' checkpoints
+            asked="use_itm_head=False",
+        ),
     ),
     fixed=PATCHES | {"vision_proj": "once", "text_proj": "once"},
 )
@@ -63,12 +62,15 @@ HEAD = ("text_decoder.cls.predictions.transform.dense", "text_decoder.bert.embed
 DECODER = replace(
     LANGUAGE, encoder="text_decoder.bert.encoder", tokens=False, protected=(), class_token=None, causal=True, score_rule="even"
 )
+WRITER = EncoderDecoder(
+    vision="vision_model", image_embeds="last_hidden_state", decoder="text_decoder", head="text_decoder.cls"
+)
 BLIP_CAPTION = replace(
     BLIP,
     name="blip_caption",
     architectures={"BlipForConditionalGeneration": ("caption",)},
     towers=(VISION, DECODER),
-    decoder=Decoder("input_ids", "text_decoder"),
+    topology=WRITER,
     fixed=PATCHES | dict.fromkeys(HEAD, "language"),
 )
 BLIP_VQA = replace(
@@ -76,7 +78,6 @@ BLIP_VQA = replace(
     name="blip_vqa",
     architectures={"BlipForQuestionAnswering": ("vqa",)},
     towers=(VISION, replace(LANGUAGE, tokens=False), replace(DECODER, name="answer", reads="language")),
-    inputs=(*INPUTS, *ANSWER_INPUTS),
-    decoder=Decoder("labels", "text_decoder", question="text_encoder"),
+    topology=replace(WRITER, question="text_encoder", inputs=(*INPUTS, *ANSWER_INPUTS)),
     fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )

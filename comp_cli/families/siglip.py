@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ..topology import DualEncoder
 from .base import Family
 from .clip import LANGUAGE, VISION
 
@@ -13,10 +14,7 @@ SIGLIP = Family(
         replace(VISION, protected=(), class_token=None, score_rule="attention", fuse=False),
         replace(LANGUAGE, protected=("end",), causal=False, text_end=None, score_rule="attention"),
     ),
-    inputs=("pixel_values", "input_ids"),
-    padding="max_length",
-    encoders=("get_image_features", "get_text_features"),
-    text_embeds="text_model.head",
+    topology=DualEncoder(text_embeds="text_model.head", inputs=("pixel_values", "input_ids"), padding="max_length"),
     fixed={"vision_model.embeddings.patch_embedding": "patches", "text_model.head": "once"},
     pooling="vision_model.head",
 )

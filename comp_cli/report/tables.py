@@ -7,6 +7,7 @@ from typing import Any
 from ..cli.output import Output
 from ..engine import flops
 from ..plan import AttentionPlan
+from ..tasks.base import is_share
 
 
 def millions(number: float) -> str:
@@ -26,8 +27,8 @@ def percent(share: float) -> str:
 
 
 def metric_value(name: str, value: float) -> str:
-    """A share in percent; CIDEr, which is none, in points as papers have it."""
-    return f"{100 * value:.1f}" if name == "CIDEr" else percent(value)
+    """A share in percent; what is none, in points as papers have it."""
+    return percent(value) if is_share(name) else f"{100 * value:.1f}"
 
 
 def change(before: float, after: float) -> str:
