@@ -21,7 +21,7 @@ from comp_cli import load, load_onnx, tasks
 from comp_cli.data.batches import random_inputs
 from comp_cli.families import FAMILIES
 from comp_cli.measure.variants import on_own_kernels
-from comp_cli.onnx import graphs
+from comp_cli.onnx import write
 
 FAMILY, TASK = FAMILIES["blip_caption"], tasks.TASKS["caption"]
 RATIOS = (0.5, 0.85)
@@ -32,7 +32,7 @@ def exported(folder: Path, source: Path, model: torch.nn.Module) -> Path:
     """The graphs of a model, unchecked, with the config that they are opened by."""
     if not folder.exists():
         folder.mkdir()
-        graphs.write_graphs(model, TASK, FAMILY, folder, split=False, opset=graphs.OPSET, target=graphs.TARGETS[0])
+        write.write_graphs(model, TASK, FAMILY, folder, split=False, opset=write.OPSET, target=write.TARGETS[0])
         shutil.copyfile(source / "config.json", folder / "config.json")
     return folder
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.families import FAMILIES
 from comp_cli.tasks import TASKS
 
 TASK = TASKS["retrieval"]
@@ -82,8 +83,8 @@ def image_embeds(model: CLIPModel, pixel_values: Tensor, layer: int | None, rule
 def main(arguments: argparse.Namespace) -> None:
     model = CLIPModel.from_pretrained(arguments.model).eval()
     processor = CLIPProcessor.from_pretrained(arguments.model)
-    inputs, longest = ("pixel_values", "input_ids", "attention_mask"), processor.tokenizer.model_max_length
-    collate = Collator(processor, inputs, "longest", longest, TASK.labels)
+    longest = processor.tokenizer.model_max_length
+    collate = Collator(processor, FAMILIES["clip"].topology, longest, TASK.labels)
     batches = list(collate.batches(caption_scenes("validation", arguments.scenes, SEED), 32))
     labels = torch.cat([batch.labels for batch in batches])
     stock = [model(**batch.inputs) for batch in batches]

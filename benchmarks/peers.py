@@ -33,7 +33,7 @@ from comp_cli.data.batches import random_inputs
 from comp_cli.engine import flops
 from comp_cli.measure import timing, variants
 from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
-from comp_cli.onnx import graphs, sessions
+from comp_cli.onnx import sessions, write
 from comp_cli.options import PruneOptions
 from comp_cli.plan import Channels
 
@@ -208,7 +208,7 @@ def exported_peer(name: str) -> Callable[[Path, float], Path]:
     def make(work: Path, ratio: float) -> Path:
         path = work / f"{name}-{ratio:g}.onnx"
         if not path.exists():
-            graphs.write_graph(PEERS[name].make(work, ratio), prepared.TASK, prepared.FAMILY, path)
+            write.write_graph(PEERS[name].make(work, ratio), prepared.TASK, prepared.FAMILY, path)
         return path
 
     return make

@@ -14,7 +14,7 @@ from comp_cli.cli.output import Output
 from comp_cli.commands.prune import prune
 from comp_cli.families import FAMILIES
 from comp_cli.measure import variants
-from comp_cli.onnx import graphs, rewrite
+from comp_cli.onnx import rewrite, write
 from comp_cli.options import PruneOptions
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
@@ -56,5 +56,5 @@ def graph(work: Path, name: str) -> Path:
         if name.startswith("int8 "):
             rewrite.quantize(graph(work, name.removeprefix("int8 ")), path)
         else:
-            graphs.write_graph(model(work, name), TASK, FAMILY, path)
+            write.write_graph(model(work, name), TASK, FAMILY, path)
     return path

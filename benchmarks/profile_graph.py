@@ -20,7 +20,7 @@ import torch
 
 from comp_cli.data.batches import random_inputs
 from comp_cli.onnx import providers
-from comp_cli.onnx.graphs import TOKEN_PRUNING
+from comp_cli.onnx.write import TOKEN_PRUNING
 from comp_cli.runtime import modeling_comp as runtime
 
 MATMULS = ("MatMul", "Gemm", "FusedMatMul")

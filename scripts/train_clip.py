@@ -28,6 +28,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from comp_cli import tasks
 from comp_cli.data import scenes
 from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.families import FAMILIES
 from comp_cli.tasks import comparison
 
 TASK = tasks.TASKS["retrieval"]
@@ -135,7 +136,7 @@ def step_loss(model: CLIPModel, helpers: Helpers, batch: tuple) -> torch.Tensor:
 
 def recall(model: CLIPModel, processor, split: str, count: int, seed: int = 0) -> dict[str, float]:
     """Recalls among the first `count` scenes of a split, in fp32."""
-    collate = Collator(processor, ("pixel_values", "input_ids", "attention_mask"), "longest", LONGEST, TASK.labels)
+    collate = Collator(processor, FAMILIES["clip"].topology, LONGEST, TASK.labels)
     found = comparison.evaluate(model, TASK, collate.batches(caption_scenes(split, count, seed), 64)).metrics
     model.train()
     return {name: round(value, 4) for name, value in found.items()}

@@ -17,10 +17,11 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
-from comp_cli.onnx import graphs, parity, rewrite, sessions
+from comp_cli.onnx import parity, rewrite, sessions, write
 from comp_cli.options import DataOptions, ExportOptions
 from comp_cli.runtime import modeling_comp
 from comp_cli.runtime.modeling_comp import TokenPruning, TokenScores
+from comp_cli.topology.graphs import TEXT, VISION, GraphSpec
 
 
 def run_export(source, folder, out=None, **options):
@@ -61,7 +62,7 @@ def judge(cases):
 @pytest.fixture
 def graph_pair(pair, tmp_path):
     """The pair of graphs alone, in a folder to work in."""
-    for name in (graphs.VISION, graphs.TEXT):
+    for name in (VISION, TEXT):
         shutil.copy(pair / name, tmp_path)
     return tmp_path
 
@@ -179,7 +180,7 @@ def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, ju
     assert export.quantize(graph_pair, list(before), judge, Output("quiet")) == []
     assert {path.name for path in graph_pair.iterdir()} == set(before)
     assert sum(path.stat().st_size for path in graph_pair.iterdir()) < 0.5 * sum(before.values())
-    found = operators(graph_pair / graphs.VISION)
+    found = operators(graph_pair / VISION)
     assert found["MatMulInteger"] == 4 * 5 and found["MultiHeadAttention"] == 5
     assert capsys.readouterr() == ("", "")
 
@@ -187,7 +188,7 @@ def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, ju
 def test_matrices_that_cost_decisions_stay_float(graph_pair, judge, monkeypatch, cases):
     verdicts = iter(["decisions suffer", None])
     monkeypatch.setattr(parity, "problem", lambda rows, tolerance: next(verdicts))
-    names = [graphs.VISION, graphs.TEXT]
+    names = [VISION, TEXT]
     floats = sessions.OnnxModel(graph_pair, names)
     floats.run(cases[0].inputs)
     noise = {n: share for name in names for n, share in rewrite.int8_noise(graph_pair / name, floats.given[name]).items()}
@@ -224,10 +225,10 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
 
 
 def test_optimize_fuses_what_is_around_attention(graph_pair, judge):
-    names = [graphs.VISION, graphs.TEXT]
+    names = [VISION, TEXT]
     fused = export.optimize(graph_pair, names, judge, ExportOptions(), Output("quiet"))
     assert fused["SkipLayerNormalization"] > 10 and fused["BiasGelu"] == 5 + 4
-    assert operators(graph_pair / graphs.VISION)["BiasGelu"] == 5
+    assert operators(graph_pair / VISION)["BiasGelu"] == 5
     assert sorted(path.name for path in graph_pair.iterdir()) == sorted(names)
 
 
@@ -244,13 +245,13 @@ def test_optimize_that_changes_the_result_is_skipped_with_a_line(graph_pair, jud
     monkeypatch.setattr(rewrite, "optimize", wrong)
     before = {path.name: path.read_bytes() for path in graph_pair.iterdir()}
     out = Output("quiet")
-    assert export.optimize(graph_pair, [graphs.VISION, graphs.TEXT], judge, ExportOptions(), out) == {}
+    assert export.optimize(graph_pair, [VISION, TEXT], judge, ExportOptions(), out) == {}
     assert "--optimize is skipped: the graph differs from torch by" in out.warnings[0]
     assert {path.name: path.read_bytes() for path in graph_pair.iterdir()} == before
 
 
 def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "EXTERNAL_DATA_FROM", 1000)
+    monkeypatch.setattr(write, "EXTERNAL_DATA_FROM", 1000)
     monkeypatch.setattr(rewrite, "EXTERNAL_DATA_FROM", 1000)
     document = run_export(compact_folder, tmp_path / "large", optimize=True, quantize="int8")
     files = {path.name for path in (tmp_path / "large").iterdir()}
@@ -265,7 +266,7 @@ def test_weights_lie_beside_the_graph_when_they_are_large(compact_folder, tmp_pa
 @pytest.fixture
 def torch_says_more(pair, monkeypatch):
     def write_graphs(model, task, family, folder, **how):
-        names = [graphs.VISION, graphs.TEXT]
+        names = [VISION, TEXT]
         for name in names:
             shutil.copy(pair / name, folder)
         return names
@@ -330,7 +331,7 @@ def test_a_session_on_another_provider_is_refused(exported):
 def test_nodes_tell_where_tokens_are_pruned(exported):
     """For profiles: top-k and what scores for it stand in layers that drop tokens, named so; nothing else is."""
     graph = onnx.load(exported / "model.onnx").graph
-    named = [node for node in graph.node if f"/{graphs.TOKEN_PRUNING}/" in node.name]
+    named = [node for node in graph.node if f"/{write.TOKEN_PRUNING}/" in node.name]
     assert "TopK" in {node.op_type for node in named}
     assert not {"MultiHeadAttention", "Gelu", "LayerNormalization"} & {node.op_type for node in named}
     assert all(node.op_type != "TopK" or node in named for node in graph.node)
@@ -338,8 +339,6 @@ def test_nodes_tell_where_tokens_are_pruned(exported):
 
 class Pruned(torch.nn.Module):
     """Tokens that rank themselves: scoring and dropping, and one more operation before and behind."""
-
-    names, outputs, dynamic = ["states"], ("left",), {"states": None}
 
     def __init__(self, merge):
         super().__init__()
@@ -351,8 +350,12 @@ class Pruned(torch.nn.Module):
         states = states.tanh()
         return self.layer.dropper(states, self.layer.scorer(states, states, 4, 0.5), None)[0].sin()
 
-    def example(self):
-        return {"states": torch.zeros(2, 9, 8)}
+
+def drops(model, inputs):
+    return (model(**inputs),)
+
+
+PRUNED = GraphSpec("model.onnx", drops, ("left",), {"states": {}}, lambda model: {"states": torch.zeros(2, 9, 8)})
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -361,9 +364,9 @@ def test_nodes_of_token_pruning_are_known_by_their_module(tmp_path, monkeypatch,
     select, cls = modeling_comp.select_tokens, modeling_comp.TOKEN_RULES["cls"]
     monkeypatch.setattr(modeling_comp, "select_tokens", lambda *tensors: select(*tensors))
     monkeypatch.setitem(modeling_comp.TOKEN_RULES, "cls", replace(cls, score=lambda *given, **more: cls.score(*given, **more)))
-    graphs.write(Pruned(merge), tmp_path / "model.onnx", opset=20, target="onnx")
+    write.write(Pruned(merge), PRUNED, tmp_path / "model.onnx", opset=20, target="onnx")
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
-    named = [node for node in nodes if node.name.startswith(f"layer/{graphs.TOKEN_PRUNING}/")]
+    named = [node for node in nodes if node.name.startswith(f"layer/{write.TOKEN_PRUNING}/")]
     assert [node.op_type for node in nodes if node not in named] == ["Tanh", "Sin"]
     assert {"Softmax", "TopK"} <= {node.op_type for node in named}
 

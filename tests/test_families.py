@@ -27,9 +27,9 @@ from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import Dense, open_dense
-from comp_cli.onnx import graphs
 from comp_cli.options import BenchOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Plan
+from comp_cli.topology import EncoderDecoder
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
@@ -51,12 +51,12 @@ class Case:
     @property
     def asked(self) -> dict[str, bool]:
         """What the class itself needs to be asked with."""
-        return {"use_itm_head": False} if self.dense.family.dual else {}
+        return {"use_itm_head": False} if self.dense.family.name == "blip_contrastive" else {}
 
     def options(self, ratio: float, **changes) -> PruneOptions:
         return PruneOptions(str(self.folder), ratio, task=tiny.TASKS.get(self.name), **SIZES | changes)
 
-    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def read(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         task = self.dense.task
         with torch.inference_mode():
             return task.features(task.forward(model, inputs))
@@ -65,7 +65,7 @@ class Case:
         """How many rows of what is read belong to each sample."""
         task = self.dense.task
         if isinstance(task, tasks.TokenPrediction):
-            return (inputs[task.mask].sum(1) - 1).tolist()
+            return (inputs[task.place.mask].sum(1) - 1).tolist()
         return [1] * len(next(iter(inputs.values())))
 
 
@@ -225,11 +225,11 @@ def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
     report = export.export(compact_folder, tmp_path / "onnx", ExportOptions(), QUIET)
     assert report.passed and report.agreement == 1.0
     check_profile(compact_folder, [onnx.load(tmp_path / "onnx" / name).graph for name in report.graphs])
-    if case.dense.family.decoder:
+    if isinstance(case.dense.family.topology, EncoderDecoder):
         assert list(report.graphs) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
         return
     (graph,) = report.graphs.values()
-    assert tuple(graph.inputs) == case.dense.family.inputs and tuple(graph.outputs) == case.dense.task.outputs
+    assert tuple(graph.inputs) == case.dense.family.topology.inputs and tuple(graph.outputs) == case.dense.task.outputs
 
 
 def check_profile(folder, written: list[onnx.GraphProto]) -> None:
@@ -251,7 +251,7 @@ def check_profile(folder, written: list[onnx.GraphProto]) -> None:
 
 def test_images_and_texts_apart(case, compact_folder, tmp_path):
     options = ExportOptions(split=True)
-    if not graphs.can_split(case.dense.family):
+    if case.dense.family.topology.why_whole:
         with pytest.raises(CompError, match=r"--split: .* (encodes only one|in parts anyway)"):
             export.export(compact_folder, tmp_path / "onnx", options, QUIET)
         return

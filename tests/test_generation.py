@@ -261,7 +261,7 @@ def test_the_loss_is_that_of_the_stock_model(writer):
     dense, task = writer.dense, writer.dense.task
     first, *others = scenes(task, 3)
     batch = dense.collate([replace(first, text="two red", answers=("two red",)), *others])
-    text, mask = batch.inputs[task.text], batch.inputs[task.mask]
+    text, mask = batch.inputs[task.place.text], batch.inputs[task.place.mask]
     assert (text[:, 0] == tiny.START).all() and not mask.all()
     given = batch.inputs | {"labels": text.masked_fill(mask == 0, -100)}
     if task.name == "vqa":

@@ -22,9 +22,10 @@ from comp_cli.data.batches import random_inputs
 from comp_cli.errors import CompError
 from comp_cli.families import find_family
 from comp_cli.files.store import read_config
-from comp_cli.onnx import graphs, parity, sessions
+from comp_cli.onnx import sessions
 from comp_cli.onnx.checks import BIAS, least_runtime
 from comp_cli.options import ExportOptions, PruneOptions
+from comp_cli.topology.graphs import DECODER, ENCODER, PAST, WHOLE
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
@@ -94,8 +95,9 @@ def test_batches_are_right_on_the_oldest_onnxruntime_that_is_promised(clip, tmp_
     family, _, name = find_family(config)
     model = load_model(folder, dtype=torch.float32)
     inputs = random_inputs(model.config, family, 5, 12, padded=6)
-    expected = parity.expected(model, tasks.TASKS[name], family, inputs, split=False)
-    found = run_on("1.20.0", served / graphs.WHOLE, inputs, tmp_path)
+    with torch.inference_mode():
+        expected = family.topology.expected(model, tasks.TASKS[name], inputs, split=False)
+    found = run_on("1.20.0", served / WHOLE, inputs, tmp_path)
     for output, values in expected.items():
         np.testing.assert_allclose(found[output], values.numpy(), atol=1e-4, err_msg=output)
 
@@ -121,9 +123,9 @@ def test_the_least_version_follows_from_what_a_graph_holds(clip, served, caption
 
 @pytest.mark.parametrize(("opset", "least"), [(18, "1.18"), (21, "1.18"), (22, "1.21"), (23, "1.23")])
 def test_newer_opsets_need_newer_versions(captions, opset, least):
-    model = onnx.load(captions / graphs.PAST)
+    model = onnx.load(captions / PAST)
     next(entry for entry in model.opset_import if entry.domain == "").version = opset
-    assert least_runtime([onnx.load(captions / graphs.ENCODER), model]) == least
+    assert least_runtime([onnx.load(captions / ENCODER), model]) == least
 
 
 def test_an_onnxruntime_that_is_too_old_is_refused(captions, monkeypatch):
@@ -177,7 +179,7 @@ def future(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, junk, empty, outside, future])
-@pytest.mark.parametrize("name", [graphs.ENCODER, graphs.PAST])
+@pytest.mark.parametrize("name", [ENCODER, PAST])
 def test_a_broken_graph_is_refused(copied, damage, name):
     damage(copied / name)
     with pytest.raises(CompError, match=name) as refused:
@@ -186,7 +188,7 @@ def test_a_broken_graph_is_refused(copied, damage, name):
 
 
 @pytest.mark.parametrize("damage", [cut, junk, empty, one_byte])
-@pytest.mark.parametrize("name", [graphs.ENCODER, graphs.DECODER, graphs.PAST, "config.json"])
+@pytest.mark.parametrize("name", [ENCODER, DECODER, PAST, "config.json"])
 def test_files_that_are_not_those_of_export_json_are_refused_by_name(copied, damage, name):
     damage(copied / name)
     with pytest.raises(CompError, match=name) as refused:
@@ -213,7 +215,7 @@ def identity(path: Path, output: str, name: str = "pixel_values") -> None:
 
 @pytest.mark.parametrize(("output", "said"), [("features", "hands out"), ("last_hidden_state", r"\(\*, 3, 48, 48\)")])
 def test_a_foreign_graph_is_refused(copied, output, said):
-    identity(copied / graphs.ENCODER, output)
+    identity(copied / ENCODER, output)
     with pytest.raises(CompError, match=said) as refused:
         load_onnx(unlisted(copied))
     assert refused.value.exit_code == REFUSED and "config.json" in refused.value.hint

@@ -86,7 +86,7 @@ TOWER = Tower(
     causal=True,
     norms=("input_layernorm", "post_attention_layernorm"),
 )
-DESCRIBED = replace(CLIP_TEXT, name="llama", model_type="llama", towers=(TOWER,), text_embeds=None, fixed={"lm_head": "llm"})
+DESCRIBED = replace(CLIP_TEXT, name="llama", model_type="llama", towers=(TOWER,), fixed={"lm_head": "llm"})
 KEPT = [(1, range(0, 96, 2)), (0, range(48)), (1, range(40, 88))]  # of each layer the key-value head and the channels
 
 

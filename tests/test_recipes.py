@@ -28,10 +28,10 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import export, prune
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
-from comp_cli.onnx.graphs import OPSET
-from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
+from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Channels, Plan
 from comp_cli.report import cards, recipes
+from comp_cli.topology import DualEncoder, EncoderDecoder, snippets
 
 QUIET = Output("quiet")
 LAYOUTS = {"blip": (False, True), "siglip": (False, True), "clip": (True,)}  # whether split; others are written whole
@@ -150,28 +150,28 @@ def every(tmp_path_factory) -> dict[str, Written]:
 
 def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
     """What transformers' processor and torch say of a picture and of the texts of the recipes."""
-    family, task, model = written.dense.family, written.dense.task, written.model
-    processor, image = load_processor(written.folder, family.inputs), load_image(str(picture))
-    padding = "max_length" if family.padding == "max_length" else True
-    texts = [task.prompt.format(label) for label in recipes.LABELS] if task.prompt != "{}" else recipes.TEXTS
+    topology, task, model = written.dense.family.topology, written.dense.task, written.model
+    processor, image = load_processor(written.folder), load_image(str(picture))
+    padding = "max_length" if topology.padding == "max_length" else True
+    texts = [task.prompt.format(label) for label in snippets.LABELS] if task.prompt != "{}" else snippets.TEXTS
     read = {"padding": padding, "return_tensors": "pt"}
     found = {}
-    if "pixel_values" in family.inputs:
+    if topology.reads_images:
         found["pixels"] = getattr(processor, "image_processor", processor)(image, return_tensors="pt")["pixel_values"].numpy()
     with torch.no_grad():
-        if family.decoder:
-            asked = {"text": recipes.QUESTION} if family.decoder.question else {}
+        if isinstance(topology, EncoderDecoder):
+            asked = {"text": snippets.QUESTION} if topology.question else {}
             inputs = processor(images=image, **asked, return_tensors="pt")
-            tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=recipes.LONGEST - 1)[0]
+            tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=snippets.LONGEST - 1)[0]
             return found | {"written": tokens.numpy(), "said": processor.decode(tokens, skip_special_tokens=True) + "\n"}
         if task.paired_inputs:
             inputs = processor(images=[image] * len(texts), text=texts, **read)
             return found | {"scores": model(**inputs).itm_score.numpy()}
-        if family.encoders:
+        if isinstance(topology, DualEncoder):
             inputs = processor(images=image, text=texts, **read)
-            inputs = {name: inputs[name] for name in family.inputs if name in inputs}
+            inputs = {name: inputs[name] for name in topology.inputs if name in inputs}
             return found | {"logits": model(**inputs).logits_per_image[0].numpy()}
-        if "pixel_values" in family.inputs:
+        if topology.reads_images:
             values = torch.from_numpy(found["pixels"])
             first, second = model(pixel_values=torch.cat([values, values.flip(-1)])).image_embeds
         else:
@@ -202,9 +202,10 @@ def test_the_recipe_of_graphs_says_what_torch_says(family, every, pictures, tmp_
     assert len(found) == len(jobs) * len(pictures)
     for values, wanted in zip(found, right * len(jobs), strict=True):
         agrees(values, wanted)
-    if "pixel_values" in written.dense.family.inputs and not written.dense.family.decoder:
+    writes = isinstance(written.dense.family.topology, EncoderDecoder)
+    if written.dense.family.topology.reads_images and not writes:
         assert len({values["said"] for values in found}) > 1  # it matters which picture it is
-    if written.dense.family.decoder:
+    if writes:
         assert run_blocks([(jobs[0][0], blocks(jobs[0][0])[1])], pictures[:1], [], tmp_path)[0]["said"].strip()
 
 

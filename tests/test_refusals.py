@@ -15,9 +15,9 @@ from comp_cli.errors import CompError
 from comp_cli.measure.variants import on_own_kernels
 from comp_cli.models.dense import open_dense
 from comp_cli.onnx import generation
-from comp_cli.onnx.graphs import Encoded, decode
 from comp_cli.runtime import modeling_comp
 from comp_cli.runtime.modeling_comp import CompactAttention, PostNormLayer, PreNormLayer, TokenState, add_token_state
+from comp_cli.topology.stand_ins import Encoded
 
 FAMILIES = ("blip", "blip-caption", "blip-vqa", "clip", "siglip")
 UNKNOWN = ("kv_cache", "mask", "encoder_mask", "position_ids", "head_mask", "cu_seq_lens_q", "kept_tokens")
@@ -154,7 +154,7 @@ def test_nothing_that_comp_calls_is_deprecated(caption):
         model.generate(**images, max_new_tokens=4)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         for dense in (model, load_model(caption.source.folder, dtype=torch.float32)):
-            decode(dense, caption.family, torch.zeros(1, 5, 72), torch.tensor([[2, 5]]), cache=cache)
+            caption.family.topology.decode(dense, torch.zeros(1, 5, 72), torch.tensor([[2, 5]]), cache=cache)
 
 
 def test_gradients_are_checkpointed_as_in_the_stock_model(caption):
@@ -179,7 +179,7 @@ class Graphs:
 
 def test_the_graphs_refuse_what_they_do_not_know():
     encoder = generation.OnnxEncoder(Graphs())
-    decoder = type("Decoder", (generation.OnnxDecoder, torch.nn.Module), {})()
+    decoder = type("Decoder", (generation.OnnxDecoder, torch.nn.Module), {"__init__": torch.nn.Module.__init__})()
     for module, first in ((encoder, torch.zeros(1, 3, 48, 48)), (decoder, torch.tensor([[2]])), (Encoded("x"), torch.zeros(1))):
         for name in UNKNOWN:
             with pytest.raises(TypeError, match=f"does not know, {name}="):

@@ -58,7 +58,7 @@ def inputs(pruned):
 
 def numbers(model, dense, given) -> torch.Tensor:
     with torch.inference_mode():
-        if dense.family.decoder:
+        if dense.task.new_tokens:
             given = {name: tensor.clone() for name, tensor in given.items() if name in ("pixel_values", "input_ids")}
             return model.generate(**given, max_new_tokens=6, num_beams=1, do_sample=False)
         return getattr(model(**given), dense.task.outputs[0])

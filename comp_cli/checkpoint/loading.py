@@ -18,10 +18,8 @@ from transformers.initialization import no_init_weights  # noqa: E402
 
 from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line  # noqa: E402
 from ..families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
-from ..families.base import INPUTS  # noqa: E402
 from ..files.store import TensorHeader, read_config, read_json  # noqa: E402
 from ..runtime.modeling_comp import compact_class  # noqa: E402
-from ..topology.dual_encoder import with_dual_interface  # noqa: E402
 from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
 from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
@@ -98,6 +96,7 @@ def load_model(
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
     model_class = compact_class(architecture) if compact else getattr(transformers, architecture)
+    model_class = family.topology.interface(model_class) if family else model_class
     headers = read_headers(folder, files)
     options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
     with sentences(folder), quiet_libraries():
@@ -113,7 +112,7 @@ def load_model(
         )
     check_finite(model.state_dict(), folder)
     check_report(folder)  # last: what is above says more exactly what is wrong
-    return with_dual_interface(model.eval(), family)
+    return model.eval()
 
 
 @contextmanager
@@ -168,7 +167,7 @@ def build_compact(
     """The compact model of `config.comp` around the given weights, which are shared, not copied; it answers as the family is
     described."""
     with no_init_weights():
-        model = compact_class(architecture)(config)
+        model = family.topology.interface(compact_class(architecture))(config)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
     found = model.load_state_dict(state, strict=False, assign=True)
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:
@@ -176,7 +175,6 @@ def build_compact(
     for name, source in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, model.get_parameter(source))
-    model = with_dual_interface(model, family)
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 
@@ -187,20 +185,19 @@ def untied_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in second}
 
 
-def load_processor(folder: Path, inputs: tuple[str, ...] = INPUTS) -> Any:
-    """Image processor and tokenizer of a checkpoint folder, or the one that makes the `inputs` of a model. Raises RefusedError
-    where they are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
+def load_processor(folder: Path) -> Any:
+    """Image processor and tokenizer of a checkpoint folder, or the one of them that its model needs. Raises RefusedError where
+    they are missing, broken, or make what the model cannot take. No code of the folder's own is run."""
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
     check_folder(folder)
-    images, texts = "pixel_values" in inputs, "input_ids" in inputs
-    if texts and not any(any(folder.glob(name)) for name in files):  # transformers would make up one without words
-        raise RefusedError(f"{folder}: no tokenizer files.", hint=f"One of {', '.join(files)} is needed.")
-    both, one = transformers.AutoProcessor, transformers.AutoImageProcessor if images else transformers.AutoTokenizer
     config, family = describe(folder)
+    found = any(any(folder.glob(name)) for name in files)
+    if family.topology.reads_texts and not found:  # transformers would make up one without words
+        raise RefusedError(f"{folder}: no tokenizer files.", hint=f"One of {', '.join(files)} is needed.")
     try:
         with quiet_libraries():
             check_code(folder)
-            loader = both if images and texts else one
+            loader = getattr(transformers, family.topology.processor_class)
             processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             check_processor(processor, config.to_dict(), family, folder)
     except CompError:

@@ -46,22 +46,21 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
     """Raises RefusedError where what a processor makes cannot be what the model takes. `config` is the whole config.json,
     defaults filled in."""
     towers = {tower.name: tower_config(config, tower) for tower in family.towers}
-    if "pixel_values" in family.inputs:
-        check_images(getattr(processor, "image_processor", processor), towers["vision"]["image_size"], folder)
-    if "input_ids" in family.inputs:
-        tokenizer, text = getattr(processor, "tokenizer", processor), towers["language"]
+    images, tokenizer = family.topology.parts_of(processor)
+    if images is not None:
+        check_images(images, towers["vision"]["image_size"], folder)
+    if tokenizer is not None:
+        text = towers["language"]
         check_texts(tokenizer, text["vocab_size"], folder)
-        if family.padding == "longest" and tokenizer.padding_side != "right":
+        if family.topology.padding == "longest" and tokenizer.padding_side != "right":
             hint = 'The model counts places from the first token. Set "padding_side": "right" in tokenizer_config.json.'
             raise _refused(folder, f"the tokenizer pads texts on the {tokenizer.padding_side}", hint)
         if family.tower("language").text_end:
             check_end(tokenizer, text["eos_token_id"], folder)
-    if family.decoder:
-        for name in (family.decoder.begin, family.decoder.end):
-            token, words = config["text_config"][name], config["text_config"]["vocab_size"]
-            if not (type(token) is int and 0 <= token < words):
-                said = f"config.json: text_config.{name} is {shown(token)}; expected a token from 0 to {words - 1}"
-                raise _refused(folder, said)
+    for place, (token, words) in family.topology.text_marks(family, config).items():
+        if not (type(token) is int and 0 <= token < words):
+            said = f"config.json: {place} is {shown(token)}; expected a token from 0 to {words - 1}"
+            raise _refused(folder, said)
 
 
 def check_images(images: Any, side: int, folder: Path) -> None:

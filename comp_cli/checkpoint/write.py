@@ -40,9 +40,9 @@ def write_checkpoint(
     shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder, dense.family.inputs), folder)
-    longest, alone = dense.reference.tokens.get("language", 0), hasattr(compact, "logit_bias")
-    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=longest, alone=alone)
+        save_processor(load_processor(dense.source.folder), folder)
+    alone = hasattr(compact, "logit_bias")
+    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, alone=alone)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

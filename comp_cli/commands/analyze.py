@@ -29,7 +29,7 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
     dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
-    texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
+    texts = cut_texts(batches, dense.text_tokens)
     warn_cut_texts("calibration", texts, progress, dense.longest)
     runtime = dense.runtime(dense.plan)
     with progress.track("scoring heads, channels and tokens", len(batches)) as bar:

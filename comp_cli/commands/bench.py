@@ -27,7 +27,7 @@ from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
 from ..onnx import providers
-from ..onnx.graphs import write_graph
+from ..onnx.write import write_graph
 from ..options import HUB_DEFAULTS, BenchOptions, HubOptions
 from ..progress import Progress
 from ..report import plot
@@ -50,8 +50,8 @@ def bench(
     task = tasks.TASKS[name]
     source, folders, models = open_models(folder, config, baseline, progress, hub_options)
     described = models["dense"].config
-    longest = longest_text(described.to_dict(), family, load_processor(folder, family.inputs))
-    text_tokens = family.text_length(options.text_tokens, longest)
+    longest = longest_text(described.to_dict(), family, load_processor(folder))
+    text_tokens = family.topology.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
     # Counted before anything is exported or moved.
     params = {side: sum(p.numel() for p in models[side].parameters()) for side in folders}

@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import torch
-import transformers
 
 from .. import __version__, tasks
 from ..checkpoint.loading import (
@@ -28,19 +27,20 @@ from ..data.pairset import PairSet
 from ..data.rows import Columns
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
-from ..families import Decoder, find_family
+from ..families import find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text, warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
-from ..onnx.graphs import can_split, check_target, write_graphs
-from ..onnx.sessions import OnnxModel, open_graphs
+from ..onnx.sessions import OnnxModel
+from ..onnx.write import check_target, write_graphs
 from ..options import TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import PairCounts, Texts
 from ..report.cards import graphs_card
 from ..report.exported import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
+from ..topology.graphs import Run, in_turn
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
@@ -53,10 +53,10 @@ class Check:
     task: tasks.Task
     device: str
     tolerance: parity.Tolerance
-    text: str | None = None  # see `sessions.open_graphs`
+    run: Run = in_turn  # how the graphs are run
 
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
-        return open_graphs(folder, names, self.device, self.text)
+        return OnnxModel(folder, names, self.device, self.run)
 
     def rows(self, graphs: OnnxModel, progress: Progress) -> list[parity.Parity]:
         with progress.track("checking parity with torch", len(self.cases)) as bar:
@@ -89,14 +89,13 @@ def _export(
     family, architecture, name = find_family(config)
     task = tasks.TASKS[name]
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
-    if options.split and not can_split(family):
-        why = "is written in parts anyway" if family.decoder else "encodes only one of images and texts"
-        raise UsageError(f"--split: {architecture} {why}.")
+    if options.split and family.topology.why_whole:
+        raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
     source = open_source(options, progress)
-    processor = load_processor(folder, family.inputs)
+    processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
     longest = longest_text(model.config.to_dict(), family, processor)
-    checked = family.text_length(TEXT_TOKENS, longest)
+    checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         progress.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
@@ -106,7 +105,7 @@ def _export(
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
         warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.decoder.text if family.decoder else None)
+        check = Check(cases, task, options.device, tolerance, family.topology.run)
         progress.say("exporting (this takes a minute for a full-size model) ...")
         names = write_graphs(
             cast(model, DTYPES[options.dtype]),
@@ -127,12 +126,13 @@ def _export(
         with quiet_libraries():
             if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
                 tokenizer = getattr(processor, "tokenizer", processor)
-                tokenizer(["a"], padding=family.padding, truncation=True, max_length=longest)
+                tokenizer(["a"], padding=family.topology.padding, truncation=True, max_length=longest)
             save_processor(processor, partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = generation_config(model.config.text_config, family.decoder) if family.decoder else None
+        generation = family.topology.generation_config(family, model.config.to_dict())
         if generation:
             generation.save_pretrained(partial)
+        numbers = family.topology.facts(model)
         report = ExportReport(
             comp_version=__version__,
             versions=_versions(),
@@ -146,9 +146,8 @@ def _export(
             fused=fused,
             graphs={name: signature(found) for name, found in graphs.signature().items()},
             keep=_keeps(config),
-            # What a dual encoder makes of a cosine: logit = scale * cosine + bias.
-            logit_scale=model.logit_scale.exp().item() if hasattr(model, "logit_scale") else None,
-            logit_bias=model.logit_bias.item() if hasattr(model, "logit_bias") else None,
+            logit_scale=numbers.get("logit_scale"),
+            logit_bias=numbers.get("logit_bias"),
             checked_on=options.device,
             data=source.describe("evaluation") if source else "generated scenes",
             pairs={purpose: PairCounts(**found) for purpose, found in source.counts().items()} if source else {},
@@ -247,14 +246,6 @@ def quantize(folder: Path, names: list[str], check: Check, progress: Progress) -
         progress.say(f"int8 with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
-
-
-def generation_config(config: transformers.PretrainedConfig, decoder: Decoder) -> transformers.GenerationConfig:
-    """How a text begins and ends, in the file where it is looked for."""
-    begin, end = getattr(config, decoder.begin), getattr(config, decoder.end)
-    return transformers.GenerationConfig(
-        bos_token_id=begin, decoder_start_token_id=begin, eos_token_id=end, pad_token_id=config.pad_token_id
-    )
 
 
 def refuse(problem: str, partial: Path, failed: Path | None, report: ExportReport) -> None:

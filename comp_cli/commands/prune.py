@@ -44,6 +44,7 @@ from ..search.journal import Journal
 from ..search.run import search
 from ..search.trainer import check_training, count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
+from ..tasks.base import is_share
 from ..tasks.text_metrics import judge, missing, references
 
 
@@ -287,7 +288,7 @@ def compare(
     models = {"dense": dense.runtime(dense.plan), "compact": compact}
     collate = dense.collate_whole
     read: Iterable[Pair] = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
-    if dense.family.decoder:
+    if task.new_tokens:
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
@@ -301,7 +302,7 @@ def compare(
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
     metric = task.metric
-    if dense.family.decoder and before.metrics:
+    if task.new_tokens and before.metrics:
         written = judge_texts(dense, models, list(read), options.batch_size, progress)
         metric, metrics = next(iter(written), metric), written | metrics
     quality = Quality(
@@ -339,7 +340,7 @@ def check_drop(report: PruneReport, quality: Quality, allowed: float | None, pro
     if allowed is None:
         return
     name, metrics = quality.metric, quality.metrics
-    if allowed < 100 / quality.samples and name != "CIDEr":  # which is no share of the pairs
+    if allowed < 100 / quality.samples and is_share(name):
         progress.warn(f"--max-drop {allowed:g} is less than one of {quality.samples} pairs: --eval-samples gives it more.")
     fell = metrics[name] if metrics else Values(1.0, quality.agreement)
     if not 100 * (fell.dense - fell.compact) <= allowed:

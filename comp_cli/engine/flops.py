@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..families import Family, Tower, tower_config
-from ..families.base import ANSWER_TOKENS
 from ..plan import LayerPlan, Plan, StreamPlan, TowerPlan
 from .parts import PartSizes, Shape, matrices_of, part_sizes
 
@@ -72,12 +71,12 @@ def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape
     Raises RefusedError where the family's description does not fit the shapes, see `part_sizes`.
     """
     sizes = part_sizes(config, family, shapes)
-    patches, tokens = _tokens(config, family, text_tokens)
-    times = {"once": 1, "patches": patches}
+    tokens = family.topology.lengths(family, config, text_tokens)
+    patches = (tokens[name] - stream.skips_first for name, (_, stream) in family.streams.items() if stream.source == "image")
+    times = {"once": 1, "patches": next(patches, 0)}
     times |= {tower.name: sum(tokens[stream.name] for stream in tower.streams) for tower in family.towers}
     fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
-    if family.text_embeds:  # the cosine of an image with a text
-        fixed += 2 * shapes[f"{family.text_embeds}.weight"][0]
+    fixed += family.topology.fixed_flops(shapes)
     behind = {}
     if family.pooling:  # one query; its keys and values are made of every token
         name, images = _images(family)
@@ -92,22 +91,6 @@ def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape
 def _images(family: Family) -> tuple[str, Tower]:
     """The first stream of image tokens, and its tower."""
     return next((name, tower) for name, (tower, stream) in family.streams.items() if stream.source == "image")
-
-
-def _tokens(config: dict[str, Any], family: Family, text_tokens: int) -> tuple[int, dict[str, int]]:
-    """Patches of the reference image, 0 where the model takes none, and the tokens that enter of each stream."""
-    patches, tokens = 0, {}
-    for tower in family.towers:
-        sizes = tower_config(config, tower)
-        for stream in tower.streams:
-            if stream.source == "image":
-                patches = patches or (sizes["image_size"] // sizes["patch_size"]) ** 2  # of the tower that sees the image
-                tokens[stream.name] = patches + stream.skips_first
-            elif stream.source == "text":
-                tokens[stream.name] = family.text_length(text_tokens, sizes["max_position_embeddings"])
-            else:
-                tokens[stream.name] = ANSWER_TOKENS
-    return patches, tokens
 
 
 def _whole(tower: Tower, shapes: Mapping[str, Shape]) -> int:

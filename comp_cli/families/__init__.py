@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import RefusedError, UsageError
-from .base import Decoder, Dual, Family, Mode, Part, Stream, Tower
+from .base import Family, Mode, Part, Stream, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_CONTRASTIVE, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
 from .siglip import SIGLIP
@@ -16,8 +16,6 @@ FAMILIES = {
 
 __all__ = [
     "FAMILIES",
-    "Decoder",
-    "Dual",
     "Family",
     "Mode",
     "Part",

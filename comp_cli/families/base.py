@@ -1,11 +1,10 @@
 """What a family file describes. Data only: engine, export and bench read it, none of them knows a family."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ANSWER_TOKENS = 4  # of an answer in the reference input: start, two words, end
-INPUTS = ("pixel_values", "input_ids", "attention_mask")
-ANSWER_INPUTS = ("labels", "decoder_attention_mask")  # labels: what the decoder reads; so the loss is an output
+from ..topology import Topology
 
 
 @dataclass(frozen=True)
@@ -133,31 +132,6 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """What writes texts, token by token.
-
-    text: the input of the model that is such a text. begin, end: names of its first and last token's id in the text config.
-    """
-
-    text: str
-    module: str  # path of the language model
-    question: str | None = None  # path of the text encoder that it attends to; None where it attends to the image
-    begin: str = "bos_token_id"
-    end: str = "sep_token_id"
-
-
-@dataclass(frozen=True)
-class Dual:
-    """The halves of a dual encoder in a class that is none by itself (see dual.py): of images and of texts the module and its
-    projection, both read at the first token."""
-
-    images: tuple[str, str]
-    texts: tuple[str, str]
-    temperature: float  # cosines are divided by it
-    asked: str  # what the class itself is asked with, for the model card
-
-
-@dataclass(frozen=True)
 class Family:
     """A group of architectures that are built alike, for tasks that go through the same parts of them."""
 
@@ -165,24 +139,14 @@ class Family:
     model_type: str  # what transformers calls the kind in config.json
     architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
     towers: tuple[Tower, ...]
-    inputs: tuple[str, ...] = INPUTS  # what the model takes of what its processor makes
-    padding: str = "longest"  # of the texts of a batch; "max_length" for models that were trained so
-    # Cross-attention: name of the module that encodes images, and what the rest of the model reads of its output.
-    vision: str | None = None
-    image_embeds: str | None = None
-    # Dual encoders: names of the methods that encode images and texts, each gives a `pooler_output`; and the path of the
-    # matrix that texts end with.
-    encoders: tuple[str, str] | None = None
-    text_embeds: str | None = None
-    decoder: Decoder | None = None
-    dual: Dual | None = None
+    topology: Topology  # the shape of the model, and what it can do
     # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
 
-    def text_length(self, wanted: int, longest: int) -> int:
-        """Tokens of a text: as many as wanted if the model takes so many, or all that it takes where texts are padded so."""
-        return longest if self.padding == "max_length" else min(wanted, longest)
+    def sections(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """The parts of a whole config.json that describe the towers, by their names."""
+        return {tower.name: config[tower.config] if tower.config else config for tower in self.towers}
 
     def tower(self, name: str) -> Tower:
         return next(tower for tower in self.towers if tower.name == name)

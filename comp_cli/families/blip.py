@@ -7,7 +7,8 @@ two: one encodes the question, the other generates and attends to the states of 
 
 from dataclasses import replace
 
-from .base import ANSWER_INPUTS, INPUTS, Decoder, Dual, Family, Stream, Tower, attention, feed_forward
+from ..topology import ANSWER_INPUTS, INPUTS, CrossEncoder, DualEncoder, EncoderDecoder, Halves
+from .base import Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
     name="vision",
@@ -43,8 +44,7 @@ BLIP = Family(
     model_type="blip",
     architectures={"BlipForImageTextRetrieval": ("itm",)},
     towers=(VISION, LANGUAGE),
-    vision="vision_model",
-    image_embeds="last_hidden_state",
+    topology=CrossEncoder(vision="vision_model", image_embeds="last_hidden_state"),
     fixed=PATCHES | {"itm_head": "once"},
 )
 BLIP_CONTRASTIVE = replace(
@@ -52,15 +52,14 @@ BLIP_CONTRASTIVE = replace(
     name="blip_contrastive",
     architectures={"BlipForImageTextRetrieval": ("retrieval", "zero-shot")},
     towers=(VISION, replace(LANGUAGE, parts=(SELF, FFN), unused=("crossattention",))),
-    vision=None,
-    image_embeds=None,
-    encoders=("get_image_features", "get_text_features"),
-    text_embeds="text_proj",
-    dual=Dual(
-        images=("vision_model", "vision_proj"),
-        texts=("text_encoder", "text_proj"),
-        temperature=0.07,  # which BLIP began its training with; what it learned is not in transformers' checkpoints
-        asked="use_itm_head=False",
+    topology=DualEncoder(
+        text_embeds="text_proj",
+        halves=Halves(
+            images=("vision_model", "vision_proj"),
+            texts=("text_encoder", "text_proj"),
+            temperature=0.07,  # which BLIP began its training with; what it learned is not in transformers' checkpoints
+            asked="use_itm_head=False",
+        ),
     ),
     fixed=PATCHES | {"vision_proj": "once", "text_proj": "once"},
 )
@@ -77,12 +76,15 @@ ANSWER = replace(
     group="language",
 )
 QUESTION = replace(LANGUAGE, streams=(replace(LANGUAGE.streams[0], prunable=False),))
+WRITER = EncoderDecoder(
+    vision="vision_model", image_embeds="last_hidden_state", decoder="text_decoder", head="text_decoder.cls"
+)
 BLIP_CAPTION = replace(
     BLIP,
     name="blip_caption",
     architectures={"BlipForConditionalGeneration": ("caption",)},
     towers=(VISION, DECODER),
-    decoder=Decoder("input_ids", "text_decoder"),
+    topology=WRITER,
     fixed=PATCHES | dict.fromkeys(HEAD, "language"),
 )
 BLIP_VQA = replace(
@@ -90,7 +92,6 @@ BLIP_VQA = replace(
     name="blip_vqa",
     architectures={"BlipForQuestionAnswering": ("vqa",)},
     towers=(VISION, QUESTION, ANSWER),
-    inputs=(*INPUTS, *ANSWER_INPUTS),
-    decoder=Decoder("labels", "text_decoder", question="text_encoder"),
+    topology=replace(WRITER, question="text_encoder", inputs=(*INPUTS, *ANSWER_INPUTS)),
     fixed=PATCHES | dict.fromkeys(HEAD, "answer"),
 )

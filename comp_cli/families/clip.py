@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ..topology import DualEncoder, SingleEncoder
 from .base import Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
@@ -30,8 +31,7 @@ CLIP = Family(
     model_type="clip",
     architectures={"CLIPModel": ("retrieval", "zero-shot")},
     towers=(VISION, LANGUAGE),
-    encoders=("get_image_features", "get_text_features"),
-    text_embeds="text_projection",
+    topology=DualEncoder(text_embeds="text_projection"),
     fixed={"vision_model.embeddings.patch_embedding": "patches", "visual_projection": "once", "text_projection": "once"},
 )
 CLIP_VISION = replace(
@@ -40,9 +40,7 @@ CLIP_VISION = replace(
     model_type="clip_vision_model",
     architectures={"CLIPVisionModelWithProjection": ("image-embedding",)},
     towers=(replace(VISION, config=""),),
-    inputs=("pixel_values",),
-    encoders=None,
-    text_embeds=None,
+    topology=SingleEncoder(inputs=("pixel_values",)),
     fixed={"vision_model.embeddings.patch_embedding": "patches", "visual_projection": "once"},
 )
 CLIP_TEXT = replace(
@@ -51,8 +49,6 @@ CLIP_TEXT = replace(
     model_type="clip_text_model",
     architectures={"CLIPTextModelWithProjection": ("text-embedding",)},
     towers=(replace(LANGUAGE, config=""),),
-    inputs=("input_ids", "attention_mask"),
-    encoders=None,
-    text_embeds=None,
+    topology=SingleEncoder(inputs=("input_ids", "attention_mask")),
     fixed={"text_projection": "once"},
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ..topology import DualEncoder
 from .base import Family, Stream
 from .clip import LANGUAGE, VISION
 
@@ -18,10 +19,7 @@ SIGLIP = Family(
             text_end=None,
         ),
     ),
-    inputs=("pixel_values", "input_ids"),
-    padding="max_length",
-    encoders=("get_image_features", "get_text_features"),
-    text_embeds="text_model.head",
+    topology=DualEncoder(text_embeds="text_model.head", inputs=("pixel_values", "input_ids"), padding="max_length"),
     fixed={"vision_model.embeddings.patch_embedding": "patches", "text_model.head": "once"},
     pooling="vision_model.head",
 )

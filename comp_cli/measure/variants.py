@@ -2,7 +2,9 @@
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from .timing import Inputs, Runner
 SIDES = ("dense", "own_dense", "compact")  # the stock model; the same weights on comp's kernels; what is left of them
 
 
-def on_own_kernels(stock: nn.Module, family: Family | None = None) -> nn.Module:
+def on_own_kernels(stock: Any, family: Family | None = None) -> nn.Module:
     """The stock model's weights, shared, in comp's runtime with a plan that keeps everything: kernels without pruning. As its
     family, or the usual one of its architecture, is described."""
     described = stock.config.to_dict()
@@ -29,7 +31,7 @@ def on_own_kernels(stock: nn.Module, family: Family | None = None) -> nn.Module:
     return loading.build_compact(config, family, architecture, loading.untied_state_dict(stock))
 
 
-def torch_runner(model: nn.Module, device: torch.device) -> Runner:
+def torch_runner(model: Callable[..., Any], device: torch.device) -> Runner:
     """On CUDA the copy of the inputs is part of the time, as it is in ONNX Runtime."""
 
     def run(inputs: Inputs) -> None:

@@ -22,7 +22,7 @@ from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
 from ..engine.token_ranking import with_score_rows
 from ..errors import RefusedError, first_line
-from ..families import Family, find_family, tower_config
+from ..families import Family, find_family
 from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, DataOptions, HubOptions
 from ..plan import Plan, dense_plan
@@ -50,8 +50,12 @@ class Dense:
     @property
     def collate(self) -> data.Collator:
         """Makes batches of pairs for this model, of texts as long as the reference input."""
-        longest = self.reference.tokens.get("language", 0)
-        return collator(self.family, self.processor, longest, self.task, self.hf_config)
+        return collator(self.family, self.processor, self.text_tokens, self.task, self.hf_config)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a text of the reference input; 0 for a model of images."""
+        return self.family.topology.text_tokens(self.reference.tokens)
 
     @property
     def longest(self) -> int:
@@ -117,11 +121,11 @@ def open_dense(
     source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
     config = read_config(source.folder)
     family, architecture, name = described(config)
-    chosen = tasks.TASKS[name]
+    chosen = tasks.TASKS[name].of(family.topology)
     progress.say(f"loading {source.name} ({architecture}) ...")
-    processor = loading.load_processor(source.folder, family.inputs)
+    processor = loading.load_processor(source.folder)
     pickled = hub_options.allow_pickle
-    dense = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
+    dense: Any = loading.load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=pickled)
     check_fits(dense, family, processor, chosen, source.name)
     state = loading.untied_state_dict(dense.requires_grad_(False).to(device or "cpu"))
     full = dense.config.to_dict()
@@ -143,19 +147,17 @@ def open_dense(
 def collator(
     family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
 ) -> data.Collator:
-    decoder = family.decoder
-    written = decoder and (decoder.text, getattr(config.text_config, decoder.begin))
-    return data.Collator(processor, family.inputs, family.padding, max_text, task.labels, task.prompt, written)
+    """What makes batches of a task for the models of a family, of texts of `max_text` tokens at most."""
+    begin = family.topology.first_token(family, config.to_dict())
+    return data.Collator(processor, family.topology, max_text, task.labels, task.prompt, begin)
 
 
 def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:
     """Tokens of the longest text that a model and its tokenizer take, at most 512; 0 for a model of images."""
-    texts = [tower for tower in family.towers if tower.name == "language"]
-    longest = min([tower_config(config, tower)["max_position_embeddings"] for tower in texts], default=0)
-    return loading.cut_at(processor, min(longest, 512))
+    return loading.cut_at(processor, min(family.topology.longest_text(family, config), 512))
 
 
-def check_fits(model: nn.Module, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
+def check_fits(model: Any, family: Family, processor: Any, task: tasks.Task, name: str) -> None:
     """Raises RefusedError where the parts that the family describes are missing, or the processor makes what the model cannot
     take."""
     problem = None

@@ -2,30 +2,21 @@
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 from packaging.version import Version
 
 from ..errors import DeviceError, RefusedError
-from ..families import Family, Tower, tower_config
+from ..families import Family
 from ..files.store import read_json, sha256
-from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
+from ..topology.graphs import Signature
 
 # The first ONNX Runtime that loads an opset, and computes what it should; IR version 10, which is what torch writes, needs
 # 1.18 by itself. Measured on 1.17 to 1.32; what is older refuses such graphs when it loads or runs them.
 LEAST = {18: "1.18", 19: "1.18", 20: "1.18", 21: "1.18", 22: "1.21", 23: "1.23"}
 SHARED_BIAS = "1.20"  # an attention bias that all samples and heads share; older ones want one for each head, and say so
 BIAS = 5  # which input of MultiHeadAttention it is
-
-Shape = tuple[int | None, ...]  # None: any number
-
-
-class Signature(NamedTuple):
-    """What a graph takes and hands out: name -> shape."""
-
-    inputs: dict[str, Shape]
-    outputs: dict[str, Shape]
 
 
 def least_runtime(models: Iterable[onnx.ModelProto]) -> str:
@@ -86,7 +77,9 @@ def check_signature(path: Path, session: Any, expected: Signature) -> None:
         hint = "Graphs and config.json must be of one export. Export the model again."
         if found.keys() != wanted.keys():
             less, more = (sorted(a - b)[:3] for a, b in ((wanted.keys(), found.keys()), (found.keys(), wanted.keys())))
-            said = " and ".join(filter(None, (less and f"not {', '.join(less)}", more and f"also {', '.join(more)}")))
+            said = " and ".join(
+                filter(None, (f"not {', '.join(less)}" if less else "", f"also {', '.join(more)}" if more else ""))
+            )
             raise RefusedError(f"{path} {what} {said}: that is no graph of this model.", hint=hint)
         for name, shape in wanted.items():
             here = tuple(found[name])
@@ -98,41 +91,10 @@ def check_signature(path: Path, session: Any, expected: Signature) -> None:
 
 
 def writer_signatures(config: dict[str, Any], family: Family) -> dict[str, Signature]:
-    """Of the three graphs of a model that writes texts, by their names. Raises RefusedError where the config is not one of such
-    a model."""
+    """Of the graphs of a model that writes texts, by their names. Raises RefusedError where the
+    config is not one of such a model."""
     try:
-        return _writer_signatures(config, family)
+        return family.topology.signatures(family, config)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
         said = f"config.json describes no model that writes texts ({type(error).__name__}: {error})."
         raise RefusedError(said, hint="Copy the folder again, or export the model again.") from error
-
-
-def _writer_signatures(config: dict[str, Any], family: Family) -> dict[str, Signature]:
-    tower = family.towers[-1]
-    text, vision = (tower_config(config, family.tower(name)) for name in (tower.name, "vision"))
-    side, dim = vision["image_size"], (text if family.decoder.question else vision)["hidden_size"]
-    images = {"pixel_values": (None, 3, side, side)}
-    asked = {"input_ids": (None, None), "attention_mask": (None, None)} if family.decoder.question else {}
-    tokens, states = {"input_ids": (None, None)}, {STATES: (None, None, dim)}
-    logits = {"logits": (None, None, text["vocab_size"])}
-    layers = _heads(config, tower, text)
-
-    def cache(prefix: str, *parts: str) -> dict[str, Shape]:
-        names = ((i, part, kind) for i in range(len(layers)) for part in parts for kind in ("key", "value"))
-        return {f"{prefix}.{i}.{part}.{kind}": (None, layers[i][part][0], None, layers[i][part][1]) for i, part, kind in names}
-
-    return {
-        ENCODER: Signature(images | asked, {HIDDEN: (None, None, dim)}),
-        DECODER: Signature(tokens | states, logits | cache("present", "decoder", "encoder")),
-        PAST: Signature(tokens | cache("past_key_values", "decoder", "encoder"), logits | cache("present", "decoder")),
-    }
-
-
-def _heads(config: dict[str, Any], tower: Tower, text: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
-    """Heads and their width in self- ("decoder") and cross-attention ("encoder") of each layer of a tower."""
-    if "comp" not in config:
-        dense = (text["num_attention_heads"], text["hidden_size"] // text["num_attention_heads"])
-        return [{"decoder": dense, "encoder": dense}] * text["num_hidden_layers"]
-    layers = next(entry["layers"] for entry in config["comp"]["towers"] if entry["layout"]["encoder"] == tower.encoder)
-    parts = {"decoder": "attention", "encoder": "cross"}
-    return [{name: (layer[kind]["num_heads"], layer[kind]["head_dim"]) for name, kind in parts.items()} for layer in layers]

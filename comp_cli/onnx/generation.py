@@ -1,7 +1,8 @@
 """Texts out of exported graphs: the stock `generate` of transformers, with ONNX Runtime where its weights would be."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,9 +15,10 @@ from ..errors import RefusedError, UsageError
 from ..families import find_family
 from ..files.store import read_config
 from ..runtime.modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
+from ..topology.encoder_decoder import begin, go_on
+from ..topology.graphs import ENCODER, HIDDEN, Values
 from .checks import check_files, check_signature, writer_signatures
-from .graphs import DECODER, ENCODER, HIDDEN, PAST, Encoded
-from .sessions import OnnxWriter, Values
+from .sessions import OnnxModel
 
 # What this release of transformers calls keys and values in what a model hands out.
 CACHE = cache_name(CausalLMOutputWithCrossAttentions) or CACHES[0]
@@ -29,37 +31,28 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
     folder without."""
     config = read_config(folder)
     family, architecture, _ = find_family(config)
-    names = [ENCODER, DECODER, PAST]
-    if family.decoder is None or not all((folder / name).is_file() for name in names):
-        raise RefusedError(f"{folder}: no graphs that write texts.", hint=f"Needed: {', '.join(names)}.")
+    names = list(family.topology.text_graphs)
+    if not names or not all((folder / name).is_file() for name in names):
+        needed = f"Needed: {', '.join(names)}." if names else f"A {architecture} writes none."
+        raise RefusedError(f"{folder}: no graphs that write texts.", hint=needed)
     check_files(folder, ["config.json", *names])
     stock = getattr(transformers, architecture)
     expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
-    graphs = OnnxWriter(folder, names, device, family.decoder.text)
+    graphs = OnnxModel(folder, names, device)
     for name, session in graphs.sessions.items():
         check_signature(folder / name, session, expected[name])
     with quiet_libraries(), torch.device("meta"):
         model = stock(stock.config_class.from_pretrained(folder)).eval()
-    decoder = model.get_submodule(family.decoder.module)
-    for module in (model, decoder):
-        module._modules.clear()
-    decoder.__class__ = type(f"Onnx{type(decoder).__name__}", (OnnxDecoder, type(decoder)), {})
-    decoder.graphs = graphs
-    decoder.place = nn.Parameter(torch.empty(0), requires_grad=False)  # where transformers looks for the device
-    encoder = OnnxEncoder(graphs)
-    model.add_module(family.decoder.module, decoder)
-    if family.decoder.question is None:
-        model.add_module(family.vision, encoder)
-    else:
-        model.add_module(family.vision, Encoded(family.image_embeds))  # the encoder graph does its work, with the question's
-        model.add_module(family.decoder.question, encoder)
+    stand_ins = family.topology.stand_ins(model, OnnxEncoder(graphs), partial(stand_in_decoder, graphs))
+    for path, module in stand_ins.items():
+        model.set_submodule(path, module)
     return model
 
 
 class OnnxEncoder(nn.Module):
     """The encoder graph, as the vision tower or as the text encoder that attends to images."""
 
-    def __init__(self, graphs: OnnxWriter):
+    def __init__(self, graphs: OnnxModel):
         super().__init__()
         self.graphs = graphs
 
@@ -73,11 +66,13 @@ class OnnxEncoder(nn.Module):
         **kwargs: Any,
     ) -> BaseModelOutput:
         refuse_unmade(self, kwargs)
-        given = {"pixel_values": encoder_hidden_states if pixel_values is None else pixel_values}
+        images = encoder_hidden_states if pixel_values is None else pixel_values
+        if images is None:
+            raise UsageError("the encoder graph reads images: give pixel_values.")
+        given = {"pixel_values": images.float()}
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             given |= {"input_ids": input_ids, "attention_mask": mask}
-        given["pixel_values"] = given["pixel_values"].float()
         made = self.graphs.step(ENCODER, {name: tensor.numpy() for name, tensor in given.items()})
         return BaseModelOutput(last_hidden_state=torch.from_numpy(made[HIDDEN]))
 
@@ -85,7 +80,10 @@ class OnnxEncoder(nn.Module):
 class OnnxDecoder:
     """The decoder graphs, with the cache of transformers between them. Mixed in before the stock class."""
 
-    graphs: OnnxWriter
+    def __init__(self, config: transformers.PretrainedConfig, graphs: OnnxModel):
+        transformers.PreTrainedModel.__init__(cast(Any, self), config)  # none of the layers of the stock class
+        self.graphs = graphs
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # where transformers looks for the device
 
     def forward(
         self,
@@ -105,19 +103,29 @@ class OnnxDecoder:
             raise UsageError("the graphs take prompts of one length in a batch: no padding.")
         text = input_ids.numpy()
         if known is None or known.get_seq_length() == 0:
-            made = self.graphs.begin(text, encoder_hidden_states.numpy())
+            if encoder_hidden_states is None:
+                raise UsageError("a text begins with what the encoder graph made: give encoder_hidden_states.")
+            made = begin(self.graphs.step, text, encoder_hidden_states.numpy())
             across = from_values(made, "encoder")
         else:
             parts = isinstance(known, EncoderDecoderCache) and (known.self_attention_cache, known.cross_attention_cache)
             if not parts or not all(isinstance(part, DynamicCache) for part in parts):
                 raise UsageError("the graphs go on from an EncoderDecoderCache of two DynamicCaches only.")
             across = known.cross_attention_cache
-            made = self.graphs.go_on(text, to_values(known.self_attention_cache, "decoder") | to_values(across, "encoder"))
-        grown = {CACHE: EncoderDecoderCache(from_values(made, "decoder"), across)} if use_cache else {}
+            past = to_values(known.self_attention_cache, "decoder") | to_values(across, "encoder")
+            made = go_on(self.graphs.step, text, past)
+        grown: dict[str, Any] = {CACHE: EncoderDecoderCache(from_values(made, "decoder"), across)} if use_cache else {}
         return CausalLMOutputWithCrossAttentions(logits=torch.from_numpy(made["logits"]), **grown)
 
 
-def refuse_unmade(module: nn.Module, given: dict[str, Any]) -> None:
+def stand_in_decoder(graphs: OnnxModel, stock: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """What writes texts with the decoder graphs, as the class of the stock decoder does."""
+    stock_class = type(stock)
+    made = type(f"Onnx{stock_class.__name__}", (OnnxDecoder, stock_class), {})
+    return made(stock.config, graphs).eval()
+
+
+def refuse_unmade(module: Any, given: dict[str, Any]) -> None:
     """Raise for what graphs cannot do, and for arguments that nobody knows."""
     if given.get("output_hidden_states"):
         raise UsageError("the graphs hand out no hidden states: leave output_hidden_states out.")

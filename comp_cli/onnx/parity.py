@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import tasks
 from ..data.batches import random_inputs
 from ..data.rows import Pair
 from ..families import Family
-from ..families.base import INPUTS
 from ..models.dense import Pairs, collator, generated_pairs
 from ..tasks import comparison
-from .graphs import IMAGE_EMBEDS, TEXT_EMBEDS, decode, encode, encode_images
 from .sessions import OnnxModel
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
@@ -77,10 +76,10 @@ class Parity:
 
 
 def make_cases(
-    model: nn.Module,
+    model: Any,
     task: tasks.Task,
     family: Family,
-    processor,
+    processor: Any,
     longest: int,
     pairs: list[Pair],
     *,
@@ -97,12 +96,13 @@ def make_cases(
     made_long = collator(family, processor, longest, task, model.config)
     collate = replace(made_long, max_text=max(longest, whole or 0))
     given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
-    if split or (len(family.towers) > 1 and not task.paired_inputs):
+    if family.topology.one_for_all(split):
         inputs = given[2][1]
         given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
         given.append(("random", random_inputs(model.config, family, batch, tokens, padded=padded)))
-    return [Case(name, inputs, expected(model, task, family, inputs, split=split)) for name, inputs in given]
+    with torch.inference_mode():
+        return [Case(name, inputs, family.topology.expected(model, task, inputs, split)) for name, inputs in given]
 
 
 def real_pairs(
@@ -114,28 +114,6 @@ def real_pairs(
         return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
     found = list(map(ready, source.read("evaluation", count, accepts=task.accepts)))
     return list(islice(cycle(found), max(8, len(found))))
-
-
-def expected(
-    model: nn.Module, task: tasks.Task, family: Family, inputs: dict[str, Tensor], *, split: bool
-) -> dict[str, Tensor]:
-    """What torch says; an image alone goes with every text."""
-    found = {}
-    with torch.inference_mode():
-        if split:
-            found[IMAGE_EMBEDS] = encode_images(model, family, inputs["pixel_values"])
-        if split and family.encoders:
-            texts = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-            return found | {TEXT_EMBEDS: getattr(model, family.encoders[1])(**texts).pooler_output}
-        if family.decoder:
-            text = inputs[family.decoder.text]
-            asked = (inputs[name] for name in INPUTS)
-            return {"logits": decode(model, family, encode(model, family, *asked), text).logits}
-        if task.paired_inputs:
-            every = inputs["pixel_values"].expand(len(inputs["input_ids"]), -1, -1, -1)
-            inputs = inputs | {"pixel_values": every}
-        outputs = model(**inputs)
-    return found | {name: getattr(outputs, name).float() for name in task.outputs}
 
 
 def check(
@@ -172,16 +150,16 @@ def compare(
 
 def agreement(rows: list[Parity]) -> float:
     """Share of the real pairs on which graph and torch decide alike."""
-    real = [row for row in rows if row.same_decision is not None and row.inputs == "real"]
-    return sum(row.same_decision * row.batch for row in real) / sum(row.batch for row in real)
+    real = [(row.same_decision, row.batch) for row in rows if row.same_decision is not None and row.inputs == "real"]
+    return sum(same * batch for same, batch in real) / sum(batch for _, batch in real)
 
 
 def problem(rows: list[Parity], tolerance: Tolerance) -> str | None:
     """What is wrong, in a sentence; None where the graphs say what torch says. Only what the task names is judged."""
-    worst = max((row for row in rows if row.judged is not None), key=lambda row: row.judged)
-    if not worst.judged <= tolerance.atol:
+    error, worst = max(((row.judged, row) for row in rows if row.judged is not None), key=lambda judged: judged[0])
+    if not error <= tolerance.atol:
         return (
-            f"the graph differs from torch by {worst.judged:.2e} (batch {worst.batch}, {worst.text_tokens} text "
+            f"the graph differs from torch by {error:.2e} (batch {worst.batch}, {worst.text_tokens} text "
             f"tokens, {worst.inputs} inputs); allowed is {tolerance.atol:.0e}."
         )
     if agreement(rows) < tolerance.agreement:

@@ -80,7 +80,7 @@ def check_cuda() -> None:
     import onnxruntime
 
     if CUDA not in onnxruntime.get_available_providers():
-        why = f"onnxruntime {onnxruntime.__version__} is built without it"
+        why: str | None = f"onnxruntime {onnxruntime.__version__} is built without it"
         hint = "Install onnxruntime-gpu in place of onnxruntime, or use --device cpu."
     else:
         why = missing_library(Path(onnxruntime.__file__).parent / "capi")

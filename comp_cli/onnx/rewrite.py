@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .graphs import EXTERNAL_DATA_FROM
 from .sessions import open_session
+from .write import EXTERNAL_DATA_FROM
 
 QUANTIZED = {"MatMul": 1, "Gather": 0}  # operator -> which of its inputs is the matrix that becomes int8
 
@@ -78,7 +78,7 @@ def int8_noise(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, float]
             exact, found = states @ matrix, _rounded(states) @ _rounded(matrix, axis=0)
         else:
             exact, found = matrix, _rounded(matrix)
-        noise[node.name] = float(np.linalg.norm(found - exact) / max(np.linalg.norm(exact), 1e-30))
+        noise[node.name] = float(np.linalg.norm(found - exact) / max(float(np.linalg.norm(exact)), 1e-30))
     return noise
 
 
@@ -95,7 +95,7 @@ def _matrix(node: onnx.NodeProto) -> str:
     return node.input[QUANTIZED[node.op_type]]
 
 
-def _fused(model: onnx.ModelProto) -> Counter:
+def _fused(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node if node.domain == "com.microsoft")
 
 

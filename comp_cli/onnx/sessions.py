@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..checkpoint.loading import quiet_libraries
 from ..errors import CompError, DeviceError, RefusedError
-from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES
+from ..topology.graphs import Run, Values, in_turn
 
 
-def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None):
+def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None) -> Any:
     """An ONNX Runtime session whose first provider is the one that was asked for. Raises DeviceError where it is another, or
     none; RefusedError where the file holds no graph that could run.
 
@@ -67,29 +67,24 @@ def preload_cuda() -> None:
             onnxruntime.preload_dlls()
 
 
-def feeds(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def feeds(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
-Values = dict[str, np.ndarray]
-
-
 class OnnxModel:
-    """The graphs of a folder, run one after the other: what one hands out is an input of the next.
+    """The graphs of a folder, run as their topology runs them.
 
     `given` holds what each graph was last given.
     """
 
-    def __init__(self, folder: Path, names: list[str], device: str = "cpu"):
+    def __init__(self, folder: Path, names: list[str], device: str = "cpu", run: Run = in_turn):
         self.sessions = {name: open_session(folder / name, device, tf32=False) for name in names}
         self.given: dict[str, Values] = {}
+        self._run = run
 
     def run(self, inputs: Mapping[str, Tensor]) -> Values:
-        """Outputs of all graphs by name."""
-        values, made = feeds(inputs), {}
-        for name in self.sessions:
-            made |= self.step(name, values | made)
-        return made
+        """What the graphs make of the inputs of the model, by name."""
+        return self._run(self.step, self.sessions, feeds(inputs))
 
     def step(self, name: str, values: Values) -> Values:
         """Run one graph on those of the values that it takes; its outputs by name."""
@@ -101,44 +96,10 @@ class OnnxModel:
     def signature(self) -> dict[str, Any]:
         """Names, types and shapes of what goes in and comes out, for each file."""
 
-        def shapes(values) -> dict[str, Any]:
+        def shapes(values: Any) -> dict[str, Any]:
             return {v.name: {"type": v.type.removeprefix("tensor(").removesuffix(")"), "shape": v.shape} for v in values}
 
         return {
             name: {"inputs": shapes(session.get_inputs()), "outputs": shapes(session.get_outputs())}
             for name, session in self.sessions.items()
         }
-
-
-class OnnxWriter(OnnxModel):
-    """Encoder, decoder and decoder with past of a model that writes texts. `text`: its input that is such a text."""
-
-    def __init__(self, folder: Path, names: list[str], device: str, text: str):
-        super().__init__(folder, names, device)
-        self.text = text
-
-    def run(self, inputs: Mapping[str, Tensor]) -> Values:
-        """Logits for whole texts: their first halves at once, the rest token by token, as texts are written."""
-        values = feeds(inputs)
-        text = values[self.text]
-        half = (text.shape[1] + 1) // 2
-        made = self.begin(text[:, :half], self.step(ENCODER, values)[HIDDEN])
-        logits = [made["logits"]]
-        for place in range(half, text.shape[1]):
-            made |= self.go_on(text[:, place : place + 1], made)
-            logits.append(made["logits"])
-        return {"logits": np.concatenate(logits, axis=1)}
-
-    def begin(self, input_ids: np.ndarray, states: np.ndarray) -> Values:
-        """Logits (batch, tokens, vocabulary) of the beginnings of texts, and the cache: keys and values of each layer."""
-        return self.step(DECODER, {"input_ids": input_ids, STATES: states})
-
-    def go_on(self, input_ids: np.ndarray, cache: Values) -> Values:
-        """The same for the tokens that come next; the cache holds those before them."""
-        past = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
-        return self.step(PAST, past | {"input_ids": input_ids})
-
-
-def open_graphs(folder: Path, names: list[str], device: str = "cpu", text: str | None = None) -> OnnxModel:
-    """The graphs of a folder, whatever they are: `text` is named where they write texts (see `Decoder.text`)."""
-    return OnnxModel(folder, names, device) if text is None else OnnxWriter(folder, names, device, text)

@@ -10,7 +10,6 @@ from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
 from ..families import Family
-from ..onnx.graphs import ENCODER, VISION
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
 from . import recipes
@@ -53,7 +52,7 @@ def model_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
-        *(["", f"It was pruned for `model(..., {family.dual.asked})`."] if family.dual else []),
+        *(["", note] if (note := family.topology.note) else []),
         *(["", f"Its license is that of {base}: {license or 'see there'}."] if license or "/" in base else []),
         "",
     ]
@@ -82,7 +81,8 @@ def metadata_of(source: Path) -> dict[str, Any]:
 def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
     """The head of a model card: what the hub reads."""
     base = document["base_model"]
-    told = {name: value for name, value in metadata_of(source).items() if name in KEPT and isinstance(value, str | list)}
+    known = metadata_of(source).items()
+    told: dict[str, Any] = {name: value for name, value in known if name in KEPT and isinstance(value, str | list)}
     return ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
@@ -150,7 +150,7 @@ def graphs_card(
 
     code = recipes.for_graphs(document, generation, family, task, processor, folder, longest)
     words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
-    needed = ["numpy", *["pillow"] * ("pixel_values" in family.inputs), *[words] * ("input_ids" in family.inputs)]
+    needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
     lines = [
         f"# {document['source'].get('base_model', 'model')} as ONNX",
         "",
@@ -160,14 +160,14 @@ def graphs_card(
         "graph; batch and text length are free. `export.json` holds versions, kept tokens, differences from torch, and hashes.",
         "",
     ]
-    if VISION in document["graphs"]:
-        lines += ["Encode an image once, and match it against any number of texts: `images` is 1, or as many as texts.", ""]
+    if note := family.topology.graphs_note(document):
+        lines += [note, ""]
     if code:
         install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
         lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
     else:
         lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
-    if ENCODER in document["graphs"]:
+    if writes := family.topology.generate_code:
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
-        lines += [recipes.for_writer(family), ""]
+        lines += [recipes.for_generate(writes), ""]
     return "\n".join(lines)

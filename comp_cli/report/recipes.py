@@ -13,14 +13,8 @@ from PIL import Image
 from transformers import GenerationConfig, SiglipTokenizer
 
 from ..families import Family
-from ..onnx.graphs import ENCODER, TEXT, VISION
 from ..tasks import Task
-
-PICTURE = "scene.png"
-TEXTS = ["a small red circle", "two blue squares above a large circle"]
-LABELS = ["circle", "square"]
-QUESTION = "what color is the circle?"
-LONGEST = 20  # tokens of a text that is written
+from ..topology.snippets import PICTURE
 
 PLACES = f'folder, picture = ".", "{PICTURE}"  # this folder, and a picture of yours'
 UPRIGHT = 'image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, without alpha'
@@ -58,23 +52,6 @@ def tokens(texts):
     return {{"input_ids": np.array(rows)}}
 """
 
-MATCHING = """
-for text, (no, yes) in zip(texts, scores):
-    print(f"{1 / (1 + np.exp(no - yes)):6.1%} sure that this matches: {text}")
-"""
-
-WRITING = """
-written = [{begin}]
-made = run("decoder_model", {{"input_ids": np.array([written]), "encoder_hidden_states": states}})
-while len(written) < {longest}:
-    written.append(int(made["logits"][0, -1].argmax()))
-    if written[-1] == {end}:
-        break
-    past = {{name.replace("present", "past_key_values"): value for name, value in made.items()}}
-    made |= run("decoder_with_past_model", past | {{"input_ids": np.array([written[-1:]])}})
-print(tokenizer.decode(written))
-"""
-
 
 def block(*parts: str) -> str:
     """Python code in Markdown."""
@@ -95,14 +72,12 @@ def for_graphs(
 ) -> str | None:
     """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures or
     texts are prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
-    images, texts = "pixel_values" in family.inputs, "input_ids" in family.inputs
-    pixels = pixels_of(getattr(processor, "image_processor", processor)) if images else ""
-    spelling = tokens_of(getattr(processor, "tokenizer", processor), folder, longest) if texts else ([], "")
+    images, tokenizer = family.topology.parts_of(processor)
+    pixels = "" if images is None else pixels_of(images)
+    spelling = ([], "") if tokenizer is None else tokens_of(tokenizer, folder, longest)
     if pixels is None or spelling is None:
         return None
     reads, spell = spelling
-    if family.decoder and family.decoder.question is None:  # it writes, and is asked nothing
-        spell = spell.strip("\n").partition("\n")[0]
     names = [Path(name).stem for name in document["graphs"]]
     first = sorted(line for line in reads if line.startswith("import"))
     later = [line for line in reads if line.startswith("from")]
@@ -114,10 +89,7 @@ def for_graphs(
         *later,
     ]
     places = PLACES if images else 'folder = "."  # this folder'
-    if generation:
-        ending = writing(generation, family)
-    else:
-        ending = deciding(document, family, task)
+    spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation)
     return block("\n".join(imports), places, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 
@@ -167,154 +139,25 @@ def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], st
     return ["import string", "import sentencepiece"], code
 
 
-def texts_of(task: Task) -> str:
-    if task.prompt == "{}":
-        return f"texts = {json.dumps(TEXTS)}"
-    said = task.prompt.replace("{}", "{label}")
-    return f'texts = [f"{said}" for label in {json.dumps(LABELS)}]'
-
-
-def deciding(document: dict[str, Any], family: Family, task: Task) -> str:
-    """From texts and a picture to a decision."""
-    texts, split = texts_of(task), VISION in document["graphs"]
-    vision, text = Path(VISION).stem, Path(TEXT).stem
-    if task.paired_inputs:
-        whole = (
-            "images = np.repeat(pixels(picture), len(texts), axis=0)  # one for each text\n"
-            'scores = run("model", tokens(texts) | {"pixel_values": images})["itm_score"]'
-        )
-        parts = (
-            f'image = run("{vision}", {{"pixel_values": pixels(picture)}})  # once, for any number of texts\n'
-            f'scores = run("{text}", tokens(texts) | image)["itm_score"]'
-        )
-        return f"{texts}\n{parts if split else whole}{MATCHING}"
-    if family.encoders:
-        return f"{texts}\n{_logits(document, split)}\n{_chances(document)}"
-    return alike(task, "model")
-
-
-def _logits(document: dict[str, Any], split: bool) -> str:
-    """Lines that end with `logits`, a number for each text."""
-    if not split:
-        return 'logits = run("model", tokens(texts) | {"pixel_values": pixels(picture)})["logits_per_image"][0]'
-    bias = f" + {document['logit_bias']!r}" if "logit_bias" in document else ""
-    return (
-        f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})["image_embeds"]\n'
-        f'words = run("{Path(TEXT).stem}", tokens(texts))["text_embeds"]\n'
-        "image, words = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (image, words))\n"
-        f"logits = {document['logit_scale']!r} * (words @ image[0]){bias}"
-    )
-
-
-def _chances(document: dict[str, Any]) -> str:
-    if "logit_bias" in document:  # trained so: every text is a question of its own
-        made = "chances = 1 / (1 + np.exp(-logits))  # of each text by itself"
-    else:
-        made = "chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()  # among these texts"
-    return made + '\nfor text, chance in zip(texts, chances):\n    print(f"{chance:6.1%} {text}")'
-
-
-def alike(task: Task, name: str) -> str:
-    """What one encoder alone is for: how near two things are."""
-    output = task.outputs[0]
-    if output == "image_embeds":
-        made = [
-            "values = pixels(picture)",
-            "both = np.concatenate([values, values[..., ::-1]])  # the picture and its mirror image, or another one",
-            f'first, second = run("{name}", {{"pixel_values": both}})["{output}"]',
-        ]
-    else:
-        made = [f"texts = {json.dumps(TEXTS)}", f'first, second = run("{name}", tokens(texts))["{output}"]']
-    cosine = "cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)"
-    return "\n".join([*made, cosine, 'print(f"{cosine:.3f} alike (1: the same)")'])
-
-
-def writing(generation: GenerationConfig, family: Family) -> str:
-    """Greedy, with the cache."""
-    ids = {"begin": generation.decoder_start_token_id, "end": generation.eos_token_id, "longest": LONGEST}
-    given = '{"pixel_values": pixels(picture)}'
-    if family.decoder.question:
-        given = f'tokens(["{QUESTION}"]) | {given}'
-    return f'states = run("{Path(ENCODER).stem}", {given})["last_hidden_state"]{WRITING.format(**ids)}'
-
-
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 def for_checkpoint(family: Family, task: Task, longest: int, *, alone: bool) -> str:
     """The code for a compact checkpoint, with transformers and without comp. longest: tokens that texts are padded to where the
     model wants all of one length; alone: whether each text is judged by itself."""
-    images, texts = "pixel_values" in family.inputs, "input_ids" in family.inputs
-    kind = "AutoProcessor" if images and texts else "AutoImageProcessor" if images else "AutoTokenizer"
+    images, kind = family.topology.reads_images, family.topology.processor_class
     imports = ["import torch", f"from transformers import AutoModel, {kind}"]
     imports += ["from transformers.image_utils import load_image"] if images else []
-    imports[1:1] = ["from PIL import ImageOps"] if images and not texts else []
+    imports[1:1] = ["from PIL import ImageOps"] if images and not family.topology.reads_texts else []
     places = PLACES if images else 'folder = "."  # this folder'
     opened = (
         "model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()  # runs modeling_comp.py\n"
         f"processor = {kind}.from_pretrained(folder)"
     )
-    return block("\n".join(imports), places, opened, _asked(family, task, longest, alone))
+    return block("\n".join(imports), places, opened, family.topology.checkpoint_code(task, longest, alone))
 
 
-def for_writer(family: Family) -> str:
+def for_generate(code: str) -> str:
     """The code that writes a text with comp and exported graphs."""
-    question = f', text="{QUESTION}"' if family.decoder.question else ""
     imports = "import comp_cli\nfrom transformers import AutoProcessor\nfrom transformers.image_utils import load_image"
-    return block(
-        imports,
-        PLACES,
-        "writer, processor = comp_cli.load_onnx(folder), AutoProcessor.from_pretrained(folder)\n"
-        f'inputs = processor(images=load_image(picture){question}, return_tensors="pt")\n'
-        f"written = writer.generate(**inputs, num_beams=3, max_new_tokens={LONGEST - 1})\n"
-        "print(processor.decode(written[0], skip_special_tokens=True))",
-    )
-
-
-def _asked(family: Family, task: Task, longest: int, alone: bool) -> str:
-    padded = f'padding="max_length", max_length={longest}' if family.padding == "max_length" else "padding=True"
-    given = f'{padded}, truncation=True, return_tensors="pt"'
-    if family.decoder:
-        question = f', text="{QUESTION}"' if family.decoder.question else ""
-        return (
-            f'inputs = processor(images=load_image(picture){question}, return_tensors="pt")\n'
-            f"written = model.generate(**inputs, max_new_tokens={LONGEST - 1})\n"
-            "print(processor.decode(written[0], skip_special_tokens=True))"
-        )
-    if task.paired_inputs:
-        return (
-            f"{texts_of(task)}\n"
-            f"inputs = processor(images=[load_image(picture)] * len(texts), text=texts, {given})\n"
-            "with torch.no_grad():\n    chances = model(**inputs).itm_score.softmax(-1)[:, 1]\n"
-            'for text, chance in zip(texts, chances):\n    print(f"{chance:6.1%} sure that this matches: {text}")'
-        )
-    if family.dual:
-        logits = f"model(**inputs, {family.dual.asked}).itm_score.flatten() / {family.dual.temperature}"
-    elif family.encoders:
-        logits = "model(**inputs).logits_per_image[0]"
-    else:
-        return _alike(task, given)
-    chances = "logits.sigmoid()" if alone else "logits.softmax(-1)"
-    return (
-        f"{texts_of(task)}\n"
-        f"inputs = processor(images=load_image(picture), text=texts, {given})\n"
-        f"with torch.no_grad():\n    logits = {logits}\n"
-        f'for text, chance in zip(texts, {chances}):\n    print(f"{{chance:6.1%}} {{text}}")'
-    )
-
-
-def _alike(task: Task, given: str) -> str:
-    output = task.outputs[0]
-    if output == "image_embeds":
-        made = (
-            "image = load_image(picture)\n"
-            "both = [image, ImageOps.mirror(image)]  # or another picture\n"
-            'inputs = processor(images=both, return_tensors="pt")'
-        )
-    else:
-        made = f"texts = {json.dumps(TEXTS)}\ninputs = processor(texts, {given})"
-    return (
-        f"{made}\n"
-        f"with torch.no_grad():\n    first, second = model(**inputs).{output}\n"
-        'print(f"{torch.cosine_similarity(first, second, dim=0):.3f} alike (1: the same)")'
-    )
+    return block(imports, PLACES, code)

@@ -5,14 +5,15 @@ import shlex
 from ..engine import flops
 from ..models.dense import Dense
 from ..plan import LayerPlan, Plan
+from ..tasks.base import is_share
 from .base import Reference
 from .numbers import Printer, change, gflops, mib, millions, percent
 from .pruned import LayerKept, PruneReport
 
 
 def metric_value(name: str, value: float) -> str:
-    """A share in percent; CIDEr, which is none, in points as papers have it."""
-    return f"{100 * value:.1f}" if name == "CIDEr" else percent(value)
+    """A share in percent; what is none, in points as papers have it."""
+    return percent(value) if is_share(name) else f"{100 * value:.1f}"
 
 
 def layer_rows(dense: Dense, plan: Plan) -> tuple[LayerKept, ...]:

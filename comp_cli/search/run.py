@@ -36,7 +36,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     method = METHODS[options.method]
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
-    texts = cut_texts(batches, dense.reference.tokens.get("language", 0))
+    texts = cut_texts(batches, dense.text_tokens)
     warn_cut_texts("calibration", texts, progress, dense.longest)
     if method.removes("tokens"):
         warn_short_texts(dense, batches, progress)
@@ -64,9 +64,8 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
 def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> None:
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
     longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
-    reference = dense.reference.tokens.get("language")
-    if longest is not None and reference is not None and longest < reference:
-        progress.say(f"texts have {longest} tokens at most, --text-tokens is {reference}: language tokens stay")
+    if longest is not None and longest < dense.text_tokens:
+        progress.say(f"texts have {longest} tokens at most, --text-tokens is {dense.text_tokens}: language tokens stay")
 
 
 def run_stages(

@@ -141,7 +141,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[Batch] | None = None
-        self.texts = {"cut": 0, "of": 0, "at": dense.reference.tokens.get("language", 0)}  # that were read
+        self.texts = {"cut": 0, "of": 0, "at": dense.text_tokens}  # that were read
 
     # The search ------------------------------------------------------------------------------------------------------
 

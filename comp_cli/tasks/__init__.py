@@ -1,6 +1,5 @@
 """What models are for: their outputs, metrics, and how far a compact model strays from the dense one."""
 
-from ..families.base import ANSWER_INPUTS
 from .base import Outputs, Ranking, Task
 from .embedding import Embedding
 from .matching import Matching
@@ -17,7 +16,7 @@ TASKS: dict[str, Task] = {
         ZeroShot(),
         Embedding("image-embedding", "image_embeds"),
         Embedding("text-embedding", "text_embeds"),
-        TokenPrediction("caption", "input_ids", "attention_mask"),
-        TokenPrediction("vqa", *ANSWER_INPUTS, has_answers=True),
+        TokenPrediction("caption", new_tokens=30),
+        TokenPrediction("vqa", new_tokens=10, has_answers=True),
     )
 }

@@ -6,16 +6,25 @@ text match is one ranking for each pair; retrieval ranks the texts for each imag
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.rows import Pair
+from ..topology import Topology
 
 # What a task takes of a model's outputs, each (rows, ...): a row for each sample, or for each token that is predicted.
 # Those of several batches can be joined.
 Outputs = tuple[Tensor, ...]
+
+POINTS = {"CIDEr"}  # metrics that are no shares of the samples: 1.0 is 100 points
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of the samples, from 0 to 1."""
+    return metric not in POINTS
 
 
 @dataclass(frozen=True)
@@ -28,15 +37,22 @@ class Ranking:
 
     def loss(self) -> Tensor:
         """Mean surprise, in nats, that a right candidate is chosen."""
-        if self.right.ndim == 1:
-            return F.cross_entropy(self.logits, self.right)
-        return -self.logits.log_softmax(-1).masked_fill(~self.right, -torch.inf).logsumexp(-1).mean()
+        right = self._known()
+        if right.ndim == 1:
+            return F.cross_entropy(self.logits, right)
+        return -self.logits.log_softmax(-1).masked_fill(~right, -torch.inf).logsumexp(-1).mean()
 
     def top_k_accuracy(self, first: int = 1) -> float:
         """Share of the rows with a right candidate among the `first` best."""
         found = self.logits.topk(min(first, self.logits.shape[-1]), dim=-1).indices
-        right = self.right.unsqueeze(-1) == found if self.right.ndim == 1 else self.right.gather(-1, found)
-        return right.any(-1).float().mean().item()
+        right = self._known()
+        hits = right.unsqueeze(-1) == found if right.ndim == 1 else right.gather(-1, found)
+        return hits.any(-1).float().mean().item()
+
+    def _known(self) -> Tensor:
+        if self.right is None:
+            raise ValueError("nobody said which candidates are right")
+        return self.right
 
 
 class Task:
@@ -46,15 +62,30 @@ class Task:
     """
 
     name: str
-    outputs: tuple[str, ...]
-    judged: tuple[str, ...]
     metric: str
     has_negatives = False  # whether pairs that do not match are of use
     paired_inputs = False  # whether the model takes one text for each image
     relative = True  # whether an export's errors are judged in units of the largest number
     prompt = "{}"  # what a text is put into
     has_answers = False  # whether texts are questions, and pairs need their answers
-    compares = "nothing is labelled: the compact model is compared with the dense one"  # what a user's pairs are good for
+    new_tokens = 0  # of the longest text that is written to be judged; 0 where none is
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        return self.outputs
+
+    @property
+    def compares(self) -> str:
+        """What a user's pairs are good for."""
+        return "nothing is labelled: the compact model is compared with the dense one"
+
+    def of(self, topology: Topology) -> Self:
+        """The task for models of a shape, where it has to know how they are built."""
+        return self
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Outputs:
         """Run a model over a batch, and take of its outputs what the rankings are made of."""

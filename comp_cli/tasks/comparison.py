@@ -30,7 +30,7 @@ class Evaluation:
 
     def metric(self, task: Task) -> float | None:
         """The metric that counts."""
-        return self.metrics and self.metrics[task.metric]
+        return self.metrics[task.metric] if self.metrics else None
 
 
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None) -> Evaluation:
@@ -46,9 +46,10 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Ca
             labels.append(subsampled_labels(task, batch))
             advance()
     outputs = concatenate(collected)
-    if any(label is None for label in labels):
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
         return Evaluation(outputs, None, samples, None, None)
-    target = torch.cat(labels)
+    target = torch.cat(known)
     rankings = task.rankings(outputs, target)
     return Evaluation(outputs, target, samples, task.metrics(rankings), loss(rankings).item())
 

@@ -25,10 +25,6 @@ class Embedding(Task):
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
 
-    @property
-    def judged(self) -> tuple[str, ...]:
-        return (self.output,)
-
     def forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Outputs:
         return (F.normalize(getattr(model(**inputs), self.output).float(), dim=-1),)
 

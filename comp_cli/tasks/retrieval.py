@@ -4,6 +4,7 @@ import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Retrieval(Task):
         """Embeddings of length 1, and the scale of the logits (a bias changes no choice)."""
         outputs = model(**inputs)
         images, texts = (F.normalize(getattr(outputs, name).float(), dim=-1) for name in ("image_embeds", "text_embeds"))
-        return images, texts, unwrapped(model).logit_scale.float().exp().expand(len(images))
+        scale: Any = unwrapped(model).logit_scale
+        return images, texts, scale.float().exp().expand(len(images))
 
     def features(self, outputs: Outputs) -> Tensor:
         return torch.cat(outputs[:2], dim=-1)

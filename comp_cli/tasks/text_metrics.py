@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from ..data.rows import Pair
-from ..families.base import INPUTS
 from ..models.dense import Dense
 from .base import Task
 
-LONGEST = {"caption": 30, "vqa": 10}  # new tokens
 ARTICLES = {"a", "an", "the"}
 DIGITS = {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 DIGITS |= {"none": "0"}
@@ -27,19 +25,17 @@ def generate(
 
     Questions of a batch are of one length: transformers does not mask the padding of others (see families/blip.py).
     """
-    task, processor = dense.task, dense.processor
-    names = INPUTS if task.has_answers else ("pixel_values",)
-    weight, room = next(model.parameters()), model.config.text_config.max_position_embeddings - 1
+    task, processor, family = dense.task, dense.processor, dense.family
+    weight = next(model.parameters())
     lengths = [len(processor.tokenizer(pair.text)["input_ids"]) if task.has_answers else 0 for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     found: dict[int, str] = {}
     model.eval()
-    for _, alike in groupby(order, key=lengths.__getitem__):
-        alike = list(alike)
+    for _, group in groupby(order, key=lengths.__getitem__):
+        alike = list(group)
         for chunk in (alike[i : i + batch_size] for i in range(0, len(alike), batch_size)):
             batch = dense.collate_whole([pairs[i] for i in chunk]).to(weight.device, weight.dtype)
-            given = {name: batch.inputs[name] for name in names}
-            tokens = model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=min(LONGEST[task.name], room))
+            tokens = family.topology.generate(family, model, batch.inputs, task.new_tokens)
             found |= zip(chunk, processor.batch_decode(tokens, skip_special_tokens=True), strict=True)
             advance(len(chunk))
     return [found[i] for i in range(len(pairs))]
@@ -61,7 +57,7 @@ def score(task: Task, written: Sequence[str], known: Sequence[tuple[str, ...]]) 
     if not task.has_answers:
         return {"CIDEr": cider(written, known)}
     written = [normalize_answer(text) for text in written]
-    known = [[normalize_answer(answer) for answer in answers] for answers in known]
+    known = [tuple(normalize_answer(answer) for answer in answers) for answers in known]
     pairs = list(zip(written, known, strict=True))
     exact = {"accuracy": sum(text == max(answers, key=answers.count) for text, answers in pairs) / len(pairs)}
     if max(map(len, known)) == 1:

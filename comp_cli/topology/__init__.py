@@ -1,1 +1,9 @@
-"""Shapes of models, and what each can do."""
+"""Shapes of models, and what each can do. One class for each; a family's description holds one of them."""
+
+from .base import INPUTS, Topology
+from .cross_encoder import CrossEncoder
+from .dual_encoder import DualEncoder, Halves
+from .encoder_decoder import ANSWER_INPUTS, EncoderDecoder
+from .single_encoder import SingleEncoder
+
+__all__ = ["ANSWER_INPUTS", "INPUTS", "CrossEncoder", "DualEncoder", "EncoderDecoder", "Halves", "SingleEncoder", "Topology"]

@@ -1,53 +1,139 @@
-"""Dual encoders made of classes that are none by themselves: the halves of a model, in the words of CLIPModel."""
+"""Dual encoders: images and texts become embeddings apart from one another, whose cosine says how well they fit."""
 
-from functools import cache
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPOutput
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..families.base import Dual, Family
+from .base import APART, PIXELS, Config, Tensors, Topology, named_outputs
+from .graphs import IMAGE_EMBEDS, TEXT, TEXT_EMBEDS, VISION, Axes, GraphSpec
+from .snippets import texts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import GenerationConfig
+
+    from ..families import Family
+    from ..tasks import Task
 
 
-class DualEncoder:
-    """Mixed in before a stock or compact class. In memory only: what is written stays a model of its own class."""
+@dataclass(frozen=True)
+class Halves:
+    """The halves of a dual encoder in a class that is none by itself (see halves.py): of images and of texts the paths of the
+    module and of its projection, both read at the first token."""
 
-    dual: Dual
+    images: tuple[str, str]
+    texts: tuple[str, str]
+    temperature: float  # cosines are divided by it
+    asked: str  # what the class itself is asked with, for the model card
 
-    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """(images, 3, side, side) -> pooler_output (images, dim), not normalised."""
-        return self._pooled(*self.dual.images, pixel_values=pixel_values)
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """(texts, tokens) each -> pooler_output (texts, dim), not normalised."""
-        return self._pooled(*self.dual.texts, input_ids=input_ids, attention_mask=attention_mask)
+@dataclass(frozen=True, kw_only=True)
+class DualEncoder(Topology):
+    """text_embeds: path of the matrix that texts end with. halves: where the class of transformers has no `get_image_features`
+    and `get_text_features` of its own."""
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> CLIPOutput:
-        """Any number of images and of texts. Embeddings of length 1; logits are cosines over the temperature."""
-        encoded = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
-        images, texts = (F.normalize(half.pooler_output, dim=-1) for half in encoded)
-        logits = texts @ images.T / self.dual.temperature
-        return CLIPOutput(logits_per_image=logits.T, logits_per_text=logits, text_embeds=texts, image_embeds=images)
+    text_embeds: str
+    halves: Halves | None = None
+
+    AXES: ClassVar[dict[str, Axes]] = APART
+
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The cosine of an image with a text."""
+        return 2 * shapes[f"{self.text_embeds}.weight"][0]
+
+    def interface(self, model_class: type) -> type:
+        if self.halves is None:
+            return model_class
+        from .halves import dual_class
+
+        return dual_class(model_class, self.halves)
+
+    def facts(self, model: Any) -> dict[str, float]:
+        """logit = scale * cosine + bias, which not all have."""
+        scale = {"logit_scale": model.logit_scale.exp().item()}
+        return scale | ({"logit_bias": model.logit_bias.item()} if hasattr(model, "logit_bias") else {})
+
+    # Graphs ------------------------------------------------------------------------------------------------------------
 
     @property
-    def logit_scale(self) -> Tensor:
-        """The logarithm of what a cosine is multiplied with."""
-        return -torch.tensor(self.dual.temperature, device=self.device).log()
+    def why_whole(self) -> None:
+        return None
 
-    def _pooled(self, encoder: str, projection: str, **inputs: Tensor) -> BaseModelOutputWithPooling:
-        states = self.get_submodule(encoder)(**inputs).last_hidden_state
-        return BaseModelOutputWithPooling(states, self.get_submodule(projection)(states[:, 0]))
+    def one_for_all(self, split: bool) -> bool:
+        return True
+
+    def graphs(self, family: Family, config: Config, task: Task, split: bool) -> list[GraphSpec]:
+        """Split: pixel_values -> image_embeds (images, dim), and input_ids, attention_mask -> text_embeds (texts, dim)."""
+        if not split:
+            return super().graphs(family, config, task, split)
+        axes = self.axes()
+        images, texts = {PIXELS: axes.pop(PIXELS)}, axes
+
+        def example(names: Iterable[str], model: nn.Module) -> Tensors:
+            made = self.example(family, config, model)
+            return {name: made[name] for name in names}
+
+        return [
+            GraphSpec(VISION, image_embeds, (IMAGE_EMBEDS,), images, partial(example, images)),
+            GraphSpec(TEXT, text_embeds, (TEXT_EMBEDS,), texts, partial(example, texts)),
+        ]
+
+    def expected(self, model: nn.Module, task: Task, inputs: Tensors, split: bool) -> Tensors:
+        if not split:
+            return named_outputs(task.outputs, model, inputs)
+        given = {name: tensor for name, tensor in inputs.items() if name != PIXELS}
+        (images,), (texts,) = image_embeds(model, inputs), text_embeds(model, given)
+        return {IMAGE_EMBEDS: images, TEXT_EMBEDS: texts}
+
+    # Code for cards ----------------------------------------------------------------------------------------------------
+
+    @property
+    def note(self) -> str | None:
+        return f"It was pruned for `model(..., {self.halves.asked})`." if self.halves else None
+
+    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+        logits = "model(**inputs).logits_per_image[0]"
+        if self.halves:
+            logits = f"model(**inputs, {self.halves.asked}).itm_score.flatten() / {self.halves.temperature}"
+        chances = "logits.sigmoid()" if alone else "logits.softmax(-1)"
+        return (
+            f"{texts_of(task)}\n"
+            f"inputs = processor(images=load_image(picture), text=texts, {self.padding_code(longest)})\n"
+            f"with torch.no_grad():\n    logits = {logits}\n"
+            f'for text, chance in zip(texts, {chances}):\n    print(f"{{chance:6.1%}} {{text}}")'
+        )
+
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+        if "logit_bias" in document:  # trained so: every text is a question of its own
+            chances = "chances = 1 / (1 + np.exp(-logits))  # of each text by itself"
+        else:
+            chances = "chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()  # among these texts"
+        said = 'for text, chance in zip(texts, chances):\n    print(f"{chance:6.1%} {text}")'
+        return f"{texts_of(task)}\n{_logits_code(document)}\n{chances}\n{said}"
 
 
-@cache
-def _dual_class(model_class: type, dual: Dual) -> type:
-    return type(f"Dual{model_class.__name__}", (DualEncoder, model_class), {"dual": dual, "__module__": __name__})
+def image_embeds(model: Any, inputs: Tensors) -> tuple[Tensor]:
+    """(images, 3, side, side) -> (images, dim), not normalised."""
+    return (model.get_image_features(pixel_values=inputs[PIXELS]).pooler_output,)
 
 
-def with_dual_interface(model: nn.Module, family: Family | None) -> nn.Module:
-    """The same model, with the methods that a family names where its class does not have them."""
-    if family and family.dual:
-        model.__class__ = _dual_class(type(model), family.dual)
-    return model
+def text_embeds(model: Any, inputs: Tensors) -> tuple[Tensor]:
+    """(texts, tokens) each -> (texts, dim), not normalised."""
+    return (model.get_text_features(**inputs).pooler_output,)
+
+
+def _logits_code(document: Mapping[str, Any]) -> str:
+    """Lines that end with `logits`, a number for each text."""
+    if VISION not in document["graphs"]:
+        return 'logits = run("model", tokens(texts) | {"pixel_values": pixels(picture)})["logits_per_image"][0]'
+    bias = f" + {document['logit_bias']!r}" if "logit_bias" in document else ""
+    return (
+        f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})["image_embeds"]\n'
+        f'words = run("{Path(TEXT).stem}", tokens(texts))["text_embeds"]\n'
+        "image, words = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (image, words))\n"
+        f"logits = {document['logit_scale']!r} * (words @ image[0]){bias}"
+    )

@@ -1,0 +1,59 @@
+"""Single encoders: one half of a dual encoder by itself, of images or of texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .base import APART, Topology
+from .graphs import Axes
+from .snippets import TEXTS
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from ..tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleEncoder(Topology):
+    """`inputs` say of what."""
+
+    inputs: tuple[str, ...]
+
+    AXES: ClassVar[dict[str, Axes]] = APART
+
+    @property
+    def why_whole(self) -> str:
+        return "encodes only one of images and texts"
+
+    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+        """How near two things are."""
+        if self.reads_images:
+            made = (
+                "image = load_image(picture)\n"
+                "both = [image, ImageOps.mirror(image)]  # or another picture\n"
+                'inputs = processor(images=both, return_tensors="pt")'
+            )
+        else:
+            made = f"texts = {json.dumps(TEXTS)}\ninputs = processor(texts, {self.padding_code(longest)})"
+        return (
+            f"{made}\n"
+            f"with torch.no_grad():\n    first, second = model(**inputs).{task.outputs[0]}\n"
+            'print(f"{torch.cosine_similarity(first, second, dim=0):.3f} alike (1: the same)")'
+        )
+
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+        output = task.outputs[0]
+        if self.reads_images:
+            made = [
+                "values = pixels(picture)",
+                "both = np.concatenate([values, values[..., ::-1]])  # the picture and its mirror image, or another one",
+                f'first, second = run("model", {{"pixel_values": both}})["{output}"]',
+            ]
+        else:
+            made = [f"texts = {json.dumps(TEXTS)}", f'first, second = run("model", tokens(texts))["{output}"]']
+        cosine = "cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)"
+        return "\n".join([*made, cosine, 'print(f"{cosine:.3f} alike (1: the same)")'])
