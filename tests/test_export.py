@@ -21,6 +21,7 @@ from comp_cli.onnx import parity, rewrite, sessions, write
 from comp_cli.options import DataOptions, ExportOptions
 from comp_cli.runtime import modeling_comp
 from comp_cli.runtime.modeling_comp import TokenPruning, TokenScores
+from comp_cli.topology import CrossEncoder
 from comp_cli.topology.graphs import TEXT, VISION, GraphSpec
 
 
@@ -272,8 +273,8 @@ def torch_says_more(pair, monkeypatch):
         return names
 
     monkeypatch.setattr(export, "write_graphs", write_graphs)
-    honest = parity.expected
-    monkeypatch.setattr(parity, "expected", lambda *args, **how: {n: t + 0.01 for n, t in honest(*args, **how).items()})
+    honest = CrossEncoder.expected
+    monkeypatch.setattr(CrossEncoder, "expected", lambda *given: {name: t + 0.01 for name, t in honest(*given).items()})
 
 
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact_folder, tmp_path, torch_says_more):

@@ -121,7 +121,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
         for name, tensor in sorted(batch.inputs.items()) + [("labels", batch.labels)]:
             if tensor is not None:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

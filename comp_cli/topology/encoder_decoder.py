@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import IDS, INPUTS, MASK, PIXELS, Config, Tensors, Topology, Written, random_tokens
+from .caches import begin, cached, go_on, heads_of, keys_and_values
 from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES, Axes, GraphSpec, Shape, Signature, Step, Values, matrix_dtype
 from .snippets import LONGEST, QUESTION
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import GenerationConfig
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import EncoderDecoderCache
 
     from ..data.batches import Collator
     from ..data.rows import Pair
-    from ..families import Family, Tower
+    from ..families import Family
     from ..tasks import Task
 
 ANSWER_TOWER = "answer"  # what decodes where TEXT_TOWER encodes the question
@@ -250,7 +251,7 @@ class EncoderDecoder(Topology):
         tokens: dict[str, Shape] = {IDS: (None, None)}
         states: dict[str, Shape] = {STATES: (None, None, dim)}
         logits: dict[str, Shape] = {"logits": (None, None, text["vocab_size"])}
-        layers = _heads(config, tower, text)
+        layers = heads_of(config, tower, text)
 
         def cache(prefix: str, *parts: str) -> dict[str, Shape]:
             sizes = (layer[part] for layer in layers for part in parts for _ in ("key", "value"))
@@ -308,17 +309,6 @@ class EncoderDecoder(Topology):
         return "" if self.question is None else f', text="{QUESTION}"'
 
 
-def cached(layers: int, prefix: str, *parts: str) -> tuple[str, ...]:
-    """Names of keys and values, layer by layer; parts: "decoder" of the text, "encoder" of what is attended to."""
-    return tuple(f"{prefix}.{i}.{part}.{kind}" for i in range(layers) for part in parts for kind in ("key", "value"))
-
-
-def keys_and_values(*caches: DynamicCache) -> list[Tensor]:
-    """Of every layer, cache by cache."""
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return [tensor for parts in layers for layer in parts for tensor in (layer.keys, layer.values)]
-
-
 def without_gradients(
     forward: Callable[[nn.Module, Tensors], tuple[Tensor, ...]], model: nn.Module, inputs: Tensors
 ) -> tuple[Tensor, ...]:
@@ -329,24 +319,3 @@ def without_gradients(
     given = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     with torch.no_grad():
         return tuple(tensor.float() for tensor in forward(model, given))
-
-
-def begin(step: Step, input_ids: Any, states: Any) -> Values:
-    """Logits (batch, tokens, vocabulary) of the beginnings of texts, and the cache: keys and values of each layer."""
-    return step(DECODER, {IDS: input_ids, STATES: states})
-
-
-def go_on(step: Step, input_ids: Any, cache: Values) -> Values:
-    """The same for the tokens that come next; the cache holds those before them."""
-    past = {name.replace("present", "past_key_values"): value for name, value in cache.items()}
-    return step(PAST, past | {IDS: input_ids})
-
-
-def _heads(config: Config, tower: Tower, text: Mapping[str, Any]) -> list[dict[str, tuple[int, int]]]:
-    """Heads and their width in self- ("decoder") and cross-attention ("encoder") of each layer of a tower."""
-    if "comp" not in config:
-        dense = (text["num_attention_heads"], text["hidden_size"] // text["num_attention_heads"])
-        return [{"decoder": dense, "encoder": dense}] * text["num_hidden_layers"]
-    layers = next(entry["layers"] for entry in config["comp"]["towers"] if entry["layout"]["encoder"] == tower.encoder)
-    parts = {"decoder": "attention", "encoder": "cross"}
-    return [{name: (layer[kind]["num_heads"], layer[kind]["head_dim"]) for name, kind in parts.items()} for layer in layers]
