@@ -89,7 +89,7 @@ def test_answers_that_are_no_answers_are_sentences(hub, tmp_path):
     answers = ask(cache, *({"model": f"org/n{number}"} for number in range(len(saids))), {"model": "org/plain"}, url=hub.url)
     for said, answer in zip(saids, answers[:-1], strict=True):
         assert answer["code"] in (1, 4) and answer["message"], (said, answer)
-    assert "does not speak as the hub" in answers[0]["message"]
+    assert "not a Hugging Face Hub endpoint" in answers[0]["message"]
     assert not [path for path in tmp_path.rglob("*evil*")]
 
 

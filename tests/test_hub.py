@@ -227,7 +227,7 @@ def test_hub_down_and_network_down(fresh, tmp_path):
     assert broken["code"] == 1 and "503" in broken["message"]
     fresh.status = 200  # with no JSON in it, as a login page would
     (strange,) = ask(tmp_path, {"model": "org/sharded"}, url=fresh.url)
-    assert strange["code"] == 1 and f"{fresh.url} does not speak as the hub" in strange["message"]
+    assert strange["code"] == 1 and f"from {fresh.url}: not a Hugging Face Hub endpoint" in strange["message"]
     fresh.status = None
     (refused,) = ask(tmp_path, {"model": "org/sharded"}, url=fresh.url, HF_TOKEN="hf_wrong")
     assert refused["code"] == 4 and "status 401" in refused["message"] and "HF_TOKEN" in refused["hint"]

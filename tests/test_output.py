@@ -2,7 +2,8 @@
 
 import pytest
 
-from comp_cli.cli.output import Bar, Lines, Output, duration
+from comp_cli.cli.output import Lines, Output, duration
+from comp_cli.progress import NoBar
 
 
 def lines(steps, total, resumed=0):
@@ -47,7 +48,7 @@ def test_durations():
 @pytest.mark.parametrize(("mode", "progress"), [("json", True), ("quiet", True), ("human", False)])
 def test_other_modes_keep_silent(mode, progress, capsys):
     with Output(mode, progress).track("work", 3) as bar:
-        assert type(bar) is Bar
+        assert type(bar) is NoBar
     assert capsys.readouterr().err == ("work ...\n" if mode == "human" else "")
 
 

@@ -114,7 +114,7 @@ def check_shapes(headers: Mapping[str, TensorHeader], model: nn.Module, folder: 
     held = sum(tensor.numel() for name, tensor in wanted.items() if name in headers)
     if sum(missing.values()) > 2 * held + 10**6:
         said = f"{folder}: weights and config.json do not agree (missing keys: {few(missing)})."
-        raise RefusedError(said, hint="comp loads nothing by halves.")
+        raise RefusedError(said, hint="comp loads all or nothing.")
 
 
 def few(keys: Any) -> str:

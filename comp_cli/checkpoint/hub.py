@@ -227,7 +227,7 @@ def explain(error: BaseException, model: str, revision: str | None) -> CompError
         case errors.RepositoryNotFoundError():
             near = suggest(model)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
-            message = f"{model} is neither a folder here nor a model on the hub that you may see."
+            message = f"{model} is no folder here, and was not found on the Hub, or you have no access."
             return NotFound(message, hint=hint + "For a private model set HF_TOKEN.")
         case errors.RevisionNotFoundError():
             hint = f"See the branches, tags and commits at {constants.ENDPOINT}/{model}/tree/main."
@@ -249,7 +249,7 @@ def explain(error: BaseException, model: str, revision: str | None) -> CompError
             return NotThere(message, hint="Check network, proxy and HF_ENDPOINT, or give a local folder.")
         case _ if isinstance(error, NOT_THE_HUB):
             said = f"{type(error).__name__}: {error}"
-            message = f"What answers for {model} at {constants.ENDPOINT} does not speak as the hub does ({said})."
+            message = f"Unexpected response for {model} from {constants.ENDPOINT}: not a Hugging Face Hub endpoint ({said})."
             hint = "Check HF_ENDPOINT, and whether a login page is in the way."
             agents = getattr(constants, "AGENT_HARNESSES_PATH", "")
             if isinstance(error, AttributeError) and os.path.exists(agents):  # an old answer that the client keeps

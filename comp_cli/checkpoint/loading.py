@@ -108,7 +108,7 @@ def load_model(
         said = "; ".join(f"{name.replace('_', ' ')}: {few(keys)}" for name, keys in problems.items())
         raise RefusedError(
             f"{folder}: weights and config.json do not agree ({said}).",
-            hint="comp loads nothing by halves: transformers would fill the gaps with random numbers.",
+            hint="comp loads all or nothing: missing weights would be randomly initialised.",
         )
     check_finite(model.state_dict(), folder)
     check_report(folder)  # last: what is above says more exactly what is wrong
@@ -125,7 +125,7 @@ def sentences(folder: Path) -> Iterator[None]:
     except Exception as error:
         raise RefusedError(
             f"{folder}: the checkpoint does not load: {first_line(error)}",
-            hint="Weights and config.json must belong together. COMP_DEBUG=1 shows the whole story.",
+            hint="Weights and config.json must belong together. COMP_DEBUG=1 prints the full traceback.",
         ) from error
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ..errors import CompError
+from ..progress import Bar, NoBar
 
 SCHEMA_VERSION = 1
 MODES = ("human", "json", "quiet")
@@ -51,11 +52,11 @@ class Output:
             self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
-    def track(self, title: str, total: int) -> Iterator["Bar"]:
+    def track(self, title: str, total: int) -> Iterator[Bar]:
         """A bar with the time left; now and then a plain line where stderr is no terminal."""
         if not (self.shows_bars and self.console.is_terminal):
             self.say(f"{title} ...")
-            yield Lines(self.say, title, total) if self.shows_bars else Bar()
+            yield Lines(self.say, title, total) if self.shows_bars else NoBar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
@@ -121,14 +122,7 @@ class Output:
             self.console.print(f"[dim]{escape(printable(error.hint))}[/]", soft_wrap=True)
 
 
-class Bar:
-    """How far a piece of work has come; this one is not shown."""
-
-    def advance(self, title: str | None = None, by: int = 1) -> None:
-        """So many steps are done; `title` says what the last one reached."""
-
-
-class TerminalBar(Bar):
+class TerminalBar:
     """A moving bar."""
 
     def __init__(self, progress: Progress, task: TaskID):
@@ -138,7 +132,7 @@ class TerminalBar(Bar):
         self._progress.update(self._task, advance=by, description=printable(title) if title else None)
 
 
-class Lines(Bar):
+class Lines:
     """For logs: a plain line after a step, if the last one is LINE_SECONDS ago. The time left is what the steps after the
     first call took, so that neither the start nor the steps of a run that is resumed count."""
 

@@ -173,7 +173,10 @@ def find_providers(
     with progress.track("looking where the graphs run", len(graphs)) as bar:
         for side, path in graphs.items():
             seen = providers.profile(path, inputs, str(device))
-            shares = {name: ProviderShare(**share) for name, share in seen.shares().items()}
+            shares = {
+                name: ProviderShare(int(share["nodes"]), share["node_share"], share["time_share"])
+                for name, share in seen.shares().items()
+            }
             found[side] = Providers(seen.first, seen.tf32, shares)
             bar.advance()
     return found

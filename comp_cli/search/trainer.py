@@ -207,7 +207,7 @@ class Trainer:
             mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
             self._stream = self.batches(self.done, mine)
         model.train().requires_grad_(True)
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         matrices = [p for p in names if p.ndim > 1]
         others = [p for p in names if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
