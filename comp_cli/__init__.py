@@ -6,9 +6,9 @@
 >>> model = comp_cli.load("blip-compact")
 """
 
-from .privacy import be_silent
+from . import privacy
 
-be_silent()  # before anything is imported that would report
+privacy.be_silent()  # before anything is imported that would report
 
 __version__ = "0.1.1"
 
@@ -57,7 +57,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> object:
-    """What is asked for, imported now (PEP 562)."""
+    # What is asked for, imported now (PEP 562). A comment, so that it is no entry of the reference.
     from importlib import import_module
 
     place = next((place for place, names in _PLACES.items() if name in names), None)

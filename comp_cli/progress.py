@@ -15,7 +15,8 @@ class Bar(Protocol):
 class Progress(Protocol):
     """What work calls while it runs, in the thread that runs it.
 
-    shows_bars: whether libraries may show their own bars (of downloads).
+    Attributes:
+        shows_bars: whether libraries may show their own bars (of downloads).
     """
 
     shows_bars: bool

@@ -8,7 +8,6 @@ import typer
 
 from .. import __version__
 from ..errors import CompError
-from . import prune as pruning
 from . import signals, streams
 from .analyze import analyze
 from .bench import bench
@@ -18,6 +17,7 @@ from .export import export
 from .output import Output, Unprintable
 from .parsing import Command, Commands
 from .perform import interruption
+from .prune import EPILOG, prune
 from .signals import Interrupted
 from .upgrade import upgrade
 
@@ -31,15 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command, epilog in (
-    (analyze, None),
-    (pruning.prune, pruning.EPILOG),
-    (export, None),
-    (bench, None),
-    (env, None),
-    (upgrade, None),
-):
-    app.command(cls=Command, epilog=epilog)(command)
+for command in (analyze, prune, export, bench, env, upgrade):
+    app.command(cls=Command, epilog=EPILOG if command is prune else None)(command)
 
 
 def _version(wanted: bool) -> None:
