@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
@@ -95,7 +95,7 @@ def load_model(
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
-    model_class = compact_class(architecture) if compact else getattr(transformers, architecture)
+    model_class: Any = compact_class(architecture) if compact else getattr(transformers, architecture)
     model_class = family.topology.interface(model_class) if family else model_class
     headers = read_headers(folder, files)
     options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
@@ -178,9 +178,14 @@ def build_compact(
     return model.to(next(iter(state.values())).device).eval()  # buffers that no checkpoint holds follow the weights
 
 
+def config_of(model: nn.Module) -> transformers.PretrainedConfig:
+    """The config that a model of transformers carries; for torch it is one of the model's parts."""
+    return cast(transformers.PretrainedConfig, model.config)
+
+
 def untied_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model by name, without those that are others under a second name."""
-    state, sources = model.state_dict(), model.all_tied_weights_keys
+    state, sources = model.state_dict(), cast(dict[str, str], model.all_tied_weights_keys)
     second = {name for name, source in sources.items() if state[name].data_ptr() == state[source].data_ptr()}
     return {name: tensor for name, tensor in state.items() if name not in second}
 

@@ -24,12 +24,13 @@ def check_block(block: dict[str, Any], config: dict[str, Any], family: Family, a
     _expect(type(version) is int and 1 <= version <= SCHEMA_VERSION, "schema_version", version, f"1 to {SCHEMA_VERSION}", hint)
     named = FAMILIES.get(block["family"]) if isinstance(block.get("family"), str) else None
     fits = [name for name, known in FAMILIES.items() if architecture in known.architectures]
-    _expect(named and named.name in fits, "family", block.get("family"), " or ".join(fits))
+    if named is None or named.name not in fits:
+        raise _refused("family", block.get("family"), " or ".join(fits))
     if "task" in block:
         _expect(named is family, "family", named.name, f"{family.name}, for the task {block['task']}")
     for name in FACTS:
         _expect(isinstance(block.get(name), str | None), name, block.get(name), "a text")
-    towers = block.get("towers")
+    towers: Any = block.get("towers")
     _expect(isinstance(towers, list) and len(towers) == len(named.towers), "towers", towers, f"{len(named.towers)} towers")
     for index, (tower, found) in enumerate(zip(named.towers, towers, strict=True)):
         place = f"towers[{index}]"
@@ -47,7 +48,8 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
         rows = ranked.get("score_rows")
         _expect(_count(rows, 0), f"{where}.score_rows", rows, "a number of rows, 0 for all")
         _check_rule(where, ranked, stream, method)
-    layers, depth = found.get("layers"), sizes["num_hidden_layers"]
+    layers: Any = found.get("layers")
+    depth = sizes["num_hidden_layers"]
     fits = isinstance(layers, list) and len(layers) == depth
     _expect(
         fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"
@@ -61,7 +63,8 @@ def _streams(place: str, found: dict[str, Any], tower: Tower) -> list[tuple[str,
     """Where it is said how the tokens of each stream are ranked, and what: in the tower itself where it has one stream."""
     if len(tower.streams) == 1:
         return [(place, found, tower.streams[0])]
-    given, names = found.get("streams"), [stream.name for stream in tower.streams]
+    given: Any = found.get("streams")
+    names = [stream.name for stream in tower.streams]
     fits_all = isinstance(given, dict) and set(given) == set(names) and all(isinstance(one, dict) for one in given.values())
     _expect(fits_all, f"{place}.streams", given, f"what is said of {', '.join(names)}")
     return [(f"{place}.streams.{stream.name}", given[stream.name], stream) for stream in tower.streams]
@@ -109,8 +112,8 @@ def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], to
 def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> None:
     """The heads of an attention: those of a number of units, as wide as in the dense model."""
     units, heads, width = sizes[part.units], sizes[part.queries], width_of_head(sizes, part.queries)
-    group, names = heads // units, ("num_heads", "head_dim", "scale")
-    names = names if group == 1 else (*names, "num_key_value_heads")
+    group = heads // units
+    names = ("num_heads", "head_dim", "scale", *(["num_key_value_heads"] if group > 1 else []))
     _expect(isinstance(found, dict) and set(found) == set(names), place, found, f"{', '.join(names[:-1])} and {names[-1]}")
     kept, wide, scale = (found[name] for name in ("num_heads", "head_dim", "scale"))
     whole = _count(kept, group) and kept <= heads and kept % group == 0
@@ -147,5 +150,9 @@ def _count(value: Any, least: int) -> bool:
 
 def _expect(holds: Any, place: str, value: Any, expected: str, hint: str | None = None) -> None:
     if not holds:
-        hint = hint or "The block is not one that comp wrote for this model: write or fetch the folder again."
-        raise RefusedError(f"config.json: comp.{place} is {shown(value)}; expected {expected}.", hint=hint)
+        raise _refused(place, value, expected, hint)
+
+
+def _refused(place: str, value: Any, expected: str, hint: str | None = None) -> RefusedError:
+    hint = hint or "The block is not one that comp wrote for this model: write or fetch the folder again."
+    return RefusedError(f"config.json: comp.{place} is {shown(value)}; expected {expected}.", hint=hint)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import __version__, tasks
 from ..checkpoint import hub
-from ..checkpoint.loading import load_model, load_processor, pick_device
+from ..checkpoint.loading import config_of, load_model, load_processor, pick_device
 from ..data.batches import random_inputs
 from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
@@ -49,7 +49,7 @@ def bench(
     family, architecture, name = find_family(config)
     task = tasks.TASKS[name]
     source, folders, models = open_models(folder, config, baseline, progress, hub_options)
-    described = models["dense"].config
+    described = config_of(models["dense"])
     longest = longest_text(described.to_dict(), family, load_processor(folder))
     text_tokens = family.topology.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
@@ -145,7 +145,7 @@ def open_models(
         raise RefusedError(f"--baseline {baseline} is not a {architecture}.")
     progress.say(f"loading {source.name} ...")
     dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=hub_options.allow_pickle)
-    parts = [[tower_config(model.config.to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
+    parts = [[tower_config(config_of(model).to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:
         raise RefusedError(f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.")
@@ -159,7 +159,7 @@ def count_flops(model: nn.Module, family: Family, text_tokens: int) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = random_inputs(model.config, family, 1, text_tokens)
+    inputs = random_inputs(config_of(model), family, 1, text_tokens)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return counter.get_total_flops()

@@ -14,6 +14,7 @@ import torch
 from .. import __version__, tasks
 from ..checkpoint.loading import (
     DTYPES,
+    config_of,
     facts,
     load_model,
     load_processor,
@@ -94,12 +95,13 @@ def _export(
     source = open_source(options, progress)
     processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
-    longest = longest_text(model.config.to_dict(), family, processor)
+    described = config_of(model)
+    longest = longest_text(described.to_dict(), family, processor)
     checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         progress.say("running the model in torch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
-        collate = collator(family, processor, longest, task, model.config)
+        collate = collator(family, processor, longest, task, described)
         pairs = parity.real_pairs(source, task, rounded, collate.seen)
         known = list({id(pair): pair.text for pair in pairs}.values())  # a few pairs come again and again
         texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
@@ -129,7 +131,7 @@ def _export(
                 tokenizer(["a"], padding=family.topology.padding, truncation=True, max_length=longest)
             save_processor(processor, partial)
         shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = family.topology.generation_config(family, model.config.to_dict())
+        generation = family.topology.generation_config(family, described.to_dict())
         if generation:
             generation.save_pretrained(partial)
         numbers = family.topology.facts(model)

@@ -67,7 +67,9 @@ def rank_correlation(first: Tensor, second: Tensor, ordinary: Tensor) -> Tensor:
     return 1 - 6 * distance / (n * (n.square() - 1)).clamp(min=1)
 
 
-def head_influence(query: Tensor, key: Tensor, scale: float, *, rule: str = "attention", **options) -> tuple[Tensor, Tensor]:
+def head_influence(
+    query: Tensor, key: Tensor, scale: float, *, rule: str = "attention", **options: Any
+) -> tuple[Tensor, Tensor]:
     """What masking one head after the other by CIT (Eq. 7) does to the token scores: (changed, correlation).
 
     changed: share of the kept tokens that is another without the head. correlation: Spearman's between the rankings with and
@@ -175,10 +177,11 @@ def influences(model: nn.Module, family: Family) -> Iterator[dict[tuple[str, int
     """While the context is open, gather `head_influence` of every layer with more than one head, batch by batch."""
     captured: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
 
-    def hear(key: tuple[str, int]) -> Callable:
-        def hook(module: CompactAttention, args, kwargs, output) -> None:
+    def hear(key: tuple[str, int]) -> Callable[..., None]:
+        def hook(module: CompactAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             query, key_states, _ = map(module.split, module.project(args[0], None))
             ranked, mask = module.token_scores, module.complete(kwargs["attention_mask"], args[0])
+            assert ranked is not None  # `scoring.recording`, which is open, gives every layer its own
             how: dict[str, Any] = {"rows": ranked.rows, "skip_first": ranked.skip_first, "attention_mask": mask}
             found = head_influence(query, key_states, module.scale, rule=ranked.rule, **how)
             for rows, new in zip(captured.setdefault(key, ([], [])), found, strict=True):

@@ -58,7 +58,7 @@ def fading(model: nn.Module, family: Family, before: Plan, after: Plan) -> Itera
             attention.head_mask = None
 
 
-def _multiply(mask: Tensor) -> Callable:
+def _multiply(mask: Tensor) -> Callable[..., tuple[Tensor]]:
     return lambda module, args: (args[0] * mask.to(args[0].dtype),)
 
 

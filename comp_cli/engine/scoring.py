@@ -67,13 +67,13 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     recorder = Recorder()
     hooks, before = [], []
 
-    def remember_input(key: Key) -> Callable:
+    def remember_input(key: Key) -> Callable[..., None]:
         return lambda module, args: recorder.inputs.__setitem__(key, args[0].detach())
 
-    def remember_scores(key: tuple[str, int]) -> Callable:
+    def remember_scores(key: tuple[str, int]) -> Callable[..., None]:
         return lambda module, args, output: recorder.scores.__setitem__(key, output[1].detach())
 
-    def remember_valid(key: tuple[str, int]) -> Callable:
+    def remember_valid(key: tuple[str, int]) -> Callable[..., None]:
         return lambda module, args, kwargs: recorder.scores.__setitem__(key, even_scores(args, kwargs))
 
     try:
@@ -130,7 +130,7 @@ def gated(model: nn.Module, family: Family) -> Iterator[dict[Key, Tensor]]:
     gates: dict[Key, Tensor] = {}
     hooks = []
 
-    def multiply(key: Key) -> Callable:
+    def multiply(key: Key) -> Callable[..., tuple[Tensor]]:
         return lambda module, args: (args[0] * gates[key],)
 
     for tower in family.towers:

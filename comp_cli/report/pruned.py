@@ -17,7 +17,7 @@ class LayerKept:
         layer: index of the layer in it.
         heads: attention heads.
         cross_heads: heads of the cross-attention; null where there is none.
-        ffn: feed-forward channels.
+        ffn: feed-forward channels; null where there are none.
         tokens: tokens that the layer hands on, and those that enter the tower.
         flops: FLOPs of the compact layer at the reference input.
     """
@@ -26,7 +26,7 @@ class LayerKept:
     layer: int
     heads: list[int] | None
     cross_heads: list[int] | None
-    ffn: list[int]
+    ffn: list[int] | None
     tokens: list[int]
     flops: int
 
