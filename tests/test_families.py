@@ -95,9 +95,7 @@ def test_nothing_pruned_says_what_the_stock_model_says(case):
 
 def test_masked_is_sliced(case):
     """Heads and channels that are multiplied with zero in the dense model, tokens pruned alike; padded text."""
-    same(
-        case.read(case.dense.runtime(case.plan), case.inputs), case.forward(tiny.masked(case.dense, case.plan), case.inputs)
-    )
+    same(case.read(case.dense.runtime(case.plan), case.inputs), case.forward(tiny.masked(case.dense, case.plan), case.inputs))
 
 
 def test_results_do_not_depend_on_the_batch(case):

@@ -102,3 +102,14 @@ def test_an_old_journal_goes_on_and_ends_with_the_plan_of_a_run_that_was_not_kil
     assert plans[0] == plans[1] and resumed["ratio"] == whole["ratio"]
     if name == "search":
         assert len(resumed["stages"]) > len(journal["state"]["stages"])
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.1.1", "0.0.9"])
+def test_the_settings_of_an_old_journal_are_read_as_those_of_today(version):
+    data = {"data": "pairs.jsonl", "split": None} | ({} if version == "0.1.0" else {"split_column": None})
+    found = of_today({"comp": version, "data": data, "seed": 0})
+    if version == "0.0.9":  # which calculated other numbers
+        assert found["comp"] == version
+    else:
+        today = {"data": "pairs.jsonl", "split": None, "split_column": None}
+        assert found == {"comp": comp_cli.__version__, "data": today, "seed": 0}
