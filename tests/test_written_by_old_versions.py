@@ -11,7 +11,8 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 import comp_cli
-from comp_cli.cli import app
+from comp_cli.cli.app import app
+from comp_cli.search.journal import of_today
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = {path.stem: path.with_suffix("") for path in sorted(FIXTURES.glob("written-by-*/*.json"))}
