@@ -90,12 +90,12 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_nothing_pruned_says_what_the_stock_model_says(case):
-    same(case.read(on_own_kernels(case.stock, case.dense.family), case.inputs), case.forward(case.stock, case.inputs))
+    same(case.read(on_own_kernels(case.stock, case.dense.family), case.inputs), case.read(case.stock, case.inputs))
 
 
 def test_masked_is_sliced(case):
     """Heads and channels that are multiplied with zero in the dense model, tokens pruned alike; padded text."""
-    same(case.read(case.dense.runtime(case.plan), case.inputs), case.forward(tiny.masked(case.dense, case.plan), case.inputs))
+    same(case.read(case.dense.runtime(case.plan), case.inputs), case.read(tiny.masked(case.dense, case.plan), case.inputs))
 
 
 def test_results_do_not_depend_on_the_batch(case):
@@ -115,7 +115,7 @@ def test_padding_changes_nothing(case):
     assert short["attention_mask"].all() and not case.inputs["attention_mask"][2].all()
     plan = replace(case.plan, towers=tuple(t if t.name == "vision" else shortened(t, 6) for t in case.plan.towers))
     model = case.dense.runtime(plan)
-    same(case.read(model, short), case.forward(model, case.inputs).split(case.rows(case.inputs))[2])
+    same(case.read(model, short), case.read(model, case.inputs).split(case.rows(case.inputs))[2])
 
 
 def test_what_is_read_at_its_place_is_still_there(case):
@@ -125,7 +125,7 @@ def test_what_is_read_at_its_place_is_still_there(case):
     tower = case.dense.plan.tower("language")
     last = tower.layers[-1].handing_on("language", 4)
     model = case.dense.runtime(case.dense.plan.with_tower(replace(tower, layers=(*tower.layers[:-1], last))))
-    same(case.read(model, case.inputs), case.forward(case.stock, case.inputs))
+    same(case.read(model, case.inputs), case.read(case.stock, case.inputs))
 
 
 def test_the_first_checkpoints_of_clip(case):
@@ -141,7 +141,7 @@ def test_the_first_checkpoints_of_clip(case):
     try:
         for one in (model, case.stock):
             one.text_model.eos_token_id = 2
-        same(case.read(model, inputs), case.forward(case.stock, inputs))
+        same(case.read(model, inputs), case.read(case.stock, inputs))
     finally:
         case.stock.text_model.eos_token_id = tiny.END
 
@@ -321,7 +321,7 @@ def test_checkpoints_of_older_transformers(case, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(case.folder / "config.json", folder / "config.json")
     loaded = load_model(folder, family=case.dense.family, dtype=torch.float32)
-    same(case.read(loaded, case.inputs), case.forward(case.stock.half().float(), case.inputs))
+    same(case.read(loaded, case.inputs), case.read(case.stock.half().float(), case.inputs))
 
 
 def test_token_scores_that_a_family_does_not_have_are_refused(case):
