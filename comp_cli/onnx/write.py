@@ -54,10 +54,10 @@ def write(model: nn.Module, spec: GraphSpec, path: Path, *, opset: int, target: 
         if isinstance(module, CompactAttention):
             module.fused_node = target == TARGETS[0]
             module.share_images = spec.shares_images
-    example = spec.example(model)
+    graph, example = Graph(model, spec).eval(), spec.example(model)
     with quiet_libraries(), torch.no_grad():
         program: Any = torch.onnx.export(
-            Graph(model, spec).eval(),
+            graph,
             args=tuple(example[name] for name in spec.inputs),
             dynamo=True,
             input_names=list(spec.inputs),
