@@ -1,5 +1,7 @@
 """README.md and docs/ against what they speak of: links, commands, figures."""
 
+import ast
+import inspect
 import re
 import shlex
 from collections import defaultdict
@@ -9,6 +11,7 @@ import pytest
 import typer
 import yaml
 
+import comp_cli
 from comp_cli.cli.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +125,7 @@ def test_files_and_folders_that_the_pages_name_exist():
 
 
 def test_the_tree_in_readme_names_every_folder_of_the_package():
-    tree = re.search(r"```\ncomp_cli/\n(.*?)^tests/", PAGES["README.md"], re.DOTALL | re.MULTILINE)[1]
+    tree = re.search(r"```\ncomp_cli/.*?\n(.*?)^tests/", PAGES["README.md"], re.DOTALL | re.MULTILINE)[1]
     named = {folder for line in tree.splitlines() for folder in re.findall(r"(\w+)/", line[:24])}
     assert named == {path.name for path in (ROOT / "comp_cli").iterdir() if path.is_dir() and path.name != "__pycache__"}
 
@@ -131,3 +134,43 @@ def test_the_citation_is_of_the_version_that_the_changes_begin_with():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert f"\n## {cited['version']}\n" in PAGES["CHANGELOG.md"].split("\n### ")[0]
     assert cited["license"] == "Apache-2.0" and cited["references"][0]["title"]
+
+
+def calls() -> list[tuple[str, str, ast.Call]]:
+    """(page, name, call) of every `comp_cli.name(...)` in the Python of the pages."""
+    found = []
+    for page, text in PAGES.items():
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("comp_cli."):
+                    found.append((page, node.func.attr, node))
+    return found
+
+
+def test_every_call_of_the_pages_fits_its_signature():
+    assert {name for _, name, _ in calls()} >= {"prune", "export", "load", "load_onnx"}
+    for page, name, call in calls():
+        keywords = {keyword.arg: None for keyword in call.keywords}
+        try:
+            inspect.signature(getattr(comp_cli, name)).bind(*call.args, **keywords)
+        except TypeError as error:
+            pytest.fail(f"{page}: {ast.unparse(call)}: {error}")
+
+
+def test_the_api_page_has_everything_that_the_package_gives():
+    listed = {name.split(".")[-1] for name in re.findall(r"^::: comp_cli\.([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)}
+    reports = {"AnalyzeReport", "PruneReport", "ExportReport", "BenchReport"}  # with the module of each
+    assert {"analyzed", "pruned", "exported", "benched"} <= listed
+    assert listed >= set(comp_cli.__all__) - reports
+
+
+def test_the_pages_link_the_schema_of_every_command():
+    schemas = {path.name for path in (ROOT / "docs" / "schema").glob("*.json")}
+    assert schemas == set(re.findall(r"\]\(schema/(\w+\.json)\)", PAGES["docs/ci.md"]))
+
+
+@pytest.mark.parametrize("folder, allowed", [("engine", {"errors", "families", "plan", "runtime"}), ("runtime", set())])
+def test_engine_and_runtime_import_what_the_architecture_says(folder, allowed):
+    for path in (ROOT / "comp_cli" / folder).glob("*.py"):
+        found = re.findall(r"^\s*from \.\.(\w*)", path.read_text(), re.MULTILINE)
+        assert set(found) <= allowed, path.name
