@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import comp_cli
 from comp_cli import tasks
 from comp_cli.checkpoint import loading
-from comp_cli.cli.output import Output
-from comp_cli.commands.prune import prune
 from comp_cli.families import FAMILIES
 from comp_cli.measure import variants
 from comp_cli.onnx import rewrite, write
-from comp_cli.options import PruneOptions
 
 TASK, FAMILY = tasks.TASKS["itm"], FAMILIES["blip"]
 TEXT_TOKENS = 35
@@ -36,7 +34,7 @@ def compact_folder(work: Path, ratio: float, base: Path | None = None) -> Path:
     if not folder.exists():
         few = {"num_samples": 4, "eval_samples": 2, "batch_size": 2}
         base = base or dense_folder(work)
-        prune(PruneOptions(str(base), ratio, method="joint", recover=False, device="cpu", **few), folder, Output())
+        comp_cli.prune(base, ratio=ratio, output=folder, method="joint", recover=False, device="cpu", **few)
     return folder
 
 

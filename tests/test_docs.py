@@ -133,6 +133,7 @@ def test_the_tree_in_readme_names_every_folder_of_the_package():
 def test_the_citation_is_of_the_version_that_the_changes_begin_with():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert f"\n## {cited['version']}\n" in PAGES["CHANGELOG.md"].split("\n### ")[0]
+    assert cited["version"] == comp_cli.__version__
     assert cited["license"] == "Apache-2.0" and cited["references"][0]["title"]
 
 
