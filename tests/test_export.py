@@ -346,6 +346,7 @@ class Pruned(torch.nn.Module):
         self.layer = torch.nn.Module()
         self.layer.scorer = TokenScores("cls", 0, skip_first=True)
         self.layer.dropper = TokenPruning(5, ("first",), merge)
+        self.weight = torch.nn.Parameter(torch.zeros(2))  # in whose precision a graph computes
 
     def forward(self, states):
         states = states.tanh()
