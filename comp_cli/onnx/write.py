@@ -65,14 +65,15 @@ def write(model: nn.Module, spec: GraphSpec, path: Path, *, opset: int, target: 
             opset_version=opset,
             verbose=False,
         )
-    tidy(program.model, {name for name, module in graph.named_modules() if isinstance(module, TokenScores | TokenPruning)})
+    tidy(program.model, graph)
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 
 
-def tidy(model: Any, pruning: set[str]) -> None:
-    """Name the nodes of an onnx_ir model after their modules; those of the modules in `pruning`, which score and drop tokens,
-    after the module around them and TOKEN_PRUNING (which profiles show). Stack traces go: they hold paths of this machine."""
+def tidy(model: Any, source: nn.Module) -> None:
+    """Name the nodes of an onnx_ir model after the modules of its source; those of modules that score and drop tokens after the
+    module around them and TOKEN_PRUNING (which profiles show). Stack traces go: they hold paths of this machine."""
+    pruning = {name for name, module in source.named_modules() if isinstance(module, TokenScores | TokenPruning)}
     for node in model.graph:
         scopes = literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module, label = scopes[-2] if len(scopes) > 1 else "", ""
