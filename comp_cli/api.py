@@ -23,13 +23,13 @@ from .options import (
     Training,
 )
 from .progress import Progress, Recorder
-from .report.analyzed import AnalyzeReport
+from .report.analyze import AnalyzeReport
 from .report.base import Report
-from .report.benched import BenchReport
+from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
-from .report.exported import ExportReport
-from .report.pruned import PruneReport
-from .report.upgraded import UpgradeReport
+from .report.export import ExportReport
+from .report.prune import PruneReport
+from .report.upgrade import UpgradeReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ from comp_cli.options import DataOptions, ExportOptions
 from comp_cli.runtime import modeling_comp
 from comp_cli.runtime.modeling_comp import TokenPruning, TokenScores
 from comp_cli.topology import CrossEncoder
-from comp_cli.topology.graphs import TEXT, VISION, GraphSpec
+from comp_cli.topology.graph_specs import TEXT, VISION, GraphSpec
 
 
 def run_export(source, folder, out=None, **options):

@@ -8,7 +8,7 @@ from ..engine import diagnostics, flops, importance, scoring
 from ..models.dense import Dense, batches_of, choose_pairs, cut_texts, open_dense, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
-from ..report.analyzed import (
+from ..report.analyze import (
     AnalyzeReport,
     Cost,
     Diagnostics,

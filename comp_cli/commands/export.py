@@ -40,8 +40,8 @@ from ..options import TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import PairCounts, Texts
 from ..report.cards import graphs_card
-from ..report.exported import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
-from ..topology.graphs import Run, in_turn
+from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
+from ..topology.graph_specs import Run, in_turn
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 

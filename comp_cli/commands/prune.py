@@ -12,7 +12,7 @@ from torch import nn
 from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
-from ..checkpoint.weights import files_of
+from ..checkpoint.weight_files import files_of
 from ..checkpoint.write import check_reload, told_apart, write_checkpoint, write_report
 from ..data.rows import Pair
 from ..engine import flops
@@ -38,8 +38,8 @@ from ..plan import Plan
 from ..progress import Progress
 from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
-from ..report.pruned import PruneReport, Quality, SearchCost, StageTaken
-from ..report.tables import layer_rows, metric_value
+from ..report.prune import PruneReport, Quality, SearchCost, StageTaken
+from ..report.prune_tables import layer_rows, metric_value
 from ..search.journal import Journal
 from ..search.run import search
 from ..search.trainer import check_training, count_steps, is_main_process, precision, process_device, processes

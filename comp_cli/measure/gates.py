@@ -6,7 +6,7 @@ A gate looks at every row of the compact model that was measured and takes the w
 from collections.abc import Sequence
 
 from ..options import Gates, flag
-from ..report.benched import GateOutcome, Latency, PeakMemory, Speedup
+from ..report.bench import GateOutcome, Latency, PeakMemory, Speedup
 
 MIB = 2**20
 WORDS = {"min_speedup": ("speed-up", "x"), "max_latency_ms": ("latency", " ms"), "max_memory_mb": ("memory", " MiB")}

@@ -15,8 +15,8 @@ from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from .journal import Journal
-from .trained import Trained
 from .training_free import TrainingFree
+from .with_training import Trained
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .graphs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
+from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -249,7 +249,7 @@ class Topology(ABC):
 
     @abstractmethod
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/recipes.py. document: export.json."""
+        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""

@@ -1,7 +1,7 @@
 """The tables of `comp bench`."""
 
 from ..measure.gates import sentence
-from .benched import BenchReport, Factor, Latency, Speedup
+from .bench import BenchReport, Factor, Latency, Speedup
 from .numbers import Printer, change, gflops, mib, millions, percent
 
 BACKEND_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "compile": "torch.compile"}

@@ -8,7 +8,7 @@ from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .base import Reference
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .pruned import LayerKept, PruneReport
+from .prune import LayerKept, PruneReport
 
 
 def metric_value(name: str, value: float) -> str:
