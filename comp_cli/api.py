@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from .arguments import default_output, parse_backends, parse_batches
 from .errors import CompError
+from .option_values import default_output, parse_backends, parse_batches
 from .options import (
     AnalyzeOptions,
     BenchOptions,

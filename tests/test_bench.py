@@ -18,7 +18,7 @@ from comp_cli.onnx import profiling
 from comp_cli.options import BenchOptions, Gates, HubOptions
 from comp_cli.report.bench import Factor, GateOutcome, Latency, PeakMemory, Speedup
 from comp_cli.report.bench_plot import check_plot, plot
-from comp_cli.report.bench_tables import print_benchmark
+from comp_cli.report.bench_tables import gate_sentence, print_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_gates_take_the_worst_row_of_the_compact_model():
         GateOutcome("max_memory_mb", limit=90.0, passed=False, found=100.0, backend="torch", batch=8),
     )
     said = "--min-speedup 2 not met: the worst speed-up is 1.50x (onnx, batch 8)."
-    assert gates.sentence(found[0]) == said
+    assert gate_sentence(found[0]) == said
     assert gates.outcomes(Gates(min_speedup=1.5), *measured)[0].passed  # the limit itself passes
     assert gates.outcomes(Gates(), *measured) == ()
 

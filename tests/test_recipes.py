@@ -23,9 +23,9 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from comp_cli.checkpoint.loading import load_model, load_processor, untied_state_dict
-from comp_cli.checkpoint.write import write_checkpoint
 from comp_cli.cli.output import Output
 from comp_cli.commands import export, prune
+from comp_cli.models.compact import write_checkpoint
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, Training

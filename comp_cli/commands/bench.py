@@ -33,6 +33,7 @@ from ..progress import Progress
 from ..report import bench_plot
 from ..report.base import Sizes
 from ..report.bench import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
+from ..report.bench_tables import gate_sentence
 from .environment import processor_name
 
 Key = tuple[str, str]  # (backend, side)
@@ -94,7 +95,7 @@ def bench(
     if options.plot:
         bench_plot.plot(report, options.plot)
     if missed := [outcome for outcome in report.gates if not outcome.passed]:
-        raise GateError(" ".join(map(gates.sentence, missed)), report=report)
+        raise GateError(" ".join(map(gate_sentence, missed)), report=report)
     return report
 
 

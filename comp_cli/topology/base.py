@@ -41,6 +41,17 @@ class Written(NamedTuple):
     head: str  # path of the module that makes logits of their states
 
 
+@dataclass(frozen=True)
+class Halves:
+    """The halves of a dual encoder in a class that is none by itself (see dual_interface.py): of images and of texts the paths
+    of the module and of its projection, both read at the first token."""
+
+    images: tuple[str, str]
+    texts: tuple[str, str]
+    temperature: float  # cosines are divided by it
+    asked: str  # what the class itself is asked with, for the model card
+
+
 @dataclass(frozen=True, kw_only=True)
 class Topology(ABC):
     """One shape of model. Its fields say where a family has what; nothing outside asks for them, but calls the methods.

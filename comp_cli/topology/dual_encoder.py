@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import APART, PIXELS, Config, Tensors, Topology, named_outputs
+from .base import APART, PIXELS, Config, Halves, Tensors, Topology, named_outputs
 from .card_examples import texts_of
 from .graph_specs import IMAGE_EMBEDS, TEXT, TEXT_EMBEDS, VISION, Axes, GraphSpec
 
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..tasks import Task
-
-
-@dataclass(frozen=True)
-class Halves:
-    """The halves of a dual encoder in a class that is none by itself (see dual_interface.py): of images and of texts the paths
-    of the module and of its projection, both read at the first token."""
-
-    images: tuple[str, str]
-    texts: tuple[str, str]
-    temperature: float  # cosines are divided by it
-    asked: str  # what the class itself is asked with, for the model card
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Arguments of the library and of the command line that are more than a value: lists as text, outputs that nobody named."""
+"""Values of options as people type them: lists with commas, and the output that nobody named."""
 
 from collections.abc import Sequence
 from pathlib import Path
