@@ -25,10 +25,12 @@ from pathlib import Path
 from torch import nn
 
 from comp_cli.cli.output import Output
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
-from comp_cli.models.dense import Dense, ScenePairs, batches_of, by_model_size, open_dense
+from comp_cli.models.dense import Dense, by_model_size, open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.options import PruneOptions, Training
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.data.batches import Collator
+from comp_cli.data.scene_pairs import caption_scenes
 from comp_cli.families import FAMILIES
 from comp_cli.tasks import TASKS
 

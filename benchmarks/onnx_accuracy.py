@@ -8,8 +8,10 @@ import torch
 
 from comp_cli import load, tasks
 from comp_cli.cli.output import Output
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.files.store import folder_size
-from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.onnx.sessions import OnnxModel
 from comp_cli.report.numbers import mib, percent
 from comp_cli.tasks import comparison

@@ -30,9 +30,11 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import bench
 from comp_cli.commands.prune import prune
 from comp_cli.data.batches import random_inputs
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import flops
 from comp_cli.measure import timing, variants
-from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import Dense, open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.onnx import sessions, write
 from comp_cli.options import PruneOptions
 from comp_cli.plan import Channels

@@ -19,7 +19,7 @@ import prepared
 import torch
 
 from comp_cli.data.batches import random_inputs
-from comp_cli.onnx import providers
+from comp_cli.onnx import profiling
 from comp_cli.onnx.write import TOKEN_PRUNING
 from comp_cli.runtime import modeling_comp as runtime
 
@@ -33,7 +33,7 @@ GROUPS = {
 }
 
 
-def gflops(node: providers.Node) -> float:
+def gflops(node: profiling.Node) -> float:
     """2 x multiply-accumulates of one node, in 1e9."""
     if node.op in MATMULS:
         return 2e-9 * math.prod(node.outputs[0]) * node.inputs[0][-1]
@@ -45,7 +45,7 @@ def gflops(node: providers.Node) -> float:
     return 0.0
 
 
-def group_of(node: providers.Node) -> str:
+def group_of(node: profiling.Node) -> str:
     if f"/{TOKEN_PRUNING}/" in node.name:
         return "token scoring and dropping"
     if node.op in MATMULS:
@@ -56,7 +56,7 @@ def group_of(node: providers.Node) -> str:
 def groups(path: Path, batch: int, config, runs: int) -> dict[str, list[float]]:
     """Per group of nodes: ms and GFLOPs."""
     found = defaultdict(lambda: [0.0, 0.0])
-    for node in providers.profile(path, random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS), runs=runs).nodes:
+    for node in profiling.profile(path, random_inputs(config, prepared.FAMILY, batch, prepared.TEXT_TOKENS), runs=runs).nodes:
         row = found[group_of(node)]
         row[0] += node.ms
         row[1] += gflops(node)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from comp_cli.cli.output import Output
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import diagnostics, scoring
 from comp_cli.engine.token_ranking import with_score_rows
-from comp_cli.models.dense import Dense, ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import Dense, open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.runtime.modeling_comp import CompactAttention, token_scores
 from comp_cli.tasks import comparison
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .errors import CompError, DeviceError, GateError, RefusedError, UsageError
     from .plan import Plan
     from .progress import Bar, Progress
-    from .report.analyzed import AnalyzeReport
-    from .report.benched import BenchReport
-    from .report.exported import ExportReport
-    from .report.pruned import PruneReport
+    from .report.analyze import AnalyzeReport
+    from .report.bench import BenchReport
+    from .report.export import ExportReport
+    from .report.prune import PruneReport
 
 __all__ = [
     "AnalyzeReport",

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from .arguments import checked, default_output, parse_backends, parse_batches
 from .errors import CompError
+from .option_values import checked, default_output, parse_backends, parse_batches
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -23,13 +23,13 @@ from .options import (
     Training,
 )
 from .progress import Progress, Recorder
-from .report.analyzed import AnalyzeReport
+from .report.analyze import AnalyzeReport
 from .report.base import Report
-from .report.benched import BenchReport
+from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
-from .report.exported import ExportReport
-from .report.pruned import PruneReport
-from .report.upgraded import UpgradeReport
+from .report.export import ExportReport
+from .report.prune import PruneReport
+from .report.upgrade import UpgradeReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,7 +27,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from comp_cli import tasks
 from comp_cli.data import scenes
-from comp_cli.data.batches import Collator, caption_scenes
+from comp_cli.data.batches import Collator
+from comp_cli.data.scene_pairs import caption_scenes
 from comp_cli.families import FAMILIES
 from comp_cli.tasks import comparison
 

@@ -100,7 +100,8 @@ def run(request: dict) -> dict:
 
 
 def child(request: dict, log: int, said: int, errors: int) -> None:
-    from comp_cli.cli import signals, streams
+    from comp_cli import signals
+    from comp_cli.cli import streams
     from comp_cli.cli.app import run_command
 
     os.dup2(said, 1)

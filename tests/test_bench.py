@@ -14,11 +14,11 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import bench
 from comp_cli.errors import CompError
 from comp_cli.measure import gates, timing, variants
-from comp_cli.onnx import providers
+from comp_cli.onnx import profiling
 from comp_cli.options import BenchOptions, Gates, HubOptions
-from comp_cli.report.benched import Factor, GateOutcome, Latency, PeakMemory, Speedup
-from comp_cli.report.benchmark import print_benchmark
-from comp_cli.report.plot import check_plot, plot
+from comp_cli.report.bench import Factor, GateOutcome, Latency, PeakMemory, Speedup
+from comp_cli.report.bench_plot import check_plot, plot
+from comp_cli.report.bench_tables import gate_sentence, print_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,9 @@ def test_the_provider_of_every_node_is_reported(document):
 
 def test_shares_of_two_providers():
     def node(provider, ms):
-        return providers.Node("n", "MatMul", provider, (), (), ms)
+        return profiling.Node("n", "MatMul", provider, (), (), ms)
 
-    seen = providers.Profile("CUDA", True, (node("CUDA", 3.0), node("CPU", 1.0), node("CUDA", 4.0), node("CUDA", 2.0)))
+    seen = profiling.Profile("CUDA", True, (node("CUDA", 3.0), node("CPU", 1.0), node("CUDA", 4.0), node("CUDA", 2.0)))
     assert seen.shares() == {
         "CUDA": {"nodes": 3, "node_share": 0.75, "time_share": 0.9},
         "CPU": {"nodes": 1, "node_share": 0.25, "time_share": 0.1},
@@ -195,11 +195,11 @@ def test_shares_of_two_providers():
 
 def test_the_missing_library_of_the_cuda_provider_is_named(tmp_path, monkeypatch):
     (tmp_path / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
-    assert "libonnxruntime_providers_cuda.so" in providers.missing_library(tmp_path)
+    assert "libonnxruntime_providers_cuda.so" in profiling.missing_library(tmp_path)
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(providers, "missing_library", lambda folder: "libcublas.so.13: cannot open shared object file")
+    monkeypatch.setattr(profiling, "missing_library", lambda folder: "libcublas.so.13: cannot open shared object file")
     with pytest.raises(CompError, match="libcublas.so.13") as refused:
         bench.check(BenchOptions(device="cuda", backends=("onnx",)))
     assert refused.value.exit_code == 5
@@ -231,7 +231,7 @@ def test_gates_take_the_worst_row_of_the_compact_model():
         GateOutcome("max_memory_mb", limit=90.0, passed=False, found=100.0, backend="torch", batch=8),
     )
     said = "--min-speedup 2 not met: the worst speed-up is 1.50x (onnx, batch 8)."
-    assert gates.sentence(found[0]) == said
+    assert gate_sentence(found[0]) == said
     assert gates.outcomes(Gates(min_speedup=1.5), *measured)[0].passed  # the limit itself passes
     assert gates.outcomes(Gates(), *measured) == ()
 

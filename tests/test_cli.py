@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
 from comp_cli.report.base import Texts, Values
-from comp_cli.report.pruned import Quality
+from comp_cli.report.prune import Quality
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 FAST = [*FEW, "--eval-samples", "8", "--stages", "6"]  # for prune

@@ -9,8 +9,9 @@ import torch
 from comp_cli.checkpoint import hub
 from comp_cli.cli.output import Output
 from comp_cli.data import scenes
-from comp_cli.data.batches import scene_pairs
-from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.data.scene_pairs import ScenePairs, scene_pairs
+from comp_cli.models.dense import open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.options import PruneOptions
 from comp_cli.tasks import comparison
 

@@ -8,11 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comp_cli.cli.output import Output
 from comp_cli.data.batches import Batch
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import copied_channels, unit_channels
 from comp_cli.engine.token_ranking import with_score_rule
 from comp_cli.errors import CompError
-from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.runtime.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
 from comp_cli.search.calibration import Calibration
 

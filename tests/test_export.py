@@ -19,10 +19,11 @@ from comp_cli.errors import CompError
 from comp_cli.families import FAMILIES
 from comp_cli.onnx import parity, rewrite, sessions, write
 from comp_cli.options import DataOptions, ExportOptions
+from comp_cli.report.export import ParityRow
 from comp_cli.runtime import modeling_comp
 from comp_cli.runtime.modeling_comp import TokenPruning, TokenScores
 from comp_cli.topology import CrossEncoder
-from comp_cli.topology.graphs import TEXT, VISION, GraphSpec
+from comp_cli.topology.graph_specs import TEXT, VISION, GraphSpec
 
 
 def run_export(source, folder, out=None, **options):
@@ -302,7 +303,7 @@ def test_keep_failed_does_not_take_the_place_of_something_else(compact_folder, t
 
 
 def row(error, same, inputs="real"):
-    return parity.Parity("itm_score", inputs, 8, 8, 9, error, error / 2, error, same)
+    return ParityRow("itm_score", inputs, 8, 8, 9, error, error / 2, error, same)
 
 
 def test_the_gate_counts_errors_and_decisions():

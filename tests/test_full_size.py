@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 MEASURED = """
 import sys
 from comp_cli.cli.app import app
-from comp_cli.measure.peak import resident_peak
+from comp_cli.measure.memory_process import resident_peak
 try:
     app(sys.argv[1:])
 finally:

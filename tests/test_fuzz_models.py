@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import comp_cli
 from comp_cli.checkpoint import loading
-from comp_cli.checkpoint.weights import check_checkpoint
+from comp_cli.checkpoint.weight_files import check_checkpoint
 from comp_cli.cli.output import Output
 from comp_cli.errors import CompError
 from comp_cli.models.dense import open_dense

@@ -23,14 +23,16 @@ from comp_cli.cli.exit_codes import REFUSED
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.commands.prune import prune
-from comp_cli.data.batches import caption_scenes, vqa_scenes
 from comp_cli.data.cells import read_answers
 from comp_cli.data.rows import Pair
+from comp_cli.data.scene_pairs import caption_scenes, vqa_scenes
 from comp_cli.data.scenes import NUMBERS, ask, images, plural
 from comp_cli.errors import CompError
 from comp_cli.files.store import read_tensors_header
 from comp_cli.measure.variants import on_own_kernels
-from comp_cli.models.dense import Dense, choose_pairs, open_dense
+from comp_cli.models import generated_texts
+from comp_cli.models.dense import Dense, open_dense
+from comp_cli.models.pairs import choose_pairs
 from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.tasks import comparison, text_metrics
 
@@ -329,7 +331,7 @@ def test_texts_that_are_written_are_scored(writer, tmp_path):
     metric = "soft accuracy" if writer.dense.task.has_answers else "CIDEr"
     assert report["quality"]["metric"] == metric == next(iter(report["quality"]["metrics"]))
     pairs = list(choose_pairs(writer.dense, data, QUIET).read("evaluation", 8, accepts=writer.dense.task.accepts))
-    found = text_metrics.judge(
+    found = generated_texts.judge(
         load_model(tmp_path / "compact"), writer.dense, *text_metrics.references(writer.dense.task, pairs), 3
     )
     assert found[metric] == report["quality"]["metrics"][metric]["compact"]
@@ -338,8 +340,8 @@ def test_texts_that_are_written_are_scored(writer, tmp_path):
 def test_what_is_written_does_not_depend_on_the_batch(writer):
     """Questions of several lengths among them."""
     pairs = list(scenes(writer.dense.task, 9))
-    together = text_metrics.generate(writer.stock, writer.dense, pairs, 4, lambda done: None)
-    assert together == [text_metrics.generate(writer.stock, writer.dense, [pair], 1, lambda done: None)[0] for pair in pairs]
+    together = generated_texts.generate(writer.stock, writer.dense, pairs, 4, lambda done: None)
+    assert together == [generated_texts.generate(writer.stock, writer.dense, [pair], 1, lambda done: None)[0] for pair in pairs]
     assert len(set(together)) > 1
 
 
@@ -383,7 +385,7 @@ def test_what_cannot_be_scored_is_not_written(writer, tmp_path, monkeypatch, ins
         pytest.skip("answers need no library")
     if not installed:
         monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
-    monkeypatch.setattr(text_metrics, "generate", None)
+    monkeypatch.setattr(generated_texts, "generate", None)
     out = Output("quiet")
     told = tiny.table(tmp_path, caption=lambda n: "two red circle")
     options = PruneOptions(

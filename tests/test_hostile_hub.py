@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hub import ask, checkpoint
 
+from comp_cli.checkpoint.download_check import fits, is_hash
 from comp_cli.checkpoint.hub import ALIASES
-from comp_cli.checkpoint.verify import fits, is_hash
 
 
 @pytest.fixture

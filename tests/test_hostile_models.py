@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import comp_cli
 from comp_cli.checkpoint import hub, loading
-from comp_cli.checkpoint.vetting import leaves
+from comp_cli.checkpoint.folder_check import leaves
 from comp_cli.cli.app import app
 from comp_cli.cli.output import Output
 from comp_cli.errors import CompError

@@ -25,7 +25,7 @@ from comp_cli.files.store import read_config
 from comp_cli.onnx import sessions
 from comp_cli.onnx.checks import BIAS, least_runtime
 from comp_cli.options import ExportOptions, PruneOptions
-from comp_cli.topology.graphs import DECODER, ENCODER, PAST, WHOLE
+from comp_cli.topology.graph_specs import DECODER, ENCODER, PAST, WHOLE
 
 QUIET = Output("quiet")
 SIZES = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from comp_cli import errors
+from comp_cli import errors, signals
 from comp_cli.cli import app as cli
-from comp_cli.cli import signals, streams
+from comp_cli.cli import streams
 from comp_cli.cli.app import app
 from comp_cli.cli.parsing import EMPTY_IS_NONE
 from comp_cli.errors import explain
@@ -354,8 +354,8 @@ def test_what_is_ignored_stays_ignored(handlers):
 def test_a_process_that_measures_memory_ends_with_its_parent(tmp_path):
     """Also where the parent is killed: what it reads from ends."""
     script = tmp_path / "parent.py"
-    fake = "import os, sys, time, threading; from comp_cli.measure import peak"
-    fake += "; threading.Thread(target=peak.end_with_parent)"
+    fake = "import os, sys, time, threading; from comp_cli.measure import memory_process"
+    fake += "; threading.Thread(target=memory_process.end_with_parent)"
     script.write_text(
         "import sys\nfrom comp_cli.measure import memory\n"
         f"memory.START = '''{fake}.start(); print(os.getpid(), file=open(sys.argv[2], 'w'), flush=True); time.sleep(60)'''\n"
@@ -393,7 +393,7 @@ def test_no_code_of_the_current_folder_is_run_by_bench_and_its_child(name, tmp_p
 
     (tmp_path / f"{name}.py").write_text("import os; os._exit(7)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "START", memory.START.replace("peak.main()", "print('{\"bytes\": 1}')"))
+    monkeypatch.setattr(memory, "START", memory.START.replace("memory_process.main()", "print('{\"bytes\": 1}')"))
     assert memory.measure(["x"]) == 1
 
 

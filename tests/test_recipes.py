@@ -23,15 +23,15 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from comp_cli.checkpoint.loading import load_model, load_processor, untied_state_dict
-from comp_cli.checkpoint.write import write_checkpoint
 from comp_cli.cli.output import Output
 from comp_cli.commands import export, prune
+from comp_cli.models.compact import write_checkpoint
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.plan import Channels, Plan
-from comp_cli.report import cards, recipes
-from comp_cli.topology import DualEncoder, EncoderDecoder, snippets
+from comp_cli.report import card_code, cards
+from comp_cli.topology import DualEncoder, EncoderDecoder, card_examples
 
 QUIET = Output("quiet")
 LAYOUTS = {"blip": (False, True), "siglip": (False, True), "clip": (True,)}  # whether split; others are written whole
@@ -153,16 +153,16 @@ def expected(written: Written, picture: Path) -> dict[str, np.ndarray]:
     topology, task, model = written.dense.family.topology, written.dense.task, written.model
     processor, image = load_processor(written.folder), load_image(str(picture))
     padding = "max_length" if topology.padding == "max_length" else True
-    texts = [task.prompt.format(label) for label in snippets.LABELS] if task.prompt != "{}" else snippets.TEXTS
+    texts = [task.prompt.format(label) for label in card_examples.LABELS] if task.prompt != "{}" else card_examples.TEXTS
     read = {"padding": padding, "return_tensors": "pt"}
     found = {}
     if topology.reads_images:
         found["pixels"] = getattr(processor, "image_processor", processor)(image, return_tensors="pt")["pixel_values"].numpy()
     with torch.no_grad():
         if isinstance(topology, EncoderDecoder):
-            asked = {"text": snippets.QUESTION} if topology.question else {}
+            asked = {"text": card_examples.QUESTION} if topology.question else {}
             inputs = processor(images=image, **asked, return_tensors="pt")
-            tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=snippets.LONGEST - 1)[0]
+            tokens = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=card_examples.LONGEST - 1)[0]
             return found | {"written": tokens.numpy(), "said": processor.decode(tokens, skip_special_tokens=True) + "\n"}
         if task.paired_inputs:
             inputs = processor(images=[image] * len(texts), text=texts, **read)
@@ -248,7 +248,7 @@ def test_pictures_are_prepared_as_the_processor_does(settings, pictures):
 
     processor = CLIPImageProcessorPil(**settings)
     names: dict[str, Any] = {}
-    exec(f"import numpy as np\nfrom PIL import Image, ImageOps\n{recipes.pixels_of(processor)}", names)
+    exec(f"import numpy as np\nfrom PIL import Image, ImageOps\n{card_code.pixels_of(processor)}", names)
     for picture in pictures:
         right = processor(load_image(str(picture)), return_tensors="np")["pixel_values"]
         np.testing.assert_allclose(names["pixels"](picture), right, atol=1e-6, rtol=1e-6)
@@ -261,12 +261,12 @@ UNKNOWN = [{"size": {"shortest_edge": 48, "longest_edge": 60}}, {"do_center_crop
 def test_what_is_not_written_out_is_not_guessed(settings):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    assert recipes.pixels_of(CLIPImageProcessorPil(**settings)) is None
+    assert card_code.pixels_of(CLIPImageProcessorPil(**settings)) is None
 
 
 def test_other_tokenizers_are_not_guessed(tmp_path):
     (tmp_path / "spiece.model").touch()
-    assert recipes.tokens_of(tiny.word_tokenizer(), tmp_path, 12) is None
+    assert card_code.tokens_of(tiny.word_tokenizer(), tmp_path, 12) is None
 
 
 def test_a_tokenizer_of_sentencepiece_is_written_out(tmp_path):
@@ -278,7 +278,7 @@ def test_a_tokenizer_of_sentencepiece_is_written_out(tmp_path):
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines * 20), model_prefix=str(model), **trained)
     tokenizer = transformers.SiglipTokenizer(f"{model}.model", model_max_length=64)
     tokenizer.save_pretrained(tmp_path / "folder")
-    imports, code = recipes.tokens_of(tokenizer, tmp_path / "folder", 12)
+    imports, code = card_code.tokens_of(tokenizer, tmp_path / "folder", 12)
     names: dict[str, Any] = {"folder": str(tmp_path / "folder")}
     exec("\n".join([*imports, "import numpy as np", code]), names)
     texts = ["a small red circle", "Two BLUE, squares!", "  it's \n far ", "", "red " * 30, "zürich — 42"]

@@ -23,7 +23,7 @@ from comp_cli.families.blip import BLIP_CONTRASTIVE
 from comp_cli.models.dense import collator
 from comp_cli.onnx.write import Graph
 from comp_cli.topology import CrossEncoder, DualEncoder, EncoderDecoder, SingleEncoder, Topology
-from comp_cli.topology.graphs import DECODER, ENCODER, PAST
+from comp_cli.topology.graph_specs import DECODER, ENCODER, PAST
 
 SHAPES = {
     "blip": CrossEncoder,

@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from comp_cli.cli.app import app
 from comp_cli.cli.output import Output
 from comp_cli.data.batches import Batch
+from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import flops, scoring
 from comp_cli.engine.fading import fade_at, fading, forget_head_masks
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import CompError
-from comp_cli.models.dense import ScenePairs, batches_of, open_dense
+from comp_cli.models.dense import open_dense
+from comp_cli.models.pairs import batches_of
 from comp_cli.options import PruneOptions, Training
 from comp_cli.search.calibration import Calibration
 from comp_cli.search.run import search

@@ -15,7 +15,7 @@ from comp_cli.cli.exit_codes import FAILED, REFUSED, USAGE
 from comp_cli.cli.output import Output
 from comp_cli.commands import upgrade
 from comp_cli.errors import CompError
-from comp_cli.report.upgraded import print_upgraded
+from comp_cli.report.upgrade import print_upgraded
 from comp_cli.runtime import modeling_comp
 
 OLD = Path(__file__).parent / "fixtures" / "written-by-0.1.0"  # see also test_written_by_old_versions.py

@@ -13,9 +13,9 @@ from ..errors import CompError, RefusedError, UsageError
 from ..files.outputs import check_room
 from ..files.store import read_json
 from ..progress import Progress
-from .verify import check_downloads
-from .vetting import shown
-from .weights import check_checkpoint, pick_weights, pickled, safe
+from .download_check import check_downloads
+from .folder_check import shown
+from .weight_files import check_checkpoint, pick_weights, pickled, safe
 
 DEMO = Path(__file__).parent.parent / "demo"
 

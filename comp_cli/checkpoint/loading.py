@@ -20,11 +20,11 @@ from ..errors import CompError, DeviceError, RefusedError, UsageError, first_lin
 from ..families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
 from ..files.store import TensorHeader, read_config, read_json  # noqa: E402
 from ..runtime.modeling_comp import compact_class  # noqa: E402
-from .headers import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
+from .folder_check import check_folder, check_report, shown  # noqa: E402
+from .header_check import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
 from .plan_check import check_block  # noqa: E402
 from .processor_check import check_code, check_processor  # noqa: E402
-from .vetting import check_folder, check_report, shown  # noqa: E402
-from .weights import check_checkpoint  # noqa: E402
+from .weight_files import check_checkpoint  # noqa: E402
 
 SIZES = (
     "hidden_size",

@@ -10,7 +10,7 @@ from ..engine.token_ranking import fits
 from ..errors import RefusedError
 from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
 from ..plan import JSON_PARTS, PADDING, SCHEMA_VERSION, width_of_head
-from .vetting import shown
+from .folder_check import shown
 
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RefusedError
-from .headers import read_headers
-from .weights import files_of
+from .header_check import read_headers
+from .weight_files import files_of
 
 KNOWN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

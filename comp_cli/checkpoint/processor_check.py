@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import CompError, RefusedError, first_line
 from ..families import Family, tower_config
 from ..files.store import read_json
-from .vetting import PROCESSORS, leaves, shown
+from .folder_check import PROCESSORS, leaves, shown
 
 CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer_class")
 LARGEST_SIDE = 4096  # pixels that a picture may be resized to on its way to the model's own size

@@ -6,7 +6,7 @@ import typer
 
 from .. import api
 from ..options import AnalyzeOptions, DataOptions, HubOptions
-from . import options as given
+from . import shared_options as given
 from .output import Output
 from .perform import perform
 
@@ -46,7 +46,7 @@ def analyze(
     """
 
     def show(report: Any, out: Output) -> None:
-        from ..report.analysis import print_analysis
+        from ..report.analyze_tables import print_analysis
 
         print_analysis(report, out, model, task)
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
+from .. import __version__, signals
 from ..errors import CompError
-from . import signals, streams
+from ..signals import Interrupted
+from . import streams
 from .analyze import analyze
 from .bench import bench
 from .env import env
@@ -18,7 +19,6 @@ from .output import Output, Unprintable
 from .parsing import Command, Commands
 from .perform import interruption
 from .prune import EPILOG, prune
-from .signals import Interrupted
 from .upgrade import upgrade
 
 app = typer.Typer(

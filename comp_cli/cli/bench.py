@@ -8,11 +8,11 @@ import typer
 from .. import api
 from ..errors import GateError
 from ..options import BenchOptions, Gates, HubOptions
-from ..report.benched import BenchReport
-from . import options as given
-from .options import COMPUTING, MAIN, OUTPUT, option
+from ..report.bench import BenchReport
+from . import shared_options as given
 from .output import Output
 from .perform import perform
+from .shared_options import COMPUTING, MAIN, OUTPUT, option
 
 GATES = "Gates (exit code 3 where one is not met)"
 
@@ -65,7 +65,7 @@ def bench(
     """
 
     def show(report: Any, out: Output) -> None:
-        from ..report.benchmark import print_benchmark
+        from ..report.bench_tables import print_benchmark
 
         print_benchmark(report, out)
         if plot:

@@ -4,7 +4,7 @@ import typer
 
 from .. import api
 from ..report.environment import print_environment
-from . import options as given
+from . import shared_options as given
 from .perform import perform
 
 

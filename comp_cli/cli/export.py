@@ -7,11 +7,11 @@ import typer
 from .. import api
 from ..errors import UsageError
 from ..options import DataOptions, ExportOptions
-from ..report.exported import ExportReport
-from . import options as given
-from .options import COMPUTING, MAIN, OUTPUT, option
+from ..report.export import ExportReport
+from . import shared_options as given
 from .output import Output
 from .perform import perform
+from .shared_options import COMPUTING, MAIN, OUTPUT, option
 
 GRAPHS = "Graphs"
 
@@ -74,7 +74,7 @@ def export(
         return api.export(**options, progress=out)
 
     def show(report: Any, out: Output) -> None:
-        from ..report.graphs import print_export
+        from ..report.export_tables import print_export
 
         print_export(report, out)
 

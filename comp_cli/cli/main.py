@@ -2,7 +2,8 @@
 
 import os
 
-from . import signals, streams
+from .. import signals
+from . import streams
 
 
 def run() -> None:

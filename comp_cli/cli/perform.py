@@ -13,8 +13,8 @@ import typer
 
 from ..errors import CompError, UsageError, explain
 from ..report.base import Report
+from ..signals import Interrupted
 from .output import Output
-from .signals import Interrupted
 
 OUTPUT = {"form": "human", "as_json": False, "quiet": False, "no_progress": False}  # options that are the terminal's
 

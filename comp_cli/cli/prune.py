@@ -17,10 +17,10 @@ from ..options import (
     PruneOptions,
     Training,
 )
-from . import options as given
-from .options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TUNING, option
+from . import shared_options as given
 from .output import Output
 from .perform import perform
+from .shared_options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TUNING, option
 
 EPILOG = "Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.description}" for name, method in METHODS.items())
 
@@ -109,7 +109,7 @@ def prune(
     """
 
     def show(report: Any, out: Output) -> None:
-        from ..report.tables import print_pruned
+        from ..report.prune_tables import print_pruned
 
         print_pruned(report, out)
 

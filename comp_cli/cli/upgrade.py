@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from .. import api
-from ..report.upgraded import print_upgraded
-from . import options as given
+from ..report.upgrade import print_upgraded
+from . import shared_options as given
 from .perform import perform
 
 

@@ -5,10 +5,11 @@ from dataclasses import asdict
 from .. import __version__
 from ..checkpoint.loading import pick_device
 from ..engine import diagnostics, flops, importance, scoring
-from ..models.dense import Dense, batches_of, choose_pairs, cut_texts, open_dense, warn_cut_texts
+from ..models.dense import Dense, open_dense
+from ..models.pairs import batches_of, choose_pairs, cut_texts, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
-from ..report.analyzed import (
+from ..report.analyze import (
     AnalyzeReport,
     Cost,
     Diagnostics,

@@ -26,13 +26,14 @@ from ..measure import gates, timing, variants
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
-from ..onnx import providers
+from ..onnx import profiling
 from ..onnx.write import write_graph
 from ..options import HUB_DEFAULTS, BenchOptions, HubOptions
 from ..progress import Progress
-from ..report import plot
+from ..report import bench_plot
 from ..report.base import Sizes
-from ..report.benched import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
+from ..report.bench import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
+from ..report.bench_tables import gate_sentence
 from .environment import processor_name
 
 Key = tuple[str, str]  # (backend, side)
@@ -92,9 +93,9 @@ def bench(
         gates=gates.outcomes(options.gates, speedups, timings, peaks),
     )
     if options.plot:
-        plot.plot(report, options.plot)
+        bench_plot.plot(report, options.plot)
     if missed := [outcome for outcome in report.gates if not outcome.passed]:
-        raise GateError(" ".join(map(gates.sentence, missed)), report=report)
+        raise GateError(" ".join(map(gate_sentence, missed)), report=report)
     return report
 
 
@@ -105,11 +106,11 @@ def check(options: BenchOptions) -> torch.device:
     else:
         device = pick_device(options.device)
     if device.type == "cuda" and "onnx" in options.backends:
-        providers.check_cuda()
+        profiling.check_cuda()
     if "compile" in options.backends:
         variants.check_compiler(device)
     if options.plot:
-        plot.check_plot(options.plot)
+        bench_plot.check_plot(options.plot)
     measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
     if options.gates.max_memory_mb is not None and not measured & set(options.backends):
         raise UsageError("--max-memory-mb: no backend whose memory is measured.", hint="Add torch to --backend.")
@@ -172,7 +173,7 @@ def find_providers(
     found = {}
     with progress.track("looking where the graphs run", len(graphs)) as bar:
         for side, path in graphs.items():
-            seen = providers.profile(path, inputs, str(device))
+            seen = profiling.profile(path, inputs, str(device))
             shares = {
                 name: ProviderShare(int(share["nodes"]), share["node_share"], share["time_share"])
                 for name, share in seen.shares().items()

@@ -150,9 +150,9 @@ def read_providers() -> tuple[list[str], list[Problem]]:
         return [], missing
     why = None
     try:
-        from ..onnx import providers
+        from ..onnx import profiling
 
-        providers.check_cuda()
+        profiling.check_cuda()
     except CompError as error:
         why = error.message
     except Exception as error:

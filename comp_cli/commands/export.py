@@ -31,7 +31,8 @@ from ..errors import DeviceError, GateError, RefusedError, UsageError
 from ..families import find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
-from ..models.dense import collator, longest_text, warn_cut_texts
+from ..models.dense import collator, longest_text
+from ..models.pairs import warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
@@ -40,8 +41,8 @@ from ..options import TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import PairCounts, Texts
 from ..report.cards import graphs_card
-from ..report.exported import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
-from ..topology.graphs import Run, in_turn
+from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
+from ..topology.graph_specs import Run, in_turn
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
@@ -59,7 +60,7 @@ class Check:
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
         return OnnxModel(folder, names, self.device, self.run)
 
-    def rows(self, graphs: OnnxModel, progress: Progress) -> list[parity.Parity]:
+    def rows(self, graphs: OnnxModel, progress: Progress) -> list[ParityRow]:
         with progress.track("checking parity with torch", len(self.cases)) as bar:
             return parity.check(graphs, self.cases, self.task, bar.advance)
 
@@ -157,7 +158,7 @@ def _export(
             passed=problem is None,
             allowed=Allowed(**asdict(tolerance)),
             agreement=parity.agreement(rows),
-            parity=tuple(ParityRow(**asdict(row)) for row in rows),
+            parity=tuple(rows),
             size_bytes=folder_size(partial),
         )
         card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)

@@ -12,15 +12,17 @@ from torch import nn
 from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
-from ..checkpoint.weights import files_of
-from ..checkpoint.write import check_reload, told_apart, write_checkpoint, write_report
+from ..checkpoint.weight_files import files_of
 from ..data.rows import Pair
 from ..engine import flops
 from ..engine.methods import METHODS
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
-from ..models.dense import Dense, Pairs, by_model_size, choose_pairs, cut_texts, open_dense, warn_cut_texts
+from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
+from ..models.dense import Dense, by_model_size, open_dense
+from ..models.generated_texts import judge
+from ..models.pairs import Pairs, choose_pairs, cut_texts, warn_cut_texts
 from ..options import (
     EVAL_SAMPLES,
     HUB_DEFAULTS,
@@ -38,14 +40,14 @@ from ..plan import Plan
 from ..progress import Progress
 from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
-from ..report.pruned import PruneReport, Quality, SearchCost, StageTaken
-from ..report.tables import layer_rows, metric_value
+from ..report.prune import PruneReport, Quality, SearchCost, StageTaken
+from ..report.prune_tables import layer_rows, metric_value
 from ..search.journal import Journal
 from ..search.run import search
 from ..search.trainer import check_training, count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
 from ..tasks.base import is_share
-from ..tasks.text_metrics import judge, missing, references
+from ..tasks.text_metrics import missing, references
 
 
 def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
@@ -265,7 +267,7 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
         reference=Reference(dense.reference.tokens),
         flops=Sizes(before.total, after.total),
         params=Sizes(dense.params(dense.plan), dense.params(plan)),
-        layers=layer_rows(dense, plan),
+        layers=layer_rows(plan, dense.plan, dense.reference),
         stages=(),
         texts={},
         pairs={},

@@ -7,18 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, signals
+from ..checkpoint.folder_check import check_report
 from ..checkpoint.loading import load_model
-from ..checkpoint.vetting import check_report
-from ..checkpoint.write import auto_map, file_facts, runtime
-from ..cli import signals
 from ..errors import CompError, RefusedError, UsageError, is_full
 from ..families import find_architecture
 from ..files.outputs import reserve, resolve, sibling, swap
 from ..files.ownership import discard, seen
 from ..files.store import read_config, read_json, write_failed
+from ..models.compact import auto_map, file_facts, runtime
 from ..progress import Progress
-from ..report.upgraded import UpgradeReport
+from ..report.upgrade import UpgradeReport
 from ..runtime import modeling_comp
 
 RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"

@@ -1,8 +1,6 @@
-"""Image-text pairs, of the rows of a table or of generated scenes, and batches of model inputs made of them."""
+"""Batches of model inputs, made of image-text pairs or of noise."""
 
 import hashlib
-import random
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,7 +12,6 @@ from transformers import PretrainedConfig
 
 from ..families import Family
 from ..topology import Topology
-from . import scenes
 from .rows import Pair
 
 
@@ -38,27 +35,6 @@ class Batch:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in self.inputs.items()
         }
         return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels.to(device))
-
-
-def scene_pairs(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
-    """Generated scenes with captions. Unlabelled for models that were never trained on them."""
-    for example in scenes.examples(split, count, seed):
-        label = example.label if labelled else None
-        yield Pair(scenes.render(example.scene, example.background), example.caption.text, label)
-
-
-def caption_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
-    """Generated scenes, each with a description of all that is in it."""
-    for scene, background in scenes.images(split, count, seed):
-        text = scenes.describe(scene)  # what is described alike counts as one image
-        yield Pair(scenes.render(scene, background), text, image_id=zlib.crc32(text.encode()), known=labelled)
-
-
-def vqa_scenes(split: str, count: int, seed: int = 0, labelled: bool = True) -> Iterator[Pair]:
-    """Generated scenes, each with a question about it and the answer."""
-    for number, (scene, background) in enumerate(scenes.images(split, count, seed)):
-        question, answer = scenes.ask(random.Random(background), scene)
-        yield Pair(scenes.render(scene, background), question, image_id=number, answers=(answer,), known=labelled)
 
 
 @dataclass(frozen=True)

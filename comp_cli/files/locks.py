@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..cli import signals
+from .. import signals
 from ..errors import CompError, UsageError, is_full
 
 BEAT, STALE = 15, 120  # seconds

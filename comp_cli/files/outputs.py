@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ..cli import signals
+from .. import signals
 from ..errors import CompError, UsageError, is_full
 from . import locks
 from .ownership import MARKERS, Judged, discard, seen, strangers, written

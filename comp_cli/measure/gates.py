@@ -5,11 +5,10 @@ A gate looks at every row of the compact model that was measured and takes the w
 
 from collections.abc import Sequence
 
-from ..options import Gates, flag
-from ..report.benched import GateOutcome, Latency, PeakMemory, Speedup
+from ..options import Gates
+from ..report.bench import GateOutcome, Latency, PeakMemory, Speedup
 
 MIB = 2**20
-WORDS = {"min_speedup": ("speed-up", "x"), "max_latency_ms": ("latency", " ms"), "max_memory_mb": ("memory", " MiB")}
 
 
 def outcomes(
@@ -30,11 +29,3 @@ def outcomes(
             passed = value >= limit if least else value <= limit
             found.append(GateOutcome(gate, limit, passed, value, backend, batch))
     return tuple(found)
-
-
-def sentence(outcome: GateOutcome) -> str:
-    """The outcome for people."""
-    what, unit = WORDS[outcome.gate]
-    verdict = "passed" if outcome.passed else "not met"
-    where = f"{outcome.backend}, batch {outcome.batch}"
-    return f"{flag(outcome.gate)} {outcome.limit:g} {verdict}: the worst {what} is {outcome.found:.2f}{unit} ({where})."

@@ -1,4 +1,4 @@
-"""Peak memory of models, each in a process of its own (peak.py), so that nothing of this process counts."""
+"""Peak memory of models, each in a process of its own (memory_process.py), so that nothing of this process counts."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ..errors import CompError
 from ..families import Family
 from ..onnx import sessions
 from ..progress import Progress
-from ..report.benched import PeakMemory
+from ..report.bench import PeakMemory
 from .timing import Inputs
 
 # -P: what lies in the current folder is no library. This very comp, wherever Python found it.
@@ -24,8 +24,8 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 import comp_cli
 del sys.path[0]
-from comp_cli.measure import peak
-peak.main()
+from comp_cli.measure import memory_process
+memory_process.main()
 """
 
 
@@ -58,7 +58,7 @@ def peak_memory(
 
 
 def measure(given: list[str]) -> int:
-    """What peak.py says about its arguments. Its stdin is a pipe that ends with this process, whatever ends that."""
+    """What memory_process.py says about its arguments. Its stdin is a pipe that ends with this process, whatever ends that."""
     command = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[2]), *given]
     ending, lifeline = os.pipe()
     try:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..report.benched import Factor, Latency
+from ..report.bench import Factor, Latency
 
 RESAMPLES = 2000
 WARM_UP = 2

@@ -1,9 +1,8 @@
-"""What every command needs before it can work: a model with its family, its processor, its data."""
+"""A dense model, opened and described: what every command needs before it can work."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -13,10 +12,7 @@ from torch import Tensor, nn
 from .. import tasks
 from ..checkpoint import hub, loading
 from ..data import batches as data
-from ..data.pairset import PairSet
-from ..data.rows import Accepts, Columns, Pair, every
-from ..data.sources import open_pairs
-from ..data.splits import Purpose
+from ..data.rows import Pair
 from ..engine import flops, scoring
 from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
@@ -24,7 +20,7 @@ from ..engine.token_ranking import with_score_rows
 from ..errors import RefusedError, first_line
 from ..families import Family, find_family
 from ..files.store import read_config
-from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, DataOptions, HubOptions
+from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
 
@@ -181,67 +177,3 @@ def check_fits(model: Any, family: Family, processor: Any, task: tasks.Task, nam
 def by_model_size(dense: Dense, many: float, few: float) -> float:
     """A number of samples and the like: many for a small model (see options.LARGE_FLOPS), few for a larger one."""
     return many if flops.count(dense.plan, dense.reference).total < LARGE_FLOPS else few
-
-
-@dataclass(frozen=True)
-class ScenePairs:
-    """Generated scenes as a set of pairs: with captions that match or do not, or (`described`) with descriptions that match, or
-    (`asked`) with questions and answers. Labelled for models that were trained on them only."""
-
-    labelled: bool
-    described: bool = False
-    asked: bool = False
-
-    SPLITS: ClassVar = {"calibration": "train", "evaluation": "test"}
-
-    def describe(self, purpose: Purpose) -> str:
-        return f"generated scenes, split {self.SPLITS[purpose]}"
-
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """Nothing is skipped."""
-        return {}
-
-    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, accepts: Accepts = every) -> Iterator[Pair]:
-        """Up to `limit` pairs, of which there are more than anybody asks for. All are taken."""
-        count = 10**8 if limit is None else limit
-        make = data.vqa_scenes if self.asked else data.caption_scenes if self.described else data.scene_pairs
-        return make(self.SPLITS[purpose], count, seed, self.labelled)
-
-
-Pairs = ScenePairs | PairSet
-
-
-def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:
-    """The user's pairs, or generated scenes with a warning for models that do not know them."""
-    if options.data is not None:
-        named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
-        columns = Columns(*named)
-        progress.say(f"{dense.task.name}: {dense.task.compares}")
-        return open_pairs(options.data, progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
-    if dense.source.kind != "demo":
-        progress.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    elif not dense.task.has_negatives:
-        progress.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
-    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.has_negatives)
-
-
-def generated_pairs(task: tasks.Task, labelled: bool) -> ScenePairs:
-    """Scenes with the texts that a task reads."""
-    return ScenePairs(labelled, described=not task.has_negatives, asked=task.has_answers)
-
-
-def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch_size: int, seed: int = 0) -> list[data.Batch]:
-    """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
-    return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.accepts), batch_size))
-
-
-def cut_texts(batches: Sequence[data.Batch], longest: int) -> dict[str, int]:
-    """How many of the texts were cut, and at how many tokens."""
-    return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
-
-
-def warn_cut_texts(purpose: str, texts: Mapping[str, int], progress: Progress, most: int) -> None:
-    """A warning where texts were cut; `most`: tokens that the model takes."""
-    if texts["cut"]:
-        more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"
-        progress.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")

@@ -10,7 +10,7 @@ from packaging.version import Version
 from ..errors import DeviceError, RefusedError
 from ..families import Family
 from ..files.store import read_json, sha256
-from ..topology.graphs import Signature
+from ..topology.graph_specs import Signature
 
 # The first ONNX Runtime that loads an opset, and computes what it should; IR version 10, which is what torch writes, needs
 # 1.18 by itself. Measured on 1.17 to 1.32; what is older refuses such graphs when it loads or runs them.

@@ -16,7 +16,7 @@ from ..families import find_family
 from ..files.store import read_config
 from ..runtime.modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
 from ..topology.caches import begin, go_on
-from ..topology.graphs import ENCODER, HIDDEN, Values
+from ..topology.graph_specs import ENCODER, HIDDEN, Values
 from .checks import check_files, check_signature, writer_signatures
 from .sessions import OnnxModel
 

@@ -12,7 +12,9 @@ from .. import tasks
 from ..data.batches import random_inputs
 from ..data.rows import Pair
 from ..families import Family
-from ..models.dense import Pairs, collator, generated_pairs
+from ..models.dense import collator
+from ..models.pairs import Pairs, generated_pairs
+from ..report.export import ParityRow
 from ..tasks import comparison
 from .sessions import OnnxModel
 
@@ -60,21 +62,6 @@ class Case:
     expected: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Parity:
-    """Largest and mean difference between torch and ONNX Runtime of one output on one case."""
-
-    output: str
-    inputs: str
-    images: int
-    batch: int
-    text_tokens: int
-    max_error: float
-    mean_error: float
-    judged: float | None  # the error that the tolerance is for; None where it is for none
-    same_decision: float | None  # share of the batch, in one row of each case
-
-
 def make_cases(
     model: Any,
     task: tasks.Task,
@@ -118,7 +105,7 @@ def real_pairs(
 
 def check(
     onnx_model: OnnxModel, cases: list[Case], task: tasks.Task, advance: Callable[[], None] = lambda: None
-) -> list[Parity]:
+) -> list[ParityRow]:
     """One row for each output of each case."""
     rows = []
     for case in cases:
@@ -138,23 +125,23 @@ def check(
 
 def compare(
     case: Case, output: str, expected: Tensor, found: Tensor, size: float | None, same_decision: float | None
-) -> Parity:
+) -> ParityRow:
     """`size`: what the error is divided by before it is judged; None where it is not."""
     error = (expected - found).abs()
     largest = error.max().item() if torch.isfinite(error).all() else float("inf")
     images, texts = len(case.inputs.get("pixel_values", ())), case.inputs.get("input_ids", torch.empty(0, 0))
     batch, tokens = texts.shape if len(texts) else (images, 0)
     judged = size and largest / size
-    return Parity(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
+    return ParityRow(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
 
 
-def agreement(rows: list[Parity]) -> float:
+def agreement(rows: list[ParityRow]) -> float:
     """Share of the real pairs on which graph and torch decide alike."""
     real = [(row.same_decision, row.batch) for row in rows if row.same_decision is not None and row.inputs == "real"]
     return sum(same * batch for same, batch in real) / sum(batch for _, batch in real)
 
 
-def problem(rows: list[Parity], tolerance: Tolerance) -> str | None:
+def problem(rows: list[ParityRow], tolerance: Tolerance) -> str | None:
     """What is wrong, in a sentence; None where the graphs say what torch says. Only what the task names is judged."""
     error, worst = max(((row.judged, row) for row in rows if row.judged is not None), key=lambda judged: judged[0])
     if not error <= tolerance.atol:

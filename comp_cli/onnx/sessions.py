@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint.loading import quiet_libraries
 from ..errors import CompError, DeviceError, RefusedError
-from ..topology.graphs import Run, Values, in_turn
+from ..topology.graph_specs import Run, Values, in_turn
 
 
 def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None) -> Any:

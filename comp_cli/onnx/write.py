@@ -1,4 +1,4 @@
-"""Graphs written by torch, as `topology/graphs.py` describes them. `sessions` runs them."""
+"""Graphs written by torch, as `topology/graph_specs.py` describes them. `sessions` runs them."""
 
 from ast import literal_eval
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..families import Family
 from ..options import OPSET, TARGETS
 from ..runtime.modeling_comp import CompactAttention, TokenPruning, TokenScores
 from ..tasks import Task
-from ..topology.graphs import GraphSpec, matrix_dtype
+from ..topology.graph_specs import GraphSpec, matrix_dtype
 
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 TOKEN_PRUNING = "token_pruning"  # in the names of nodes that score and drop tokens

@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 from ..families import Family
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
-from . import recipes
+from . import card_code
 from .numbers import gflops, millions, percent
-from .tables import metric_value
+from .prune_tables import metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
@@ -48,7 +48,7 @@ def model_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
         "weights: the stock classes cannot express layers of unequal sizes.",
         "",
-        recipes.for_checkpoint(family, task, longest, alone=alone),
+        card_code.for_checkpoint(family, task, longest, alone=alone),
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
@@ -148,7 +148,7 @@ def graphs_card(
         parts = [f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items() if name not in cache]
         return ", ".join(parts + [f"`{cache[0]}` and {len(cache) - 1} more" for _ in cache[:1]])
 
-    code = recipes.for_graphs(document, generation, family, task, processor, folder, longest)
+    code = card_code.for_graphs(document, generation, family, task, processor, folder, longest)
     words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
     needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
     lines = [
@@ -169,5 +169,5 @@ def graphs_card(
         lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
     if writes := family.topology.generate_code:
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
-        lines += [recipes.for_generate(writes), ""]
+        lines += [card_code.for_generate(writes), ""]
     return "\n".join(lines)

@@ -11,11 +11,11 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .analyzed import AnalyzeReport
+from .analyze import AnalyzeReport
 from .base import Report, written
-from .benched import BenchReport
-from .exported import ExportReport
-from .pruned import PruneReport
+from .bench import BenchReport
+from .export import ExportReport
+from .prune import PruneReport
 
 REPORTS: dict[str, type[Report]] = {
     "analyze": AnalyzeReport,

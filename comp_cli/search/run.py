@@ -10,13 +10,14 @@ from ..data.batches import Batch, fingerprint
 from ..engine import schedule, stages
 from ..engine.methods import METHODS
 from ..engine.token_ranking import with_score_rule
-from ..models.dense import Dense, Pairs, batches_of, cut_texts, warn_cut_texts
+from ..models.dense import Dense
+from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from .journal import Journal
-from .trained import Trained
 from .training_free import TrainingFree
+from .with_training import Trained
 
 
 @dataclass(frozen=True)

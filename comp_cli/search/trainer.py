@@ -24,11 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import tasks
 from ..checkpoint.loading import pick_device, untied_state_dict
 from ..data.batches import Batch
+from ..data.scene_pairs import ScenePairs
 from ..engine import flops, stages
 from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
 from ..errors import DeadEnd, UsageError
-from ..models.dense import Dense, Pairs, ScenePairs, warn_cut_texts
+from ..models.dense import Dense
+from ..models.pairs import Pairs, warn_cut_texts
 from ..options import ResolvedTraining, Training
 from ..plan import Plan
 from ..progress import Progress

@@ -16,7 +16,7 @@ from .journal import Journal
 
 
 class TrainingFree:
-    """The search of a run that trains nothing, or begins to train when the plan is found (see trained.py)."""
+    """The search of a run that trains nothing, or begins to train when the plan is found (see with_training.py)."""
 
     is_over = False  # a journal is gone when the plan is found
 

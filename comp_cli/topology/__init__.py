@@ -1,8 +1,8 @@
 """Shapes of models, and what each can do. One class for each; a family's description holds one of them."""
 
-from .base import INPUTS, Topology
+from .base import INPUTS, Halves, Topology
 from .cross_encoder import CrossEncoder
-from .dual_encoder import DualEncoder, Halves
+from .dual_encoder import DualEncoder
 from .encoder_decoder import ANSWER_INPUTS, EncoderDecoder
 from .single_encoder import SingleEncoder
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .graphs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
+from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +39,17 @@ class Written(NamedTuple):
     text: str  # the input that holds their tokens
     mask: str  # the one that says which of them are padding
     head: str  # path of the module that makes logits of their states
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The halves of a dual encoder in a class that is none by itself (see dual_interface.py): of images and of texts the paths
+    of the module and of its projection, both read at the first token."""
+
+    images: tuple[str, str]
+    texts: tuple[str, str]
+    temperature: float  # cosines are divided by it
+    asked: str  # what the class itself is asked with, for the model card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +260,7 @@ class Topology(ABC):
 
     @abstractmethod
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/recipes.py. document: export.json."""
+        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .base import IDS, Config
-from .graphs import DECODER, PAST, STATES, Step, Values
+from .graph_specs import DECODER, PAST, STATES, Step, Values
 
 if TYPE_CHECKING:
     from torch import Tensor

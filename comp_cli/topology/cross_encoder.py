@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import IDS, PIXELS, Config, Tensors, Topology, named_outputs, run_model
-from .graphs import IMAGE_EMBEDS, TEXT, VISION, GraphSpec, matrix_dtype
-from .snippets import texts_of
+from .card_examples import texts_of
+from .graph_specs import IMAGE_EMBEDS, TEXT, VISION, GraphSpec, matrix_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

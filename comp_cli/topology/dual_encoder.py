@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import APART, PIXELS, Config, Tensors, Topology, named_outputs
-from .graphs import IMAGE_EMBEDS, TEXT, TEXT_EMBEDS, VISION, Axes, GraphSpec
-from .snippets import texts_of
+from .base import APART, PIXELS, Config, Halves, Tensors, Topology, named_outputs
+from .card_examples import texts_of
+from .graph_specs import IMAGE_EMBEDS, TEXT, TEXT_EMBEDS, VISION, Axes, GraphSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 
     from ..families import Family
     from ..tasks import Task
-
-
-@dataclass(frozen=True)
-class Halves:
-    """The halves of a dual encoder in a class that is none by itself (see halves.py): of images and of texts the paths of the
-    module and of its projection, both read at the first token."""
-
-    images: tuple[str, str]
-    texts: tuple[str, str]
-    temperature: float  # cosines are divided by it
-    asked: str  # what the class itself is asked with, for the model card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +37,7 @@ class DualEncoder(Topology):
     def interface(self, model_class: type) -> type:
         if self.halves is None:
             return model_class
-        from .halves import dual_class
+        from .dual_interface import dual_class
 
         return dual_class(model_class, self.halves)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .base import IDS, INPUTS, MASK, PIXELS, Config, Tensors, Topology, Written, random_tokens
 from .caches import begin, cached, go_on, heads_of, keys_and_values
-from .graphs import DECODER, ENCODER, HIDDEN, PAST, STATES, Axes, GraphSpec, Shape, Signature, Step, Values, matrix_dtype
-from .snippets import LONGEST, QUESTION
+from .card_examples import LONGEST, QUESTION
+from .graph_specs import DECODER, ENCODER, HIDDEN, PAST, STATES, Axes, GraphSpec, Shape, Signature, Step, Values, matrix_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import APART, Topology
-from .graphs import Axes
-from .snippets import TEXTS
+from .card_examples import TEXTS
+from .graph_specs import Axes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import RefusedError
 from ..files.store import read_json
-from .kinds import MERGE, adapter_among, other_kind
-from .vetting import check_folder, shown
+from .folder_check import check_folder, shown
+from .foreign_formats import MERGE, adapter_among, other_kind
 
 
 def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> list[str]:
@@ -40,7 +40,7 @@ def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> l
 
 def check_checkpoint(folder: Path, *, allow_pickle: bool) -> list[str]:
     """The files that hold the weights. Raises RefusedError where `pick_weights` refuses the folder's files, a shard is missing
-    or lies outside, or `vetting` finds what no library should read."""
+    or lies outside, or folder_check.py finds what no library should read."""
     try:
         names = os.listdir(folder)
     except OSError as error:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from .. import __version__
+from ..checkpoint.loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
+from ..checkpoint.precision import of_the_whole
 from ..data.batches import Batch
 from ..engine.slicing import padded
 from ..errors import CompError
 from ..files.store import save_tensors, sha256
-from ..models.dense import Dense
 from ..plan import Plan
 from ..report.cards import model_card
 from ..runtime import modeling_comp
-from .loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
-from .precision import of_the_whole
+from .dense import Dense
 
 
 def write_checkpoint(

@@ -1,6 +1,6 @@
 """The table of `comp export`."""
 
-from .exported import ExportReport, ParityRow
+from .export import ExportReport, ParityRow
 from .numbers import Printer, mib, percent
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from .dual_encoder import Halves
+from .base import Halves
 
 
 class DualInterface:

@@ -3,12 +3,13 @@
 import shlex
 
 from ..engine import flops
-from ..models.dense import Dense
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .base import Reference
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .pruned import LayerKept, PruneReport
+from .prune import LayerKept, PruneReport
+
+KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
 
 
 def metric_value(name: str, value: float) -> str:
@@ -16,12 +17,12 @@ def metric_value(name: str, value: float) -> str:
     return percent(value) if is_share(name) else f"{100 * value:.1f}"
 
 
-def layer_rows(dense: Dense, plan: Plan) -> tuple[LayerKept, ...]:
+def layer_rows(plan: Plan, dense: Plan, reference: flops.Reference) -> tuple[LayerKept, ...]:
     """One row per layer: what is left of heads, channels and tokens."""
     rows = []
-    counted = {(row.tower, row.layer): row for row in flops.count(plan, dense.reference).layers}
+    counted = {(row.tower, row.layer): row for row in flops.count(plan, reference).layers}
     for tower in plan.towers:
-        full = dense.plan.tower(tower.name).layers
+        full = dense.tower(tower.name).layers
         for index, (layer, before) in enumerate(zip(tower.layers, full, strict=True)):
             row = counted[tower.name, index]
             rows.append(
@@ -31,7 +32,7 @@ def layer_rows(dense: Dense, plan: Plan) -> tuple[LayerKept, ...]:
                     heads=_of(layer, before, "attention"),
                     cross_heads=_of(layer, before, "cross"),
                     ffn=_of(layer, before, "ffn"),
-                    tokens=[row.tokens_out, sum(dense.reference.tokens[stream] for stream in tower.streams)],
+                    tokens=[row.tokens_out, sum(reference.tokens[stream] for stream in tower.streams)],
                     flops=row.total,
                 )
             )
@@ -85,8 +86,7 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
 
 def reference_input(reference: Reference) -> str:
     """ "577 image tokens, 35 text tokens"."""
-    kinds = {"vision": "image", "language": "text", "answer": "answer"}
-    return ", ".join(f"{number} {kinds[tower]} tokens" for tower, number in reference.tokens.items())
+    return ", ".join(f"{number} {KINDS.get(stream, stream)} tokens" for stream, number in reference.tokens.items())
 
 
 def print_pruned(report: PruneReport, out: Printer) -> None:

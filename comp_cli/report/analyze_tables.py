@@ -2,9 +2,9 @@
 
 import shlex
 
-from .analyzed import AnalyzeReport, Diagnostics
+from .analyze import AnalyzeReport, Diagnostics
 from .numbers import Printer, gflops, millions, percent
-from .tables import reference_input
+from .prune_tables import reference_input
 
 
 def print_analysis(report: AnalyzeReport, out: Printer, model: str, task: str | None) -> None:

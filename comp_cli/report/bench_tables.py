@@ -1,10 +1,11 @@
 """The tables of `comp bench`."""
 
-from ..measure.gates import sentence
-from .benched import BenchReport, Factor, Latency, Speedup
+from ..options import flag
+from .bench import BenchReport, Factor, GateOutcome, Latency, Speedup
 from .numbers import Printer, change, gflops, mib, millions, percent
 
 BACKEND_NAMES = {"torch": "torch", "onnx": "ONNX Runtime", "compile": "torch.compile"}
+GATES = {"min_speedup": ("speed-up", "x"), "max_latency_ms": ("latency", " ms"), "max_memory_mb": ("memory", " MiB")}
 STOCK = {"torch": "stock transformers", "onnx": "plain export", "compile": "stock transformers"}
 
 
@@ -46,7 +47,7 @@ def print_benchmark(report: BenchReport, out: Printer) -> None:
         f"{min(row.runs for row in report.timings)} interleaved rounds, medians."
     )
     for outcome in report.gates:
-        out.line(sentence(outcome))
+        out.line(gate_sentence(outcome))
 
 
 def _latency(row: Latency) -> list[str]:
@@ -78,3 +79,11 @@ def _costs(report: BenchReport) -> list[list[str]]:
         peaks.setdefault(label, {})[row.side] = row.bytes
     rows += [(label, mib, found["dense"], found["compact"]) for label, found in peaks.items()]
     return [[name, shown(dense), shown(compact), change(dense, compact)] for name, shown, dense, compact in rows]
+
+
+def gate_sentence(outcome: GateOutcome) -> str:
+    """The outcome for people."""
+    what, unit = GATES[outcome.gate]
+    verdict = "passed" if outcome.passed else "not met"
+    where = f"{outcome.backend}, batch {outcome.batch}"
+    return f"{flag(outcome.gate)} {outcome.limit:g} {verdict}: the worst {what} is {outcome.found:.2f}{unit} ({where})."

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, SiglipTokenizer
 
 from ..families import Family
 from ..tasks import Task
-from ..topology.snippets import PICTURE
+from ..topology.card_examples import PICTURE
 
 PLACES = f'folder, picture = ".", "{PICTURE}"  # this folder, and a picture of yours'
 UPRIGHT = 'image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, without alpha'

@@ -4,14 +4,15 @@ import ctypes
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import DeviceError
-from ..measure.timing import Inputs
 from . import sessions
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -48,7 +49,7 @@ class Profile:
         return found
 
 
-def profile(path: Path, inputs: Inputs, device: str = "cpu", runs: int = 2) -> Profile:
+def profile(path: Path, inputs: Mapping[str, Tensor], device: str = "cpu", runs: int = 2) -> Profile:
     """Run a graph in a session of its own with profiling on, after one run to warm up.
 
     Profiling slows small nodes a little: these times are for shares, never for latency.

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..data.batches import Batch
 from ..engine import stages
-from ..models.dense import Dense, Pairs
+from ..models.dense import Dense
+from ..models.pairs import Pairs
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress

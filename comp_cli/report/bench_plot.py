@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..files.outputs import atomic_file, check_file, resolve
-from .benched import BenchReport
-from .benchmark import BACKEND_NAMES, side_name
+from .bench import BenchReport
+from .bench_tables import BACKEND_NAMES, side_name
 
 PICTURES = (".png", ".svg", ".pdf")
 MARK = b"drawn by comp bench"  # in the pictures that comp drew, which it may replace

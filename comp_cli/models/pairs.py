@@ -1,0 +1,53 @@
+"""The pairs that a model is calibrated and judged on: the user's, or generated scenes; and batches of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..data.batches import Batch
+from ..data.pairset import PairSet
+from ..data.rows import Columns
+from ..data.scene_pairs import ScenePairs
+from ..data.sources import open_pairs
+from ..data.splits import Purpose
+from ..options import DataOptions
+from ..progress import Progress
+from ..tasks import Task
+from .dense import Dense
+
+Pairs = ScenePairs | PairSet
+
+
+def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:
+    """The user's pairs, or generated scenes with a warning for models that do not know them."""
+    if options.data is not None:
+        named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
+        columns = Columns(*named)
+        progress.say(f"{dense.task.name}: {dense.task.compares}")
+        return open_pairs(options.data, progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
+    if dense.source.kind != "demo":
+        progress.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
+    elif not dense.task.has_negatives:
+        progress.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
+    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.has_negatives)
+
+
+def generated_pairs(task: Task, labelled: bool) -> ScenePairs:
+    """Scenes with the texts that a task reads."""
+    return ScenePairs(labelled, described=not task.has_negatives, asked=task.has_answers)
+
+
+def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch_size: int, seed: int = 0) -> list[Batch]:
+    """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
+    return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.accepts), batch_size))
+
+
+def cut_texts(batches: Sequence[Batch], longest: int) -> dict[str, int]:
+    """How many of the texts were cut, and at how many tokens."""
+    return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
+
+
+def warn_cut_texts(purpose: str, texts: Mapping[str, int], progress: Progress, most: int) -> None:
+    """A warning where texts were cut; `most`: tokens that the model takes."""
+    if texts["cut"]:
+        more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"
+        progress.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")
