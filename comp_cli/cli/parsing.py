@@ -12,8 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..arguments import EMPTY_IS_NONE, check_text
 from ..errors import CompError, UsageError
+from ..option_values import EMPTY_IS_NONE, check_text
 from ..options import flag
 from .exit_codes import FAILED
 from .output import MODES, Output
