@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 
@@ -263,7 +264,7 @@ WRONG = {
         (SELF, feed_forward("mlp.gate_proj", "mlp.down_proj")),
         r"layers\.0\) has the matrix mlp\.up_proj\.weight \(96, 64\), which none of its parts \(attention, ffn\) names",
     ),
-    "no attention": ((GATED,), "has the matrix self_attn.k_proj.weight"),
+    "no attention": ((GATED,), "the llm tower: none of its parts is a self-attention"),
     "plain heads": (
         (PLAIN, GATED),
         r"k_proj\.weight .* is \(16, 64\); the part attention expects 64 rows: num_attention_heads 8, 1 query head",
@@ -284,6 +285,56 @@ WRONG = {
 def test_a_description_that_does_not_fit_is_refused(llama, parts, said):
     with pytest.raises(RefusedError, match=said) as refused:
         flops.reference(LLAMA.to_dict(), described(*parts), shapes_of(llama), 12)
+    assert refused.value.hint
+
+
+def stream(**changes) -> Family:
+    return described(streams=(replace(TEXT, **changes),))
+
+
+AGAIN = replace(GATED, name="again")
+CONTRADICTIONS = {
+    "part twice": (described(SELF, GATED, GATED), "the parts of the llm tower: ffn is there twice"),
+    "matrix in two parts": (described(SELF, GATED, AGAIN), "the matrices of the llm tower: mlp.gate_proj is there twice"),
+    "tower twice": (replace(DESCRIBED, towers=(TOWER, TOWER)), "the towers of llama: llm is there twice"),
+    "stream twice": (described(streams=(TEXT, TEXT)), "the streams of llama: llm is there twice"),
+    "no streams": (described(streams=()), "it has no streams"),
+    "section": (described(config="text_config"), "config.json has no text_config"),
+    "encoder": (described(encoder="modle"), "the weights have no layer modle.layers.0"),
+    "order": (described(order="prenorm"), "order is 'prenorm', expected one of pre_norm, post_norm"),
+    "norms": (described(norms=("norm", "post_attention_layernorm")), "it names norm, and nothing in model.layers.0"),
+    "unused": (described(unused=("mlp.rooter",)), "it names mlp.rooter, and nothing"),
+    "whole": (described(whole=("mlp",)), "mlp stays as it is, and yet a part names mlp.gate_proj"),
+    "text end": (described(text_end="text_model"), "text_end is text_model, and the weights have nothing"),
+    "units": (described(replace(SELF, units="kv_heads"), GATED), "config.json says None where kv_heads is looked for"),
+    "two projections": (
+        described(attention("self_attn", ("q_proj", "k_proj"), "self_attn.o_proj"), GATED),
+        "its queries, keys and values are 2 matrices of 1 each, expected three",
+    ),
+    "copies": (described(replace(SELF, copies=3), GATED), "are 3 matrices of 3 each, expected three"),
+    "module": (described(replace(SELF, module="attn"), GATED), "self_attn.q_proj is not inside its module attn"),
+    "reads": (
+        described(SELF, attention("cross", ("q", "k", "v"), "cross.o", name="cross", reads="vison"), GATED),
+        "the part cross reads the stream vison; of towers before it there are: none",
+    ),
+    "source": (stream(source="video"), "source is 'video', expected one of image, text, answer"),
+    "protected": (stream(protected=("start",)), "'start' cannot be protected, only first, last, end"),
+    "class token": (stream(class_token="cls"), "class_token is 'cls', expected first, last or None"),
+    "rule": (stream(rule="atention"), "rule is 'atention', expected one of attention, "),
+    "rule of [CLS]": (stream(rule="cls"), "the rule cls asks a token that it does not have"),
+    "fixed": (replace(DESCRIBED, fixed={"lm_haed": "llm"}), "llama.fixed: the weights have no lm_haed.weight"),
+    "times": (replace(DESCRIBED, fixed={"lm_head": "lm"}), "lm_head is used 'lm', expected one of llm, once, patches"),
+    "patches": (replace(DESCRIBED, fixed={"lm_head": "patches"}), "used for patches, and no stream is of images"),
+    "inside": (replace(DESCRIBED, fixed={"model.layers.0.mlp.up_proj": "llm"}), "is in a layer of the llm tower"),
+    "pooling": (replace(DESCRIBED, pooling="head"), "head needs weights of that name and a stream of images"),
+}
+
+
+@pytest.mark.parametrize(("family", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_description_that_contradicts_itself_is_refused(llama, family, said):
+    flops.reference(LLAMA.to_dict(), DESCRIBED, shapes_of(llama), 12)
+    with pytest.raises(RefusedError, match=re.escape(said)) as refused:
+        flops.reference(LLAMA.to_dict(), family, shapes_of(llama), 12)
     assert refused.value.hint
 
 

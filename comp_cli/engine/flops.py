@@ -11,7 +11,8 @@ from typing import Any
 
 from ..families import Family, Tower, tower_config
 from ..plan import LayerPlan, Plan, StreamPlan, TowerPlan
-from .parts import PartSizes, Shape, matrices_of, part_sizes
+from .description_check import Shape
+from .parts import PartSizes, matrices_of, part_sizes
 
 
 @dataclass(frozen=True)

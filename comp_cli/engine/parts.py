@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import RefusedError
 from ..families import Family, Part, Tower, tower_config
 from ..plan import width_of_head
+from .description_check import Shape, check_description
 
-Shape = tuple[int, ...]
 HINT = "The family's description and the weights must fit: see families/base.py, Part."
 
 
@@ -28,9 +28,10 @@ class PartSizes:
 def part_sizes(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], PartSizes]:
     """(tower, part) -> the sizes of its matrices, from config.json and the shapes of the weights.
 
-    Raises RefusedError where a matrix of a layer is in no part, a part names one that is not there, or the numbers of rows and
-    columns are not those of as many units as the config says.
+    Raises RefusedError where the description contradicts itself (description_check.py), a matrix of a layer is in no part, a
+    part names one that is not there, or the numbers of rows and columns are not those of as many units as the config says.
     """
+    check_description(config, family, shapes)
     found = {}
     for tower in family.towers:
         sizes = tower_config(config, tower)
