@@ -1,4 +1,4 @@
-"""For mkdocstrings: the defaults of functions as values. In the code they are `PruneOptions.seed`, of which a page shows "seed"."""
+"""For mkdocstrings: defaults as values. In the code they are `PruneOptions.seed`, of which a page would show "seed"."""
 
 from typing import Any
 
