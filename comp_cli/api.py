@@ -491,6 +491,7 @@ def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
         A model that takes what the stock `generate` takes: prompts, beams, sampling.
 
     Raises:
+        UsageError: a device that is none.
         RefusedError: graphs that generate no text, or are broken.
         DeviceError: a device that ONNX Runtime does not have.
 
