@@ -61,9 +61,10 @@ newest:
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# The site, into out/site; a warning is an error. Pages of the API come from docstrings, which are read and not run: no torch.
+# The site, into out/site; a warning is an error (not with --quiet, which hides them from --strict). Pages of the API come from
+# docstrings, which are read and not run: no torch.
 docs: $(SITE_VENV)/.done
-	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(SITE_VENV)/bin/mkdocs build --strict
 
 $(SITE_VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SITE_VENV)

@@ -35,7 +35,7 @@ def main(compact: Path, exports: list[Path]) -> None:
         error = (found - logits[compact]).abs()
         same = comparison.agreement(logits[compact], found)
         rows.append([str(folder), mib(folder_size(folder)), percent(right), percent(same), f"{error.max():.1e}"])
-    columns = ["", "size", "accuracy", "decides like compact", "max difference"]
+    columns = ["", "size", "accuracy", "prediction agreement with PyTorch", "max abs. error"]
     out.table(f"{PAIRS} pairs of the test split", columns, rows)
 
 

@@ -82,7 +82,7 @@ def analyze(
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
-        progress: what hears how the work goes on (default: nobody).
+        progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
         FLOPs (2 x multiply-accumulates, one sample), parameters, Gini coefficients and cross-mode interference per layer.
@@ -208,7 +208,7 @@ def prune(
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
         dry_run: make the plan, write nothing.
-        progress: what hears how the work goes on (default: nobody).
+        progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
         What was pruned and what it costs in accuracy. `report.quality` is None after a dry run.
@@ -302,7 +302,7 @@ def export(
         opset: ONNX opset, 18 to 23.
         overwrite: replace a folder that comp wrote before.
         keep_failed: leave refused graphs in OUTPUT.failed.
-        progress: what hears how the work goes on (default: nobody).
+        progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
         The graphs' inputs and outputs, and how well they agree with PyTorch.
@@ -382,7 +382,7 @@ def bench(
         revision: branch, tag or commit of the baseline on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin of the baseline where there is no safetensors.
-        progress: what hears how the work goes on (default: nobody).
+        progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
         Latencies (ms for a whole batch), speed-ups with 95 % intervals, FLOPs, parameters, peak memory (bytes).
@@ -426,7 +426,7 @@ def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeRepo
 
     Args:
         folder: a folder that `prune` wrote. It changes as a whole or not at all.
-        progress: what hears how the work goes on (default: nobody).
+        progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
         What changed; nothing where all is as comp writes it today.
@@ -491,6 +491,7 @@ def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
         A model that takes what the stock `generate` takes: prompts, beams, sampling.
 
     Raises:
+        UsageError: a device that is none.
         RefusedError: graphs that generate no text, or are broken.
         DeviceError: a device that ONNX Runtime does not have.
 

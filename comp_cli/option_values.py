@@ -94,12 +94,18 @@ def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:
     """Batch sizes as a text with commas, a number, or several. Raises UsageError where one is none."""
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
-        sizes = tuple(dict.fromkeys(int(part) if isinstance(part, str) else operator.index(part) for part in parts))
+        sizes = tuple(dict.fromkeys(map(_whole, parts)))
     except (TypeError, ValueError):
         sizes = ()
     if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
         raise UsageError(f"--batch {_listed(given)}: expected numbers from 1 to 100000, with commas, such as 1,8.")
     return sizes
+
+
+def _whole(part: Any) -> int:
+    if isinstance(part, bool):
+        raise TypeError("a bool is no number")
+    return int(part) if isinstance(part, str) else operator.index(part)
 
 
 def _listed(given: object) -> str:

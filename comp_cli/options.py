@@ -154,7 +154,7 @@ class Training(Checked):
 
     Attributes:
         steps: optimizer steps; 0 for none (training-free).
-        epochs: the same in passes over the data.
+        epochs: fine-tuning epochs over the data, in place of steps.
         lr: learning rate; None for the default of the model's size.
         batch_size: pairs of one step, over all processes.
         stage_share: share of the steps that train inside the stages, while units fade; the others tune the final plan.

@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 RESULTS = (f"benchmarks/results/*.{kind}" for kind in ("md", "png", "json"))
-OUTSIDE = ("*.md", "scripts/README.md", "benchmarks/README.md", *RESULTS)
+OUTSIDE = ("*.md", "LICENSE", "scripts/README.md", "benchmarks/README.md", *RESULTS)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

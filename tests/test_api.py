@@ -281,6 +281,7 @@ WRONG = [
     ("export", {"atol": -1}, "--atol -1: expected a number from 0."),
     ("bench", {"backend": ("torch", "tensorrt")}, "--backend torch,tensorrt: expected some of torch, onnx, compile"),
     ("bench", {"batch": b"1"}, "--batch b'1': expected text or a whole number or a list."),
+    ("bench", {"batch": [True]}, "--batch True: expected numbers from 1 to 100000"),
     ("bench", {"batch": [1.5]}, "--batch 1.5: expected numbers from 1 to 100000"),
     ("bench", {"batch": [0]}, "--batch 0: expected numbers from 1 to 100000"),
     ("bench", {"min_speedup": -1}, "--min-speedup -1: expected a number from 0."),

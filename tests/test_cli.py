@@ -408,7 +408,7 @@ def test_a_drop_that_is_not_allowed(tiny_folder, tmp_path, monkeypatch):
 def test_the_demo_model_was_trained_for_one_task():
     result = comp("analyze", "demo", "--task", "retrieval", "--num-samples", "2", "--device", "cpu")
     assert result.exit_code == 0 and "never trained for retrieval" in result.stderr
-    assert "comp prune demo --ratio 0.5 --task retrieval" in result.stdout
+    assert "comp prune demo --ratio 0.5 --task retrieval --device cpu -o compact" in result.stdout
 
 
 def test_a_task_that_the_model_is_not_for(tiny_folder, tmp_path):

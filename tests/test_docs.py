@@ -117,6 +117,12 @@ def test_the_site_lists_every_page():
     assert listed >= {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_the_site_is_built_strictly():
+    """mkdocs counts the warnings that it shows: --quiet leaves none to --strict."""
+    recipe = re.search(r"^\t(.*mkdocs build.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert "--strict" in recipe and not {"-q", "--quiet"} & set(recipe)
+
+
 def test_files_and_folders_that_the_pages_name_exist():
     for name, page in PAGES.items():
         if name != "CHANGELOG.md":

@@ -248,7 +248,7 @@ def test_optimize_that_changes_the_result_is_skipped_with_a_line(graph_pair, jud
     before = {path.name: path.read_bytes() for path in graph_pair.iterdir()}
     out = Output("quiet")
     assert export.optimize(graph_pair, [VISION, TEXT], judge, ExportOptions(), out) == {}
-    assert "--optimize is skipped: the graph differs from torch by" in out.warnings[0]
+    assert "--optimize is skipped: the graph differs from PyTorch by" in out.warnings[0]
     assert {path.name: path.read_bytes() for path in graph_pair.iterdir()} == before
 
 
@@ -279,14 +279,14 @@ def torch_says_more(pair, monkeypatch):
 
 
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact_folder, tmp_path, torch_says_more):
-    with pytest.raises(CompError, match="differs from torch by 1.00e-02") as caught:
+    with pytest.raises(CompError, match="differs from PyTorch by 1.00e-02") as caught:
         run_export(compact_folder, tmp_path / "served")
     assert caught.value.exit_code == 3 and list(tmp_path.iterdir()) == []
 
 
 def test_keep_failed_leaves_it_for_a_look(compact_folder, tmp_path, torch_says_more):
     for _ in range(2):  # the second takes the place of the first
-        with pytest.raises(CompError, match="differs from torch") as caught:
+        with pytest.raises(CompError, match="differs from PyTorch") as caught:
             run_export(compact_folder, tmp_path / "served", keep_failed=True)
         assert caught.value.exit_code == 3 and "served.failed" in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["served.failed"]
@@ -309,9 +309,9 @@ def row(error, same, inputs="real"):
 def test_the_gate_counts_errors_and_decisions():
     allowed = parity.Tolerance(0.1, 0.95)
     assert parity.problem([row(0.1, 1.0), row(0.1, 0.5, "random")], allowed) is None
-    assert "differs from torch by 2.00e-01" in parity.problem([row(0.2, 1.0)], allowed)
-    assert "differs from torch by inf" in parity.problem([row(float("inf"), 1.0)], allowed)
-    assert "93.8 % of the real pairs" in parity.problem([row(0.1, 1.0), row(0.1, 0.875)], allowed)
+    assert "differs from PyTorch by 2.00e-01" in parity.problem([row(0.2, 1.0)], allowed)
+    assert "differs from PyTorch by inf" in parity.problem([row(float("inf"), 1.0)], allowed)
+    assert "93.8 % on the real pairs" in parity.problem([row(0.1, 1.0), row(0.1, 0.875)], allowed)
 
 
 def test_one_nan_is_an_infinite_difference(cases):
@@ -407,4 +407,4 @@ def test_embeddings_are_judged_by_their_size():
     case = Case("real", {"pixel_values": torch.zeros(8, 3, 4, 4)}, {"image_embeds": real})
     task = tasks.TASKS["image-embedding"]
     rows = check(Graphs(), [case], task)
-    assert rows[0].max_error < 0.3 and "differs from torch" in parity.problem(rows, parity.tolerance(task, "int8", None))
+    assert rows[0].max_error < 0.3 and "differs from PyTorch" in parity.problem(rows, parity.tolerance(task, "int8", None))

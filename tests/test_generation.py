@@ -199,7 +199,7 @@ def test_prompts_of_several_lengths_are_refused(writer, served):
 
 
 def test_folders_without_such_graphs_are_refused(writer, pruned, tmp_path):
-    with pytest.raises(CompError, match="no graphs that write texts") as refused:
+    with pytest.raises(CompError, match="no graphs for text generation") as refused:
         load_onnx(pruned[0])
     assert refused.value.exit_code == REFUSED and "decoder_with_past_model.onnx" in refused.value.hint
 

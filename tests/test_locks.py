@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_a_second_command_ends_at_once_and_names_the_first(tmp_path):
     fill(tmp_path / "other")
     assert end(process) == 0
     assert (tmp_path / "out/weights").read_text() == "theirs" and names(tmp_path) == ["other", "out"]
+
+
+def test_a_second_thread_ends_at_once_and_the_first_enters_again(tmp_path):
+    with locked(tmp_path / "out"), ThreadPoolExecutor(1) as others:
+        with locked(tmp_path / "out"):
+            assert locks.holds(tmp_path / "out")
+        with pytest.raises(CompError, match=f"Process {os.getpid()} on .* is writing .*out"):
+            others.submit(fill, tmp_path / "out").result()
+        assert names(tmp_path) == [".out.lock"]
+        others.submit(fill, tmp_path / "other").result()
+    assert names(tmp_path) == ["other"]
 
 
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")

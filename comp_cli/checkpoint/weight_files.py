@@ -44,7 +44,7 @@ def check_checkpoint(folder: Path, *, allow_pickle: bool) -> list[str]:
     try:
         names = os.listdir(folder)
     except OSError as error:
-        raise RefusedError(f"{folder}: {error.strerror}.") from error
+        raise RefusedError(f"{folder}: {error.strerror}.", hint="Name a folder with a checkpoint.") from error
     weights = pick_weights(names, allow_pickle=allow_pickle, owner=str(folder))
     check_folder(folder)
     return weight_files(folder, weights)

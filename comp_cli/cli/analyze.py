@@ -5,10 +5,13 @@ from typing import Any
 import typer
 
 from .. import api
-from ..options import AnalyzeOptions, DataOptions, HubOptions
+from ..options import AnalyzeOptions, DataOptions, HubOptions, flag
 from . import shared_options as given
 from .output import Output
 from .perform import perform
+
+COLUMNS = ("image_column", "text_column", "label_column", "answer_column", "split_column")
+SAME = ("data", "task", "split", *COLUMNS, "text_tokens", "score_rows", "device", "revision", "cache_dir")  # for `comp prune`
 
 
 def analyze(
@@ -48,6 +51,14 @@ def analyze(
     def show(report: Any, out: Output) -> None:
         from ..report.analyze_tables import print_analysis
 
-        print_analysis(report, out, model, task)
+        print_analysis(report, out, model, _again(context))
 
     perform(context, lambda options, out: api.analyze(**options, progress=out), show)
+
+
+def _again(context: typer.Context) -> list[str]:
+    """What was typed about the model and its data, which `comp prune` has to be told as well."""
+    sources = {name: context.get_parameter_source(name) for name in SAME}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    words = [word for name in typed for word in (flag(name), str(context.params[name]))]
+    return words + ["--allow-pickle"] * bool(context.params["allow_pickle"])

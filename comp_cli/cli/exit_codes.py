@@ -8,6 +8,7 @@ MEANING = {
     GATE: "a gate was not met (parity, accuracy, speed, memory)",
     REFUSED: "input refused (unsafe, corrupt, unsupported)",
     DEVICE: "device or provider missing",
+    129: "SIGHUP",
     130: "Ctrl-C",
     143: "SIGTERM",
 }

@@ -1,5 +1,6 @@
 """`comp export`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,7 @@ def export(
     context: typer.Context,
     folder: given.Folder = None,
     onnx: Annotated[bool, option(MAIN, "Write ONNX (the only format so far).", "--onnx")] = False,
-    output: given.OutputDir = None,
+    output: Annotated[Path | None, given.output_dir("FOLDER-onnx")] = None,
     dtype: Annotated[
         str, option(MAIN, "fp32, fp16 or bf16 for the weights; inputs and outputs stay fp32.")
     ] = ExportOptions.dtype,

@@ -1,5 +1,6 @@
 """`comp prune`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,7 @@ def prune(
     context: typer.Context,
     model: given.Model,
     ratio: Annotated[float, option(MAIN, "FLOPs reduction, 0 to 1 (0.5 removes half).", show_default=False)],
-    output: given.OutputDir = None,
+    output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO")] = None,
     data: given.Data = DataOptions.data,
     max_drop: Annotated[
         float | None, option(MAIN, "Points that the metric may fall; more is exit code 3, and nothing is written.")

@@ -24,7 +24,12 @@ Folder = Annotated[
 
 PAIRS = "jsonl, csv, parquet, image folder or Hub data set (default: built-in synthetic scenes)."
 Data = Annotated[str | None, option(MAIN, f"Image-text pairs: {PAIRS}")]
-OutputDir = Annotated[Path | None, option(MAIN, "Folder to write.", "--output", "-o", show_default=False)]
+
+
+def output_dir(default: str) -> Any:
+    """The option of the folder to write, with what it is called where nobody says."""
+    return option(MAIN, f"Folder to write (default: {default}).", "--output", "-o", show_default=False)
+
 
 TaskName = Annotated[str | None, option(DATA, "Evaluation task (default: inferred from the architecture).", "--task")]
 NumSamples = Annotated[int, option(DATA, "Image-text pairs for calibration.")]

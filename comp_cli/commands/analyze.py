@@ -1,4 +1,4 @@
-"""`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how they pollute each other."""
+"""`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how their scores interfere."""
 
 from dataclasses import asdict
 

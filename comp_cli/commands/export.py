@@ -61,7 +61,7 @@ class Check:
         return OnnxModel(folder, names, self.device, self.run)
 
     def rows(self, graphs: OnnxModel, progress: Progress) -> list[ParityRow]:
-        with progress.track("checking parity with torch", len(self.cases)) as bar:
+        with progress.track("checking parity with PyTorch", len(self.cases)) as bar:
             return parity.check(graphs, self.cases, self.task, bar.advance)
 
 
@@ -100,7 +100,7 @@ def _export(
     longest = longest_text(described.to_dict(), family, processor)
     checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
-        progress.say("running the model in torch ...")
+        progress.say("running the model in PyTorch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
         collate = collator(family, processor, longest, task, described)
         pairs = parity.real_pairs(source, task, rounded, collate.seen)

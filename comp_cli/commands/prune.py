@@ -55,7 +55,7 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
     if not 0 < options.ratio < 1:
         raise UsageError(
             f"--ratio {options.ratio}: expected a number between 0 and 1.",
-            hint="The ratio is the share of the FLOPs that goes: 0.5 halves them.",
+            hint="It is the FLOPs reduction: 0.5 removes half.",
         )
     if options.method not in METHODS:
         raise UsageError(f"--method {options.method}: unknown.", hint=f"Use one of {', '.join(METHODS)}.")

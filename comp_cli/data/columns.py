@@ -74,7 +74,7 @@ def unreadable(owner: str, error: Exception) -> CompError:
             return UsageError(f"{owner}: neither a path here nor the name of a data set.")
         case DatasetNotFoundError():
             hint = "For a private or gated data set set HF_TOKEN."
-            return RefusedError(f"{owner}: neither a path here nor a data set you may see. {lines[0]}", hint=hint)
+            return RefusedError(f"{owner}: neither a path here nor found on the Hub, or no access. {lines[0]}", hint=hint)
         case ConnectionError() | HTTPError() | OfflineModeIsEnabled():
             message = f"{owner}: no path here, and the hub cannot be reached. {lines[0]}"
             return CompError(message, hint="Check path, network, HF_ENDPOINT and HF_HUB_OFFLINE.")

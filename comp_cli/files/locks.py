@@ -26,37 +26,37 @@ BEAT, STALE = 15, 120  # seconds
 NO_KERNEL_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # some network disks
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for a machine and all containers on it, another after a restart
 
-_held: dict[Path, "_Lock"] = {}
+_held: dict[tuple[Path, int], "_Lock"] = {}  # by the thread that has it: to another one of the process it is taken
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the lock of an output, whose parent folder exists; a process may hold it several times.
+    """Hold the lock of an output, whose parent folder exists; a thread may hold it several times.
 
-    Raises CompError, naming the holder, where another process holds it, UsageError where the lock cannot be written.
+    Raises CompError, naming the holder, where another process or thread holds it, UsageError where the lock cannot be written.
     """
-    path = lock_path(output)
-    if path in _held:
+    if holds(output):
         yield
         return
+    key = _key(output)
     with signals.held():
-        _held[path] = _Lock(path, output)
+        _held[key] = _Lock(lock_path(output), output)
     try:
         yield
     finally:
         with signals.held():
-            _held.pop(path).release()
+            _held.pop(key).release()
 
 
 def holds(output: Path) -> bool:
-    """Whether this process has the lock."""
-    return lock_path(output) in _held
+    """Whether this thread has the lock."""
+    return _key(output) in _held
 
 
 def confirm(output: Path) -> None:
     """Raises CompError where the lock was lost meanwhile: another machine took this process for dead, or somebody removed the
     file."""
-    if not _held[lock_path(output)].is_there():
+    if not _held[_key(output)].is_there():
         raise CompError(
             f"The lock of {output} is gone: another process may be writing it.",
             hint="Run it again once no other command writes there.",
@@ -65,6 +65,10 @@ def confirm(output: Path) -> None:
 
 def lock_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.lock")
+
+
+def _key(output: Path) -> tuple[Path, int]:
+    return lock_path(output), threading.get_ident()
 
 
 class _Lock:

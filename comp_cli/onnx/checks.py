@@ -91,10 +91,10 @@ def check_signature(path: Path, session: Any, expected: Signature) -> None:
 
 
 def writer_signatures(config: dict[str, Any], family: Family) -> dict[str, Signature]:
-    """Of the graphs of a model that writes texts, by their names. Raises RefusedError where the
+    """Of the graphs of a generative model, by their names. Raises RefusedError where the
     config is not one of such a model."""
     try:
         return family.topology.signatures(family, config)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
-        said = f"config.json describes no model that writes texts ({type(error).__name__}: {error})."
+        said = f"config.json describes no generative model ({type(error).__name__}: {error})."
         raise RefusedError(said, hint="Copy the folder again, or export the model again.") from error

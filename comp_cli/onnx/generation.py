@@ -27,14 +27,14 @@ CACHE = cache_name(CausalLMOutputWithCrossAttentions) or CACHES[0]
 def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedModel:
     """A model of the stock class with no weights: its parts run the graphs that `comp export` wrote into a folder.
 
-    `generate` takes what it always takes: prompts, beams, sampling. Raises RefusedError for graphs that write no texts, or a
+    `generate` takes what it always takes: prompts, beams, sampling. Raises RefusedError for graphs that generate no texts, or a
     folder without."""
     config = read_config(folder)
     family, architecture, _ = find_family(config)
     names = list(family.topology.text_graphs)
     if not names or not all((folder / name).is_file() for name in names):
-        needed = f"Needed: {', '.join(names)}." if names else f"A {architecture} writes none."
-        raise RefusedError(f"{folder}: no graphs that write texts.", hint=needed)
+        needed = f"Needed: {', '.join(names)}." if names else f"A {architecture} generates no texts."
+        raise RefusedError(f"{folder}: no graphs for text generation.", hint=needed)
     check_files(folder, ["config.json", *names])
     stock = getattr(transformers, architecture)
     expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
@@ -119,7 +119,7 @@ class OnnxDecoder:
 
 
 def stand_in_decoder(graphs: OnnxModel, stock: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """What writes texts with the decoder graphs, as the class of the stock decoder does."""
+    """What generates texts with the decoder graphs, as the class of the stock decoder does."""
     stock_class = type(stock)
     made = type(f"Onnx{stock_class.__name__}", (OnnxDecoder, stock_class), {})
     return made(stock.config, graphs).eval()

@@ -146,12 +146,12 @@ def problem(rows: list[ParityRow], tolerance: Tolerance) -> str | None:
     error, worst = max(((row.judged, row) for row in rows if row.judged is not None), key=lambda judged: judged[0])
     if not error <= tolerance.atol:
         return (
-            f"the graph differs from torch by {error:.2e} (batch {worst.batch}, {worst.text_tokens} text "
+            f"the graph differs from PyTorch by {error:.2e} (batch {worst.batch}, {worst.text_tokens} text "
             f"tokens, {worst.inputs} inputs); allowed is {tolerance.atol:.0e}."
         )
     if agreement(rows) < tolerance.agreement:
         return (
-            f"the graph decides like torch on {100 * agreement(rows):.1f} % of the real pairs; "
-            f"at least {100 * tolerance.agreement:.0f} % must be alike."
+            f"prediction agreement with PyTorch is {100 * agreement(rows):.1f} % on the real pairs; "
+            f"at least {100 * tolerance.agreement:.0f} % is needed."
         )
     return None

@@ -1,14 +1,18 @@
 """The tables of `comp analyze`."""
 
 import shlex
+from collections.abc import Sequence
 
 from .analyze import AnalyzeReport, Diagnostics
 from .numbers import Printer, gflops, millions, percent
 from .prune_tables import reference_input
 
 
-def print_analysis(report: AnalyzeReport, out: Printer, model: str, task: str | None) -> None:
-    """Towers, layers with their inequality, diagnostics, and the next command. model, task: as they were typed."""
+def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Sequence[str]) -> None:
+    """Towers, layers with their inequality, diagnostics, and the next command.
+
+    model: as it was typed. again: options that the next command repeats.
+    """
     total_flops, total_params = report.flops.total, report.params.total
     sums: dict[tuple[str, str], list[int]] = {}
     for layer in report.layers:
@@ -41,8 +45,7 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, task: str | 
     columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
     print_diagnosis(report.diagnostics, out)
-    again = f" --task {task}" if task else ""
-    out.line(f"Next: comp prune {shlex.quote(model)} --ratio 0.5{again} -o compact")
+    out.line(f"Next: {shlex.join(['comp', 'prune', model, '--ratio', '0.5', *again, '-o', 'compact'])}")
 
 
 def print_diagnosis(found: Diagnostics, out: Printer) -> None:

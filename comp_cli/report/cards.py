@@ -65,7 +65,7 @@ def _quality(quality: dict[str, Any]) -> list[str]:
         [name, *(metric_value(name, value[side]) for side in ("dense", "compact"))]
         for name, value in (quality["metrics"] or {}).items()
     ]
-    rows.append(["decides like the dense model", "-", percent(quality["agreement"])])
+    rows.append(["prediction agreement with the dense model", "-", percent(quality["agreement"])])
     table = ["| | dense | compact |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return [f"On {quality['samples']} samples that pruning did not see ({quality['data']}):", "", *table, ""]
 
@@ -157,7 +157,7 @@ def graphs_card(
         *(f"- `{name}`: {listed(g['inputs'])} to {listed(g['outputs'])}" for name, g in document["graphs"].items()),
         "",
         f"Opset {document['opset']}, for ONNX Runtime {document['min_onnxruntime']} or newer. Token pruning is inside the "
-        "graph; batch and text length are free. `export.json` holds versions, kept tokens, differences from torch, and hashes.",
+        "graph; batch and text length are free. `export.json` holds versions, kept tokens, errors against PyTorch, hashes.",
         "",
     ]
     if note := family.topology.graphs_note(document):

@@ -54,7 +54,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
         [f"{row.tower} {row.layer}", *map(cell, (row.heads, row.cross_heads, row.ffn, row.tokens)), gflops(row.flops)]
         for row in report.layers
     ]
-    columns = ["layer", "heads", "cross heads", "FFN channels", "tokens handed on", "FLOPs"]
+    columns = ["layer", "heads", "cross heads", "FFN channels", "tokens kept", "FLOPs"]
     out.table(f"Plan for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "

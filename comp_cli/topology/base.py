@@ -226,7 +226,7 @@ class Topology(ABC):
 
     @property
     def text_graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that write texts; none where the model writes none."""
+        """Names of the graphs that generate texts; none where the model generates none."""
         return ()
 
     def signatures(self, family: Family, config: Config) -> dict[str, Signature]:

@@ -1,4 +1,4 @@
-"""Encoder-decoders: a decoder writes texts, and attends to the tokens of an image, or to those of a question about it."""
+"""Encoder-decoders: a decoder generates texts, and attends to the tokens of an image, or to those of a question about it."""
 
 from __future__ import annotations
 
