@@ -146,7 +146,7 @@ def check_positive(config: dict[str, Any], family: Family, folder: Path) -> None
             if name in SIZES and not (type(value) is int and value >= 1):
                 place = f"{tower.config}.{name}".removeprefix(".")
                 raise RefusedError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.")
-        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", "num_attention_heads"))
+        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", tower.self_attention.queries))
         if width % heads:
             said = f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads."
             hint = "The config.json of this checkpoint is not one that transformers can load."

@@ -727,6 +727,8 @@ def compact_layer(
 def check_sizes(tower: dict[str, Any], hidden_size: int, heads: int) -> None:
     """ValueError where the sizes of a tower cannot be those of heads and channels taken from a dense one: such a plan would
     load, and give wrong numbers. heads: of the dense tower."""
+    if "streams" in tower or any("num_key_value_heads" in layer["attention"] for layer in tower["layers"]):
+        raise ValueError("towers of several streams, and shared key-value heads, are not run by this version of the runtime")
     head_dim = hidden_size // heads
     rows, rule = tower["score_rows"], tower.get("score_rule", "attention")
     if type(rows) is not int or rows < 0 or rule not in TOKEN_RULES:
