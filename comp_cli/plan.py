@@ -1,4 +1,4 @@
-"""The plan: what a compact model keeps. The only thing that passes between scoring, slicing, loading and exporting."""
+"""The plan: what a compact model keeps. Scoring makes it; slicing, loading and exporting read it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -117,7 +117,7 @@ def load_model(
 
 @contextmanager
 def sentences(folder: Path) -> Iterator[None]:
-    """transformers raises many kinds for a broken checkpoint; the sentence is what matters, and exit 4."""
+    """transformers raises many kinds for a broken checkpoint; all become RefusedError, in a sentence."""
     try:
         yield
     except CompError:

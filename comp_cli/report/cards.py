@@ -97,7 +97,7 @@ def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
 
 def prune_command(options: Any, **more: Any) -> str:
     """The command line of `comp prune` that was typed: model, ratio, and every option that is not at its default. Of a local
-    path the name only: whoever reads it has other folders. `more`: options that are no part of `search.Options`."""
+    path the name only: whoever reads it has other folders. `more`: options that are no part of `PruneOptions`."""
     options = without_places(options)
     parts = ["comp prune", shlex.quote(options.model), f"--ratio {options.ratio}"]
     for name, value in (*_changed(options), *((name, value) for name, value in more.items() if value not in (None, False))):

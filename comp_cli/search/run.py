@@ -29,7 +29,7 @@ class SearchResult:
     stages: list[stages.Stage]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
-    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `dense.cut_texts`
+    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
 
 
 def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:
