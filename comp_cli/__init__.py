@@ -49,10 +49,10 @@ _PLACES = {
     "errors": ("CompError", "DeviceError", "GateError", "RefusedError", "UsageError"),
     "plan": ("Plan",),
     "progress": ("Bar", "Progress"),
-    "report.analyzed": ("AnalyzeReport",),
-    "report.benched": ("BenchReport",),
-    "report.exported": ("ExportReport",),
-    "report.pruned": ("PruneReport",),
+    "report.analyze": ("AnalyzeReport",),
+    "report.bench": ("BenchReport",),
+    "report.export": ("ExportReport",),
+    "report.prune": ("PruneReport",),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CompError
-from .option_values import default_output, parse_backends, parse_batches
+from .option_values import checked, default_output, parse_backends, parse_batches
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -38,6 +38,7 @@ StrPath = str | os.PathLike[str]
 R = TypeVar("R", bound=Report)
 
 
+@checked
 def analyze(
     model: StrPath,
     *,
@@ -117,6 +118,7 @@ def analyze(
     return _reported(work, progress)
 
 
+@checked
 def prune(
     model: StrPath,
     *,
@@ -258,6 +260,7 @@ def prune(
     return _reported(work, progress)
 
 
+@checked
 def export(
     folder: StrPath | None = None,
     *,
@@ -337,6 +340,7 @@ def export(
     return _reported(work, progress)
 
 
+@checked
 def bench(
     folder: StrPath | None = None,
     *,
@@ -416,6 +420,7 @@ def bench(
     return _reported(work, progress)
 
 
+@checked
 def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeReport:
     """Put today's runtime beside the weights of a compact folder that an older comp wrote. The weights stay as they are.
 
@@ -446,6 +451,7 @@ def environment() -> EnvironmentReport:
     return environment()
 
 
+@checked
 def load(folder: StrPath, *, dtype: str | None = None, device: str = "cpu") -> "PreTrainedModel":
     """The model of a checkpoint folder, compact or dense, in eval mode.
 
@@ -473,6 +479,7 @@ def load(folder: StrPath, *, dtype: str | None = None, device: str = "cpu") -> "
     return cast("PreTrainedModel", model.to(loading.pick_device(device)))
 
 
+@checked
 def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
     """A captioning or question-answering model whose `generate` runs the ONNX graphs that `export` wrote.
 

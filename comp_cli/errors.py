@@ -26,10 +26,19 @@ class CompError(Exception):
         if exit_code is not None:  # of a signal
             self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, vars(self))  # from another process as well: keywords are no args
+
     @property
     def document(self) -> dict[str, Any]:
         """The report as JSON has it; empty where there is none."""
         return {} if self.report is None else self.report.to_json()
+
+
+def _rebuild(kind: type[CompError], args: tuple[Any, ...], state: dict[str, Any]) -> CompError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class UsageError(CompError):

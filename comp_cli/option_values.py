@@ -1,10 +1,78 @@
-"""Values of options as people type them: lists with commas, and the output that nobody named."""
+"""Arguments of the library and of the command line: their types, lists as text, outputs that nobody named."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+import operator
+import os
+import reprlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from .errors import UsageError
-from .options import BACKENDS
+from .options import BACKENDS, flag
+from .progress import Progress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EMPTY_IS_NONE = ("label_column", "answer_column", "split_column")  # what '' says of them: there is none
+POSITIONAL = ("model", "folder")
+EXPECTED: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    os.PathLike: "a path",
+    Sequence: "a list",
+    Progress: "an object with say, warn, track and shows_bars",
+    NoneType: "None",
+}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, refusing arguments of types that its annotations do not name: "no" is not False, and None no number.
+    It raises UsageError where one is, and where a text is empty or no name can hold it."""
+    annotations = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        for name, value in [*zip(annotations, args, strict=False), *keywords.items()]:
+            if name in annotations:
+                _check_argument(name, value, annotations[name])
+        return function(*args, **keywords)  # which refuses what it does not know, and misses what it needs
+
+    return call
+
+
+def _check_argument(name: str, value: object, annotation: Any) -> None:
+    members = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = [get_origin(member) or member for member in members]
+    about = name.upper() if name in POSITIONAL else flag(name)
+    if not any(_is_a(value, kind) for kind in kinds):
+        wanted = " or ".join(EXPECTED[kind] for kind in kinds)
+        raise UsageError(f"{about} {reprlib.repr(value)}: expected {wanted}.")
+    if isinstance(value, str | os.PathLike):
+        check_text(about, os.fspath(value), may_be_empty=name in EMPTY_IS_NONE)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if isinstance(value, bool | bytes):  # a bool is no number, though it is an int; bytes are no list
+        return kind is type(value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
+    """Raises UsageError where an argument is empty, or is no text that a path or a name can be."""
+    if not text and not may_be_empty:
+        raise UsageError(f"{about} is empty.")
+    if "\0" in text:
+        raise UsageError(f"{about} holds a zero byte.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
 def default_output(model: str, ratio: float) -> Path:
@@ -26,7 +94,7 @@ def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:
     """Batch sizes as a text with commas, a number, or several. Raises UsageError where one is none."""
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
-        sizes = tuple(dict.fromkeys(int(part) for part in parts))
+        sizes = tuple(dict.fromkeys(int(part) if isinstance(part, str) else operator.index(part) for part in parts))
     except (TypeError, ValueError):
         sizes = ()
     if not sizes or min(sizes) < 1 or max(sizes) > 10**5:

@@ -78,7 +78,7 @@ def check_number(name: str, value: Any, whole: tuple[int, int] | None, real: tup
     if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
         return
     limits = f" from {least}" * (least > -math.inf) + f" to {most}" * (most < math.inf)
-    raise UsageError(f"{flag(name)} {value}: expected {what}{limits}.")
+    raise UsageError(f"{flag(name)} {value!r}: expected {what}{limits}.")
 
 
 @dataclass(frozen=True)

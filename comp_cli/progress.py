@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Bar(Protocol):
@@ -12,6 +12,7 @@ class Bar(Protocol):
         """So many steps are done; `title` says what the last one reached."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What work calls while it runs, in the thread that runs it.
 

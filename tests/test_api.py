@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 import typing
@@ -258,7 +259,18 @@ def test_an_unknown_keyword_is_a_type_error(tiny_folder):
 WRONG = [
     ("prune", {"ratio": 2}, "--ratio 2: expected a number between 0 and 1."),
     ("prune", {"ratio": float("nan")}, "--ratio nan: expected a number."),
-    ("prune", {"ratio": "0.5"}, "--ratio 0.5: expected a number."),
+    ("prune", {"ratio": "0.5"}, "--ratio '0.5': expected a number."),
+    ("prune", {"ratio": None}, "--ratio None: expected a number."),
+    ("prune", {"ratio": 0.5, "seed": None}, "--seed None: expected a whole number."),
+    ("prune", {"ratio": 0.5, "max_drop": True}, "--max-drop True: expected a number or None."),
+    ("prune", {"ratio": 0.5, "task": ["itm"]}, "--task ['itm']: expected text or None."),
+    ("prune", {"ratio": 0.5, "overwrite": "no"}, "--overwrite 'no': expected True or False."),
+    ("prune", {"ratio": 0.5, "allow_pickle": 0}, "--allow-pickle 0: expected True or False."),
+    ("prune", {"ratio": 0.5, "output": ""}, "--output is empty."),
+    ("prune", {"ratio": 0.5, "output": Path("a\0b")}, "--output holds a zero byte."),
+    ("prune", {"ratio": 0.5, "data": ["a.jsonl"]}, "--data ['a.jsonl']: expected text or a path or None."),
+    ("prune", {"ratio": 0.5, "progress": print}, "--progress <built-in function print>: expected an object with say, warn"),
+    ("export", {"split": "no"}, "--split 'no': expected True or False."),
     ("prune", {"ratio": 0.5, "method": "magic"}, "--method magic: unknown."),
     ("prune", {"ratio": 0.5, "num_samples": 0}, "--num-samples 0: expected a whole number from 1 to 10000000."),
     ("prune", {"ratio": 0.5, "train_batch_size": 0}, "--train-batch-size 0: expected a whole number from 1 to 10000000."),
@@ -268,6 +280,8 @@ WRONG = [
     ("export", {"opset": 9}, "--opset 9"),
     ("export", {"atol": -1}, "--atol -1: expected a number from 0."),
     ("bench", {"backend": ("torch", "tensorrt")}, "--backend torch,tensorrt: expected some of torch, onnx, compile"),
+    ("bench", {"batch": b"1"}, "--batch b'1': expected text or a whole number or a list."),
+    ("bench", {"batch": [1.5]}, "--batch 1.5: expected numbers from 1 to 100000"),
     ("bench", {"batch": [0]}, "--batch 0: expected numbers from 1 to 100000"),
     ("bench", {"min_speedup": -1}, "--min-speedup -1: expected a number from 0."),
 ]
@@ -283,7 +297,7 @@ def test_wrong_values_are_refused_with_a_sentence(name, given, sentence, compact
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "given", "sentence"), [case for case in WRONG if "expected a whole" in case[2]])
+@pytest.mark.parametrize(("name", "given", "sentence"), [case for case in WRONG if "expected a whole number from" in case[2]])
 def test_the_command_line_says_the_same(name, given, sentence, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
@@ -298,6 +312,21 @@ def test_a_missed_gate_carries_the_report(tiny_folder, tmp_path):
     assert isinstance(report, comp_cli.PruneReport) and report.quality.agreement < 1 and report.output is None
     assert missed.value.document == report.to_json() and report.warnings and missed.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["analyze", "prune", "export", "bench", "load", "load_onnx"])
+@pytest.mark.parametrize("wrong", [3, ["demo"], b"demo", "", "a\0b", "\udc80"])
+def test_what_is_no_model_or_folder_is_refused(name, wrong):
+    with pytest.raises(comp_cli.UsageError, match="^(MODEL|FOLDER) "):
+        getattr(comp_cli, name)(wrong, **{"ratio": 0.5} if name == "prune" else {})
+
+
+@pytest.mark.parametrize("kind", [comp_cli.CompError, comp_cli.UsageError, comp_cli.RefusedError, comp_cli.DeviceError])
+def test_errors_come_whole_from_another_process(kind, pruned):
+    report = pruned[1]
+    for error in (kind("that", hint="this"), comp_cli.GateError("that", hint="this", report=report)):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == "that" and vars(again) == vars(error)
 
 
 def test_a_truth_is_no_number(tiny_folder):

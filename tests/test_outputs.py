@@ -157,7 +157,7 @@ def test_a_failed_export_is_not_put_over_what_the_user_added(compact_folder, tmp
 
 
 def test_a_write_test_that_was_killed_leaves_nothing_for_ever(tmp_path):
-    for leftover in (".out.partial-qfwzy90f", ".out.partial-1", f".out.partial-{os.getppid()}"):
+    for leftover in {".out.partial-qfwzy90f", ".out.partial-1", f".out.partial-{os.getppid()}"}:  # the parent may be 1
         (tmp_path / leftover).mkdir()
     fill(tmp_path / "out")
     assert names(tmp_path) == ["out"]

@@ -12,12 +12,13 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import CompError
+from ..errors import CompError, UsageError
+from ..option_values import EMPTY_IS_NONE, check_text
+from ..options import flag
 from .exit_codes import FAILED
 from .output import MODES, Output
 from .streams import wants_json
 
-EMPTY_IS_NONE = ("--label-column", "--answer-column", "--split-column")  # options whose value '' says: there is none
 SHORT = ("-o",)  # options of one letter with a value, which for the parser would begin with the =
 
 
@@ -33,14 +34,10 @@ class Command(TyperCommand):
             if not (attached and name.startswith("--")):
                 name, value = before, word
             about = name if name.startswith("-") else "an argument"
-            if not value and name not in EMPTY_IS_NONE:
-                raise typer.BadParameter(f"{about} is empty.", ctx=ctx)
-            if "\0" in word:
-                raise typer.BadParameter(f"{about} holds a zero byte.", ctx=ctx)
             try:
-                word.encode()
-            except UnicodeEncodeError:
-                raise typer.BadParameter(f"{about} is not valid UTF-8: {word!r}.", ctx=ctx) from None
+                check_text(about, word if value else "", may_be_empty=name in map(flag, EMPTY_IS_NONE))
+            except UsageError as refused:
+                raise typer.BadParameter(refused.message, ctx=ctx) from None
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
