@@ -91,7 +91,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def explain(error: Exception) -> CompError:
-    """What no command foresaw, as a sentence: exit 1. What the machine lacks is no defect."""
+    """What no command foresaw, as a sentence. What the machine lacks is no defect."""
     lines = str(error).strip().splitlines() or ["no message"]
     if is_full(error):
         where = f" ({filename})" if (filename := getattr(error, "filename", None)) else ""

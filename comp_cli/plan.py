@@ -1,4 +1,4 @@
-"""The plan: what a compact model keeps. The only thing that passes between scoring, slicing, loading and exporting."""
+"""The plan: what a compact model keeps. Scoring makes it; slicing, loading and exporting read it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -238,7 +238,7 @@ def _dense_tower(config: dict[str, Any], tower: Tower) -> TowerPlan:
             head_dim = width_of_head(config, part.queries)
             parts[part.name] = Heads(every, head_dim, head_dim**-0.5, config[part.queries] // len(every))
     streams = {stream.name: StreamPlan(score_rule=stream.rule, fuse=stream.fuse) for stream in tower.streams}
-    return TowerPlan(tower.name, (LayerPlan(parts),) * config["num_hidden_layers"], streams)
+    return TowerPlan(tower.name, (LayerPlan(parts),) * config[tower.depth], streams)
 
 
 def width_of_head(config: dict[str, Any], queries: str = "num_attention_heads") -> int:

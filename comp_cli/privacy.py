@@ -10,6 +10,7 @@ SILENT = {
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: an identity and queued events below ~/.cache/Microsoft, sent to its maker
     "HF_HUB_DISABLE_TELEMETRY": "1",  # the hub client: who calls it, and a request for the list of known agents
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets: counts each load, that of a file of one's own as well
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers: asks the hub for a conversion of pickled weights that it loads
     "DO_NOT_TRACK": "1",  # the convention that other libraries ask for
 }
 

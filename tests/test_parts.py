@@ -13,6 +13,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from comp_cli.checkpoint.loading import build_compact
 from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.engine import flops, recover, schedule, scoring, stages, token_ranking
 from comp_cli.engine.fading import fading
@@ -306,7 +307,8 @@ CONTRADICTIONS = {
     "unused": (described(unused=("mlp.rooter",)), "it names mlp.rooter, and nothing"),
     "whole": (described(whole=("mlp",)), "mlp stays as it is, and yet a part names mlp.gate_proj"),
     "text end": (described(text_end="text_model"), "text_end is text_model, and the weights have nothing"),
-    "units": (described(replace(SELF, units="kv_heads"), GATED), "config.json says None where kv_heads is looked for"),
+    "units": (described(replace(SELF, units="kv_heads"), GATED), "kv_heads of its config is None, expected a number from 1"),
+    "depth": (described(depth="depth"), "the llm tower: depth of its config is None, expected a number from 1"),
     "two projections": (
         described(attention("self_attn", ("q_proj", "k_proj"), "self_attn.o_proj"), GATED),
         "its queries, keys and values are 2 matrices of 1 each, expected three",
@@ -367,6 +369,25 @@ def test_todays_families_name_every_matrix(name):
     forgetful = replace(family, towers=(replace(tower, parts=tower.parts[:-1]), *family.towers[1:]))
     with pytest.raises(RefusedError, match=f"of the {tower.name} tower .* has the matrix mlp.fc1.weight"):
         flops.reference(model.config.to_dict(), forgetful, shapes_of(model), 12)
+
+
+def test_a_config_may_have_names_of_its_own(llama):
+    """Qwen's vision tower counts its layers in `depth` and its heads in `num_heads`."""
+    config = LLAMA.to_dict()
+    config |= {"depth": config.pop("num_hidden_layers"), "num_heads": config.pop("num_attention_heads")}
+    family = described(replace(SELF, queries="num_heads"), GATED, depth="depth")
+    plan = dense_plan(config, family, "LlamaForCausalLM")
+    assert plan == dense_plan(LLAMA.to_dict(), DESCRIBED, "LlamaForCausalLM")
+    counted = [flops.reference(*given, shapes_of(llama), 12) for given in ((config, family), (LLAMA.to_dict(), DESCRIBED))]
+    assert counted[0].sizes == counted[1].sizes
+    assert attention("attn", ("qkv",), "attn.proj", queries="num_heads").units == "num_heads"
+
+
+def test_what_the_runtime_does_not_run_it_refuses(plans):
+    config = transformers.LlamaConfig(**LLAMA.to_dict())
+    config.comp = plans[0].comp_block(DESCRIBED)
+    with pytest.raises(ValueError, match="shared key-value heads, are not run by this version"):
+        build_compact(config, DESCRIBED, "LlamaForCausalLM", {})
 
 
 # Two streams in one tower ----------------------------------------------------------------------------------------------

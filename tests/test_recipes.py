@@ -324,7 +324,7 @@ def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
     quality |= {"metrics": {"accuracy": {"dense": 0.9, "compact": 0.85}}}
     document = prune.describe(dense, smaller(dense), PruneOptions("org/blip", 0.4)).to_json()
     document |= {"quality": quality, "command": "comp prune org/blip --ratio 0.4", "base_model": "org/blip"}
-    card = cards.model_card(document, dense.family, dense.task, tmp_path, longest=0, alone=False)
+    card = cards.model_card(document, dense.family, dense.task, tmp_path, longest=0, facts={})
     (tmp_path / "README.md").write_text(card)
     told = head(tmp_path)
     assert (told["license"], told["pipeline_tag"], told["base_model"]) == ("bsd-3-clause", "image-to-text", "org/blip")

@@ -68,7 +68,7 @@ def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], fam
             raise RefusedError(said, hint="Then give the folder that it writes.")
     for tower in family.towers:
         sizes = tower_config(config, tower)
-        wanted, key = sizes["num_hidden_layers"], f"{tower.config}.num_hidden_layers".removeprefix(".")
+        wanted, key = sizes[tower.depth], f"{tower.config}.{tower.depth}".removeprefix(".")
         found, prefix = _depth(headers, tower)
         if prefix:
             said = f"{folder}: weights are named {prefix}{tower.encoder}..., and a model of this kind has {tower.encoder}..."

@@ -262,7 +262,7 @@ def explain(error: BaseException, model: str, revision: str | None) -> CompError
 
 
 def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
-    """Hub id and revision of what was typed; exit 2 where it can only be a path, or is no model's address."""
+    """Hub id and revision of what was typed. Raises UsageError where it can only be a path, or is no model's address."""
     if model.startswith(("hf://", "https://", "http://")):
         return _read_uri(model, revision)
     if not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:

@@ -2,29 +2,26 @@
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers.initialization import no_init_weights  # noqa: E402
-
-from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line  # noqa: E402
-from ..families import Family, compact_block, find_architecture, find_family, tower_config  # noqa: E402
-from ..files.store import TensorHeader, read_config, read_json  # noqa: E402
-from ..runtime.modeling_comp import compact_class  # noqa: E402
-from .folder_check import check_folder, check_report, shown  # noqa: E402
-from .header_check import check_depth, check_shapes, few, on_meta, read_headers  # noqa: E402
-from .plan_check import check_block  # noqa: E402
-from .processor_check import check_code, check_processor  # noqa: E402
-from .weight_files import check_checkpoint  # noqa: E402
+from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line
+from ..families import Family, compact_block, find_architecture, find_family, tower_config
+from ..files.store import TensorHeader, read_config, read_json
+from ..runtime.modeling_comp import compact_class
+from .folder_check import check_folder, check_report, shown
+from .header_check import check_depth, check_shapes, few, on_meta, read_headers
+from .plan_check import check_block
+from .processor_check import check_code, check_processor
+from .weight_files import check_checkpoint
 
 SIZES = (
     "hidden_size",
@@ -117,7 +114,7 @@ def load_model(
 
 @contextmanager
 def sentences(folder: Path) -> Iterator[None]:
-    """transformers raises many kinds for a broken checkpoint; the sentence is what matters, and exit 4."""
+    """transformers raises many kinds for a broken checkpoint; all become RefusedError, in a sentence."""
     try:
         yield
     except CompError:
@@ -146,7 +143,7 @@ def check_positive(config: dict[str, Any], family: Family, folder: Path) -> None
             if name in SIZES and not (type(value) is int and value >= 1):
                 place = f"{tower.config}.{name}".removeprefix(".")
                 raise RefusedError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.")
-        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", "num_attention_heads"))
+        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", tower.self_attention.queries))
         if width % heads:
             said = f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads."
             hint = "The config.json of this checkpoint is not one that transformers can load."

@@ -49,7 +49,7 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
         _expect(_count(rows, 0), f"{where}.score_rows", rows, "a number of rows, 0 for all")
         _check_rule(where, ranked, stream, method)
     layers: Any = found.get("layers")
-    depth = sizes["num_hidden_layers"]
+    depth = sizes[tower.depth]
     fits = isinstance(layers, list) and len(layers) == depth
     _expect(
         fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"

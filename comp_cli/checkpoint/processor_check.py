@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 from ..errors import CompError, RefusedError, first_line
-from ..families import Family, tower_config
+from ..families import Family
 from ..files.store import read_json
 from .folder_check import PROCESSORS, leaves, shown
 
@@ -45,19 +45,19 @@ def check_code(folder: Path) -> None:
 def check_processor(processor: Any, config: dict[str, Any], family: Family, folder: Path) -> None:
     """Raises RefusedError where what a processor makes cannot be what the model takes. `config` is the whole config.json,
     defaults filled in."""
-    towers = {tower.name: tower_config(config, tower) for tower in family.towers}
-    images, tokenizer = family.topology.parts_of(processor)
+    topology = family.topology
+    images, tokenizer = topology.parts_of(processor)
     if images is not None:
-        check_images(images, towers["vision"]["image_size"], folder)
+        check_images(images, topology.image_side(family, config), folder)
     if tokenizer is not None:
-        text = towers["language"]
+        text = topology.text_section(family, config)
         check_texts(tokenizer, text["vocab_size"], folder)
-        if family.topology.padding == "longest" and tokenizer.padding_side != "right":
+        if topology.padding == "longest" and tokenizer.padding_side != "right":
             hint = 'The model counts places from the first token. Set "padding_side": "right" in tokenizer_config.json.'
             raise _refused(folder, f"the tokenizer pads texts on the {tokenizer.padding_side}", hint)
-        if family.tower("language").text_end:
+        if topology.reads_the_end(family):
             check_end(tokenizer, text["eos_token_id"], folder)
-    for place, (token, words) in family.topology.text_marks(family, config).items():
+    for place, (token, words) in topology.text_marks(family, config).items():
         if not (type(token) is int and 0 <= token < words):
             said = f"config.json: {place} is {shown(token)}; expected a token from 0 to {words - 1}"
             raise _refused(folder, said)

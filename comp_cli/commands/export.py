@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +25,9 @@ from ..checkpoint.loading import (
     save_processor,
 )
 from ..checkpoint.precision import cast
+from ..data.batches import Collator
 from ..data.pairset import PairSet
-from ..data.rows import Columns
+from ..data.rows import Columns, Pair
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
 from ..families import find_family
@@ -104,8 +106,7 @@ def _export(
         rounded = options.dtype != "fp32" or options.quantize is not None
         collate = collator(family, processor, longest, task, described)
         pairs = parity.real_pairs(source, task, rounded, collate.seen)
-        known = list({id(pair): pair.text for pair in pairs}.values())  # a few pairs come again and again
-        texts = {"cut": sum(collate.are_cut(known)), "of": len(known), "at": longest}
+        texts = count_texts(pairs, collate)
         warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
         check = Check(cases, task, options.device, tolerance, family.topology.run)
@@ -126,11 +127,7 @@ def _export(
         graphs = check.open(partial, names)
         rows = check.rows(graphs, progress)
         problem = parity.problem(rows, tolerance)
-        with quiet_libraries():
-            if longest:  # what is called last is what tokenizer.json asks for: cut at what the model takes, pad as it does
-                tokenizer = getattr(processor, "tokenizer", processor)
-                tokenizer(["a"], padding=family.topology.padding, truncation=True, max_length=longest)
-            save_processor(processor, partial)
+        save_cutting(processor, partial, family.topology.padding, longest)
         shutil.copyfile(folder / "config.json", partial / "config.json")
         generation = family.topology.generation_config(family, described.to_dict())
         if generation:
@@ -168,6 +165,22 @@ def _export(
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
     return replace(report, seconds=round(perf_counter() - started, 1))
+
+
+def count_texts(pairs: Sequence[Pair], collate: Collator) -> dict[str, int]:
+    """How many of the texts are cut, of how many, and at how many tokens. A few pairs come again and again, and count once."""
+    known = list({id(pair): pair.text for pair in pairs}.values())
+    return {"cut": sum(collate.are_cut(known)), "of": len(known), "at": collate.max_text}
+
+
+def save_cutting(processor: Any, folder: Path, padding: str, longest: int) -> None:
+    """Save a processor whose tokenizer, if it has one, cuts at `longest` tokens and pads as the model does: tokenizer.json asks
+    for what was called last."""
+    with quiet_libraries():
+        if longest:
+            tokenizer = getattr(processor, "tokenizer", processor)
+            tokenizer(["a"], padding=padding, truncation=True, max_length=longest)
+        save_processor(processor, folder)
 
 
 def kept_with_folder(report: ExportReport) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _upgrade(folder: Path, progress: Progress) -> dict[str, str]:
 
 
 def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and comp_report.json of a compact folder that comp wrote; exit 4 for any other."""
+    """config.json and comp_report.json of a compact folder that comp wrote. Raises RefusedError for any other."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder.", hint="Give a folder that comp prune wrote.")
     config = read_config(folder)

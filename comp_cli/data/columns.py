@@ -64,7 +64,7 @@ def sample_size(table: Table, root: Root = None) -> int:
 
 
 def unreadable(owner: str, error: Exception) -> CompError:
-    """What `datasets` raised, as a sentence and an exit code: 2 a wrong name, 1 the network, 4 the data."""
+    """What `datasets` raised: UsageError for a wrong name, RefusedError for the data, CompError for the network."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 

@@ -29,7 +29,7 @@ class Pair:
     known: whether the model was made for such pairs; if not, nothing in them is a label.
     """
 
-    image: Any  # a picture, or what a processor has made of it (see data.Collator.seen)
+    image: Any  # a picture, or what a processor has made of it (see batches.Collator.seen)
     text: str
     label: int | None = None
     image_id: int = 0
@@ -145,7 +145,7 @@ def says_match(column: str, values: Iterable[Any], owner: str) -> str | None:
     """Whether a column that was found by its name holds matches and mismatches: None if so, else what it holds.
 
     A name such as is_match says so itself. What `label` means is certain where it holds those words only; hateful or not,
-    positive or negative, 0 or 1 are labels of many things: exit 2, with the question.
+    positive or negative, 0 or 1 are labels of many things, and others raise UsageError, with the question.
     """
     if column.lower() not in UNCERTAIN:
         return None

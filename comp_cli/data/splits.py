@@ -117,8 +117,8 @@ class SplitColumn:
 def split_column(
     name: str, values: Iterable[Any], wanted: str | None, *, certain: bool = False, reader: Reader = split_value
 ) -> SplitColumn | None:
-    """The splits of a column. None where it holds nothing, or, unless it is `certain` to hold splits, anything else: exit 2,
-    with the question, where this may be test data.
+    """The splits of a column. None where it holds nothing, or, unless it is `certain` to hold splits, anything else. Raises
+    UsageError, with the question, where this may be test data.
 
     Values of a kind make one split, by which they are called: train and restval are training data. A value that is `wanted`
     is a split of its own.

@@ -47,6 +47,7 @@ def _check_tower(where: str, tower: Tower, sizes: Mapping[str, Any], shapes: Map
     _once(f"the matrices of {where}", (path for part in tower.parts for path in (*part.rows, part.column)))
     ranks = any(part.is_attention and part.reads is None for part in tower.parts)
     _expect(ranks, where, "none of its parts is a self-attention, which ranks the tokens")
+    _expect_number(where, tower.depth, sizes)
     for part in tower.parts:
         _check_part(f"the part {part.name} of {where}", part, sizes)
     root = f"{tower.encoder}.{tower.layers}.0."
@@ -64,9 +65,7 @@ def _check_tower(where: str, tower: Tower, sizes: Mapping[str, Any], shapes: Map
 
 def _check_part(where: str, part: Part, sizes: Mapping[str, Any]) -> None:
     for name in (part.units, *([part.queries] if part.is_attention else [])):
-        number = sizes.get(name)
-        said = f"config.json says {number!r} where {name} is looked for, expected a number of units"
-        _expect(type(number) is int and number > 0, where, said)
+        _expect_number(where, name, sizes)
     if part.is_attention:
         three = len(part.rows) * part.copies == 3 and part.copies in (1, 3)
         _expect(
@@ -101,6 +100,11 @@ def _check_outside(family: Family, shapes: Mapping[str, Shape]) -> None:
     if family.pooling is not None:
         fits = images and _has(shapes, family.pooling)
         _expect(fits, f"{family.name}.pooling", f"{family.pooling} needs weights of that name and a stream of images")
+
+
+def _expect_number(where: str, name: str, sizes: Mapping[str, Any]) -> None:
+    number = sizes.get(name)
+    _expect(type(number) is int and number > 0, where, f"{name} of its config is {number!r}, expected a number from 1")
 
 
 def _has(names: Iterable[str], path: str) -> bool:

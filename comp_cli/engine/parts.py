@@ -35,7 +35,7 @@ def part_sizes(config: dict[str, Any], family: Family, shapes: Mapping[str, Shap
     found = {}
     for tower in family.towers:
         sizes = tower_config(config, tower)
-        matrices = [matrices_of(shapes, tower, index) for index in range(sizes["num_hidden_layers"])]
+        matrices = [matrices_of(shapes, tower, index) for index in range(sizes[tower.depth])]
         for index, inside in enumerate(matrices):
             _check_named(tower, index, inside)
             for part in tower.parts:

@@ -43,17 +43,19 @@ def attention(
     out: str,
     *,
     name: str = "attention",
-    units: str = "num_attention_heads",
+    units: str | None = None,
+    queries: str = "num_attention_heads",
     reads: str | None = None,
     group: str | None = None,
 ) -> Part:
-    """An attention with as many key-value heads as query heads, or with fewer (`units="num_key_value_heads"`).
+    """An attention with as many key-value heads as query heads, or with fewer (`units="num_key_value_heads"`). queries: what
+    the config calls their number.
 
     qkv: names of the projections inside `module`: one where they are fused into one matrix, else query, key, value. out: path
     inside the layer.
     """
     rows, copies = tuple(f"{module}.{one}" for one in qkv), 3 if len(qkv) == 1 else 1
-    return Part(name, units, rows, out, copies, "num_attention_heads", module, reads, group)
+    return Part(name, units or queries, rows, out, copies, queries, module, reads, group)
 
 
 def feed_forward(*paths: str, name: str = "ffn") -> Part:
@@ -103,6 +105,7 @@ class Tower:
     order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS
     parts: tuple[Part, ...]  # in the order in which tokens go through them
     streams: tuple[Stream, ...]
+    depth: str = "num_hidden_layers"  # attribute of the tower's config: how many layers
     causal: bool = False  # a token sees those before it only
     text_end: str | None = None  # path of the text model that is read at the end-of-text token; None where none is
     group: str | None = None  # see Part.group; None for the tower's name

@@ -59,7 +59,7 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
 @contextmanager
 def reserve(output: Path, *, source: Path | None) -> Iterator[Path]:
     """An output that is this process's until the block ends, a place that can be written; what killed runs left beside it is
-    settled. Yields its real path. Exit codes as `check_output`."""
+    settled. Yields its real path. Raises as `check_output`."""
     output = resolve(output)
     if locks.holds(output):
         yield output
@@ -82,7 +82,7 @@ def atomic_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A fresh folder beside `output` that takes its place when the block ends well, and vanishes when it does not.
 
     Files are synced and follow the umask; with `overwrite` the old folder stays until the new one is complete.
-    Exit codes are those of `check_output`, and 1 on a full disk.
+    Raises as `check_output`, and CompError on a full disk.
     """
     with reserve(output, source=None) as output:
         check_replaceable(output, overwrite)

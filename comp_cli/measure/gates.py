@@ -1,4 +1,4 @@
-"""The gates of `comp bench`: what a report must show, or the command ends with exit code 3.
+"""The gates of `comp bench`: what a report must show, or the command raises GateError.
 
 A gate looks at every row of the compact model that was measured and takes the worst; --backend and --batch choose the rows.
 """

@@ -41,8 +41,8 @@ def write_checkpoint(
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
         save_processor(load_processor(dense.source.folder), folder)
-    alone = hasattr(compact, "logit_bias")
-    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, alone=alone)
+    numbers = dense.family.topology.facts(compact)
+    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

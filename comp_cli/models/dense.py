@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
-from ..data import batches as data
+from ..data.batches import Batch, Collator, random_inputs
 from ..data.rows import Pair
 from ..engine import flops, scoring
 from ..engine.recover import Fitted, recover
@@ -44,7 +44,7 @@ class Dense:
         return self.plan.architecture
 
     @property
-    def collate(self) -> data.Collator:
+    def collate(self) -> Collator:
         """Makes batches of pairs for this model, of texts as long as the reference input."""
         return collator(self.family, self.processor, self.text_tokens, self.task, self.hf_config)
 
@@ -59,20 +59,20 @@ class Dense:
         return longest_text(self.hf_config.to_dict(), self.family, self.processor)
 
     @property
-    def collate_whole(self) -> data.Collator:
+    def collate_whole(self) -> Collator:
         """The same, of texts as long as the model takes, which is what it will be fed."""
         return collator(self.family, self.processor, self.longest, self.task, self.hf_config)
 
     def random_inputs(self, batch: int, text_tokens: int, **options: int) -> dict[str, Tensor]:
-        """Noise that the model takes; see `data.random_inputs`."""
-        return data.random_inputs(self.hf_config, self.family, batch, text_tokens, **options)
+        """Noise that the model takes; see `batches.random_inputs`."""
+        return random_inputs(self.hf_config, self.family, batch, text_tokens, **options)
 
     def params(self, plan: Plan) -> int:
         """Parameters of the model of a plan; shared ones count once."""
         sliced = slice_state(self.state, self.family, plan).values()
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
 
-    def on_device(self, batches: list[data.Batch]) -> Iterator[dict[str, Tensor]]:
+    def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""
         weight = next(iter(self.state.values()))
         return (batch.to(weight.device, weight.dtype).inputs for batch in batches)
@@ -142,10 +142,10 @@ def open_dense(
 
 def collator(
     family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
-) -> data.Collator:
+) -> Collator:
     """What makes batches of a task for the models of a family, of texts of `max_text` tokens at most."""
     begin = family.topology.first_token(family, config.to_dict())
-    return data.Collator(processor, family.topology, max_text, task.labels, task.prompt, begin)
+    return Collator(processor, family.topology, max_text, task.labels, task.prompt, begin)
 
 
 def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:

@@ -16,6 +16,7 @@ from ..models.dense import collator
 from ..models.pairs import Pairs, generated_pairs
 from ..report.export import ParityRow
 from ..tasks import comparison
+from ..topology import input_sizes, with_one_image
 from .sessions import OnnxModel
 
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
@@ -85,7 +86,7 @@ def make_cases(
     given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
     if family.topology.one_for_all(split):
         inputs = given[2][1]
-        given.append(("real", inputs | {"pixel_values": inputs["pixel_values"][:1]}))
+        given.append(("real", with_one_image(inputs)))
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
         given.append(("random", random_inputs(model.config, family, batch, tokens, padded=padded)))
     with torch.inference_mode():
@@ -129,10 +130,9 @@ def compare(
     """`size`: what the error is divided by before it is judged; None where it is not."""
     error = (expected - found).abs()
     largest = error.max().item() if torch.isfinite(error).all() else float("inf")
-    images, texts = len(case.inputs.get("pixel_values", ())), case.inputs.get("input_ids", torch.empty(0, 0))
-    batch, tokens = texts.shape if len(texts) else (images, 0)
+    images, texts, tokens = input_sizes(case.inputs)
     judged = size and largest / size
-    return ParityRow(output, case.name, images, batch, tokens, largest, error.mean().item(), judged, same_decision)
+    return ParityRow(output, case.name, images, texts or images, tokens, largest, error.mean().item(), judged, same_decision)
 
 
 def agreement(rows: list[ParityRow]) -> float:

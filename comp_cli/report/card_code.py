@@ -5,6 +5,7 @@ checkpoints with transformers.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], st
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def for_checkpoint(family: Family, task: Task, longest: int, *, alone: bool) -> str:
+def for_checkpoint(family: Family, task: Task, longest: int, *, facts: Mapping[str, float]) -> str:
     """The code for a compact checkpoint, with transformers and without comp. longest: tokens that texts are padded to where the
-    model wants all of one length; alone: whether each text is judged by itself."""
+    model wants all of one length; facts: see `Topology.facts`."""
     images, kind = family.topology.reads_images, family.topology.processor_class
     imports = ["import torch", f"from transformers import AutoModel, {kind}"]
     imports += ["from transformers.image_utils import load_image"] if images else []
@@ -154,7 +155,7 @@ def for_checkpoint(family: Family, task: Task, longest: int, *, alone: bool) -> 
         "model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()  # runs modeling_comp.py\n"
         f"processor = {kind}.from_pretrained(folder)"
     )
-    return block("\n".join(imports), places, opened, family.topology.checkpoint_code(task, longest, alone))
+    return block("\n".join(imports), places, opened, family.topology.checkpoint_code(task, longest, facts))
 
 
 def for_generate(code: str) -> str:

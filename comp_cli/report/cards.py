@@ -1,6 +1,7 @@
 """README.md of what comp writes: compact checkpoints, and graphs."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  
 FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
 
 
-def model_card(document: dict[str, Any], family: Family, task: Task, source: Path, *, longest: int, alone: bool) -> str:
+def model_card(
+    document: dict[str, Any], family: Family, task: Task, source: Path, *, longest: int, facts: Mapping[str, float]
+) -> str:
     """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
-    to one length; alone: whether each text is judged by itself, not among others."""
+    to one length; facts: see `Topology.facts`."""
     base = document["base_model"]
     license = metadata(document, source).license
     lines = [
@@ -48,7 +51,7 @@ def model_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
         "weights: the stock classes cannot express layers of unequal sizes.",
         "",
-        card_code.for_checkpoint(family, task, longest, alone=alone),
+        card_code.for_checkpoint(family, task, longest, facts=facts),
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
@@ -94,7 +97,7 @@ def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
 
 def prune_command(options: Any, **more: Any) -> str:
     """The command line of `comp prune` that was typed: model, ratio, and every option that is not at its default. Of a local
-    path the name only: whoever reads it has other folders. `more`: options that are no part of `search.Options`."""
+    path the name only: whoever reads it has other folders. `more`: options that are no part of `PruneOptions`."""
     options = without_places(options)
     parts = ["comp prune", shlex.quote(options.model), f"--ratio {options.ratio}"]
     for name, value in (*_changed(options), *((name, value) for name, value in more.items() if value not in (None, False))):

@@ -727,6 +727,9 @@ def compact_layer(
 def check_sizes(tower: dict[str, Any], hidden_size: int, heads: int) -> None:
     """ValueError where the sizes of a tower cannot be those of heads and channels taken from a dense one: such a plan would
     load, and give wrong numbers. heads: of the dense tower."""
+    attentions = [layer[name] for layer in tower["layers"] for name in ("attention", "cross") if name in layer]
+    if "streams" in tower or any("num_key_value_heads" in part for part in attentions):
+        raise ValueError("towers of several streams, and shared key-value heads, are not run by this version of the runtime")
     head_dim = hidden_size // heads
     rows, rule = tower["score_rows"], tower.get("score_rule", "attention")
     if type(rows) is not int or rows < 0 or rule not in TOKEN_RULES:

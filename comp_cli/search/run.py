@@ -15,6 +15,7 @@ from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
+from ..topology import input_sizes
 from .journal import Journal
 from .training_free import TrainingFree
 from .with_training import Trained
@@ -28,7 +29,7 @@ class SearchResult:
     stages: list[stages.Stage]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
-    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `dense.cut_texts`
+    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
 
 
 def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:
@@ -64,8 +65,8 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
 
 def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> None:
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
-    longest = max((batch.inputs["input_ids"].shape[1] for batch in batches if "input_ids" in batch.inputs), default=None)
-    if longest is not None and longest < dense.text_tokens:
+    longest = max(input_sizes(batch.inputs).tokens for batch in batches)
+    if 0 < longest < dense.text_tokens:
         progress.say(f"texts have {longest} tokens at most, --text-tokens is {dense.text_tokens}: language tokens stay")
 
 

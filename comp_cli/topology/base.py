@@ -87,13 +87,25 @@ class Topology(ABC):
         images = getattr(processor, "image_processor", processor) if self.reads_images else None
         return images, getattr(processor, "tokenizer", processor) if self.reads_texts else None
 
+    def image_side(self, family: Family, config: Config) -> int:
+        """Pixels of the side of an image, for a model of images."""
+        return family.sections(config)[IMAGE_TOWER]["image_size"]
+
+    def text_section(self, family: Family, config: Config) -> Config:
+        """The part of a config that says how long texts are and of which words, for a model of texts."""
+        return family.sections(config)[TEXT_TOWER]
+
+    def reads_the_end(self, family: Family) -> bool:
+        """Whether texts are read at their end-of-text token."""
+        return family.tower(TEXT_TOWER).text_end is not None
+
     def text_length(self, wanted: int, longest: int) -> int:
         """Tokens of a text: as many as wanted if the model takes so many, or all that it takes where texts are padded so."""
         return longest if self.padding == "max_length" else min(wanted, longest)
 
     def longest_text(self, family: Family, config: Config) -> int:
         """Tokens of the longest text that the model takes; 0 for a model of images."""
-        return family.sections(config)[TEXT_TOWER]["max_position_embeddings"] if self.reads_texts else 0
+        return self.text_section(family, config)["max_position_embeddings"] if self.reads_texts else 0
 
     def text_tokens(self, tokens: Mapping[str, int]) -> int:
         """Tokens of a text among those of all streams (see `lengths`); 0 for a model of images."""
@@ -151,7 +163,7 @@ class Topology(ABC):
         generator = torch.Generator().manual_seed(seed)
         made = self._random_texts(family, config, batch, text_tokens, padded, generator)
         if self.reads_images:
-            side = family.sections(config)[IMAGE_TOWER]["image_size"]
+            side = self.image_side(family, config)
             made[PIXELS] = torch.randn(batch, 3, side, side, generator=generator)
         return {name: made[name] for name in self.inputs}
 
@@ -160,11 +172,11 @@ class Topology(ABC):
             return {}
         import torch
 
-        text = family.sections(config)[TEXT_TOWER]
+        text = self.text_section(family, config)
         if self.padding == "max_length":
             tokens, padded = text["max_position_embeddings"], 0
         ids, mask = random_tokens(text["vocab_size"], batch, tokens, padded, generator)
-        if family.tower(TEXT_TOWER).text_end:
+        if self.reads_the_end(family):
             end = text["vocab_size"] - 1 if text["eos_token_id"] == 2 else text["eos_token_id"]
             ids = torch.where(ids == end, end - 1, ids).scatter(1, mask.sum(1, keepdim=True) - 1, end)
         return {IDS: ids * mask, MASK: mask}
@@ -254,9 +266,9 @@ class Topology(ABC):
         return None
 
     @abstractmethod
-    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+    def checkpoint_code(self, task: Task, longest: int, facts: Mapping[str, float]) -> str:
         """Code that asks `model` with what `processor` makes of the example, and prints the answer. longest: tokens that texts
-        are padded to where all are of one length; alone: whether each text is judged by itself."""
+        are padded to where all are of one length; facts: see `facts`."""
 
     @abstractmethod
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
@@ -292,6 +304,25 @@ def run_model(outputs: tuple[str, ...], model: nn.Module, inputs: Tensors) -> tu
 def named_outputs(outputs: tuple[str, ...], model: nn.Module, inputs: Tensors) -> Tensors:
     """The same by their names, as float32."""
     return {name: tensor.float() for name, tensor in zip(outputs, run_model(outputs, model, inputs), strict=True)}
+
+
+class InputSizes(NamedTuple):
+    """What model inputs hold."""
+
+    images: int
+    texts: int
+    tokens: int  # of each text
+
+
+def input_sizes(inputs: Mapping[str, Tensor]) -> InputSizes:
+    """Numbers of images and texts in a batch, and the length of the texts, padding among it; 0 for what is not there."""
+    texts, tokens = inputs[IDS].shape if IDS in inputs else (0, 0)
+    return InputSizes(len(inputs.get(PIXELS, ())), texts, tokens)
+
+
+def with_one_image(inputs: Tensors) -> Tensors:
+    """The same texts, for the first image."""
+    return inputs | {PIXELS: inputs[PIXELS][:1]}
 
 
 def random_tokens(vocabulary: int, batch: int, tokens: int, padded: int, generator: Any) -> tuple[Tensor, Tensor]:

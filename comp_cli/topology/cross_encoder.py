@@ -89,7 +89,7 @@ class CrossEncoder(Topology):
 
     # Code for cards ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+    def checkpoint_code(self, task: Task, longest: int, facts: Mapping[str, float]) -> str:
         return (
             f"{texts_of(task)}\n"
             f"inputs = processor(images=[load_image(picture)] * len(texts), text=texts, {self.padding_code(longest)})\n"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..tasks import Task
 
 
+BIAS = "logit_bias"  # of models that judge every text by itself, not among others
+
+
 @dataclass(frozen=True, kw_only=True)
 class DualEncoder(Topology):
     """text_embeds: path of the matrix that texts end with. halves: where the class of transformers has no `get_image_features`
@@ -44,7 +47,7 @@ class DualEncoder(Topology):
     def facts(self, model: Any) -> dict[str, float]:
         """logit = scale * cosine + bias, which not all have."""
         scale = {"logit_scale": model.logit_scale.exp().item()}
-        return scale | ({"logit_bias": model.logit_bias.item()} if hasattr(model, "logit_bias") else {})
+        return scale | ({BIAS: model.logit_bias.item()} if hasattr(model, BIAS) else {})
 
     # Graphs ------------------------------------------------------------------------------------------------------------
 
@@ -84,11 +87,11 @@ class DualEncoder(Topology):
     def note(self) -> str | None:
         return f"It was pruned for `model(..., {self.halves.asked})`." if self.halves else None
 
-    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+    def checkpoint_code(self, task: Task, longest: int, facts: Mapping[str, float]) -> str:
         logits = "model(**inputs).logits_per_image[0]"
         if self.halves:
             logits = f"model(**inputs, {self.halves.asked}).itm_score.flatten() / {self.halves.temperature}"
-        chances = "logits.sigmoid()" if alone else "logits.softmax(-1)"
+        chances = "logits.sigmoid()" if BIAS in facts else "logits.softmax(-1)"
         return (
             f"{texts_of(task)}\n"
             f"inputs = processor(images=load_image(picture), text=texts, {self.padding_code(longest)})\n"
@@ -97,7 +100,7 @@ class DualEncoder(Topology):
         )
 
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        if "logit_bias" in document:  # trained so: every text is a question of its own
+        if BIAS in document:  # trained so: every text is a question of its own
             chances = "chances = 1 / (1 + np.exp(-logits))  # of each text by itself"
         else:
             chances = "chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()  # among these texts"
@@ -119,7 +122,7 @@ def _logits_code(document: Mapping[str, Any]) -> str:
     """Lines that end with `logits`, a number for each text."""
     if VISION not in document["graphs"]:
         return 'logits = run("model", tokens(texts) | {"pixel_values": pixels(picture)})["logits_per_image"][0]'
-    bias = f" + {document['logit_bias']!r}" if "logit_bias" in document else ""
+    bias = f" + {document[BIAS]!r}" if BIAS in document else ""
     return (
         f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})["image_embeds"]\n'
         f'words = run("{Path(TEXT).stem}", tokens(texts))["text_embeds"]\n'

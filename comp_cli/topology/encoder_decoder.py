@@ -275,7 +275,7 @@ class EncoderDecoder(Topology):
 
     # Code for cards ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+    def checkpoint_code(self, task: Task, longest: int, facts: Mapping[str, float]) -> str:
         return (
             f'inputs = processor(images=load_image(picture){self._asked}, return_tensors="pt")\n'
             f"written = model.generate(**inputs, max_new_tokens={LONGEST - 1})\n"

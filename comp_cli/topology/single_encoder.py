@@ -29,7 +29,7 @@ class SingleEncoder(Topology):
     def why_whole(self) -> str:
         return "encodes only one of images and texts"
 
-    def checkpoint_code(self, task: Task, longest: int, alone: bool) -> str:
+    def checkpoint_code(self, task: Task, longest: int, facts: Mapping[str, float]) -> str:
         """How near two things are."""
         if self.reads_images:
             made = (
