@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .families import Family, Tower, tower_config
+from .families import Family, Part, Tower, tower_config
 
 SCHEMA_VERSION = 1
 PADDING = 8  # channels of zeros, see Plan.told_apart
@@ -235,12 +235,13 @@ def _dense_tower(config: dict[str, Any], tower: Tower) -> TowerPlan:
         if not part.is_attention:
             parts[part.name] = Channels(every)
         else:
-            head_dim = width_of_head(config, part.queries)
+            head_dim = width_of_head(config, part)
             parts[part.name] = Heads(every, head_dim, head_dim**-0.5, config[part.queries] // len(every))
     streams = {stream.name: StreamPlan(score_rule=stream.rule, fuse=stream.fuse) for stream in tower.streams}
     return TowerPlan(tower.name, (LayerPlan(parts),) * config[tower.depth], streams)
 
 
-def width_of_head(config: dict[str, Any], queries: str = "num_attention_heads") -> int:
-    """Channels of an attention head: as the config says, or an equal share of the hidden size."""
-    return config.get("head_dim") or config["hidden_size"] // config[queries]
+def width_of_head(config: dict[str, Any], part: Part) -> int:
+    """Channels of an attention head: an equal share of the hidden size, unless the model reads it from its tower's config."""
+    said: int | None = config.get(part.head_dim) if part.head_dim else None
+    return said or config["hidden_size"] // config[part.queries]

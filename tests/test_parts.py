@@ -23,7 +23,7 @@ from comp_cli.families import BLIP, CLIP, FAMILIES, SIGLIP, Family, Stream, Towe
 from comp_cli.families.base import attention, feed_forward
 from comp_cli.families.blip import BLIP_CAPTION, BLIP_VQA
 from comp_cli.families.clip import CLIP_TEXT
-from comp_cli.plan import Plan, dense_plan
+from comp_cli.plan import Plan, dense_plan, width_of_head
 
 # Of what version 0.1 made of weights that are numbered through, by the uneven plan.
 SLICED = {
@@ -58,6 +58,15 @@ def test_slices_are_those_of_version_0_1(name):
     plan = tiny.uneven(dense_plan(model.config.to_dict(), family, type(model).__name__), family)
     assert digest(slice_state(numbered(model), family, plan)) == SLICED[name]
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_the_width_of_a_head_is_read_only_where_the_description_says_so():
+    """Stock CLIP takes no head_dim: a stray one in its config.json changes nothing, as it does in transformers."""
+    config = transformers.CLIPConfig().to_dict()
+    stray = config | {tower: config[tower] | {"head_dim": 24} for tower in ("text_config", "vision_config")}
+    assert dense_plan(stray, CLIP, "CLIPModel") == dense_plan(config, CLIP, "CLIPModel")
+    named = replace(SELF, head_dim="head_dim")
+    assert [width_of_head(SIZES | {"head_dim": said}, named) for said in (24, None)] == [24, 8]
 
 
 def test_modes_follow_from_the_description():

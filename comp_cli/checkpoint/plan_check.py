@@ -111,7 +111,7 @@ def _check_layer(place: str, layer: Any, tower: Tower, sizes: dict[str, Any], to
 
 def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> None:
     """The heads of an attention: those of a number of units, as wide as in the dense model."""
-    units, heads, width = sizes[part.units], sizes[part.queries], width_of_head(sizes, part.queries)
+    units, heads, width = sizes[part.units], sizes[part.queries], width_of_head(sizes, part)
     group = heads // units
     names = ("num_heads", "head_dim", "scale", *(["num_key_value_heads"] if group > 1 else []))
     _expect(isinstance(found, dict) and set(found) == set(names), place, found, f"{', '.join(names[:-1])} and {names[-1]}")
@@ -121,7 +121,7 @@ def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> N
     if group > 1:
         shared = found["num_key_value_heads"]
         _expect(type(shared) is int and shared * group == kept, f"{place}.num_key_value_heads", shared, f"{kept // group}")
-    said = f"{width} = {sizes['hidden_size']} / {heads}" if not sizes.get("head_dim") else f"{width}"
+    said = f"{width} = {sizes['hidden_size']} / {heads}" if part.head_dim is None else f"{width}"
     _expect(_count(wide, 1) and wide == width, f"{place}.head_dim", wide, said)
     close = type(scale) in (int, float) and math.isclose(scale, width**-0.5, rel_tol=1e-6)
     _expect(close, f"{place}.scale", scale, f"{width**-0.5:.8g} = 1 / sqrt({width})")

@@ -77,7 +77,7 @@ def _check_units(tower: Tower, index: int, part: Part, sizes: dict[str, Any], ma
     """Raises RefusedError unless a part's matrices have the rows and columns of as many units as the config says."""
     units, group, width = sizes[part.units], 1, 1
     if part.is_attention:
-        width = width_of_head(sizes, part.queries)
+        width = width_of_head(sizes, part)
         group = sizes[part.queries] // units
         if units * group != sizes[part.queries]:
             said = f"{part.queries} {sizes[part.queries]} is no multiple of {part.units} {units}"

@@ -22,6 +22,7 @@ class Part:
     column: str  # the matrix whose columns read the units
     copies: int = 1  # how often all units stand one behind the other in each of `rows`: 3 in a fused qkv matrix
     queries: str = ""  # of an attention, attribute of the tower's config: how many query heads
+    head_dim: str | None = None  # of an attention, attribute of the tower's config: width of a head; None for an equal share
     module: str = ""  # of an attention: the module that holds its matrices
     reads: str | None = None  # of a cross-attention: the stream whose tokens make keys and values
     group: str | None = None  # parts of one group are one parameter mode, over all towers; None for the tower's
@@ -45,6 +46,7 @@ def attention(
     name: str = "attention",
     units: str | None = None,
     queries: str = "num_attention_heads",
+    head_dim: str | None = None,
     reads: str | None = None,
     group: str | None = None,
 ) -> Part:
@@ -55,7 +57,7 @@ def attention(
     inside the layer.
     """
     rows, copies = tuple(f"{module}.{one}" for one in qkv), 3 if len(qkv) == 1 else 1
-    return Part(name, units or queries, rows, out, copies, queries, module, reads, group)
+    return Part(name, units or queries, rows, out, copies, queries, head_dim, module, reads, group)
 
 
 def feed_forward(*paths: str, name: str = "ffn") -> Part:
