@@ -17,8 +17,9 @@ from comp_cli import errors, signals
 from comp_cli.cli import app as cli
 from comp_cli.cli import streams
 from comp_cli.cli.app import app
-from comp_cli.cli.parsing import EMPTY_IS_NONE
 from comp_cli.errors import explain
+from comp_cli.option_values import EMPTY_IS_NONE
+from comp_cli.options import flag
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
 COMP = [sys.executable, "-m", "comp_cli"]
@@ -106,7 +107,7 @@ COMMANDS = {"analyze": ["demo"], "prune": ["demo", "--ratio", "0.5"], "export": 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_value_of_any_option_is_refused(command):
     """As a shell makes it of a variable that is not set."""
-    names = [name for name in options_of(command) if name not in EMPTY_IS_NONE]
+    names = [name for name in options_of(command) if name not in map(flag, EMPTY_IS_NONE)]
     assert len(names) > 8
     for name in names:
         for given in ([name, ""], [f"{name}="]):
