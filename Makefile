@@ -64,7 +64,7 @@ lint: setup
 # The site, into out/site; a warning is an error (not with --quiet, which hides them from --strict). Pages of the API come from
 # docstrings, which are read and not run: no torch.
 docs: $(SITE_VENV)/.done
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(SITE_VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict
 
 $(SITE_VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SITE_VENV)
