@@ -1,6 +1,9 @@
 """The exit codes of the command line, in one table. Exceptions carry theirs as `exit_code`."""
 
-DONE, FAILED, USAGE, GATE, REFUSED, DEVICE = range(6)
+from ..errors import CompError, DeviceError, GateError, RefusedError, UsageError
+
+DONE, FAILED, USAGE = 0, CompError.exit_code, UsageError.exit_code
+GATE, REFUSED, DEVICE = GateError.exit_code, RefusedError.exit_code, DeviceError.exit_code
 MEANING = {
     DONE: "done",
     FAILED: "failed",

@@ -6,7 +6,7 @@ from .. import __version__
 from ..checkpoint.loading import pick_device
 from ..engine import diagnostics, flops, importance, scoring
 from ..models.dense import Dense, open_dense
-from ..models.pairs import batches_of, choose_pairs, cut_texts, warn_cut_texts
+from ..models.pairs import batches_of, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
 from ..report.analyze import (
@@ -18,7 +18,7 @@ from ..report.analyze import (
     LayerInequality,
     LayerInfluence,
 )
-from ..report.base import PairCounts, Reference, Texts
+from ..report.base import Reference
 
 PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
 
@@ -53,8 +53,8 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
         score_rows={name: stream.score_rows for name, stream in dense.plan.streams.items()},
         samples=sum(batch.samples for batch in batches),
         data=pairs.describe("calibration"),
-        pairs={purpose: PairCounts(**found) for purpose, found in pairs.counts().items()},
-        texts=Texts(**texts),
+        pairs=pair_counts(pairs),
+        texts=texts,
     )
 
 

@@ -34,14 +34,14 @@ from ..families import find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
-from ..models.pairs import warn_cut_texts
+from ..models.pairs import pair_counts, warn_cut_texts
 from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
 from ..onnx.write import check_target, write_graphs
 from ..options import TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
-from ..report.base import PairCounts, Texts
+from ..report.base import Texts
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
@@ -150,8 +150,8 @@ def _export(
             logit_bias=numbers.get("logit_bias"),
             checked_on=options.device,
             data=source.describe("evaluation") if source else "generated scenes",
-            pairs={purpose: PairCounts(**found) for purpose, found in source.counts().items()} if source else {},
-            texts=Texts(**texts),
+            pairs=pair_counts(source) if source else {},
+            texts=texts,
             passed=problem is None,
             allowed=Allowed(**asdict(tolerance)),
             agreement=parity.agreement(rows),
@@ -167,10 +167,10 @@ def _export(
     return replace(report, seconds=round(perf_counter() - started, 1))
 
 
-def count_texts(pairs: Sequence[Pair], collate: Collator) -> dict[str, int]:
+def count_texts(pairs: Sequence[Pair], collate: Collator) -> Texts:
     """How many of the texts are cut, of how many, and at how many tokens. A few pairs come again and again, and count once."""
     known = list({id(pair): pair.text for pair in pairs}.values())
-    return {"cut": sum(collate.are_cut(known)), "of": len(known), "at": collate.max_text}
+    return Texts(cut=sum(collate.are_cut(known)), of=len(known), at=collate.max_text)
 
 
 def save_cutting(processor: Any, folder: Path, padding: str, longest: int) -> None:

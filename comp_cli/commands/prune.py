@@ -22,7 +22,7 @@ from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
 from ..models.dense import Dense, by_model_size, open_dense
 from ..models.generated_texts import judge
-from ..models.pairs import Pairs, choose_pairs, cut_texts, warn_cut_texts
+from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import (
     EVAL_SAMPLES,
     HUB_DEFAULTS,
@@ -38,7 +38,7 @@ from ..options import (
 )
 from ..plan import Plan
 from ..progress import Progress
-from ..report.base import PairCounts, Reference, Sizes, Texts, Values
+from ..report.base import PairCounts, Reference, Sizes, Values
 from ..report.cards import prune_command, without_places
 from ..report.prune import PruneReport, Quality, SearchCost, StageTaken
 from ..report.prune_tables import layer_rows, metric_value
@@ -170,7 +170,7 @@ def _prune(
         report = replace(
             describe(dense, plan, resolved),
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
-            texts={"calibration": Texts(**found.texts)},
+            texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
         if dry_run:
@@ -277,8 +277,8 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
 
 def counts(pairs: Pairs, options: PruneOptions) -> dict[str, PairCounts]:
     """What became of the rows of the user's pairs, by purpose. Of the training only where it went through all of them."""
-    rows = pairs.counts().items()
-    return {purpose: PairCounts(**found) for purpose, found in rows if purpose != "training" or options.training.epochs}
+    found = pair_counts(pairs)
+    return {purpose: rows for purpose, rows in found.items() if purpose != "training" or options.training.epochs}
 
 
 def compare(
@@ -314,7 +314,7 @@ def compare(
         metrics=metrics or None,
         agreement=comparison.agreements(*both),
         divergence=comparison.divergence(*both).item(),
-        texts=Texts(**texts),
+        texts=texts,
         shared_texts=task.shared(before.labels),
     )
     if shared := quality.shared_texts:

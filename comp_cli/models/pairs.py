@@ -1,6 +1,6 @@
 """The pairs that a model is calibrated and judged on: the user's, or generated scenes; and batches of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.batches import Batch
@@ -11,6 +11,7 @@ from ..data.sources import open_pairs
 from ..data.splits import Purpose
 from ..options import DataOptions
 from ..progress import Progress
+from ..report.base import PairCounts, Texts
 from ..tasks import Task
 from .dense import Dense
 
@@ -41,13 +42,18 @@ def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch
     return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.accepts), batch_size))
 
 
-def cut_texts(batches: Sequence[Batch], longest: int) -> dict[str, int]:
+def cut_texts(batches: Sequence[Batch], longest: int) -> Texts:
     """How many of the texts were cut, and at how many tokens."""
-    return {"cut": sum(batch.cut for batch in batches), "of": sum(batch.samples for batch in batches), "at": longest}
+    return Texts(sum(batch.cut for batch in batches), sum(batch.samples for batch in batches), longest)
 
 
-def warn_cut_texts(purpose: str, texts: Mapping[str, int], progress: Progress, most: int) -> None:
+def warn_cut_texts(purpose: str, texts: Texts, progress: Progress, most: int) -> None:
     """A warning where texts were cut; `most`: tokens that the model takes."""
-    if texts["cut"]:
-        more = "--text-tokens takes more" if texts["at"] < most else "the model takes no more"
-        progress.warn(f"{purpose}: {texts['cut']} of {texts['of']} texts are cut at {texts['at']} tokens ({more}).")
+    if texts.cut:
+        more = "--text-tokens takes more" if texts.at < most else "the model takes no more"
+        progress.warn(f"{purpose}: {texts.cut} of {texts.of} texts are cut at {texts.at} tokens ({more}).")
+
+
+def pair_counts(pairs: Pairs) -> dict[str, PairCounts]:
+    """What became of the rows of the user's pairs, by purpose; nothing for generated scenes."""
+    return {purpose: PairCounts(**found) for purpose, found in pairs.counts().items()}

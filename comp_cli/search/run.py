@@ -15,6 +15,7 @@ from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
+from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
 from .training_free import TrainingFree
@@ -29,7 +30,7 @@ class SearchResult:
     stages: list[stages.Stage]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
-    texts: dict[str, int]  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
+    texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
 
 
 def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:

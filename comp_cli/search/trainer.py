@@ -34,6 +34,7 @@ from ..models.pairs import Pairs, warn_cut_texts
 from ..options import ResolvedTraining, Training
 from ..plan import Plan
 from ..progress import Progress
+from ..report.base import Texts
 from ..tasks import comparison
 from .calibration import Calibration
 
@@ -143,7 +144,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[Batch] | None = None
-        self.texts = {"cut": 0, "of": 0, "at": dense.text_tokens}  # that were read
+        self.texts = Texts(cut=0, of=0, at=dense.text_tokens)  # that were read
 
     # The search ------------------------------------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ class Trainer:
             before(self.done)
             torch.manual_seed(self.seed * 1_000_003 + self.done)  # dropout does the same after a resume
             batch = next(self._stream)
-            self.texts |= {"cut": self.texts["cut"] + batch.cut, "of": self.texts["of"] + batch.samples}
+            self.texts = replace(self.texts, cut=self.texts.cut + batch.cut, of=self.texts.of + batch.samples)
             loss = self._loss(prepared, batch)
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(list(names), 1.0)
