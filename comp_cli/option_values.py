@@ -2,10 +2,10 @@
 
 import functools
 import inspect
-import operator
 import os
 import reprlib
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
@@ -29,11 +29,13 @@ EXPECTED: dict[Any, str] = {
     Progress: "an object with say, warn, track and shows_bars",
     NoneType: "None",
 }
+NUMBERS: dict[type, type] = {int: Integral, float: Real}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, refusing arguments of types that its annotations do not name: "no" is not False, and None no number.
-    It raises UsageError where one is, and where a text is empty or no name can hold it."""
+    It raises UsageError where one is, and where a text is empty or no name can hold it. Numbers of other libraries, such as
+    NumPy's, become Python's own, which reports can hold."""
     annotations = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
 
     @functools.wraps(function)
@@ -41,7 +43,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in [*zip(annotations, args, strict=False), *keywords.items()]:
             if name in annotations:
                 _check_argument(name, value, annotations[name])
-        return function(*args, **keywords)  # which refuses what it does not know, and misses what it needs
+        own: Any = {name: _plain(value) for name, value in keywords.items()}
+        return function(*map(_plain, args), **own)  # which refuses what it does not know, and misses what it needs
 
     return call
 
@@ -60,7 +63,14 @@ def _check_argument(name: str, value: object, annotation: Any) -> None:
 def _is_a(value: object, kind: type) -> bool:
     if isinstance(value, bool | bytes):  # a bool is no number, though it is an int; bytes are no list
         return kind is type(value)
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, NUMBERS.get(kind, kind))
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
@@ -103,9 +113,9 @@ def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _whole(part: Any) -> int:
-    if isinstance(part, bool):
-        raise TypeError("a bool is no number")
-    return int(part) if isinstance(part, str) else operator.index(part)
+    if isinstance(part, str) or _is_a(part, int):
+        return int(part)
+    raise TypeError("no whole number")
 
 
 def _listed(given: object) -> str:

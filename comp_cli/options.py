@@ -75,7 +75,7 @@ def check_number(name: str, value: Any, whole: tuple[int, int] | None, real: tup
         return
     kind, what = (int, "a whole number") if whole else ((int, float), "a number")
     least, most = bounds
-    if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most:
+    if isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most and abs(value) < math.inf:
         return
     limits = f" from {least}" * (least > -math.inf) + f" to {most}" * (most < math.inf)
     raise UsageError(f"{flag(name)} {value!r}: expected {what}{limits}.")
@@ -137,6 +137,8 @@ class DataOptions:
         label_column: column that says whether image and text match; "" for none.
         answer_column: column with the answers to questions; "" for none.
         split_column: column that names each row's split; "" for none.
+
+    Raises UsageError where anything is said of data that nobody names.
     """
 
     data: str | None = None
@@ -146,6 +148,13 @@ class DataOptions:
     label_column: str | None = None
     answer_column: str | None = None
     split_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            return
+        if said := [f"{flag(name)} {value!r}" for name, value in vars(self).items() if value is not None]:
+            hint = "Name your pairs with --data, or leave this out: the built-in scenes have no splits and no columns."
+            raise UsageError(f"{', '.join(said)} without --data.", hint=hint)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ import comp_cli
 from comp_cli import api, options
 from comp_cli.cli.app import app
 from comp_cli.cli.perform import OUTPUT
+from comp_cli.option_values import EMPTY_IS_NONE
 
 COMMANDS = ("analyze", "prune", "export", "bench")
 FEW = {"num_samples": 8, "batch_size": 4, "text_tokens": 12, "device": "cpu"}
@@ -286,6 +289,67 @@ WRONG = [
     ("bench", {"batch": [0]}, "--batch 0: expected numbers from 1 to 100000"),
     ("bench", {"min_speedup": -1}, "--min-speedup -1: expected a number from 0."),
 ]
+
+
+OF_DATA = ("split", "image_column", "text_column", "label_column", "answer_column", "split_column")
+UNUSED = [(name, option, "mine") for name in ("analyze", "prune", "export") for option in OF_DATA if option in typed(name)]
+UNUSED.remove(("export", "split", "mine"))  # which is another one there
+UNUSED += [(name, option, "") for name, option, _ in UNUSED if option in EMPTY_IS_NONE]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), UNUSED)
+def test_what_is_said_of_data_that_nobody_names_is_refused(name, option, value, tmp_path, monkeypatch):
+    """Before anything is opened, by the library and by the command line: generated scenes have no columns and no splits."""
+    monkeypatch.chdir(tmp_path)
+    sentence, ratio = f"--{option.replace('_', '-')} {value!r} without --data.", {"ratio": 0.5} if name == "prune" else {}
+    with pytest.raises(comp_cli.UsageError) as refused:
+        getattr(comp_cli, name)("nowhere", **{option: value}, **ratio)
+    assert refused.value.message == sentence and "Name your pairs with --data" in refused.value.hint
+    words = [f"--{option.replace('_', '-')}", value, *(["--ratio", "0.5"] if ratio else []), *["--onnx"] * (name == "export")]
+    result = CliRunner().invoke(app, [name, "nowhere", *words, "--json"])
+    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["message"] == sentence
+
+
+class Stopped:
+    """In place of a command: it notes what it is given, and does no work."""
+
+    def __init__(self, monkeypatch, place, name):
+        monkeypatch.setattr(import_module(f"comp_cli.commands.{place}"), name, self)
+
+    def __call__(self, *given, **more):
+        self.given = given
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16])
+def test_numbers_of_numpy_are_numbers(kind, monkeypatch, compact_folder):
+    """They reach the commands, and so reports and journals, as Python's own."""
+    done = Stopped(monkeypatch, "prune", "prune")
+    numbers = {"num_samples": kind(16), "seed": kind(3), "stages": kind(4), "max_drop": kind(2)}
+    with pytest.raises(InterruptedError):
+        comp_cli.prune("demo", ratio=np.float32(0.5), epochs=kind(2), **numbers)
+    wanted = done.given[0]
+    assert (wanted.num_samples, wanted.seed, wanted.stages, wanted.ratio, wanted.training.epochs) == (16, 3, 4, 0.5, 2)
+    assert {type(wanted.num_samples), type(wanted.seed), type(wanted.training.epochs)} == {int} and type(wanted.ratio) is float
+    done = Stopped(monkeypatch, "bench", "bench")
+    for batch in (kind(8), [kind(8)]):
+        with pytest.raises(InterruptedError):
+            comp_cli.bench(compact_folder, batch=batch, iterations=kind(1), duration=np.float64(0))
+        assert done.given[2].batches == (8,) and type(done.given[2].batches[0]) is int
+
+
+@pytest.mark.parametrize("wrong", [np.True_, np.float64(3.0), np.array([3]), torch.tensor(True), 3.0, True, "3"])
+def test_what_is_no_whole_number_stays_none(wrong, tiny_folder):
+    for name in ("num_samples", "seed"):
+        with pytest.raises(comp_cli.UsageError, match=f"^--{name.replace('_', '-')} .*: expected a whole number"):
+            comp_cli.analyze(tiny_folder, **{name: wrong})
+    with pytest.raises(comp_cli.UsageError, match="^--ratio .*: expected a number"):
+        comp_cli.prune(tiny_folder, ratio=np.array([0.5]))
+
+
+def test_a_number_without_end_is_refused_with_a_sentence(tiny_folder):
+    with pytest.raises(comp_cli.UsageError, match="^--seed 1000.*: expected a whole number from 0 to 4294967295"):
+        comp_cli.prune(tiny_folder, ratio=0.5, seed=10**400)
 
 
 @pytest.mark.parametrize(("name", "given", "sentence"), WRONG)
