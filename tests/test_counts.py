@@ -150,7 +150,7 @@ def test_a_question_and_its_answer_that_are_cut_count_once(tmp_path, capsys):
     data = DataOptions(table(tmp_path, question=lambda number: TOO_LONG, answer=lambda number: TOO_LONG))
     sizes = {"num_samples": 4, "batch_size": 3, "text_tokens": 24, "score_rows": 0, "device": "cpu", "seed": 0}
     document = analyze(AnalyzeOptions(str(place), data=data, **sizes), (out := Output("quiet"))).to_json()
-    assert document["texts"] == {"cut": 4, "of": 4, "at": 24}
+    assert document["texts"] == {"cut": 4, "of": 4, "at": 24, "tokens": {"language": 24, "answer": 24}}
     assert "calibration: 4 of 4 texts are cut at 24 tokens (the model takes no more)." in out.warnings
 
 

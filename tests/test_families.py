@@ -158,6 +158,16 @@ def test_flops_are_those_that_run(case):
         assert flops.count(plan, case.dense.reference).total == count(model, inputs)
 
 
+def test_flops_at_texts_of_another_length_are_those_that_run(case):
+    """Kept numbers of tokens are constants, so fewer or none go; words that are written or padding cost what they cost."""
+    for length in (5, 8, 17):
+        inputs = case.dense.random_inputs(1, length)
+        tokens = case.dense.family.topology.count_tokens(inputs)
+        there = case.dense.reference.with_texts(tokens)
+        for plan in (case.dense.plan, case.plan):
+            assert flops.count(plan, there).total == count(case.dense.runtime(plan), inputs)
+
+
 def count(model, inputs):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

@@ -14,7 +14,6 @@ from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
 from ..data.rows import Pair
-from ..engine import flops
 from ..engine.methods import METHODS
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
@@ -22,6 +21,7 @@ from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
 from ..models.dense import Dense, by_model_size, open_dense
 from ..models.generated_texts import judge
+from ..models.own_texts import at_own_texts, saved, warn_less
 from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import (
     EVAL_SAMPLES,
@@ -38,7 +38,7 @@ from ..options import (
 )
 from ..plan import Plan
 from ..progress import Progress
-from ..report.base import PairCounts, Reference, Sizes, Values
+from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
 from ..report.prune import PruneReport, Quality, SearchCost, StageTaken
 from ..report.prune_tables import layer_rows, metric_value
@@ -174,7 +174,7 @@ def _prune(
             pairs=counts(pairs, resolved),
         )
         if dry_run:
-            return report
+            return with_own_texts(report, dense, plan, "calibration", found.texts, progress)
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
         round_as_written(compact, dtypes)  # judged with the weights that are written
@@ -183,6 +183,7 @@ def _prune(
         quality, per_pair = compare(dense, compact, pairs, resolved, progress)
         address = dense.source.address_from(output)
         report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
+        report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
         check_drop(report, quality, max_drop, progress)
     except (DeadEnd, GateError):
         if journal and is_main_process():
@@ -250,8 +251,7 @@ def check_disk(dense: Dense, options: PruneOptions, dtype: torch.dtype, output: 
 
 def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
     """The report of a plan: what goes, at which reference input. Raises CompError where nothing does."""
-    before, after = flops.count(dense.plan, dense.reference), flops.count(plan, dense.reference)
-    ratio = 1 - after.total / before.total
+    sizes, ratio = saved(dense, plan, dense.reference)
     if ratio <= 0:
         raise CompError("nothing was pruned.", hint="Raise --ratio.")
     return PruneReport(
@@ -263,9 +263,9 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
         architecture=dense.architecture,
         task=dense.task.name,
         options=without_places(options),
-        ratio=round(ratio, 5),
+        ratio=ratio,
         reference=Reference(dense.reference.tokens),
-        flops=Sizes(before.total, after.total),
+        flops=sizes,
         params=Sizes(dense.params(dense.plan), dense.params(plan)),
         layers=layer_rows(plan, dense.plan, dense.reference),
         stages=(),
@@ -273,6 +273,17 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
         pairs={},
         plan=plan,
     )
+
+
+def with_own_texts(
+    report: PruneReport, dense: Dense, plan: Plan, purpose: str, texts: Texts, progress: Progress
+) -> PruneReport:
+    """The report with the FLOPs at the user's texts, if they are of another length than those of the reference input. Those of
+    the evaluation are whole, as the model will be fed; a dry run reads none of them."""
+    own = at_own_texts(dense, plan, purpose, texts) if report.options.data.data is not None else None
+    if own is not None:
+        warn_less(dense, own, report.options.ratio, progress)
+    return replace(report, at_own_texts=own)
 
 
 def counts(pairs: Pairs, options: PruneOptions) -> dict[str, PairCounts]:

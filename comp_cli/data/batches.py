@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -19,12 +19,14 @@ from .rows import Pair
 class Batch:
     """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one or more.
 
-    cut: how many of the samples have a text, or an answer to it, that is longer than the inputs hold.
+    cut: how many of the samples have a text, or an answer to it, that is longer than the inputs hold. text_tokens: tokens of
+    all texts together, by stream; see `Topology.count_tokens`.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
     cut: int = 0
+    text_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -55,7 +57,7 @@ class Collator:
         made, cut = self.topology.collate(self, pairs)
         inputs = {name: made[name] for name in self.topology.inputs}
         labels = self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None
-        return Batch(inputs, labels, sum(cut))
+        return Batch(inputs, labels, sum(cut), self.topology.count_tokens(inputs))
 
     @property
     def limits(self) -> dict[str, Any]:

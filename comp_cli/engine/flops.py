@@ -6,7 +6,7 @@ where they are pruned costs FLOPs as well and is counted.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..families import Family, Tower, tower_config
@@ -22,9 +22,18 @@ class Reference:
     family: Family
     tokens: dict[str, int]  # stream -> tokens that enter its tower
     sizes: dict[tuple[str, str], PartSizes]  # (tower, part) -> sizes of its matrices
-    fixed: int  # FLOPs outside the towers: patch embedding, heads
+    fixed: int  # FLOPs outside the towers that no text makes more: patch embedding, heads
+    outside: dict[str, int] = field(default_factory=dict)  # tower -> FLOPs of each token that enters it, outside its layers
     whole: dict[str, int] = field(default_factory=dict)  # tower -> FLOPs of a token in each layer's matrices that all stay
     behind: dict[str, int] = field(default_factory=dict)  # stream -> FLOPs of each token that its tower hands out, outside it
+
+    def entering(self, tower: Tower) -> int:
+        """Tokens of all streams that enter a tower."""
+        return sum(self.tokens[stream.name] for stream in tower.streams)
+
+    def with_texts(self, tokens: Mapping[str, int]) -> "Reference":
+        """The same image with texts of other lengths. tokens: stream -> tokens, of streams of texts and answers."""
+        return replace(self, tokens=self.tokens | dict(tokens))
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,13 @@ def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape
     tokens = family.topology.lengths(family, config, text_tokens)
     patches = (tokens[name] - stream.skips_first for name, (_, stream) in family.streams.items() if stream.source == "image")
     times = {"once": 1, "patches": next(patches, 0)}
-    times |= {tower.name: sum(tokens[stream.name] for stream in tower.streams) for tower in family.towers}
-    fixed = sum(2 * math.prod(shapes[f"{path}.weight"]) * times[often] for path, often in family.fixed.items())
-    fixed += family.topology.fixed_flops(shapes)
+    fixed, outside = family.topology.fixed_flops(shapes), dict.fromkeys((tower.name for tower in family.towers), 0)
+    for path, often in family.fixed.items():
+        each = 2 * math.prod(shapes[f"{path}.weight"])
+        if often in times:
+            fixed += each * times[often]
+        else:
+            outside[often] += each
     behind = {}
     if family.pooling:  # one query; its keys and values are made of every token
         name, images = _images(family)
@@ -86,7 +99,7 @@ def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape
         fixed += 2 * square + 4 * width * own["intermediate_size"]
         behind[name] = 2 * square + 4 * width
     whole = {tower.name: _whole(tower, shapes) for tower in family.towers if tower.whole}
-    return Reference(family, tokens, sizes, fixed, whole, behind)
+    return Reference(family, tokens, sizes, fixed, outside, whole, behind)
 
 
 def _images(family: Family) -> tuple[str, Tower]:
@@ -111,8 +124,9 @@ def count(plan: Plan, ref: Reference) -> Flops:
             rows.append(_layer(planned, tower, index, layer, tokens, handed_out, ref))
             tokens = rows[-1].handed_on
         handed_out |= tokens
+    outside = sum(each * ref.entering(ref.family.tower(tower)) for tower, each in ref.outside.items())
     behind = sum(each * handed_out[stream] for stream, each in ref.behind.items())
-    return Flops(tuple(rows), ref.fixed + behind)
+    return Flops(tuple(rows), ref.fixed + outside + behind)
 
 
 def _layer(
@@ -139,7 +153,7 @@ def _layer(
             voters = (
                 _score_rows(planned.streams[stream.name], entering[stream.name] - stream.skips_first)
                 for stream in tower.streams
-                if handed_on[stream.name] < entering[stream.name]
+                if stream.name in layer.keep  # also where so few tokens enter that all of them stay
             )
             macs += sum(voters) * own * columns
             own = pruned

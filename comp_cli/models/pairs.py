@@ -1,5 +1,6 @@
 """The pairs that a model is calibrated and judged on: the user's, or generated scenes; and batches of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +44,11 @@ def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch
 
 
 def cut_texts(batches: Sequence[Batch], longest: int) -> Texts:
-    """How many of the texts were cut, and at how many tokens."""
-    return Texts(sum(batch.cut for batch in batches), sum(batch.samples for batch in batches), longest)
+    """How many of the texts were cut, at how many tokens, and how long they are."""
+    samples = sum(batch.samples for batch in batches)
+    sums: Counter[str] = sum((Counter(batch.text_tokens) for batch in batches), Counter())
+    means = {stream: round(total / samples, 2) for stream, total in sums.items()}
+    return Texts(sum(batch.cut for batch in batches), samples, longest, means or None)
 
 
 def warn_cut_texts(purpose: str, texts: Texts, progress: Progress, most: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .analyze import AnalyzeReport, Diagnostics
 from .numbers import Printer, gflops, millions, percent
-from .prune_tables import reference_input
+from .prune_tables import in_words
 
 
 def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Seque
     outside = [gflops(outside_f), percent(outside_f / total_flops), millions(outside_p), percent(outside_p / total_params)]
     rows.append(["embeddings and heads", *outside])
     rows.append(["all", gflops(total_flops), "100 %", millions(total_params), "100 %"])
-    title = f"{report.model}: FLOPs per pair ({reference_input(report.reference)}) and parameters"
+    title = f"{report.model}: FLOPs per pair ({in_words(report.reference.tokens)}) and parameters"
     out.table(title, ["part", "FLOPs", "", "params", ""], rows)
     rows = []
     for layer, uneven in zip(report.layers, report.inequality, strict=True):

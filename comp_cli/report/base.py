@@ -99,17 +99,19 @@ class Values:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that were truncated.
+    """Texts that were read.
 
     Attributes:
         cut: number of truncated texts.
         of: number of texts.
         at: tokens at which they are truncated.
+        tokens: mean number of tokens of a text, for each tower that reads texts: as they are read, without padding.
     """
 
     cut: int
     of: int
     at: int
+    tokens: dict[str, float] | None = if_known()
 
 
 @dataclass(frozen=True)

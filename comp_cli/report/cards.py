@@ -15,7 +15,7 @@ from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
 from . import card_code
 from .numbers import gflops, millions, percent
-from .prune_tables import metric_value
+from .prune_tables import in_words, metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
@@ -39,7 +39,7 @@ def model_card(
         f"{document['architecture']} for {task.name}, made by comp {document['comp_version']}: attention heads, feed-forward "
         f"channels and tokens are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
-        f"{gflops(document['flops']['compact'])} for one sample.",
+        f"{gflops(document['flops']['compact'])} for one sample{_at_own_texts(document)}.",
         "",
         "```",
         document["command"],
@@ -60,6 +60,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _at_own_texts(document: dict[str, Any]) -> str:
+    """At which input, and what it is at texts as long as the user's, as far as they are of another length."""
+    reference, own = document["reference"]["tokens"], document.get("at_own_texts")
+    if own is None:
+        return ""
+    flops = " -> ".join(gflops(own["flops"][side]) for side in ("dense", "compact"))
+    mean = f"{in_words(own['tokens'], but=reference)}, the mean of the {own['purpose']} pairs"
+    return f" ({in_words(reference)}); at {mean}, {flops}, ratio {own['ratio']:.2f}"
 
 
 def _quality(quality: dict[str, Any]) -> list[str]:

@@ -86,6 +86,23 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class AtOwnTexts:
+    """FLOPs at the mean length of the texts in the user's data, each by itself, without padding.
+
+    Attributes:
+        purpose: pairs whose texts they are: "evaluation", or after a dry run "calibration", whose texts are truncated.
+        tokens: tokens that enter each tower, rounded.
+        ratio: FLOPs reduction at this input.
+        flops: FLOPs of one sample at this input.
+    """
+
+    purpose: str
+    tokens: dict[str, int]
+    ratio: float
+    flops: Sizes
+
+
+@dataclass(frozen=True)
 class SearchCost:
     """What the search took.
 
@@ -122,6 +139,7 @@ class PruneReport(Report):
         stages: the stages of the search.
         texts: texts that were truncated, by purpose.
         pairs: what became of the rows of the user's data, by purpose.
+        at_own_texts: FLOPs at texts as long as the user's; left out where they are as long as those of the reference input.
         command: the command line that does the same.
         quality: dense against compact on pairs that calibration never saw.
         size_bytes: size of the folders, bytes.
@@ -147,6 +165,7 @@ class PruneReport(Report):
     stages: tuple[StageTaken, ...]
     texts: dict[str, Texts]
     pairs: dict[str, PairCounts]
+    at_own_texts: AtOwnTexts | None = if_known()
     command: str | None = if_known()
     quality: Quality | None = if_known()
     size_bytes: Sizes | None = if_known()

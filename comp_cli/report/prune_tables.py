@@ -1,11 +1,11 @@
 """The tables of `comp prune`."""
 
 import shlex
+from collections.abc import Mapping
 
 from ..engine import flops
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
-from .base import Reference
 from .numbers import Printer, change, gflops, mib, millions, percent
 from .prune import LayerKept, PruneReport
 
@@ -60,6 +60,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
         f"{millions(report.params.compact)}. Nothing was written (--dry-run)."
     )
+    _print_at_own_texts(report, out)
 
 
 def comparison_rows(report: PruneReport) -> list[list[str]]:
@@ -69,6 +70,9 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
         ["parameters", millions(params.dense), millions(params.compact), change(params.dense, params.compact)],
         ["FLOPs per pair", gflops(flops.dense), gflops(flops.compact), change(flops.dense, flops.compact)],
     ]
+    if (own := report.at_own_texts) is not None:
+        name = f"FLOPs per pair of {in_words(own.tokens, but=report.reference.tokens)}"
+        rows.append([name, gflops(own.flops.dense), gflops(own.flops.compact), change(own.flops.dense, own.flops.compact)])
     for tower, entering in report.reference.tokens.items():
         outs = [row.tokens[0] for row in report.layers if row.tower == tower]
         mean = sum(outs) / len(outs)
@@ -84,9 +88,17 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
     return [*rows, [f"prediction agreement ({quality.samples} pairs)", "", percent(quality.agreement), ""]]
 
 
-def reference_input(reference: Reference) -> str:
-    """ "577 image tokens, 35 text tokens"."""
-    return ", ".join(f"{number} {KINDS.get(stream, stream)} tokens" for stream, number in reference.tokens.items())
+def in_words(tokens: Mapping[str, int], but: Mapping[str, int] | None = None) -> str:
+    """ "577 image tokens, 35 text tokens". but: tokens of another input; what is as many in it is left out."""
+    others = but or {}
+    named = {KINDS.get(stream, stream): number for stream, number in tokens.items() if number != others.get(stream)}
+    return ", ".join(f"{number} {kind} tokens" for kind, number in named.items())
+
+
+def _print_at_own_texts(report: PruneReport, out: Printer) -> None:
+    if (own := report.at_own_texts) is not None:
+        at = in_words(own.tokens, but=report.reference.tokens)
+        out.line(f"At {at}, the mean of the {own.purpose} pairs, the ratio is {own.ratio:.3f}.")
 
 
 def print_pruned(report: PruneReport, out: Printer) -> None:
@@ -96,9 +108,10 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     columns = ["", "dense", "compact", "change"]
     out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(
-        f"Reference input: {reference_input(report.reference)}; FLOPs are 2 x multiply-"
+        f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-"
         f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s."
     )
+    _print_at_own_texts(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
     out.line(f"Wrote {report.output}. Next: comp export {shlex.quote(str(report.output))} --onnx")

@@ -152,6 +152,13 @@ class Topology(ABC):
             made[PIXELS] = collator.pixels(pairs)
         return made, cut
 
+    def count_tokens(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """Tokens of all texts of a batch, by stream, as the model reads each text by itself: without padding, unless it was
+        trained with padding to one length."""
+        if not self.reads_texts:
+            return {}
+        return {TEXT_TOWER: int(inputs[MASK].sum()) if self.padding == "longest" else inputs[IDS].numel()}
+
     def random_inputs(
         self, family: Family, config: Config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0
     ) -> Tensors:
