@@ -229,29 +229,22 @@ class PruneOptions(Checked):
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half).
         method: what is scored and removed, and how.
         recover: whether output projections are refitted in closed form.
-        seed: random seed.
-        stages: stages of the method comp.
-        num_samples: image-text pairs for calibration.
-        stage_samples: pairs that judge a stage.
-        eval_samples: pairs of the final comparison.
-        batch_size: pairs in one forward pass.
-        text_tokens: text length of the reference input.
-        score_rows: query rows that score image tokens; 0 for all.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the written weights; None for the checkpoint's.
-        data: where the pairs come from.
-        task: evaluation task; None for that of the architecture.
-        training: fine-tuning of what is pruned.
-        cip: token-weighted parameter importance (CoMP, Eq. 4).
-        cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
-        explore: random exploration of modes (CoMP, RE, Eq. 9).
-        history: history information on modes (CoMP, HI, Eq. 10).
+        sequential: whether they are refitted once more in the end, layer after layer, towards the dense model's residual
+        stream. seed: random seed. stages: stages of the method comp-paper. num_samples: image-text pairs for calibration.
+        stage_samples: pairs that judge a stage or a plan. eval_samples: pairs of the final comparison. batch_size: pairs in one
+        forward pass. text_tokens: text length of the reference input. score_rows: query rows that score image tokens; 0 for
+        all. device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the written weights; None for the checkpoint's. data: where
+        the pairs come from. task: evaluation task; None for that of the architecture. training: fine-tuning of what is pruned.
+        cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4). cit: head-weighted token importance (CoMP, Eq. 7),
+        while units fade. explore: random exploration of modes (CoMP, RE, Eq. 9). history: history information on modes (CoMP,
+        HI, Eq. 10).
     """
 
     model: str
     ratio: float
     method: str = "comp"
     recover: bool = True
+    sequential: bool = True
     seed: int = 0
     stages: int | None = None  # these four None: by the size of the model
     num_samples: int | None = None

@@ -4,6 +4,7 @@ What there is to remove, the modes, follows from the description of a model (Fam
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,14 +13,19 @@ class Method:
 
     params: the rule behind parameter scores (see scoring.PARAMETER_RULES). tokens: the one behind token scores of images (see
     modeling_comp.TOKEN_RULES), None for the family's own. phases: kinds of modes in their order, which share the logarithm
-    of the FLOPs left equally and raise the thresholds of their modes together; None for CoMP, which chooses a mode in every
-    stage.
+    of the FLOPs left equally and raise the thresholds of their modes together; None where modes are chosen. chooses: in
+    stages, one mode each (CoMP, engine/stages.py), or between whole plans of the ratio (engine/allocation.py).
     """
 
     description: str
     params: str = "cip"
     tokens: str | None = None
     phases: tuple[str, ...] | None = None
+    chooses: Literal["stages", "plans"] = "stages"
+
+    @property
+    def compares_plans(self) -> bool:
+        return self.chooses == "plans"
 
     def removes(self, kind: str) -> bool:
         """Whether "parameters" or "tokens" go."""
@@ -27,10 +33,15 @@ class Method:
 
 
 METHODS = {
-    "comp": Method("CoMP: collaborative importance, one mode per stage by measured cost"),
+    "comp": Method(
+        "tokens and parameters together: optimal brain surgeon with refit, whole plans compared", "obs", chooses="plans"
+    ),
+    "comp-paper": Method("CoMP as published: collaborative importance, one mode per stage by measured cost"),
     "joint": Method("collaborative importance, tokens then parameters", phases=("tokens", "parameters")),
     "sjp": Method("simple joint pruning, tokens first, parameters by wanda", "wanda", phases=("tokens", "parameters")),
+    "sjp-obs": Method("simple joint pruning, parameters by optimal brain surgeon", "obs", phases=("tokens", "parameters")),
     "sjp-reversed": Method("simple joint pruning, parameters first", "wanda", phases=("parameters", "tokens")),
+    "obs": Method("parameters by optimal brain surgeon with refit", "obs", phases=("parameters",)),
     "wanda": Method("parameters by weight magnitude times activation norm", "wanda", phases=("parameters",)),
     "magnitude": Method("parameters by weight magnitude", "magnitude", phases=("parameters",)),
     "taylor": Method("parameters by first-order Taylor expansion of the loss", "taylor", phases=("parameters",)),

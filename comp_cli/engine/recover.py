@@ -6,40 +6,17 @@ G = sum_n w_n x_n x_n^T:  W' = (W G[:, K] + ridge W[:, K]) (G[K, K] + ridge I)^-
 every plan is recovered from it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families import Family
 from ..plan import Plan
-from .scoring import Key, recording, tower_layers, weights_of
+from .scoring import Key
 from .slicing import unit_channels
 
 RIDGE = 1e-3  # times the mean of the diagonal
-
-
-def collect_grams(
-    model: nn.Module,
-    family: Family,
-    plan: Plan,
-    batches: Iterable[dict[str, Tensor]],
-    advance: Callable[[], None] = lambda: None,
-) -> dict[Key, Tensor]:
-    """Weighted Gram matrices of every part of a dense model, (channels + 1, channels + 1) each."""
-    grams: dict[Key, Tensor] = {}
-    with torch.inference_mode(), recording(model, family, plan) as recorder:
-        for batch in batches:
-            model(**batch)
-            for tower in family.towers:
-                for index in range(len(tower_layers(model, tower))):
-                    for part in tower.parts:
-                        key = (tower.name, index, part.name)
-                        weights = weights_of(recorder, tower, plan, key, weighted=True)
-                        found = gram(recorder.inputs[key], weights)
-                        grams[key] = grams[key].add_(found) if key in grams else found
-            advance()
-    return grams
 
 
 def gram(activations: Tensor, weights: Tensor) -> Tensor:

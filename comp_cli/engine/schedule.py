@@ -17,6 +17,8 @@ from ..plan import Channels, Plan
 from . import flops
 from .scoring import Key, Scores
 
+TOLERANCE = 0.01  # of the FLOPs ratio that is asked for
+
 
 @dataclass(frozen=True)
 class Floors:

@@ -152,29 +152,29 @@ def collect(
     plan: Plan,
     batches: Iterable[dict[str, Tensor]],
     *,
-    rule: str = "cip",
+    rule: str | None = "cip",
     seed: int = 0,
     run: Callable[[dict[str, Tensor]], Tensor | None] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Importance of heads, channels and tokens on calibration batches of model inputs.
 
-    `rule` is one of PARAMETER_RULES. `run` runs the model over a batch in place of the model itself; for rules that read
-    gradients it returns the loss.
+    `rule` is one of PARAMETER_RULES; None scores tokens only. `run` runs the model over a batch in place of the model itself;
+    for rules that read gradients it returns the loss.
     """
-    how = PARAMETER_RULES[rule]
+    how = PARAMETER_RULES[rule] if rule else None
     found: dict[Key, Tensor] = {}
     tokens: dict[tuple[str, int], list[Tensor]] = {}
     model.eval()
-    differentiated = gated(model, family) if how.reads in ("gradient", "squared gradient") else nullcontext()
+    differentiated = gated(model, family) if how and how.reads in ("gradient", "squared gradient") else nullcontext()
     # The recorder's hooks come first: what they see is not gated.
     with recording(model, family, plan) as recorder, differentiated as gates, torch.inference_mode(gates is None):
         for batch in batches:
             loss: Any = run(batch) if run else model(**batch)
-            if gates is not None:
+            if how and gates is not None:
                 for key, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                     found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())
-            else:
+            elif how:
                 for key, activations in recorder.inputs.items():
                     weights = weights_of(recorder, family.tower(key[0]), plan, key, how.reads == "weighted energy")
                     found[key] = found.get(key, 0) + importance.energy(activations, weights)
@@ -183,13 +183,15 @@ def collect(
                 if len(streams) == 1:
                     tokens.setdefault((streams[0].name, index), []).extend(_relative(scores, streams[0]).cpu())
             advance()
-    units = {}
-    for key, statistic in found.items():
-        name, index, part = key
-        scores = how.score(output_weight(model, family, key), statistic, _seed(seed, key)).cpu()
-        units[key] = how.pool(scores, plan.tower(name).layers[index].parts[part].width)
+    units: dict[Key, Tensor] = {}
+    if how:
+        for key, statistic in found.items():
+            name, index, part = key
+            scores = how.score(output_weight(model, family, key), statistic, _seed(seed, key)).cpu()
+            units[key] = how.pool(scores, plan.tower(name).layers[index].parts[part].width)
+        units = how.compare(units, family)
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
-    return Scores(how.compare(units, family), padded)
+    return Scores(units, padded)
 
 
 def _within_layers(units: dict[Key, Tensor], family: Family) -> dict[Key, Tensor]:

@@ -21,10 +21,8 @@ from ..errors import DeadEnd
 from ..families import Mode
 from ..plan import Plan
 from . import flops
-from .schedule import Floors, prune_to
+from .schedule import TOLERANCE, Floors, prune_to
 from .scoring import Scores
-
-TOLERANCE = 0.01  # of the FLOPs ratio
 
 
 @dataclass(frozen=True)

@@ -380,10 +380,11 @@ class TokenState:
         mask = self.masks[layer]
         return mask if mask is None or mask.device == device else mask.to(device)
 
-    def positions(self) -> torch.Tensor | None:
-        """Where the tokens that are left were when they entered the tower, (batch, left); None where all are left."""
+    def positions(self, before: int | None = None) -> torch.Tensor | None:
+        """Where the tokens that are left (behind the tower, or before a layer) were when they entered it, (batch, left); None
+        where all are left."""
         positions = None
-        for layer in sorted(self.kept):
+        for layer in sorted(layer for layer in self.kept if before is None or layer < before):
             kept = self.kept[layer]
             positions = kept if positions is None else positions.to(kept.device).gather(1, kept)
         return positions

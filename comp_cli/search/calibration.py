@@ -1,24 +1,68 @@
 """Plans run over calibration pairs: what matters in them, how much they lose, and what recovery needs."""
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from .. import tasks
 from ..data.batches import Batch
 from ..engine import scoring, stages
-from ..engine.recover import Fitted, collect_grams
+from ..engine.recover import Fitted
+from ..engine.sequential_refit import refit_in_sequence
+from ..engine.statistics import Statistics, collect, per_flops
 from ..models.dense import Dense
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import comparison
 
-Grams = dict[scoring.Key, Tensor]
+Tensors = dict[scoring.Key, Tensor]
 
 
-def gather_grams(dense: Dense, batches: list[Batch], progress: Progress) -> Grams:
+PROBED = 8  # pairs that are differentiated at once: all that their layers hold is in memory
+
+
+def gather_statistics(
+    dense: Dense, batches: list[Batch], progress: Progress, *, rises: bool, weighted: bool = True, seed: int = 0
+) -> Statistics:
+    """What the dense model shows of its parts; `rises`: also how much the loss rises where they err, which takes a pass
+    back."""
     model = dense.runtime(dense.plan)
-    with progress.track("gathering activations for recovery", len(batches)) as bar:
-        return collect_grams(model, dense.family, dense.plan, dense.on_device(batches), bar.advance)
+    ready = [piece for batch in batches for piece in (split(batch, PROBED) if rises else [batch])]
+    random = torch.Generator().manual_seed(seed)
+
+    def run(inputs: dict[str, Tensor]) -> Tensor | None:
+        read = dense.task.forward(model, inputs)
+        if not rises:
+            return None
+        return probe(dense.task, dense.task.subsample(read, len(next(iter(inputs.values())))), random)
+
+    with progress.track("gathering activations", len(ready)) as bar, torch.set_grad_enabled(rises):
+        return collect(model, dense.family, dense.plan, dense.on_device(ready), run, weighted=weighted, advance=bar.advance)
+
+
+def split(batch: Batch, samples: int) -> Iterator[Batch]:
+    """A batch in pieces of so many samples, without its labels."""
+    for begin in range(0, batch.samples, samples):
+        inputs = {name: tensor[begin : begin + samples] for name, tensor in batch.inputs.items()}
+        yield replace(batch, inputs=inputs, labels=None)
+
+
+def probe(task: tasks.Task, read: tasks.Outputs, random: torch.Generator) -> Tensor:
+    """A number whose squared change under a small error is, in the mean over draws, the loss that the error adds: the distance
+    of the features (Gauss-Newton, by Hutchinson's draws) and the divergence of the decisions (half their Fisher
+    information)."""
+    features = task.features(read)
+    scale = (features.detach().var().clamp(min=1e-6) * features.shape[-1]).sqrt()
+    noise = torch.randn(features.shape, generator=random).to(features.device)
+    drawn = (noise * features).sum() / scale
+    rankings = task.rankings(read, None)
+    for ranking in rankings:
+        surprise = ranking.logits.log_softmax(-1)
+        chosen = torch.multinomial(surprise.detach().exp().cpu(), 1, generator=random).to(surprise.device)
+        drawn = drawn + surprise.gather(-1, chosen).sum() * (0.5 / len(rankings)) ** 0.5
+    return drawn
 
 
 class Calibration:
@@ -29,8 +73,18 @@ class Calibration:
     a choice by it holds on other pairs too.
     """
 
-    def __init__(self, dense: Dense, batches: list[Batch], grams: Grams | None, rule: str, seed: int = 0):
+    def __init__(
+        self,
+        dense: Dense,
+        batches: list[Batch],
+        grams: Tensors | None,
+        rule: str | None,
+        seed: int = 0,
+        prices: Tensors | None = None,
+    ):
+        """rule: of the scores, see scoring.PARAMETER_RULES; None where units have `prices`."""
         self.dense, self.batches, self.grams, self.rule, self.seed = dense, batches, grams, rule, seed
+        self.prices = prices
         self.fitted: Fitted = {}
         self.known = [comparison.subsampled_labels(dense.task, batch) for batch in batches]
         labels = [label for label in self.known if label is not None]
@@ -54,6 +108,8 @@ class Calibration:
 
         batches = self.dense.on_device(self.batches)
         scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, run=run)
+        if self.prices is not None:
+            scores = replace(scores, units=per_flops(self.prices, plan, self.dense.plan, self.dense.reference))
         self.expected = self.expected or captured
         dense, found = comparison.concatenate(self.expected), comparison.concatenate(captured)
         distance = comparison.feature_distance(task.features(dense), task.features(found)).item()
@@ -70,3 +126,56 @@ class Calibration:
         slope where pruning begins."""
         known = self.known[number]
         return self.dense.task.predictions(self.expected[number] if self.expected else read) if known is None else known
+
+
+class HeldOut:
+    """Judges whole plans with all of their recovery, on pairs that the recovery has not seen: fitted on one half of the pairs
+    and judged on the other, and the other way round."""
+
+    def __init__(self, dense: Dense, batches: list[Batch], grams: Tensors | None, sequential: bool):
+        """grams: None where nothing is refitted. sequential: whether it is refitted in sequence as well."""
+        self.dense, self.grams, self.sequential = dense, grams, sequential
+        self.whole = dense.runtime(dense.plan)
+        halves = halved(batches)
+        self.folds = [(halves[0], halves[1]), (halves[1], halves[0])]
+        self.expected = [self._features(self.whole, batches) for batches in halves]
+
+    def loss(self, plan: Plan) -> float:
+        """Mean squared distance of the features behind the decisions from the dense model's, in units of their variance. Of
+        what was tried it ranks plans best as other pairs do: docs/methods.md."""
+        found = []
+        for number, (fitted_on, judged_on) in enumerate(self.folds):
+            model = self.dense.runtime(plan, self.grams)
+            if self.sequential:
+                refit(self.dense, model, self.whole, plan, fitted_on)
+            expected = self.expected[1 - number]
+            found.append(comparison.feature_distance(expected, self._features(model, judged_on)).item())
+        return sum(found) / len(found)
+
+    def _features(self, model: nn.Module, batches: list[Batch]) -> Tensor:
+        evaluation = comparison.evaluate(model, self.dense.task, batches)
+        return self.dense.task.features(evaluation.outputs)
+
+
+def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Two halves of the pairs, each in batches; a pair alone is in both."""
+    halves: tuple[list[Batch], list[Batch]] = ([], [])
+    for batch in batches:
+        pieces = list(split(batch, max(1, (batch.samples + 1) // 2)))
+        halves[0].append(pieces[0])
+        halves[1].append(pieces[-1])
+    return halves
+
+
+def refit(
+    dense: Dense,
+    model: nn.Module,
+    whole: nn.Module,
+    plan: Plan,
+    batches: Sequence[Batch],
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place. whole: the dense
+    model."""
+    inputs = list(dense.on_device(list(batches)))
+    refit_in_sequence(model, whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance)

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from ..data.batches import Batch, fingerprint
-from ..engine import schedule, stages
+from ..engine import allocation, flops, schedule, stages
 from ..engine.methods import METHODS
 from ..engine.token_ranking import with_score_rule
 from ..models.dense import Dense
@@ -18,16 +19,17 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
-from .training_free import TrainingFree
+from .training_free import State, TrainingFree
 from .with_training import Trained
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search ends with: the plan, the stages that led to it, and its model."""
+    """What a search ends with: the plan, the stages that led to it or the plans that were compared, and its model."""
 
     plan: Plan
     stages: list[stages.Stage]
+    looks: list[allocation.Look]
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
     texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
@@ -44,12 +46,12 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     if method.removes("tokens"):
         warn_short_texts(dense, batches, progress)
     judges = batches
-    if method.phases is None and options.stage_samples != options.num_samples:
+    if (method.phases is None or method.compares_plans) and options.stage_samples != options.num_samples:
         judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = journal.load() if journal else None
-    state = stages.SearchState.from_json(saved) if saved else stages.SearchState.start(dense.plan, options.seed)
+    state = state_of(dense, options, saved)
     way: Trained | TrainingFree
     if options.training.steps:
         way = Trained(dense, pairs, options, batches, judges, journal, progress, saved)
@@ -57,16 +59,95 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
         way = TrainingFree(dense, options, batches, judges, journal, progress)
     if saved:
         way.restore(saved, state.plan)
-    if not way.is_over:
-        run_stages(dense, options, way.measure, state, lambda: way.save(state), progress)
+    if isinstance(state, allocation.AllocationState):
+        if not way.is_over:
+            compare_plans(dense, options, way, state, batches, progress)
+        taken: tuple[list[stages.Stage], list[allocation.Look]] = ([], state.looks)
+    else:
+        if not way.is_over:
+            run_stages(dense, options, way.measure, state, lambda: way.save(state), progress)
+        taken = (state.stages, [])
     model = way.build(state.plan)
     seconds = None if saved else time.perf_counter() - begin
-    return SearchResult(state.plan, state.stages, way.finish(state, model, progress), seconds, texts)
+    return SearchResult(state.plan, *taken, way.finish(state, model, progress), seconds, texts)
+
+
+def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | None) -> State:
+    """What a journal holds, or where a method begins."""
+    if METHODS[options.method].compares_plans:
+        return allocation.AllocationState.from_json(saved) if saved else allocation.AllocationState(dense.plan)
+    return stages.SearchState.from_json(saved) if saved else stages.SearchState.start(dense.plan, options.seed)
+
+
+def compare_plans(
+    dense: Dense,
+    options: ResolvedOptions,
+    way: TrainingFree | Trained,
+    state: allocation.AllocationState,
+    batches: list[Batch],
+    progress: Progress,
+) -> None:
+    """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
+    reach."""
+    ref, floors = dense.reference, schedule.Floors()
+    total = flops.count(dense.plan, ref).total
+
+    prices = way.prices or {}
+
+    def plan_of(cuts: allocation.Cuts) -> Plan | None:
+        return allocation.candidate(dense.plan, ref, options.ratio, cuts, prices, floors)
+
+    def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
+        plan = plan_of(cuts)
+        if plan is None:
+            return allocation.Look(cuts, {}, 0.0, None)
+        kept = {
+            stream: (cut.layer, plan.tower(dense.family.streams[stream][0].name).layers[cut.layer].keep[stream])
+            for stream, cut in cuts.items()
+        }
+        ratio = 1 - flops.count(plan, ref).total / total
+        return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan))
+
+    with progress.track("comparing plans", allocation.EXPECTED) as bar:
+        if state.looks:
+            progress.say(f"going on after {len(state.looks)} plans (--no-resume starts anew)")
+            bar.advance(by=len(state.looks))
+
+        def tell(found: allocation.Look) -> None:
+            state.looks.append(found)
+            way.save(state)
+            bar.advance(found.in_words())
+
+        best = allocation.descend(look, streams_of(dense, batches), tell, list(state.looks))
+    plan = plan_of(best.cuts) if best else None
+    if plan is None:
+        smallest = allocation.remove_cheapest(dense.plan, ref, prices, 0, floors, set())
+        raise stages.out_of_reach(options.ratio, 1 - flops.count(smallest, ref).total / total)
+    state.plan = plan
+
+
+def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, float]]:
+    """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts only
+    where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
+    modes, whole = dense.family.modes, stages.mode_shares(flops.count(dense.plan, dense.reference), dense.reference)
+    short = longest_text(batches) < dense.text_tokens
+    found = {}
+    for name in sorted((mode for mode in whole if modes[mode].stream), key=lambda mode: -whole[mode]):
+        tower, stream = dense.family.streams[modes[name].stream or ""]
+        if stream.source == "image" or not short:
+            begin = allocation.DEPTHS.get(stream.source, 1 / 2)
+            found[stream.name] = (len(dense.plan.tower(tower.name).layers), begin)
+    return found
+
+
+def longest_text(batches: list[Batch]) -> int:
+    """Tokens of the longest text."""
+    return max(input_sizes(batch.inputs).tokens for batch in batches)
 
 
 def warn_short_texts(dense: Dense, batches: list[Batch], progress: Progress) -> None:
     """Language tokens are pruned only where the calibration texts are as long as the reference (see schedule)."""
-    longest = max(input_sizes(batch.inputs).tokens for batch in batches)
+    longest = longest_text(batches)
     if 0 < longest < dense.text_tokens:
         progress.say(f"texts have {longest} tokens at most, --text-tokens is {dense.text_tokens}: language tokens stay")
 

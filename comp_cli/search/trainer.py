@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -148,15 +149,16 @@ class Trainer:
 
     # The search ------------------------------------------------------------------------------------------------------
 
-    def together(self, measure: stages.Measure) -> stages.Measure:
-        """All processes go on with what the first one found."""
-        return lambda plan: broadcast_object_list([measure(plan) if is_main_process() else None])[0]
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """All processes go on with what the first one made."""
+        return broadcast_object_list([make() if is_main_process() else None])[0]
 
     def measure(self, calibration: Calibration, plan: Plan) -> stages.Measurement:
         """Train into the plan, unless it is the present one; then what it shows on the calibration pairs."""
         if plan != self.plan:
             self._fade_into(plan)
-        return self.together(lambda plan: calibration.judge(self.dense.build(plan, self.state), plan))(plan)
+        found: stages.Measurement = self.from_main(lambda: calibration.judge(self.dense.build(plan, self.state), plan))
+        return found
 
     def take(self, plan: Plan, model: nn.Module) -> None:
         """Go on with a plan and a model that were found without training."""

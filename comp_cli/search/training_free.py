@@ -5,14 +5,17 @@ from typing import Any
 from torch import nn
 
 from ..data.batches import Batch
-from ..engine import stages
+from ..engine import allocation, stages
 from ..engine.methods import METHODS
+from ..engine.statistics import prices
 from ..models.dense import Dense
 from ..options import PruneOptions
 from ..plan import Plan
 from ..progress import Progress
-from .calibration import Calibration, gather_grams
+from .calibration import Calibration, HeldOut, Tensors, gather_statistics, refit
 from .journal import Journal
+
+State = stages.SearchState | allocation.AllocationState
 
 
 class TrainingFree:
@@ -29,14 +32,28 @@ class TrainingFree:
         journal: Journal | None,
         progress: Progress,
         *,
+        gathers: bool = True,
         recovers: bool = True,
     ):
-        """batches: calibration pairs. judges: those of them that judge a stage. recovers: whether anything may be refitted."""
-        self.dense, self.journal = dense, journal
+        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether this process
+        looks at the dense model. recovers: whether anything may be refitted."""
+        self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
         method = METHODS[options.method]
-        recovers = recovers and options.recover and method.removes("parameters")
-        self.grams = gather_grams(dense, batches, progress) if recovers else None
-        self.calibration = Calibration(dense, judges, self.grams, method.params if options.cip else "wanda", options.seed)
+        self.recovers = recovers and options.recover
+        self.sequential = self.recovers and options.sequential
+        priced = method.params == "obs"
+        self.grams: Tensors | None = None
+        self.prices: Tensors | None = None
+        if gathers and (priced or (self.recovers and method.removes("parameters"))):
+            weighted = options.cip or not priced
+            found = gather_statistics(dense, batches, progress, rises=priced, weighted=weighted, seed=options.seed)
+            self.grams = found.grams if self.recovers else None
+            if priced:
+                with progress.track("pricing what can be removed", len(found.grams)) as bar:
+                    self.prices = prices(dense.runtime(dense.plan), dense.family, dense.plan, found, bar.advance)
+        rule = None if priced else method.params if options.cip else "wanda"
+        self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
+        self._held_out: HeldOut | None = None
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
         """Go on from a journal: what the dense model says is what divergence is measured from."""
@@ -46,15 +63,26 @@ class TrainingFree:
         """What a plan shows on the calibration pairs."""
         return self.calibration.measure(plan)
 
-    def save(self, state: stages.SearchState) -> None:
-        """A stage is done."""
+    def held_out_loss(self, plan: Plan) -> float:
+        """What a whole plan loses on pairs that its recovery has not seen."""
+        if self._held_out is None:
+            self._held_out = HeldOut(self.dense, self.judges, self.grams, self.sequential)
+        return self._held_out.loss(plan)
+
+    def save(self, state: State) -> None:
+        """A stage is done, or a plan was looked at."""
         if self.journal:
             self.journal.save(state.to_json())
 
     def build(self, plan: Plan) -> nn.Module:
         """The model of the plan that was found."""
-        return self.dense.runtime(plan, self.grams)
+        model = self.dense.runtime(plan, self.grams)
+        if self.sequential:
+            layers = sum(len(tower.layers) for tower in plan.towers)
+            with self.progress.track("recovering", layers) as bar:
+                refit(self.dense, model, self.dense.runtime(self.dense.plan), plan, self.batches, bar.advance)
+        return model
 
-    def finish(self, state: stages.SearchState, model: nn.Module, progress: Progress) -> nn.Module:
+    def finish(self, state: State, model: nn.Module, progress: Progress) -> nn.Module:
         """Nothing is left to do."""
         return model

@@ -1,6 +1,6 @@
 """Search with fine-tuning: inside the stages, while units fade, or after a training-free search (see trainer.py)."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,10 @@ from ..models.pairs import Pairs
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
+from .calibration import Tensors
 from .journal import Journal
 from .trainer import Trainer, is_main_process, training_batches
-from .training_free import TrainingFree
+from .training_free import State, TrainingFree
 
 
 class Trained:
@@ -38,8 +39,9 @@ class Trained:
         self.is_trained = saved is not None and "steps" in saved
         read = partial(training_batches, dense, pairs, training, options.seed)
         self.trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-        recovers = not self.stage_steps and not self.is_trained and is_main_process()
-        self.free = TrainingFree(dense, options, batches, judges, None, progress, recovers=recovers)
+        gathers = not self.is_trained and is_main_process()
+        recovers = gathers and not self.stage_steps
+        self.free = TrainingFree(dense, options, batches, judges, None, progress, gathers=gathers, recovers=recovers)
 
     @property
     def is_over(self) -> bool:
@@ -57,9 +59,20 @@ class Trained:
         """What a plan shows on the calibration pairs, the same in all processes."""
         if self.stage_steps:
             return self.trainer.measure(self.free.calibration, plan)
-        return self.trainer.together(self.free.measure)(plan)
+        found: stages.Measurement = self.trainer.from_main(lambda: self.free.measure(plan))
+        return found
 
-    def save(self, state: stages.SearchState) -> None:
+    @cached_property
+    def prices(self) -> Tensors | None:
+        """Of what can be removed, the same in all processes."""
+        found: Tensors | None = self.trainer.from_main(lambda: self.free.prices)
+        return found
+
+    def held_out_loss(self, plan: Plan) -> float:
+        """What a whole plan loses on pairs that its recovery has not seen, the same in all processes."""
+        return float(self.trainer.from_main(lambda: self.free.held_out_loss(plan)))
+
+    def save(self, state: State) -> None:
         """A stage is done, or a part of the tuning."""
         if self.journal is None or not is_main_process():
             return
@@ -72,7 +85,7 @@ class Trained:
         """The model of the plan that was found."""
         return self.trainer.dense.build(plan, self.trainer.state) if self.trainer.done else self.free.build(plan)
 
-    def finish(self, state: stages.SearchState, model: nn.Module, progress: Progress) -> nn.Module:
+    def finish(self, state: State, model: nn.Module, progress: Progress) -> nn.Module:
         """Tune it for the steps that are left."""
         if not self.trainer.done:
             self.trainer.take(state.plan, model)

@@ -1,0 +1,219 @@
+"""How a FLOPs reduction is shared between tokens and parameters: whole plans of the wanted ratio are compared.
+
+A candidate says where tokens of each stream go, and how much of the reduction they bring. Parameters bring the rest: whatever
+costs the least loss per FLOPs, in all towers alike (see statistics.prices). What a candidate loses is measured with all of its
+recovery, on pairs that the recovery has not seen. The best candidate is found by descent, from one to its neighbours.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..plan import Channels, Plan
+from . import flops
+from .schedule import TOLERANCE, Floors
+from .scoring import Key
+
+START = 0.5  # the share that the descent begins with
+STEPS = (0.15, 0.075)  # in which it goes, first the longer ones
+SHARES = (0.05, 0.95)  # the least and the most
+EXPECTED = 16  # candidates that a descent looks at, about
+DEPTHS = {"image": 1 / 6}  # of a tower, where the descent begins for what its tokens are made of; others in the middle
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where tokens of a stream go: behind the attention of a layer. share: what they bring of the FLOPs that are to go, or of
+    those that the stream could bring if these are fewer."""
+
+    layer: int
+    share: float
+
+
+Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
+
+
+@dataclass(frozen=True)
+class Look:
+    """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. loss: distance of the
+    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so."""
+
+    cuts: dict[str, Cut]
+    tokens: dict[str, tuple[int, int]]
+    ratio: float
+    loss: float | None
+
+    def in_words(self) -> str:
+        where = [f"{kept} {stream} tokens from layer {layer} on" for stream, (layer, kept) in self.tokens.items()]
+        if self.loss is None:
+            return "out of reach"
+        return f"{', '.join(where) or 'all tokens'}: {self.loss:.4f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Look":
+        cuts = {stream: Cut(**cut) for stream, cut in found["cuts"].items()}
+        tokens = {stream: (layer, kept) for stream, (layer, kept) in found["tokens"].items()}
+        return cls(cuts, tokens, found["ratio"], found["loss"])
+
+
+@dataclass
+class AllocationState:
+    """How far a search has come, as JSON."""
+
+    plan: Plan
+    looks: list[Look] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"looks": [look.to_json() for look in self.looks], "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "AllocationState":
+        return cls(Plan.from_json(found["plan"]), [Look.from_json(look) for look in found["looks"]])
+
+
+def candidate(
+    dense: Plan, ref: flops.Reference, ratio: float, cuts: Cuts, prices: Mapping[Key, Tensor], floors: Floors
+) -> Plan | None:
+    """The plan of a ratio with these cuts; None where it cannot be reached so."""
+    plan, total = dense, flops.count(dense, ref).total
+    for stream, cut in cuts.items():
+        before = flops.count(plan, ref).total
+        most = before - flops.count(keeping(plan, ref, stream, 0, floors.tokens), ref).total
+        found = cut_tokens(plan, ref, stream, cut.layer, before - cut.share * min(ratio * total, most), floors)
+        if found is None:
+            return None
+        plan = found
+    if flops.count(plan, ref).total < total * (1 - ratio):
+        return None
+    plan = remove_cheapest(plan, ref, prices, total * (1 - ratio), floors, ranking_parts(plan, ref))
+    return plan if abs(1 - flops.count(plan, ref).total / total - ratio) <= TOLERANCE else None
+
+
+def cut_tokens(plan: Plan, ref: flops.Reference, stream: str, layer: int, target: float, floors: Floors) -> Plan | None:
+    """Keep as many tokens of a stream behind a layer as the FLOPs allow; None where the floors forbid it, or where it would be
+    too few to be worth scoring them."""
+    low, high = floors.tokens, math.floor(ref.tokens[stream] * (1 - floors.least_drop))
+    if high < low or flops.count(keeping(plan, ref, stream, layer, low), ref).total > target:
+        return None
+    while low < high:  # the most tokens within the target
+        middle = (low + high + 1) // 2
+        if flops.count(keeping(plan, ref, stream, layer, middle), ref).total <= target:
+            low = middle
+        else:
+            high = middle - 1
+    return keeping(plan, ref, stream, layer, low)
+
+
+def keeping(plan: Plan, ref: flops.Reference, stream: str, layer: int, tokens: int) -> Plan:
+    """The plan with so many tokens of a stream behind a layer."""
+    tower = plan.tower(ref.family.streams[stream][0].name)
+    layers = list(tower.layers)
+    layers[layer] = layers[layer].handing_on(stream, tokens)
+    return plan.with_tower(replace(tower, layers=tuple(layers)))
+
+
+def ranking_parts(plan: Plan, ref: flops.Reference) -> set[Key]:
+    """The self-attentions that rank tokens. Their heads stay: without them others would be ranked high than the dense model
+    ranks (the finding behind CoMP's CIT)."""
+    towers = ((tower, ref.family.tower(tower.name).self_attention.name) for tower in plan.towers)
+    return {(tower.name, index, part) for tower, part in towers for index, layer in enumerate(tower.layers) if layer.keep}
+
+
+def remove_cheapest(
+    plan: Plan, ref: flops.Reference, prices: Mapping[Key, Tensor], target: float, floors: Floors, kept: set[Key]
+) -> Plan:
+    """Remove heads, and channels in groups of `floors.ffn_multiple`, of the lowest price per FLOPs, until the FLOPs are at most
+    `target`. prices: of the units of a dense model, in the order of their elimination. kept: parts that stay whole. The
+    smallest plan where the floors forbid the target."""
+    counted = flops.count(plan, ref)
+    left, gone = counted.total, {}
+    groups = sorted(
+        (price, key, number, size, cost)
+        for row in counted.layers
+        for key, number, size, price, cost in _groups(row, plan, prices, floors)
+        if key not in kept
+    )
+    for _, key, _, size, cost in groups:
+        if left <= target:
+            break
+        left -= cost * size
+        gone[key] = gone.get(key, 0) + size
+    for (name, index, part), count in gone.items():
+        tower = plan.tower(name)
+        first = set(prices[name, index, part].argsort(stable=True)[:count].tolist())
+        layers = list(tower.layers)
+        layers[index] = layers[index].keeping(part, [unit for unit in layers[index].kept(part) if unit not in first])
+        plan = plan.with_tower(replace(tower, layers=tuple(layers)))
+    return plan
+
+
+def _groups(
+    row: flops.LayerFlops, plan: Plan, prices: Mapping[Key, Tensor], floors: Floors
+) -> Iterator[tuple[Key, int, int, float, float]]:
+    """Units of a layer that may go, in their order: key, number of the group, units in it, price per FLOPs, FLOPs of a unit."""
+    for part, units in plan.tower(row.tower).layers[row.layer].parts.items():
+        key, width = (row.tower, row.layer, part), len(units.units)
+        ordered = prices[key].sort(stable=True).values
+        cost = row.parts[part] / width
+        step, least = 1, 1
+        if isinstance(units, Channels):
+            step = floors.ffn_multiple
+            least = min(width, max(step, math.ceil(floors.ffn_share * width / step) * step))
+        begin = number = 0
+        while begin < width - least:
+            end = begin + ((width - begin) % step or step)
+            yield key, number, end - begin, float(ordered[begin:end].mean()) / cost, cost
+            begin, number = end, number + 1
+
+
+def descend(
+    look: Callable[[dict[str, Cut]], Look],
+    towers: Mapping[str, tuple[int, float]],
+    tell: Callable[[Look], None],
+    known: list[Look],
+) -> Look | None:
+    """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less than
+    none.
+
+    towers: stream -> layers of its tower, and how deep in it to begin; of those whose tokens may go, the ones with the most
+    FLOPs first. `known`: what was looked at before a kill. None where no candidate reaches the ratio.
+    """
+    seen: dict[frozenset[tuple[str, Cut]], Look] = {frozenset(found.cuts.items()): found for found in known}
+
+    def at(cuts: dict[str, Cut]) -> Look:
+        key = frozenset(cuts.items())
+        if key not in seen:
+            seen[key] = look(cuts)
+            tell(seen[key])
+        return seen[key]
+
+    best = at({})
+    for stream, (layers, begin) in towers.items():
+        others, here = dict(best.cuts), Cut(min(round(begin * layers), layers - 1), START)
+        found = at(others | {stream: here})
+        for step in STEPS:
+            while True:
+                near = min((at(others | {stream: cut}) for cut in _neighbours(here, layers, step)), key=_loss)
+                if _loss(near) >= _loss(found):
+                    break
+                found, here = near, near.cuts[stream]
+        best = min(best, found, key=_loss)
+    return None if best.loss is None else best
+
+
+def _loss(look: Look) -> float:
+    return math.inf if look.loss is None else look.loss
+
+
+def _neighbours(cut: Cut, layers: int, step: float) -> Iterator[Cut]:
+    """A share more or less; with the first step a layer further or back."""
+    low, high = SHARES
+    yield from (Cut(cut.layer, round(min(max(share, low), high), 3)) for share in (cut.share - step, cut.share + step))
+    if step == STEPS[0]:
+        yield from (Cut(layer, cut.share) for layer in (cut.layer - 1, cut.layer + 1) if 0 <= layer < layers)

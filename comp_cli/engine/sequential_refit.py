@@ -1,0 +1,260 @@
+"""Recovery in sequence: from the first layer on, every output projection is fitted to what the dense model's residual stream
+holds behind its part, so that each part makes good what those before it lost, pruned tokens included.
+
+For a part with inner activations x and residual h in the compact model, and the dense model's stream d behind the part, at
+the tokens that are left:  min sum_n ||d_n - h_n - W' x_n||^2 + ridge ||W' - W||^2. One layer after the other, all pairs at
+once, so the two models go through the pairs together and no activations of a whole model are held.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family, Part, Tower
+from ..plan import Plan, TowerPlan
+from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
+from .scoring import reader_of, tower_layers
+
+# Times the mean of the Gram matrix's diagonal. Larger than in `recover`: targets hold what no channel of the part can say.
+RIDGE = 3e-2
+Run = Callable[[nn.Module, dict[str, Tensor]], Any]
+
+
+def refit_in_sequence(
+    compact: nn.Module,
+    dense: nn.Module,
+    family: Family,
+    plan: Plan,
+    dense_plan: Plan,
+    batches: Sequence[dict[str, Tensor]],
+    run: Run,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Refit the output projections of `compact` in place (weights are replaced, not written into: some are the dense model's).
+
+    batches: calibration pairs as model inputs. run: runs a model over one of them. Layers before the first one that the plan
+    changes stay as they are. `advance` hears of every layer.
+    """
+    changed: set[str] = set()  # streams whose tokens are no longer what they were
+    with torch.inference_mode():
+        for tower in family.towers:
+            own, whole = plan.tower(tower.name), dense_plan.tower(tower.name)
+            reads = {part.reads for part in tower.parts if part.reads}
+            first = 0 if reads & changed else _first_difference(own, whole)
+            if first < len(own.layers):
+                _refit_tower(compact, dense, tower, first, batches, run, advance)
+                changed |= {stream.name for stream in tower.streams}
+
+
+def _first_difference(own: TowerPlan, whole: TowerPlan) -> int:
+    """The first layer that keeps less than the dense model's; the number of layers where none does."""
+    pairs = zip(own.layers, whole.layers, strict=True)
+    return next((index for index, (kept, all_) in enumerate(pairs) if kept != all_), len(own.layers))
+
+
+@dataclass
+class Call:
+    """What a layer is called with, over and over: the pairs of a batch on their way through a tower."""
+
+    hidden: Tensor  # (batch, tokens, dim)
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self, layer: nn.Module) -> Tensor:
+        found: Tensor = layer(self.hidden, *self.rest, **self.options)
+        return found
+
+    @property
+    def token_state(self) -> TokenState | None:
+        found: TokenState | None = self.options.get("token_state")
+        return found
+
+
+class _Reached(Exception):
+    """A model has come as far as it is needed."""
+
+
+def entering_calls(model: nn.Module, tower: Tower, batches: Sequence[dict[str, Tensor]], run: Run) -> list[Call]:
+    """What the first layer of a tower is called with for each batch. Stock loops call all layers alike; without a cache,
+    because a layer is run several times."""
+    calls: list[Call] = []
+
+    def remember(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        options = {name: value for name, value in options.items() if name not in CACHES}
+        hidden = args[0] if args else options.pop("hidden_states")
+        rest = tuple(None if _is_cache(value) else value for value in args[1:])
+        calls.append(Call(hidden, rest, options))
+        raise _Reached
+
+    hook = tower_layers(model, tower)[0].register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                run(model, batch)
+            except _Reached:
+                pass
+    finally:
+        hook.remove()
+    return calls
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def _refit_tower(
+    compact: nn.Module,
+    dense: nn.Module,
+    tower: Tower,
+    first: int,
+    batches: Sequence[dict[str, Tensor]],
+    run: Run,
+    advance: Callable[[], None],
+) -> None:
+    pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
+    layers = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
+    for index, (dense_layer, layer) in enumerate(layers):
+        behind = []  # the dense stream behind each part, for each batch
+        for whole, _ in pairs:
+            with watching(dense_layer, tower) as seen:
+                whole.hidden = whole.run(dense_layer)
+            behind.append({part.name: seen[part.name].stream for part in tower.parts})
+        for part in tower.parts if index >= first else ():
+            fit = Fit(reader_of(layer, part))
+            for (_, own), streams in zip(pairs, behind, strict=True):
+                with watching(layer, tower, last=part) as seen:
+                    try:
+                        own.run(layer)
+                    except _Reached:
+                        pass
+                entry = part is tower.self_attention  # tokens go behind it
+                kept = _kept_before(own.token_state, index + (0 if entry else 1))
+                mask = _mask_before(own, seen, index, entry)
+                found = seen[part.name]
+                fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, mask)
+            fit.replace()
+        for _, own in pairs:
+            own.hidden = own.run(layer)
+        advance()
+
+
+@dataclass
+class Seen:
+    """Of one part in one call of its layer: what its output projection reads, (batch, tokens, channels), what is added to what
+    it says, (batch, tokens, dim), and what it says."""
+
+    residual: Tensor = field(default_factory=lambda: torch.empty(0))
+    inner: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def stream(self) -> Tensor:
+        return self.residual + self.output
+
+
+@contextmanager
+def watching(layer: nn.Module, tower: Tower, last: Part | None = None) -> Iterator[dict[str, Any]]:
+    """What goes through the parts of a layer while the context is open, part -> Seen, and "mask" -> what its self-attention is
+    given. The layer is left (_Reached) when the output projection of `last` is about to run."""
+    seen: dict[str, Any] = {part.name: Seen() for part in tower.parts}
+    hooks = []
+
+    def remember(part: Part, name: str, place: int = 0) -> Callable[..., None]:
+        return lambda module, args: setattr(seen[part.name], name, args[place])
+
+    def remember_inner(part: Part) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[part.name].inner = args[0]
+            if part is last:
+                raise _Reached
+
+        return hook
+
+    def remember_output(part: Part) -> Callable[..., None]:
+        return lambda module, args, output: setattr(seen[part.name], "output", output)
+
+    def remember_mask(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        seen["mask"] = args[1] if len(args) > 1 else options.get("attention_mask")
+
+    try:
+        for part in tower.parts:
+            if tower.order == "pre_norm":  # the norm before the part reads the residual stream
+                norm = (tower.norms or LAYOUT_DEFAULTS["norms"])[0 if part.is_attention else 1]
+                hooks.append(layer.get_submodule(norm).register_forward_pre_hook(remember(part, "residual")))
+            else:  # the module around the projection is given the stream, to add and to normalise
+                around = layer.get_submodule(part.column.rpartition(".")[0])
+                hooks.append(around.register_forward_pre_hook(remember(part, "residual", 1)))
+            reader = reader_of(layer, part)
+            hooks.append(reader.register_forward_pre_hook(remember_inner(part)))
+            hooks.append(reader.register_forward_hook(remember_output(part)))
+        attention = layer.get_submodule(tower.self_attention.module)
+        hooks.append(attention.register_forward_pre_hook(remember_mask, with_kwargs=True))
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _kept_before(state: TokenState | None, layer: int) -> Tensor | None:
+    """Which of the tokens that entered the tower are left before a layer, (batch, left); None for all."""
+    return None if state is None else state.positions(before=layer)
+
+
+def _mask_before(call: Call, seen: dict[str, Any], index: int, entry: bool) -> Tensor | None:
+    """The attention mask of the tokens that a part is given."""
+    given: Tensor | None = seen["mask"]
+    return given if entry or call.token_state is None else call.token_state.mask_of(index + 1, given, call.hidden.device)
+
+
+def counterparts(stream: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
+    """What the dense model holds at the tokens that are left: (batch, all, dim), (batch, kept) -> (batch, tokens, dim).
+
+    Where one more is left than were kept, it stands for all others: its counterpart is their mean.
+    """
+    if kept is None:
+        return stream
+    found = stream.gather(1, kept.unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+    if tokens == kept.shape[1]:
+        return found
+    gone = stream.new_ones(stream.shape[:2]).scatter(1, kept, 0.0)
+    mean = torch.einsum("bnd,bn->bd", stream, gone / gone.sum(1, keepdim=True))
+    return torch.cat([found, mean.unsqueeze(1)], dim=1)
+
+
+class Fit:
+    """The least squares of one output projection, gathered batch by batch."""
+
+    def __init__(self, reader: nn.Linear):
+        self.reader = reader
+        self.gram: Any = 0  # (channels + 1, channels + 1); without bias (channels, channels)
+        self.cross: Any = 0  # the same rows, (..., outputs)
+
+    def add(self, inner: Tensor, target: Tensor, mask: Tensor | None) -> None:
+        """(batch, tokens, channels), (batch, tokens, outputs), and the attention mask of these tokens: padding counts
+        nothing."""
+        rows, wanted = inner.flatten(0, 1).float(), target.flatten(0, 1).float()
+        if mask is not None:
+            valid = unmasked(mask)[:, 0, -1].expand(inner.shape[:2]).flatten()
+            rows, wanted = rows[valid], wanted[valid]
+        if self.reader.bias is not None:
+            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+        self.gram = self.gram + (rows.T @ rows).double()
+        self.cross = self.cross + (rows.T @ wanted).double()
+
+    def replace(self) -> None:
+        """Give the projection the weights that fit."""
+        reader = self.reader
+        now = reader.weight.T if reader.bias is None else torch.cat([reader.weight, reader.bias.unsqueeze(1)], dim=1).T
+        shrink = RIDGE * self.gram.diagonal().mean()
+        inner = self.gram + shrink * torch.eye(len(self.gram), dtype=torch.double, device=self.gram.device)
+        found = torch.cholesky_solve(self.cross + shrink * now.double(), torch.linalg.cholesky(inner)).T
+        with torch.inference_mode(False):  # what is made under it could not be trained
+            found = found.clone().to(reader.weight.dtype)
+            channels = reader.weight.shape[1]
+            reader.weight = nn.Parameter(found[:, :channels].contiguous(), requires_grad=False)
+            if reader.bias is not None:
+                reader.bias = nn.Parameter(found[:, channels].contiguous(), requires_grad=False)

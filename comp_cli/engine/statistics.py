@@ -1,0 +1,120 @@
+"""What a dense model shows of its parts on calibration pairs, once: Gram matrices of their channels, and how much the loss
+rises where they err. Prices of removal and recovery are made of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family
+from ..plan import Plan
+from . import brain_surgeon, flops
+from .recover import RIDGE, gram
+from .scoring import Key, output_weight, reader_of, recording, tower_layers, weights_of
+
+
+@dataclass
+class Statistics:
+    """grams: sum_n w_n [x_n; 1][x_n; 1]^T of the channels of a part over all tokens n of all pairs, (channels + 1, channels +
+    1). rises: the loss, in nats a pair, that it would cost to first order in the error, squared, if all that a part says were
+    replaced by its mean. energies: sum_n w_n ||o_n - mean||^2 of what it says."""
+
+    grams: dict[Key, Tensor] = field(default_factory=dict)
+    rises: dict[Key, float] = field(default_factory=dict)
+    energies: dict[Key, float] = field(default_factory=dict)
+
+
+def collect(
+    model: nn.Module,
+    family: Family,
+    plan: Plan,
+    batches: Iterable[dict[str, Tensor]],
+    run: Callable[[dict[str, Tensor]], Tensor | None],
+    *,
+    weighted: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> Statistics:
+    """One pass over the batches, there and back.
+
+    run: runs the model over a batch and returns a number whose gradient is a draw from the square root of the loss's curvature
+    (see `Calibration.probe`); None where nothing is to be differentiated, which leaves `rises` empty. weighted: by the token
+    weights of CIP (CoMP, Eq. 4 and 5), else all tokens alike.
+    """
+    found = Statistics()
+    said: dict[Key, Tensor] = {}
+    hooks = []
+
+    def remember(key: Key) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            said[key] = output if output.requires_grad else output.detach().requires_grad_()
+            return said[key]
+
+        return hook
+
+    pairs = 0
+    try:
+        with recording(model, family, plan) as recorder, torch.enable_grad():
+            for tower in family.towers:
+                for index, layer in enumerate(tower_layers(model, tower)):
+                    for part in tower.parts:
+                        reader = reader_of(layer, part)
+                        hooks.append(reader.register_forward_hook(remember((tower.name, index, part.name))))
+            for batch in batches:
+                drawn = run(batch)
+                slopes = None if drawn is None else torch.autograd.grad(drawn, list(said.values()))
+                pairs += len(next(iter(batch.values())))
+                for number, (key, output) in enumerate(said.items()):
+                    tower = family.tower(key[0])
+                    weights = weights_of(recorder, tower, plan, key, weighted)
+                    found.grams[key] = found.grams.get(key, 0) + gram(recorder.inputs[key], weights)
+                    if slopes is None:
+                        continue
+                    varied = _around_mean(output.detach().float(), weights)
+                    rise = (slopes[number].float() * varied).sum((1, 2)).square().sum()
+                    found.rises[key] = found.rises.get(key, 0.0) + float(rise)
+                    energy = float((weights * varied.square().sum(-1)).sum())
+                    found.energies[key] = found.energies.get(key, 0.0) + energy
+                advance()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found.rises = {key: rise / max(pairs, 1) for key, rise in found.rises.items()}
+    return found
+
+
+def _around_mean(output: Tensor, weights: Tensor) -> Tensor:
+    """What a part says without its weighted mean, which the bias could say; padding, of weight 0, as zero. (batch, tokens,
+    dim), (batch, tokens) -> (batch, tokens, dim)."""
+    mean = torch.einsum("bnd,bn->d", output, weights) / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (output - mean) * (weights > 0).unsqueeze(-1)
+
+
+def prices(
+    model: nn.Module, family: Family, plan: Plan, found: Statistics, advance: Callable[[], None] = lambda: None
+) -> dict[Key, Tensor]:
+    """The price of every unit of a dense model, (units,): what its removal adds to the loss by what it adds to the squared
+    error of its part (see `brain_surgeon.removal_prices`), refit included. Comparable between parts."""
+    result = {}
+    for tower in plan.towers:
+        for index, layer in enumerate(tower.layers):
+            for part in family.tower(tower.name).parts:
+                key = (tower.name, index, part.name)
+                reader = reader_of(tower_layers(model, family.tower(tower.name))[index], part)
+                hessian = brain_surgeon.hessian(found.grams[key], reader.bias is not None, RIDGE)
+                price = brain_surgeon.removal_prices(output_weight(model, family, key), hessian, layer.parts[part.name].width)
+                result[key] = price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
+                advance()
+    return result
+
+
+def per_flops(prices: Mapping[Key, Tensor], plan: Plan, dense: Plan, ref: flops.Reference) -> dict[Key, Tensor]:
+    """Prices of the units that a plan keeps, each per FLOPs that it has in the dense model: (kept units,) for each part."""
+    result = {}
+    for row in flops.count(dense, ref).layers:
+        layer = plan.tower(row.tower).layers[row.layer]
+        for part, cost in row.parts.items():
+            key = (row.tower, row.layer, part)
+            result[key] = prices[key][list(layer.kept(part))] * (len(prices[key]) / cost)
+    return result
