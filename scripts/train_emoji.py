@@ -67,6 +67,25 @@ def read_pictures(folder: Path, rows: list[dict[str, Any]]) -> Tensor:
     return torch.from_numpy(numpy.stack(arrays)).movedim(-1, 1).contiguous()
 
 
+class Table(nn.Module):
+    """One vector of length 1 for each emoji, (emoji, width): of its words, and one of its own. Emoji that share rare words are
+    neighbours from the start, so that pictures find the kind before the one."""
+
+    def __init__(self, emoji: list[Emoji], width: int):
+        super().__init__()
+        own = [set(words(" ".join([one.name, *one.tags]))) for one in emoji]
+        place = {word: column for column, word in enumerate(sorted(set.union(*own)))}
+        rows, columns = zip(*((row, place[word]) for row, found in enumerate(own) for word in sorted(found)), strict=True)
+        has = torch.zeros(len(emoji), len(place)).index_put((torch.tensor(rows), torch.tensor(columns)), torch.tensor(1.0))
+        weighted = has * (len(emoji) / has.sum(0)).log()
+        self.register_buffer("shares", F.normalize(weighted, p=1, dim=-1))
+        self.words = nn.Parameter(0.3 * torch.randn(len(place), width))
+        self.own = nn.Parameter(0.1 * torch.randn(len(emoji), width))
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.shares @ self.words + self.own, dim=-1)
+
+
 def spread(count: int, amount: float) -> Tensor:
     """(count,) numbers from -amount to amount."""
     return (2 * torch.rand(count) - 1) * amount
@@ -75,22 +94,22 @@ def spread(count: int, amount: float) -> Tensor:
 def moved(pictures: Tensor) -> Tensor:
     """Turned, scaled, sheared and moved a little, each in its way; what comes in is white. (pictures, 3, side, side)."""
     count = len(pictures)
-    angle, scale = spread(count, 0.2), 1 + spread(count, 0.2)
+    angle, scale = spread(count, 0.15), 1 + spread(count, 0.15)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).view(-1, 2, 2) * scale.view(-1, 1, 1)
-    skew = torch.eye(2) + spread(4 * count, 0.12).view(-1, 2, 2)
-    shift = spread(2 * count, 0.12).view(-1, 2, 1)
+    skew = torch.eye(2) + spread(4 * count, 0.08).view(-1, 2, 2)
+    shift = spread(2 * count, 0.1).view(-1, 2, 1)
     grid = F.affine_grid(torch.cat((turn @ skew, shift), -1), list(pictures.shape), align_corners=False)
     return 1 + F.grid_sample(pictures - 1, grid, padding_mode="zeros", align_corners=False)
 
 
 def recoloured(pictures: Tensor) -> Tensor:
-    """Other colours, contrast and brightness; a fifth of them grey. White stays white. (pictures, 3, side, side), 0 to 1."""
+    """Other colours and brightness; a few of them grey. White stays white. (pictures, 3, side, side), 0 to 1."""
     count = len(pictures)
-    mix = torch.eye(3) + spread(9 * count, 0.25).view(-1, 3, 3)
+    mix = torch.eye(3) + spread(9 * count, 0.2).view(-1, 3, 3)
     mix = mix / mix.sum(-1, keepdim=True)
     grey = torch.full((3, 3), 1 / 3).expand_as(mix)
-    mix = torch.where(torch.rand(count, 1, 1) < 0.2, grey, mix)
-    gamma = spread(count, 0.5).exp().view(-1, 1, 1, 1)
+    mix = torch.where(torch.rand(count, 1, 1) < 0.15, grey, mix)
+    gamma = spread(count, 0.4).exp().view(-1, 1, 1, 1)
     return (mix @ pictures.flatten(2)).view_as(pictures).clamp(1e-3, 1) ** gamma
 
 
@@ -106,7 +125,7 @@ def draw(emoji: list[Emoji], pictures: Tensor, tokenizer, many: int, styles: int
         tags = [one.tags[i] for i in torch.randperm(len(one.tags)).tolist()]
         texts.append(text_of(one.name, tags[: int(torch.randint(len(tags) + 1, ()))]))
     first, second = (moved(pictures[kind].float() / 255) for kind in (rows, others))
-    share = (torch.rand(len(first), 1, 1, 1) - 0.5).clamp(min=0)  # of half of them, up to a half is another style
+    share = (torch.rand(len(first), 1, 1, 1) - 0.6).clamp(min=0)  # of four in ten, up to two fifths are another style
     blended = recoloured(first * (1 - share) + second * share)
     return chosen, blended, dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
@@ -116,19 +135,19 @@ def normalised(pictures: Tensor, image_processor) -> Tensor:
     return (pictures - mean) / std
 
 
-def step_loss(model: CLIPModel, table: nn.Embedding, batch: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
+def step_loss(model: CLIPModel, table: Table, batch: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
     """Images and texts of a batch find one another, and both their vector in the table of all emoji."""
     chosen, pixels, texts = batch
     out = model(pixel_values=pixels, **texts)
     images, texts = (F.normalize(found.float(), dim=-1) for found in (out.image_embeds, out.text_embeds))
-    every, scale = F.normalize(table.weight, dim=-1), model.logit_scale.exp()
     with torch.autocast("cpu", enabled=False):
+        every, scale = table(), model.logit_scale.exp()
         own = torch.arange(len(chosen)).repeat_interleave(len(images) // len(chosen))
         pairs = scale * images @ texts.T
         right = own[:, None] == torch.arange(len(chosen))
         matched = comparison.loss([Ranking(pairs, right), Ranking(pairs.T, right.T)])
-        known = F.cross_entropy(scale * images @ every.T, chosen[own], label_smoothing=0.1)
-        return matched + known + F.cross_entropy(scale * texts @ every.T, chosen, label_smoothing=0.1)
+        known = F.cross_entropy(scale * images @ every.T, chosen[own])
+        return matched + known + F.cross_entropy(scale * texts @ every.T, chosen)
 
 
 def batches(folder: Path, split: str, processor) -> list[Batch]:
@@ -146,7 +165,7 @@ def train(args: argparse.Namespace) -> None:
     emoji, pictures = by_emoji(rows), read_pictures(args.folder, rows)
     processor = build_processor(vocabulary(emoji), LONGEST, IMAGE_SIZE)
     model = build_model(processor.tokenizer, IMAGE_SIZE)
-    table = nn.Embedding(len(emoji), model.config.projection_dim)
+    table = Table(emoji, model.config.projection_dim)
     validation = batches(args.folder, "validation", processor)
 
     def draw_batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -174,10 +193,10 @@ if __name__ == "__main__":
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--emoji", type=int, default=40, help="in a batch")
     parser.add_argument("--styles", type=int, default=3, help="of each emoji in a batch")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--every", type=int, default=250)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--every", type=int, default=200)
     train(parser.parse_args())

@@ -111,7 +111,7 @@ def test_augmentation_leaves_white_white_and_turns_some_grey():
     torch.testing.assert_close(train_emoji.recoloured(train_emoji.moved(white)), white)
     colours = train_emoji.recoloured(torch.rand(200, 3, 4, 4))
     grey = (colours.amax(1) - colours.amin(1)).amax((1, 2)) < 1e-5
-    assert 20 < grey.sum() < 60
+    assert 10 < grey.sum() < 50
 
 
 def test_a_batch_has_every_emoji_in_several_styles_and_a_step_reaches_every_weight(folder):
@@ -121,7 +121,7 @@ def test_a_batch_has_every_emoji_in_several_styles_and_a_step_reaches_every_weig
     processor = build_processor(train_emoji.vocabulary(emoji), train_emoji.LONGEST, 64)
     chosen, drawn, texts = train_emoji.draw(emoji, pictures, processor.tokenizer, 2, 3)
     assert sorted(chosen.tolist()) == [0, 1] and drawn.shape == (6, 3, 64, 64) and len(texts["input_ids"]) == 2
-    model, table = build_model(processor.tokenizer, 64), torch.nn.Embedding(2, 128)
+    model, table = build_model(processor.tokenizer, 64), train_emoji.Table(emoji, 128)
     train_emoji.step_loss(model, table, (chosen, drawn, texts)).backward()
     assert all(weight.grad is not None for weight in [*model.parameters(), *table.parameters()])
     for number, ids in zip(chosen, texts["input_ids"], strict=True):
