@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 STYLES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -113,8 +113,8 @@ def svg_of(icons: Mapping[str, Any], name: str) -> str | None:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """IMAGE_SIZE square, RGB."""
-    picture = picture.convert("RGBA").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    """IMAGE_SIZE square, RGB; a picture that is not square is padded."""
+    picture = ImageOps.pad(picture.convert("RGBA"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
     return white.convert("RGB")

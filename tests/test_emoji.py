@@ -72,6 +72,8 @@ def test_what_is_transparent_becomes_white():
     drawn = write_emoji.on_white(picture)
     assert drawn.mode == "RGB" and drawn.size == (64, 64)
     assert drawn.getpixel((5, 5)) == (255, 0, 0) and drawn.getpixel((60, 5)) == (255, 255, 255)
+    flat = write_emoji.on_white(Image.new("RGB", (256, 128), "red"))
+    assert flat.size == (64, 64) and flat.getpixel((5, 32)) == (255, 0, 0) and flat.getpixel((5, 5)) == (255, 255, 255)
 
 
 def test_an_emoji_is_chosen_if_the_test_style_and_enough_training_styles_have_it(emoji):
