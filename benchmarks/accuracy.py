@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py
     python benchmarks/accuracy.py --model CLIP      # recall@1 among all test pairs; made by scripts/train_clip.py
+    python benchmarks/accuracy.py --model CLIP --data FOLDER      # the same on pairs of your own, such as real pictures
 
 Every method prunes without training; the main ones are then fine-tuned, each for as many steps on the same pairs. One JSON
 line a result, with the commit that made it; those that are in the file already are skipped, so it can be stopped and started at
@@ -15,22 +16,25 @@ import hashlib
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 from torch import nn
 
 from comp_cli.cli.output import Output
+from comp_cli.data.pairset import PairSet
 from comp_cli.data.scene_pairs import ScenePairs
+from comp_cli.data.sources import open_pairs
 from comp_cli.engine import flops
 from comp_cli.engine.methods import METHODS
 from comp_cli.errors import CompError
 from comp_cli.models.dense import Dense, by_model_size, open_dense
-from comp_cli.models.pairs import batches_of
+from comp_cli.models.pairs import Pairs, batches_of
 from comp_cli.options import PruneOptions, Training
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
@@ -51,27 +55,47 @@ TEXT_TOKENS = 21  # of a text at most: a description of four things. One scene i
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the scenes that it is calibrated, tuned and judged on, and the settings that its results depend on."""
+    """A model, the pairs that it is calibrated, tuned and judged on, and the settings that its results depend on."""
 
     dense: Dense
-    scenes: ScenePairs
+    pairs: Pairs
     settings: dict[str, int | float | str]
 
     @classmethod
-    def open(cls, model: str) -> "Subject":
-        """`demo`, which matches captions, or a folder with a dual encoder, which retrieves descriptions."""
+    def open(cls, model: str, data: Path | None = None, split: str = "test") -> "Subject":
+        """`demo`, which matches captions, or a folder with a dual encoder, which retrieves descriptions of scenes, or the texts
+        of a folder with tables for the splits, judged on the one that is called `split`."""
         dense = open_dense(model, Output("quiet"), text_tokens=TEXT_TOKENS)
         if model == "demo":
             return cls(dense, ScenePairs(labelled=True), SETTINGS)
         weights = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()
         own = {"task": dense.task.name, "text tokens": TEXT_TOKENS, "weights": weights}
-        return cls(dense, ScenePairs(labelled=True, described=True), SETTINGS | own)
+        if data is None:
+            return cls(dense, ScenePairs(labelled=True, described=True), SETTINGS | own)
+        own |= {"data": tables_of(data), "judged on": split}
+        return cls(dense, judged_on(split, data), SETTINGS | own)
 
     @property
     def identity(self) -> dict[str, str]:
         """What a line was made with: a hash of the settings, by which finished runs are known, and the commit."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return {"settings": digest, "commit": commit()}
+
+
+def tables_of(data: Path) -> str:
+    """A hash of the tables in a folder of pairs: of the texts, and of which pictures serve what."""
+    digest = hashlib.sha256()
+    for table in sorted(data.glob("*.jsonl")):
+        digest.update(table.name.encode() + table.read_bytes())
+    return digest.hexdigest()
+
+
+def judged_on(split: str, data: Path) -> PairSet:
+    """Pairs that calibrate and tune with the split train and are judged on another, though comp would take validation pairs."""
+    pairs = open_pairs(str(data), progress=Output("quiet"))
+    if missing := {"train", split} - pairs.splits.keys():
+        raise SystemExit(f"{data}: expected train.jsonl and {split}.jsonl, found no split {' and '.join(sorted(missing))}.")
+    return replace(pairs, splits={name: pairs.splits[name] for name in ("train", split)})
 
 
 @cache
@@ -110,11 +134,11 @@ def measure(subject: Subject, name: str, ratio: float, seed: int, steps: int, pa
 
     reported = set()
     try:
-        found = search(dense, subject.scenes, options, None, Output("quiet"))
+        found = search(dense, subject.pairs, options, None, Output("quiet"))
         reported.add(steps if share else 0)
         yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages]}
         if steps and not share:
-            batches = partial(training_batches, dense, subject.scenes, training, seed)
+            batches = partial(training_batches, dense, subject.pairs, training, seed)
             trainer = Trainer(dense, training, ratio, batches, seed=seed)
             trainer.take(found.plan, found.model)
             tuned = trainer.tune(Output("quiet"), lambda: None)
@@ -182,11 +206,13 @@ def plot(runs: list[dict], subject: Subject, dense_accuracy: float, path: Path) 
 
 
 def main(arguments: argparse.Namespace) -> None:
-    subject = Subject.open(arguments.model)
+    subject = Subject.open(arguments.model, arguments.data, arguments.split)
     dense = subject.dense
-    pairs = batches_of(dense, subject.scenes, "evaluation", arguments.pairs, 32, TEST_SEED)
-    dense_accuracy = comparison.evaluate(dense.runtime(dense.plan), dense.task, pairs).metric(dense.task)
-    usual = "accuracy" if arguments.model == "demo" else f"accuracy_{dense.family.name}"
+    pairs = batches_of(dense, subject.pairs, "evaluation", arguments.pairs, 32, TEST_SEED)
+    judged = comparison.evaluate(dense.runtime(dense.plan), dense.task, pairs)
+    dense_accuracy = judged.metric(dense.task)
+    named = arguments.data.resolve().name if arguments.data else dense.family.name
+    usual = "accuracy" if arguments.model == "demo" else f"accuracy_{named}" + "_validation" * (arguments.split == "validation")
     output = arguments.output or Path(__file__).parent / "results" / f"{usual}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     wanted = [
@@ -219,7 +245,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     tables = [f"{what}:\n\n{table(summary(part))}" for what, part in parts.items() if part]
     commits = ", ".join(sorted({run["commit"] for run in runs}))
-    dense_says = f"Dense: {dense.task.metric} {100 * dense_accuracy:.1f} %, {arguments.pairs} test pairs."
+    dense_says = f"Dense: {dense.task.metric} {100 * dense_accuracy:.1f} %, {judged.samples} {arguments.split} pairs."
     said = f"{dense_says} Mean ± standard deviation (seeds)."
     text = f"{said}\nMade by {commits}.\n\n" + "\n".join(tables)
     output.with_suffix(".md").write_text(text)
@@ -250,13 +276,22 @@ def read_runs(path: Path, subject: Subject) -> list[dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="demo (the default), or the folder of scripts/train_clip.py")
-    parser.add_argument("--output", type=Path, help="default: accuracy.jsonl or accuracy_clip.jsonl in benchmarks/results")
+    parser.add_argument("--data", type=Path, help="a folder with train.jsonl and test.jsonl, as of scripts/write_emoji.py")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="what --data is judged on")
+    parser.add_argument(
+        "--output", type=Path, help="default: accuracy.jsonl, accuracy_clip.jsonl, accuracy_DATA.jsonl in benchmarks/results"
+    )
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--training-free", action="store_true", help="make no fine-tuned results")
-    parser.add_argument("--pairs", type=int, default=1000, help="test pairs behind every figure")
+    parser.add_argument("--pairs", type=int, help="test pairs behind every figure: 1000 scenes, or all of --data")
     parsed = parser.parse_args()
     if parsed.model != "demo" and not Path(parsed.model).is_dir():
         parser.error(f"no folder {parsed.model}: make it with python scripts/train_clip.py --output {parsed.model}")
+    if parsed.data is None and parsed.split != "test":
+        parser.error("--split needs --data: of the scenes, the test split judges.")
+    if parsed.data is not None and parsed.model == "demo":
+        parser.error("--data needs --model with the folder of a dual encoder: the demo knows scenes only.")
+    parsed.pairs = parsed.pairs or (1000 if parsed.data is None else sys.maxsize)
     main(parsed)

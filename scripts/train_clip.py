@@ -14,10 +14,12 @@ import random
 import sys
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
 from train_demo import GRID, KINDS, PATCH, covered, patch_labels
@@ -37,26 +39,29 @@ THINGS = 5  # in a scene at most
 LONGEST = 26  # tokens of the longest description
 CLASSES = {kind: len(names) for kind, names in KINDS.items()}
 PAD, UNKNOWN, START, END = range(4)
+WORDS = ["a", "and", ",", *scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES]
 
 
-def build_processor() -> CLIPProcessor:
-    words = ["a", "and", ",", *scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES]
+def build_processor(words: Sequence[str] = WORDS, longest: int = LONGEST, side: int = scenes.IMAGE_SIZE) -> CLIPProcessor:
+    """For texts of these words, up to `longest` tokens, and pictures `side` pixels wide and high."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<start>", "<end>", *words])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     around = [("<start>", START), ("<end>", END)]
     made.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=around)
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<start>", "eos_token": "<end>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=LONGEST, **special)
-    size = {"height": scenes.IMAGE_SIZE, "width": scenes.IMAGE_SIZE}
-    return CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": scenes.IMAGE_SIZE}, crop_size=size), tokenizer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=longest, **special)
+    size = {"height": side, "width": side}
+    return CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=size), tokenizer)
 
 
-def build_model(tokenizer) -> CLIPModel:
+def build_model(tokenizer, side: int = scenes.IMAGE_SIZE) -> CLIPModel:
     common = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8}
     ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}  # 2 would mean: read at the highest id
-    text = common | ids | {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": LONGEST}
-    vision = common | {"num_hidden_layers": 6, "image_size": scenes.IMAGE_SIZE, "patch_size": PATCH}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    text = common | ids | sizes | {"num_hidden_layers": 4}
+    vision = common | {"num_hidden_layers": 6, "image_size": side, "patch_size": PATCH}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
@@ -148,27 +153,45 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
     processor = build_processor()
-    model = build_model(processor.tokenizer).train()
-    AttentionInterface.register("fp32", attention_in_fp32)
-    model.config.vision_config._attn_implementation = "fp32"
+    model = build_model(processor.tokenizer)
     helpers = Helpers(model.config.vision_config.hidden_size, model.config.projection_dim)
+    fit(
+        model,
+        processor,
+        helpers,
+        args,
+        draw=lambda: draw_batch(rng, processor, args.pairs),
+        loss_of=lambda batch: step_loss(model, helpers, batch),
+        judge=lambda step: {"validation": recall(model, processor, "validation", 256)},
+    )
+
+
+def fit(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    helpers: nn.Module,
+    args: argparse.Namespace,
+    *,
+    draw: Callable[[], Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    judge: Callable[[int], dict[str, Any]],
+    weight_decay: float = 0.02,
+) -> None:
+    """`args.steps` steps of AdamW in bf16: warm-up, then a cosine to zero. Every `args.every` steps a line of the log, with
+    what `judge` finds at that step, and the model into `args.output`."""
+    AttentionInterface.register("fp32", attention_in_fp32)
+    model.train().config.vision_config._attn_implementation = "fp32"
     weights = [*model.parameters(), *helpers.parameters()]
-    optimiser = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(weights, lr=args.lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     begin, running = time.time(), 0.0
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("w") as log:
-
-        def tell(line: dict) -> None:
-            line["minutes"] = round((time.time() - begin) / 60, 2)
-            for where in (sys.stdout, log):
-                print(json.dumps(line), file=where, flush=True)
-
         for step in range(1, args.steps + 1):
             for group in optimiser.param_groups:
                 group["lr"] = args.lr * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-            batch = draw_batch(rng, processor, args.pairs)
+            batch = draw()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = step_loss(model, helpers, batch)
+                loss = loss_of(batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
@@ -176,8 +199,10 @@ def train(args: argparse.Namespace) -> None:
             model.logit_scale.data.clamp_(max=math.log(100))
             running += loss.item()
             if step % args.every == 0 or step == args.steps:
-                found = recall(model, processor, "validation", 256)
-                tell({"step": step, "loss": round(running / args.every, 4), "validation": found})
+                minutes = round((time.time() - begin) / 60, 2)
+                line = {"step": step, "loss": round(running / args.every, 4), **judge(step), "minutes": minutes}
+                for where in (sys.stdout, log):
+                    print(json.dumps(line), file=where, flush=True)
                 running = 0.0
                 model.save_pretrained(args.output)
                 processor.save_pretrained(args.output)
