@@ -43,13 +43,32 @@ from comp_cli.tasks import comparison
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
 ABLATED_AT = 0.8  # where parts of a method are switched off
-ABLATIONS = ["comp --no-cip", "comp --no-explore", "comp --no-history", "comp --no-recover", "sjp --no-recover"]
+ABLATIONS = [
+    "comp --no-sequential",
+    "comp --no-recover",
+    "comp --no-cip",
+    "comp-paper --no-sequential",
+    "comp-paper --no-recover",
+    "comp-paper --no-cip",
+    "comp-paper --no-explore",
+    "comp-paper --no-history",
+    "sjp --no-sequential",
+    "sjp --no-recover",
+]
 # Half of the steps inside the stages, while masks fade: there CIT has something to weigh.
-FADING = ["comp --stage-share", "comp --stage-share --no-cit"]
-TRAINED = ["comp", "sjp", "taylor", "token", "random", *FADING]
+FADING = ["comp-paper --stage-share", "comp-paper --stage-share --no-cit"]
+TRAINED = ["comp", "comp-paper", "sjp", "taylor", *FADING]
 STEPS, TRAINED_SEEDS = 100, 3  # of 32 pairs, at the default rate
 TEST_SEED = 7  # of the scenes: seed 0 has been looked at while comp was made
-SETTINGS = {"samples": SAMPLES, "stages": 40, "steps": STEPS, "batch": 32, "share": 0.5, "test seed": TEST_SEED}
+SETTINGS: dict[str, int | float | str] = {
+    "samples": SAMPLES,
+    "stages": 40,
+    "steps": STEPS,
+    "batch": 32,
+    "share": 0.5,
+    "test seed": TEST_SEED,
+    "recovery": "in sequence",
+}
 TEXT_TOKENS = 21  # of a text at most: a description of four things. One scene in a hundred has five, and its text is cut
 
 
@@ -107,7 +126,8 @@ def commit() -> str:
 def options_of(name: str, ratio: float, seed: int, training: Training) -> PruneOptions:
     """The options of a run. name: a method, and what is switched off, as on the command line."""
     method, *switches = name.split(" --")
-    samples = {"num_samples": SAMPLES, "stage_samples": SAMPLES, "batch_size": 32, "stages": SETTINGS["stages"]}
+    pairs = SETTINGS["samples"]
+    samples = {"num_samples": pairs, "stage_samples": pairs, "batch_size": 32, "stages": SETTINGS["stages"]}
     off = {switch.removeprefix("no-"): False for switch in switches if switch.startswith("no-")}
     return PruneOptions("demo", ratio, method=method, seed=seed, training=training, **samples, **off)
 
@@ -136,7 +156,8 @@ def measure(subject: Subject, name: str, ratio: float, seed: int, steps: int, pa
     try:
         found = search(dense, subject.pairs, options, None, Output("quiet"))
         reported.add(steps if share else 0)
-        yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages]}
+        compared = [look.to_json() for look in found.looks]
+        yield result(found.model, max(reported)) | {"stages": [asdict(stage) for stage in found.stages], "compared": compared}
         if steps and not share:
             batches = partial(training_batches, dense, subject.pairs, training, seed)
             trainer = Trainer(dense, training, ratio, batches, seed=seed)
@@ -206,6 +227,7 @@ def plot(runs: list[dict], subject: Subject, dense_accuracy: float, path: Path) 
 
 
 def main(arguments: argparse.Namespace) -> None:
+    SETTINGS["samples"] = arguments.samples
     subject = Subject.open(arguments.model, arguments.data, arguments.split)
     dense = subject.dense
     pairs = batches_of(dense, subject.pairs, "evaluation", arguments.pairs, 32, TEST_SEED)
@@ -284,6 +306,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ABLATIONS, *FADING], help='such as comp, "comp --no-cip"')
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration pairs")
     parser.add_argument("--training-free", action="store_true", help="make no fine-tuned results")
     parser.add_argument("--pairs", type=int, help="test pairs behind every figure: 1000 scenes, or all of --data")
     parsed = parser.parse_args()

@@ -151,6 +151,7 @@ def prune(
     distill: float = Training.distill,
     mixed_precision: str | None = Training.mixed_precision,
     recover: bool = PruneOptions.recover,
+    sequential: bool = PruneOptions.sequential,
     cip: bool = PruneOptions.cip,
     cit: bool = PruneOptions.cit,
     explore: bool = PruneOptions.explore,
@@ -183,8 +184,8 @@ def prune(
         num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
-        stages: stages of the method comp.
-        stage_samples: pairs that judge a stage.
+        stages: stages of the method comp-paper.
+        stage_samples: pairs that judge a plan or a stage.
         batch_size: pairs in one forward pass.
         score_rows: query rows that score image tokens; 0 for all (CoMP's full form).
         seed: random seed.
@@ -197,7 +198,8 @@ def prune(
         distill: distillation weight w: loss = (1-w) task + w KL(dense, compact).
         mixed_precision: "no", "fp16" or "bf16" (default: accelerate's configuration).
         recover: refit output projections in closed form.
-        cip: token-weighted parameter importance (CIP, Eq. 4).
+        sequential: refit them once more, layer after layer, towards the dense model's residual stream.
+        cip: token-weighted activations (CIP, Eq. 4).
         cit: head-weighted token importance (CIT, Eq. 7), while units fade.
         explore: random exploration (RE, Eq. 9).
         history: history information (HI, Eq. 10).
@@ -230,6 +232,7 @@ def prune(
         ratio=ratio,
         method=method,
         recover=recover,
+        sequential=sequential,
         seed=seed,
         stages=stages,
         num_samples=num_samples,

@@ -49,9 +49,9 @@ def prune(
     answer_column: given.AnswerColumn = DataOptions.answer_column,
     split_column: given.SplitColumn = DataOptions.split_column,
     method: Annotated[str, option(SEARCH, "What is scored and removed; see Methods below.")] = PruneOptions.method,
-    stages: Annotated[int | None, option(SEARCH, f"Stages of the method comp (default: {STAGES}).")] = PruneOptions.stages,
+    stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
     stage_samples: Annotated[
-        int | None, option(SEARCH, f"Pairs that judge a stage (default: {STAGE_SAMPLES}).")
+        int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {STAGE_SAMPLES}).")
     ] = PruneOptions.stage_samples,
     steps: Annotated[int, option(TUNING, "Fine-tuning steps (0: training-free).")] = Training.steps,
     epochs: Annotated[float | None, option(TUNING, "Fine-tuning epochs over --data.")] = Training.epochs,
@@ -67,7 +67,10 @@ def prune(
         str | None, option(TUNING, "no, fp16 or bf16 (default: accelerate's configuration).")
     ] = Training.mixed_precision,
     recover: Annotated[bool, option(ABLATIONS, "Refit output projections in closed form.")] = PruneOptions.recover,
-    cip: Annotated[bool, option(ABLATIONS, "Token-weighted parameter importance (CIP, Eq. 4).")] = PruneOptions.cip,
+    sequential: Annotated[
+        bool, option(ABLATIONS, "Refit once more in sequence, towards the dense residual stream.")
+    ] = PruneOptions.sequential,
+    cip: Annotated[bool, option(ABLATIONS, "Token-weighted activations (CIP, Eq. 4).")] = PruneOptions.cip,
     cit: Annotated[
         bool, option(ABLATIONS, "Head-weighted token importance (CIT, Eq. 7), while units fade.")
     ] = PruneOptions.cit,

@@ -40,7 +40,7 @@ from ..plan import Plan
 from ..progress import Progress
 from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
-from ..report.prune import PruneReport, Quality, SearchCost, StageTaken
+from ..report.prune import PlanCompared, PruneReport, Quality, SearchCost, StageTaken
 from ..report.prune_tables import layer_rows, metric_value
 from ..search.journal import Journal
 from ..search.run import search
@@ -60,8 +60,19 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
     if options.method not in METHODS:
         raise UsageError(f"--method {options.method}: unknown.", hint=f"Use one of {', '.join(METHODS)}.")
     check_training(options.training)
-    if options.method != "comp" and not (options.cip and options.explore and options.history):
-        raise UsageError("--no-cip, --no-explore and --no-history are for --method comp.")
+    method = METHODS[options.method]
+    if not options.cip and method.params not in ("cip", "obs"):
+        raise UsageError(f"--no-cip changes nothing for --method {options.method}.", hint="It is for comp and comp-paper.")
+    in_stages = method.phases is None and not method.compares_plans
+    if not in_stages and not (options.explore and options.history):
+        raise UsageError("--no-explore and --no-history are for --method comp-paper.")
+    if options.stages is not None and not in_stages and not (method.phases and options.training.stage_share):
+        raise UsageError(f"--stages: --method {options.method} has none.", hint="Use --method comp-paper.")
+    if method.compares_plans and options.training.stage_share:
+        hint = "Use --method comp-paper, or leave --stage-share out: the plan is trained when it is found."
+        raise UsageError(f"--stage-share: --method {options.method} has no stages.", hint=hint)
+    if not options.sequential and not options.recover:
+        raise UsageError("--no-sequential changes nothing with --no-recover.")
     if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
         hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
         raise UsageError("--no-cit changes nothing here.", hint=hint)
@@ -170,6 +181,7 @@ def _prune(
         report = replace(
             describe(dense, plan, resolved),
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
+            compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in found.looks),
             texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
@@ -269,6 +281,7 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
         params=Sizes(dense.params(dense.plan), dense.params(plan)),
         layers=layer_rows(plan, dense.plan, dense.reference),
         stages=(),
+        compared=(),
         texts={},
         pairs={},
         plan=plan,

@@ -20,6 +20,7 @@ from .scoring import Key
 START = 0.5  # the share that the descent begins with
 STEPS = (0.15, 0.075)  # in which it goes, first the longer ones
 SHARES = (0.05, 0.95)  # the least and the most
+LEAST_SHARE = 0.1  # of the FLOPs that a stream must touch to be looked at: each candidate is a recovery
 EXPECTED = 16  # candidates that a descent looks at, about
 DEPTHS = {"image": 1 / 6}  # of a tower, where the descent begins for what its tokens are made of; others in the middle
 
@@ -132,7 +133,8 @@ def remove_cheapest(
     `target`. prices: of the units of a dense model, in the order of their elimination. kept: parts that stay whole. The
     smallest plan where the floors forbid the target."""
     counted = flops.count(plan, ref)
-    left, gone = counted.total, {}
+    left: float = counted.total
+    gone: dict[Key, int] = {}
     groups = sorted(
         (price, key, number, size, cost)
         for row in counted.layers
@@ -178,8 +180,8 @@ def descend(
     tell: Callable[[Look], None],
     known: list[Look],
 ) -> Look | None:
-    """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less than
-    none.
+    """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less
+    than none.
 
     towers: stream -> layers of its tower, and how deep in it to begin; of those whose tokens may go, the ones with the most
     FLOPs first. `known`: what was looked at before a kill. None where no candidate reaches the ratio.

@@ -61,6 +61,22 @@ class StageTaken:
 
 
 @dataclass(frozen=True)
+class PlanCompared:
+    """A whole plan of the ratio that the method comp looked at.
+
+    Attributes:
+        tokens: tower -> the layer behind whose attention tokens go, and how many are kept; towers that keep all are left out.
+        ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
+        loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery had not seen;
+            null where no plan of the ratio keeps so many tokens.
+    """
+
+    tokens: dict[str, tuple[int, int]]
+    ratio: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Quality:
     """Dense against compact on pairs that calibration never saw.
 
@@ -136,7 +152,8 @@ class PruneReport(Report):
         flops: FLOPs of one sample at the reference input.
         params: parameters; shared ones count once.
         layers: what is left of every layer.
-        stages: the stages of the search.
+        stages: the stages of the search; none where whole plans are compared.
+        compared: the plans that were compared, in their order; the one of the lowest loss is taken.
         texts: texts that were truncated, by purpose.
         pairs: what became of the rows of the user's data, by purpose.
         at_own_texts: FLOPs at texts as long as the user's; left out where they are as long as those of the reference input.
@@ -163,6 +180,7 @@ class PruneReport(Report):
     params: Sizes
     layers: tuple[LayerKept, ...]
     stages: tuple[StageTaken, ...]
+    compared: tuple[PlanCompared, ...]
     texts: dict[str, Texts]
     pairs: dict[str, PairCounts]
     at_own_texts: AtOwnTexts | None = if_known()

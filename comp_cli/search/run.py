@@ -46,7 +46,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     if method.removes("tokens"):
         warn_short_texts(dense, batches, progress)
     judges = batches
-    if (method.phases is None or method.compares_plans) and options.stage_samples != options.num_samples:
+    if method.phases is None and options.stage_samples != options.num_samples:
         judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
@@ -127,12 +127,14 @@ def compare_plans(
 
 
 def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, float]]:
-    """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts only
-    where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
-    modes, whole = dense.family.modes, stages.mode_shares(flops.count(dense.plan, dense.reference), dense.reference)
+    """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
+    only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
+    counted = flops.count(dense.plan, dense.reference)
+    modes, whole = dense.family.modes, stages.mode_shares(counted, dense.reference)
+    large = [mode for mode in whole if modes[mode].stream and whole[mode] >= allocation.LEAST_SHARE * counted.total]
     short = longest_text(batches) < dense.text_tokens
     found = {}
-    for name in sorted((mode for mode in whole if modes[mode].stream), key=lambda mode: -whole[mode]):
+    for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if stream.source == "image" or not short:
             begin = allocation.DEPTHS.get(stream.source, 1 / 2)
