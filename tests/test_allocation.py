@@ -1,0 +1,151 @@
+"""How a reduction is shared between tokens and parameters: filling a plan, cutting tokens, and the descent, by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import counted, one_pair
+
+from comp_cli.engine import allocation, flops
+from comp_cli.engine.allocation import AllocationState, Cut, Look, candidate, cut_tokens, descend, ranking_parts, remove_cheapest
+from comp_cli.engine.schedule import Floors
+
+
+@pytest.fixture(scope="module")
+def prices(dense):
+    """Random ones, of every unit."""
+    random = torch.Generator().manual_seed(0)
+    return {
+        (tower.name, index, part): torch.rand(len(units.units), generator=random, dtype=torch.double)
+        for tower in dense.plan.towers
+        for index, layer in enumerate(tower.layers)
+        for part, units in layer.parts.items()
+    }
+
+
+def total(dense, plan) -> int:
+    return flops.count(plan, dense.reference).total
+
+
+def test_the_cheapest_per_flops_go_and_the_dearer_stay(dense, prices):
+    plan = remove_cheapest(dense.plan, dense.reference, prices, 0.6 * total(dense, dense.plan), Floors(), set())
+    rows = {(row.tower, row.layer): row for row in flops.count(dense.plan, dense.reference).layers}
+    gone, kept = [], []
+    for tower in plan.towers:
+        for index, layer in enumerate(tower.layers):
+            for part, units in layer.parts.items():
+                price = prices[tower.name, index, part]
+                cost = rows[tower.name, index].parts[part] / len(price)
+                here = set(units.units)
+                assert all(price[a] <= price[b] for a in range(len(price)) if a not in here for b in here)
+                if part != "ffn":  # heads go one by one
+                    gone += [float(price[unit]) / cost for unit in range(len(price)) if unit not in here]
+                    kept += [float(price[unit]) / cost for unit in sorted(here, key=lambda u: price[u])[:-1]]
+                else:
+                    assert len(here) % 8 == 0 and len(here) >= math.ceil(0.1 * len(price) / 8) * 8
+    assert gone and kept and max(gone) <= min(kept)
+
+
+def test_as_little_goes_as_is_enough(dense, prices):
+    target = 0.6 * total(dense, dense.plan)
+    plan = remove_cheapest(dense.plan, dense.reference, prices, target, Floors(), set())
+    assert 0.98 * target < total(dense, plan) <= target
+
+
+def test_floors_hold_where_all_should_go(dense, prices):
+    plan = remove_cheapest(dense.plan, dense.reference, prices, 0, Floors(), set())
+    for tower in plan.towers:
+        for layer in tower.layers:
+            assert {part: len(units.units) for part, units in layer.parts.items()} == {
+                part: 24 if part == "ffn" else 1 for part in layer.parts
+            }
+
+
+def test_heads_that_rank_tokens_stay(dense, prices):
+    plan = cut_tokens(dense.plan, dense.reference, "vision", 1, 0.7 * total(dense, dense.plan), Floors())
+    kept = ranking_parts(plan, dense.reference)
+    assert kept == {("vision", 1, "attention")}
+    smallest = remove_cheapest(plan, dense.reference, prices, 0, Floors(), kept)
+    heads = [len(layer.kept("attention")) for layer in smallest.tower("vision").layers]
+    assert heads == [1, 6, 1, 1, 1]
+
+
+def test_a_cut_keeps_as_many_tokens_as_the_flops_allow(dense):
+    target = 0.8 * total(dense, dense.plan)
+    plan = cut_tokens(dense.plan, dense.reference, "vision", 1, target, Floors())
+    kept = [layer.keep.get("vision") for layer in plan.tower("vision").layers]
+    assert [keep is None for keep in kept] == [True, False, True, True, True]
+    more = allocation.keeping(dense.plan, dense.reference, "vision", 1, kept[1] + 1)
+    assert total(dense, plan) <= target < total(dense, more)
+
+
+def test_a_cut_that_floors_forbid_is_none(dense):
+    assert cut_tokens(dense.plan, dense.reference, "vision", 4, 0.2 * total(dense, dense.plan), Floors()) is None
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("cuts", [{}, {"vision": Cut(1, 0.5)}, {"vision": Cut(0, 0.35), "language": Cut(1, 0.5)}])
+def test_candidates_have_the_ratio_as_it_runs(dense, inputs, prices, ratio, cuts):
+    plan = candidate(dense.plan, dense.reference, ratio, cuts, prices, Floors())
+    before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
+    assert 1 - after / before == pytest.approx(ratio, abs=0.01)
+
+
+def test_a_candidate_out_of_reach_is_none(dense, prices):
+    assert candidate(dense.plan, dense.reference, 0.99, {}, prices, Floors()) is None
+    assert candidate(dense.plan, dense.reference, 0.02, {"vision": Cut(0, 0.95)}, prices, replace(Floors(), tokens=36)) is None
+
+
+class Landscape:
+    """A loss for every cut, lowest at a layer and a share; remembers what it was asked."""
+
+    def __init__(self, layer: int, share: float, none: float, reach=lambda cut: True):
+        self.layer, self.share, self.none, self.reach = layer, share, none, reach
+        self.asked: list[dict[str, Cut]] = []
+        self.told: list[Look] = []
+
+    def look(self, cuts):
+        self.asked.append(cuts)
+        loss = self.none
+        for cut in cuts.values():
+            loss = abs(cut.layer - self.layer) + 10 * abs(cut.share - self.share) if self.reach(cut) else None
+        return Look(cuts, {}, 0.5, loss)
+
+    def run(self, known=()):
+        return descend(self.look, {"vision": (12, 1 / 6)}, self.told.append, list(known))
+
+
+@pytest.mark.parametrize(("layer", "share"), [(2, 0.5), (5, 0.2), (0, 0.875), (2, 0.575)])
+def test_the_descent_finds_the_lowest_place(layer, share):
+    best = Landscape(layer, share, none=99.0).run()
+    assert best.cuts["vision"].layer == layer and best.cuts["vision"].share == pytest.approx(share, abs=0.04)
+
+
+def test_no_cut_is_taken_where_none_is_better():
+    assert Landscape(3, 0.5, none=-1.0).run().cuts == {}
+
+
+def test_what_cannot_be_reached_is_walked_around():
+    best = Landscape(4, 0.5, none=50.0, reach=lambda cut: cut.layer >= 2 and cut.share >= 0.35).run()
+    assert best.cuts == {"vision": Cut(4, 0.5)}
+    assert Landscape(4, 0.5, none=None, reach=lambda cut: False).run() is None
+
+
+def test_a_descent_goes_on_from_what_was_looked_at():
+    whole = Landscape(5, 0.2, none=99.0)
+    best = whole.run()
+    assert len(whole.told) == len(whole.asked) == len({frozenset(cuts.items()) for cuts in whole.asked})
+    for stopped in (1, 4, len(whole.told)):
+        rest = Landscape(5, 0.2, none=99.0)
+        saved = AllocationState(plan=None, looks=whole.told[:stopped])
+        known = [Look.from_json(look.to_json()) for look in saved.looks]
+        assert rest.run(known) == best
+        assert rest.asked == whole.asked[stopped:]
+
+
+def test_the_state_is_json(dense):
+    import json
+
+    state = AllocationState(dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1), Look({}, {}, 0.0, None)])
+    assert AllocationState.from_json(json.loads(json.dumps(state.to_json()))) == state
