@@ -8,7 +8,16 @@ import torch
 from test_engine import counted, one_pair
 
 from comp_cli.engine import allocation, flops
-from comp_cli.engine.allocation import AllocationState, Cut, Look, candidate, cut_tokens, descend, ranking_parts, remove_cheapest
+from comp_cli.engine.allocation import (
+    AllocationState,
+    Cut,
+    Look,
+    candidate,
+    cut_tokens,
+    descend,
+    ranking_parts,
+    remove_cheapest,
+)
 from comp_cli.engine.schedule import Floors
 
 
@@ -100,8 +109,8 @@ def test_a_candidate_out_of_reach_is_none(dense, prices):
 class Landscape:
     """A loss for every cut, lowest at a layer and a share; remembers what it was asked."""
 
-    def __init__(self, layer: int, share: float, none: float, reach=lambda cut: True):
-        self.layer, self.share, self.none, self.reach = layer, share, none, reach
+    def __init__(self, layer: int, share: float, none: float, reach=lambda cut: True, depths=(1 / 6,)):
+        self.layer, self.share, self.none, self.reach, self.depths = layer, share, none, reach, depths
         self.asked: list[dict[str, Cut]] = []
         self.told: list[Look] = []
 
@@ -113,13 +122,26 @@ class Landscape:
         return Look(cuts, {}, 0.5, loss)
 
     def run(self, known=()):
-        return descend(self.look, {"vision": (12, 1 / 6)}, self.told.append, list(known))
+        return descend(self.look, {"vision": (12, self.depths)}, self.told.append, list(known))
 
 
 @pytest.mark.parametrize(("layer", "share"), [(2, 0.5), (5, 0.2), (0, 0.875), (2, 0.575)])
 def test_the_descent_finds_the_lowest_place(layer, share):
     best = Landscape(layer, share, none=99.0).run()
     assert best.cuts["vision"].layer == layer and best.cuts["vision"].share == pytest.approx(share, abs=0.04)
+
+
+def test_a_descent_that_is_caught_is_saved_by_another():
+    class Two(Landscape):
+        """A shallow valley at layer 3, a deep one at layer 0."""
+
+        def look(self, cuts):
+            found = super().look(cuts)
+            deep = 2 * abs(cuts["vision"].share - 0.8) - 3 if cuts and cuts["vision"].layer == 0 else math.inf
+            return replace(found, loss=min(found.loss, deep))
+
+    assert Two(3, 0.5, none=9.0).run().cuts["vision"].layer == 3
+    assert Two(3, 0.5, none=9.0, depths=(0.0, 1 / 4)).run().cuts == {"vision": Cut(0, 0.8)}
 
 
 def test_no_cut_is_taken_where_none_is_better():
@@ -147,5 +169,7 @@ def test_a_descent_goes_on_from_what_was_looked_at():
 def test_the_state_is_json(dense):
     import json
 
-    state = AllocationState(dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1), Look({}, {}, 0.0, None)])
+    state = AllocationState(
+        dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1), Look({}, {}, 0.0, None)]
+    )
     assert AllocationState.from_json(json.loads(json.dumps(state.to_json()))) == state

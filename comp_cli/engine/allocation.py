@@ -6,7 +6,7 @@ recovery, on pairs that the recovery has not seen. The best candidate is found b
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,10 @@ STEPS = (0.15, 0.075)  # in which it goes, first the longer ones
 SHARES = (0.05, 0.95)  # the least and the most
 LEAST_SHARE = 0.1  # of the FLOPs that a stream must touch to be looked at: each candidate is a recovery
 EXPECTED = 16  # candidates that a descent looks at, about
-DEPTHS = {"image": 1 / 6}  # of a tower, where the descent begins for what its tokens are made of; others in the middle
+# How deep in a tower descents begin, by what its tokens are made of. Images from two places: the best cut at one layer is often
+# better than its neighbours' and still not the best of all.
+DEPTHS: dict[str, tuple[float, ...]] = {"image": (0.0, 1 / 6)}
+MIDDLE = (1 / 2,)  # for others
 
 
 @dataclass(frozen=True)
@@ -176,15 +179,15 @@ def _groups(
 
 def descend(
     look: Callable[[dict[str, Cut]], Look],
-    towers: Mapping[str, tuple[int, float]],
+    towers: Mapping[str, tuple[int, Sequence[float]]],
     tell: Callable[[Look], None],
     known: list[Look],
 ) -> Look | None:
     """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less
     than none.
 
-    towers: stream -> layers of its tower, and how deep in it to begin; of those whose tokens may go, the ones with the most
-    FLOPs first. `known`: what was looked at before a kill. None where no candidate reaches the ratio.
+    towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
+    with the most FLOPs first. `known`: what was looked at before a kill. None where no candidate reaches the ratio.
     """
     seen: dict[frozenset[tuple[str, Cut]], Look] = {frozenset(found.cuts.items()): found for found in known}
 
@@ -196,16 +199,18 @@ def descend(
         return seen[key]
 
     best = at({})
-    for stream, (layers, begin) in towers.items():
-        others, here = dict(best.cuts), Cut(min(round(begin * layers), layers - 1), START)
-        found = at(others | {stream: here})
-        for step in STEPS:
-            while True:
-                near = min((at(others | {stream: cut}) for cut in _neighbours(here, layers, step)), key=_loss)
-                if _loss(near) >= _loss(found):
-                    break
-                found, here = near, near.cuts[stream]
-        best = min(best, found, key=_loss)
+    for stream, (layers, depths) in towers.items():
+        others = dict(best.cuts)
+        for depth in depths:
+            here = Cut(min(round(depth * layers), layers - 1), START)
+            found = at(others | {stream: here})
+            for step in STEPS:
+                while True:
+                    near = min((at(others | {stream: cut}) for cut in _neighbours(here, layers, step)), key=_loss)
+                    if _loss(near) >= _loss(found):
+                        break
+                    found, here = near, near.cuts[stream]
+            best = min(best, found, key=_loss)
     return None if best.loss is None else best
 
 

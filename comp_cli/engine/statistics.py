@@ -39,7 +39,8 @@ def collect(
     """One pass over the batches, there and back.
 
     run: runs the model over a batch and returns a number whose gradient is a draw from the square root of the loss's curvature
-    (see `Calibration.probe`); None where nothing is to be differentiated, which leaves `rises` empty. weighted: by the token
+    (see `calibration.probe`); None where nothing is to be differentiated, which leaves `rises` empty: then without gradients,
+    whose graph would be held. weighted: by the token
     weights of CIP (CoMP, Eq. 4 and 5), else all tokens alike.
     """
     found = Statistics()
@@ -48,14 +49,15 @@ def collect(
 
     def remember(key: Key) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            said[key] = output if output.requires_grad else output.detach().requires_grad_()
+            differentiated = torch.is_grad_enabled() and not output.requires_grad
+            said[key] = output.detach().requires_grad_() if differentiated else output
             return said[key]
 
         return hook
 
     pairs = 0
     try:
-        with recording(model, family, plan) as recorder, torch.enable_grad():
+        with recording(model, family, plan) as recorder:
             for tower in family.towers:
                 for index, layer in enumerate(tower_layers(model, tower)):
                     for part in tower.parts:

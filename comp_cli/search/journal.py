@@ -12,11 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import __version__
 from ..errors import CompError, UsageError
 from ..files.store import save_tensors, sha256, write_failed
-
-OLDER = ("0.1.0", "0.1.1")  # versions of comp whose searches calculate the same numbers as this one's
 
 
 class Journal:
@@ -113,7 +110,7 @@ class Journal:
             raise self._refusal(f"cannot be read ({type(error).__name__})") from None
         if told != _digest(found):
             raise self._refusal("is not as comp wrote it")
-        return found | {"settings": of_today(found["settings"])}
+        return found
 
     def _write(self, finished: str | None) -> None:
         content = json.loads(json.dumps({"settings": self.settings, "state": self._state, "finished": finished}))
@@ -132,6 +129,9 @@ class Journal:
 
     def _refuse_changed(self, pairs: dict[str, tuple[Any, Any]]) -> None:
         """`pairs`: what each setting was and is."""
+        written_by, this = pairs.get("comp", (None, None))
+        if written_by != this:
+            raise self._refusal(f"was written by comp {written_by}; this is {this}, which may calculate other numbers")
         if said := ", ".join(f"{name} was {was} and is {now}" for name, (was, now) in sorted(pairs.items()) if was != now):
             raise self._refusal(f"was made with other settings: {said}")
 
@@ -145,11 +145,3 @@ class Journal:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def of_today(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a journal as this version writes them, where it can go on from what an older one has reached."""
-    if settings.get("comp") not in OLDER:
-        return settings
-    data = {"split_column": None} | settings["data"]  # an option since 0.1.1
-    return settings | {"comp": __version__, "data": data}

@@ -126,7 +126,7 @@ def compare_plans(
     state.plan = plan
 
 
-def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, float]]:
+def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
     only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
@@ -137,8 +137,10 @@ def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, float
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if stream.source == "image" or not short:
-            begin = allocation.DEPTHS.get(stream.source, 1 / 2)
-            found[stream.name] = (len(dense.plan.tower(tower.name).layers), begin)
+            found[stream.name] = (
+                len(dense.plan.tower(tower.name).layers),
+                allocation.DEPTHS.get(stream.source, allocation.MIDDLE),
+            )
     return found
 
 
