@@ -2,7 +2,8 @@
 rises where they err. Prices of removal and recovery are made of them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,59 +32,61 @@ def collect(
     family: Family,
     plan: Plan,
     batches: Iterable[dict[str, Tensor]],
-    run: Callable[[dict[str, Tensor]], Tensor | None],
+    run: Callable[[dict[str, Tensor]], Tensor],
     *,
+    rises: bool,
     weighted: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> Statistics:
-    """One pass over the batches, there and back.
+    """One pass over the batches, with `rises` there and back.
 
     run: runs the model over a batch and returns a number whose gradient is a draw from the square root of the loss's curvature
-    (see `calibration.probe`); None where nothing is to be differentiated, which leaves `rises` empty: then without gradients,
-    whose graph would be held. weighted: by the token
-    weights of CIP (CoMP, Eq. 4 and 5), else all tokens alike.
+    (see `calibration.probe`). weighted: by the token weights of CIP (CoMP, Eq. 4 and 5), else all tokens alike.
     """
     found = Statistics()
-    said: dict[Key, Tensor] = {}
-    hooks = []
+    said: dict[Key, Tensor] = {}  # with `rises`, what every output projection says
+    pairs = 0
+    with recording(model, family, plan) as recorder, torch.set_grad_enabled(rises), _hearing(model, family, said, rises):
+        for batch in batches:
+            drawn = run(batch)
+            slopes = dict(zip(said, torch.autograd.grad(drawn, list(said.values())), strict=True)) if rises else {}
+            pairs += len(next(iter(batch.values())))
+            for key, inputs in recorder.inputs.items():
+                weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)
+                found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights)
+                if not rises:
+                    continue
+                varied = _around_mean(said[key].detach().float(), weights)
+                rise = (slopes[key].float() * varied).sum((1, 2)).square().sum()
+                found.rises[key] = found.rises.get(key, 0.0) + float(rise)
+                found.energies[key] = found.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
+            advance()
+    found.rises = {key: rise / max(pairs, 1) for key, rise in found.rises.items()}
+    return found
+
+
+@contextmanager
+def _hearing(model: nn.Module, family: Family, said: dict[Key, Tensor], wanted: bool) -> Iterator[None]:
+    """Keep in `said` what output projections say while the context is open, to be differentiated by, if it is wanted."""
 
     def remember(key: Key) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            differentiated = torch.is_grad_enabled() and not output.requires_grad
-            said[key] = output.detach().requires_grad_() if differentiated else output
+            said[key] = output if output.requires_grad else output.detach().requires_grad_()
             return said[key]
 
         return hook
 
-    pairs = 0
+    hooks = []
     try:
-        with recording(model, family, plan) as recorder:
-            for tower in family.towers:
-                for index, layer in enumerate(tower_layers(model, tower)):
-                    for part in tower.parts:
-                        reader = reader_of(layer, part)
-                        hooks.append(reader.register_forward_hook(remember((tower.name, index, part.name))))
-            for batch in batches:
-                drawn = run(batch)
-                slopes = None if drawn is None else torch.autograd.grad(drawn, list(said.values()))
-                pairs += len(next(iter(batch.values())))
-                for number, (key, output) in enumerate(said.items()):
-                    tower = family.tower(key[0])
-                    weights = weights_of(recorder, tower, plan, key, weighted)
-                    found.grams[key] = found.grams.get(key, 0) + gram(recorder.inputs[key], weights)
-                    if slopes is None:
-                        continue
-                    varied = _around_mean(output.detach().float(), weights)
-                    rise = (slopes[number].float() * varied).sum((1, 2)).square().sum()
-                    found.rises[key] = found.rises.get(key, 0.0) + float(rise)
-                    energy = float((weights * varied.square().sum(-1)).sum())
-                    found.energies[key] = found.energies.get(key, 0.0) + energy
-                advance()
+        for tower in family.towers if wanted else ():
+            for index, layer in enumerate(tower_layers(model, tower)):
+                for part in tower.parts:
+                    reader = reader_of(layer, part)
+                    hooks.append(reader.register_forward_hook(remember((tower.name, index, part.name))))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    found.rises = {key: rise / max(pairs, 1) for key, rise in found.rises.items()}
-    return found
 
 
 def _around_mean(output: Tensor, weights: Tensor) -> Tensor:

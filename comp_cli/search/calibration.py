@@ -28,18 +28,17 @@ def gather_statistics(
 ) -> Statistics:
     """What the dense model shows of its parts; `rises`: also how much the loss rises where they err, which takes a pass
     back."""
-    model = dense.runtime(dense.plan)
+    model, task = dense.runtime(dense.plan).requires_grad_(False), dense.task
     ready = [piece for batch in batches for piece in (split(batch, PROBED) if rises else [batch])]
     random = torch.Generator().manual_seed(seed)
 
-    def run(inputs: dict[str, Tensor]) -> Tensor | None:
-        read = dense.task.forward(model, inputs)
-        if not rises:
-            return None
-        return probe(dense.task, dense.task.subsample(read, len(next(iter(inputs.values())))), random)
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        read = task.forward(model, inputs)
+        return probe(task, task.subsample(read, len(next(iter(inputs.values())))), random)
 
-    with progress.track("gathering activations", len(ready)) as bar, torch.set_grad_enabled(rises):
-        return collect(model, dense.family, dense.plan, dense.on_device(ready), run, weighted=weighted, advance=bar.advance)
+    with progress.track("gathering activations", len(ready)) as bar:
+        inputs = dense.on_device(ready)
+        return collect(model, dense.family, dense.plan, inputs, run, rises=rises, weighted=weighted, advance=bar.advance)
 
 
 def split(batch: Batch, samples: int) -> Iterator[Batch]:
@@ -159,12 +158,8 @@ class HeldOut:
 
 def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Two halves of the pairs, each in batches; a pair alone is in both."""
-    halves: tuple[list[Batch], list[Batch]] = ([], [])
-    for batch in batches:
-        pieces = list(split(batch, max(1, (batch.samples + 1) // 2)))
-        halves[0].append(pieces[0])
-        halves[1].append(pieces[-1])
-    return halves
+    pieces = [piece for batch in batches for piece in split(batch, max(1, (batch.samples + 1) // 2))]
+    return (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
 
 
 def refit(
