@@ -101,7 +101,7 @@ def brief(number: float) -> str:
 
 
 STAGES = BySize(40, 10)
-NUM_SAMPLES = BySize(256, 64)
+NUM_SAMPLES = BySize(256, 32)
 STAGE_SAMPLES = BySize(256, 8, 32)
 EVAL_SAMPLES = BySize(1000, 64, 256)
 LEARNING_RATE = BySize(1e-4, 1e-5)
@@ -229,15 +229,24 @@ class PruneOptions(Checked):
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half).
         method: what is scored and removed, and how.
         recover: whether output projections are refitted in closed form.
-        sequential: whether they are refitted once more in the end, layer after layer, towards the dense model's residual
-        stream. seed: random seed. stages: stages of the method comp-paper. num_samples: image-text pairs for calibration.
-        stage_samples: pairs that judge a stage or a plan. eval_samples: pairs of the final comparison. batch_size: pairs in one
-        forward pass. text_tokens: text length of the reference input. score_rows: query rows that score image tokens; 0 for
-        all. device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the written weights; None for the checkpoint's. data: where
-        the pairs come from. task: evaluation task; None for that of the architecture. training: fine-tuning of what is pruned.
-        cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4). cit: head-weighted token importance (CoMP, Eq. 7),
-        while units fade. explore: random exploration of modes (CoMP, RE, Eq. 9). history: history information on modes (CoMP,
-        HI, Eq. 10).
+        sequential: whether they are refitted once more in the end, in sequence, towards the dense model's residual stream.
+        seed: random seed.
+        stages: stages of the method comp-paper.
+        num_samples: image-text pairs for calibration.
+        stage_samples: pairs that judge a plan or a stage.
+        eval_samples: pairs of the final comparison.
+        batch_size: pairs in one forward pass.
+        text_tokens: text length of the reference input.
+        score_rows: query rows that score image tokens; 0 for all.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the written weights; None for the checkpoint's.
+        data: where the pairs come from.
+        task: evaluation task; None for that of the architecture.
+        training: fine-tuning of what is pruned.
+        cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4).
+        cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
+        explore: random exploration of modes (CoMP, RE, Eq. 9).
+        history: history information on modes (CoMP, HI, Eq. 10).
     """
 
     model: str

@@ -15,7 +15,7 @@ from comp_cli.report.base import Texts, Values
 from comp_cli.report.prune import Quality
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
-FAST = [*FEW, "--eval-samples", "8", "--stages", "6"]  # for prune
+FAST = [*FEW, "--eval-samples", "8"]  # for prune
 
 
 def comp(*arguments):

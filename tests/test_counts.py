@@ -18,7 +18,7 @@ from comp_cli.tasks import comparison
 
 LONG = " ".join((WORDS * 2)[:17])  # 19 tokens with [CLS] and [SEP]; the tiny model takes 24
 TOO_LONG = " ".join((WORDS * 2)[:30])
-SIZES = {"num_samples": 100, "eval_samples": 100, "text_tokens": 8, "method": "joint", "device": "cpu", "stages": 4}
+SIZES = {"num_samples": 100, "eval_samples": 100, "text_tokens": 8, "method": "joint", "device": "cpu"}
 PURPOSES = {"calibration", "evaluation"}
 
 

@@ -9,14 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from comp_cli.cli.output import Output
 from comp_cli.data.batches import Batch
 from comp_cli.data.scene_pairs import ScenePairs
-from comp_cli.engine import flops, importance, methods, schedule, scoring, stages
+from comp_cli.engine import allocation, flops, importance, methods, schedule, scoring, stages
 from comp_cli.engine.slicing import copied_channels, unit_channels
 from comp_cli.engine.token_ranking import with_score_rule
 from comp_cli.errors import CompError
 from comp_cli.models.dense import open_dense
 from comp_cli.models.pairs import batches_of
+from comp_cli.options import PruneOptions
 from comp_cli.runtime.modeling_comp import kept_tokens, select_mask, select_tokens, token_scores
-from comp_cli.search.calibration import Calibration
+from comp_cli.search.run import compare_plans
+from comp_cli.search.training_free import TrainingFree
 
 
 def counted(model, inputs) -> int:
@@ -203,7 +205,8 @@ def prune_in_phases(dense, inputs, name, ratio, each=1):
     """The training-free plan of a method with phases."""
     method = methods.METHODS[name]
     progress = stages.SearchState.start(with_score_rule(dense.plan, method.tokens, dense.family), 0)
-    measure = Calibration(dense, [Batch(inputs, None)], None, method.params).measure
+    pairs, options = [Batch(inputs, None)], PruneOptions("", ratio, method=name, recover=False)
+    measure = TrainingFree(dense, options, pairs, pairs, None, Output("quiet")).measure
     return stages.prune_in_phases(dense.plan, dense.reference, ratio, measure, method.phases, each, schedule.Floors(), progress)
 
 
@@ -324,3 +327,45 @@ def test_floors_hold(dense, scores):
     for tower in smallest.towers:
         for layer in tower.layers:
             assert len(layer.kept("attention")) >= 1 and len(layer.kept("ffn")) >= 20 and layer.keep.get(tower.name, 5) >= 5
+
+
+class Priced:
+    """A search that prices units at random, and in which no plan loses more than another."""
+
+    def __init__(self, dense):
+        random = torch.Generator().manual_seed(0)
+        layers = [(tower.name, index, layer) for tower in dense.plan.towers for index, layer in enumerate(tower.layers)]
+        parts = [(name, index, part, units) for name, index, layer in layers for part, units in layer.parts.items()]
+        self.prices = {
+            (name, index, part): torch.rand(len(units.units), generator=random, dtype=torch.double)
+            for name, index, part, units in parts
+        }
+
+    def held_out_loss(self, plan):
+        return 1.0
+
+    def save(self, state):
+        pass
+
+
+def compared(dense, inputs, ratio):
+    """The plan that is taken, and what was looked at."""
+    state = allocation.AllocationState(dense.plan)
+    compare_plans(dense, PruneOptions("", ratio), Priced(dense), state, [Batch(inputs, None)], Output("quiet"))
+    return state
+
+
+def test_what_parameters_alone_cannot_reach_is_reached_with_tokens(dense, inputs):
+    state = compared(dense, inputs, 0.845)
+    assert state.looks[0].loss is None and state.looks[0].cuts == {}
+    before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, state.plan))
+    assert 1 - after / before == pytest.approx(0.845, abs=0.01)
+
+
+def test_a_ratio_that_no_plan_has_is_told_the_nearest_which_can_be_had(dense, inputs):
+    with pytest.raises(CompError, match="cannot be reached: the nearest plan has 0.8") as caught:
+        compared(dense, inputs, 0.99)
+    nearest = float(caught.value.hint.removeprefix("Try --ratio ").removesuffix("."))
+    plan = compared(dense, inputs, nearest).plan
+    left = flops.count(plan, dense.reference).total / flops.count(dense.plan, dense.reference).total
+    assert 1 - left == pytest.approx(nearest, abs=0.01)

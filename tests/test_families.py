@@ -32,7 +32,7 @@ from comp_cli.plan import Plan
 from comp_cli.topology import EncoderDecoder
 
 QUIET = Output("quiet")
-SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
+SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, 
 
     def dies(self, *given):
         saved(self, *given)
-        if len(given[0]["stages"]) == 2:
+        if len(given[0]["looks"]) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(journal.Journal, "save", dies)
@@ -222,7 +222,8 @@ def test_a_killed_search_goes_on_and_ends_alike(case, compact_folder, tmp_path, 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_it_can_be_trained(case, tmp_path, share):
     training = Training(steps=4, batch_size=4, lr=1e-3, stage_share=share)
-    report = prune(case.options(0.4, method="joint", training=training, stages=3), tmp_path / "compact", QUIET)
+    stages = {"stages": 3} if share else {}
+    report = prune(case.options(0.4, method="joint", training=training, **stages), tmp_path / "compact", QUIET)
     assert report.ratio == pytest.approx(0.4, abs=0.015)
     norms = {name: tensor for name, tensor in load(tmp_path / "compact").state_dict().items() if "norm" in name.lower()}
     moved = [name for name, tensor in norms.items() if not torch.equal(tensor, case.dense.state[name])]

@@ -37,7 +37,7 @@ from comp_cli.options import DataOptions, ExportOptions, PruneOptions, Training
 from comp_cli.tasks import comparison, text_metrics
 
 QUIET = Output("quiet")
-SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
+SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
 HEAD = "text_decoder.cls.predictions.decoder.weight"
 WAYS = {"greedy": {"num_beams": 1}, "beams": {"num_beams": 3, "num_return_sequences": 2}}
 
@@ -221,7 +221,7 @@ def test_a_pruned_checkpoint_writes_without_comp(writer, pruned, tmp_path):
 
 def test_texts_lose_heads_and_channels_but_no_tokens(writer, pruned):
     _, report = pruned
-    assert "language_tokens" not in {stage["mode"] for stage in report["stages"]}
+    assert {stream for compared in report["compared"] for stream in compared["tokens"]} == {"vision"}
     texts = [row for row in report["layers"] if row["tower"] != "vision"]
     assert all(row["tokens"][0] == row["tokens"][1] for row in texts)
     for tower in {row["tower"] for row in texts}:

@@ -11,7 +11,7 @@ import torch
 from hub_server import HubServer, Repo, commit
 from safetensors.torch import load_file
 
-FEW = ["--num-samples", "8", "--text-tokens", "12", "--device", "cpu", "--stages", "4", "--eval-samples", "8", "--json"]
+FEW = ["--num-samples", "8", "--text-tokens", "12", "--device", "cpu", "--eval-samples", "8", "--json"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comp_cli.checkpoint.loading import build_compact
 from comp_cli.checkpoint.plan_check import check_block
-from comp_cli.engine import flops, recover, schedule, scoring, stages, token_ranking
+from comp_cli.engine import flops, recover, schedule, scoring, stages, statistics, token_ranking
 from comp_cli.engine.fading import fading
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import RefusedError
@@ -223,7 +223,7 @@ def test_every_rule_scores_it(llama, plans, texts, rule):
 def test_recovery_invents_no_bias_and_comes_nearer(llama, plans, texts):
     dense, plan = plans
     state = llama.state_dict()
-    grams = recover.collect_grams(llama, DESCRIBED, dense, [texts])
+    grams = statistics.collect(llama, DESCRIBED, dense, [texts], lambda batch: llama(**batch), rises=False).grams
     sliced = slice_state(state, DESCRIBED, plan)
     recovered = recover.recover(sliced, state, DESCRIBED, plan, grams, {})
     assert recovered.keys() == state.keys() and not any(name.endswith("bias") for name in recovered)

@@ -22,6 +22,7 @@ from comp_cli.option_values import EMPTY_IS_NONE
 from comp_cli.options import flag
 
 FEW = ["--num-samples", "8", "--batch-size", "4", "--text-tokens", "12", "--device", "cpu"]
+LONG = ["--method", "comp-paper", "--stages", "200"]  # for what is stopped
 COMP = [sys.executable, "-m", "comp_cli"]
 
 
@@ -282,7 +283,7 @@ def start(*words, **more) -> subprocess.Popen:
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_with_its_code_one_document_and_a_command_line_to_go_on(name, code, tiny_folder, tmp_path):
     output = tmp_path / "out"
-    process = start("prune", tiny_folder, "--ratio", "0.5", "-o", output, "--stages", "200", "--json", "--no-resume", *FEW)
+    process = start("prune", tiny_folder, "--ratio", "0.5", "-o", output, *LONG, "--json", "--no-resume", *FEW)
     for _ in range(1200):
         if (tmp_path / ".out.journal").exists() or process.poll() is not None:
             break

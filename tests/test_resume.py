@@ -24,8 +24,6 @@ FEW = [
     "12",
     "--device",
     "cpu",
-    "--stages",
-    "8",
     "--eval-samples",
     "8",
 ]
@@ -57,7 +55,9 @@ app(sys.argv[2:])
 """
 
 
-TRAINED = ["--steps", "12", "--stages", "4", "--train-batch-size", "4", "--mixed-precision", "no", "--lr", "1e-3"]
+METHODS = {"comp": [], "comp-paper": ["--method", "comp-paper", "--stages", "8"]}  # whole plans, and stages
+TRAINED = ["--steps", "12", "--train-batch-size", "4", "--mixed-precision", "no", "--lr", "1e-3"]
+IN_STAGES = ["--stages", "4", "--stage-share", "0.5"]  # where stages train
 
 
 def arguments(model, output, *more):
@@ -68,38 +68,60 @@ def run(*given):
     return CliRunner().invoke(app, list(given))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=METHODS)
+def uninterrupted(request, tiny_folder, tmp_path_factory):
+    """A method, and the folder that it writes."""
     folder = tmp_path_factory.mktemp("whole") / "compact"
-    assert run(*arguments(tiny_folder, folder)).exit_code == 0
-    return folder
+    assert run(*arguments(tiny_folder, folder, *METHODS[request.param])).exit_code == 0
+    return request.param, folder
 
 
 @pytest.mark.parametrize("where", ["1", "5", "writing"])
 def test_killed_and_resumed(tiny_folder, uninterrupted, tmp_path, where):
+    """In the middle of comparing plans, and between stages."""
+    method, whole = uninterrupted
     output = tmp_path / "compact"
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = subprocess.run([sys.executable, script, where, *arguments(tiny_folder, output)], capture_output=True)
+    given = arguments(tiny_folder, output, *METHODS[method])
+    done = subprocess.run([sys.executable, script, where, *given], capture_output=True)
     assert done.returncode == -signal.SIGKILL and not output.exists()
-    assert (tmp_path / ".compact.journal").exists()
-    result = run(*arguments(tiny_folder, output))
-    assert result.exit_code == 0 and "going on after stage" in result.stderr
+    state, report = json.loads((tmp_path / ".compact.journal").read_text())["state"], report_of(whole)
+    passed = len(state["looks"] if method == "comp" else state["stages"])
+    assert where == "writing" or passed == int(where) < len(report["compared"] or report["stages"])
+    result = run(*given)
+    said = {"comp": f"going on after {passed} plans", "comp-paper": f"going on after stage {passed}"}
+    assert result.exit_code == 0 and said[method] in result.stderr
     for name in ("model.safetensors", "config.json", "comp_report.json"):
-        assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "killed.py"]
 
 
-@pytest.mark.parametrize("share", ["0.5", "0"])
-def test_killed_while_training_and_resumed(tiny_folder, tmp_path, share):
-    """Inside a stage, and in the fine-tuning: weights, moments and the place in the data come back."""
-    more = [*TRAINED, "--stage-share", share]
+def report_of(folder):
+    return json.loads((folder / "comp_report.json").read_text())
+
+
+TRAININGS = {
+    "comp": TRAINED,
+    "comp-paper in stages": ["--method", "comp-paper", *IN_STAGES, *TRAINED],
+    "comp-paper": ["--method", "comp-paper", "--stages", "4", *TRAINED],
+    "sjp-obs in stages": ["--method", "sjp-obs", *IN_STAGES, *TRAINED],
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_killed_while_training_and_resumed(tiny_folder, tmp_path, name):
+    """While plans are compared, inside a stage, and in the fine-tuning: weights, moments and the place in the data come
+    back."""
+    more = TRAININGS[name]
     assert run(*arguments(tiny_folder, tmp_path / "whole", *more)).exit_code == 0
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     output = tmp_path / "compact"
-    stages = len(json.loads((tmp_path / "whole" / "comp_report.json").read_text())["stages"])
-    for where in (2, stages, 2):  # one run, killed after two stages, and after two and four saves of the fine-tuning
+    report = report_of(tmp_path / "whole")
+    before = len(report["compared"] or report["stages"])
+    assert before > 2
+    for where in (2, before, 2):  # one run, killed after two plans or stages, and after two and four saves of the fine-tuning
         command = [sys.executable, script, str(where), *arguments(tiny_folder, output, *more)]
         assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL and not output.exists()
     assert len(list(tmp_path.glob(".compact.journal.*.safetensors"))) == 1
@@ -113,7 +135,7 @@ def test_killed_while_training_and_resumed(tiny_folder, tmp_path, share):
 def test_weights_that_are_gone_are_missed(tiny_folder, tmp_path):
     script, output = tmp_path / "killed.py", tmp_path / "compact"
     script.write_text(KILLED)
-    given = arguments(tiny_folder, output, *TRAINED, "--stage-share", "0.5")
+    given = arguments(tiny_folder, output, *TRAININGS["comp-paper in stages"])
     subprocess.run([sys.executable, script, "2", *given], capture_output=True)
     for path in tmp_path.glob(".compact.journal.*.safetensors"):
         path.unlink()
@@ -155,9 +177,9 @@ def test_a_torn_journal_is_refused_and_can_be_thrown_away(tiny_folder, tmp_path)
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
-    """A real SIGINT in the middle of the stages."""
+    """A real SIGINT while plans are compared."""
     output = tmp_path / "compact"
-    long = ["--stages", 200, "--num-samples", 256, "--stage-samples", 256]  # a minute, of which seconds are waited for
+    long = ["--num-samples", 256, "--stage-samples", 256]  # many seconds, of which few are waited for
     command = [sys.executable, "-m", "comp_cli", *arguments(tiny_folder, output, *long)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ}
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
@@ -170,7 +192,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command goes on" in said
-    assert json.loads(journal.read_text())["state"]["stages"] and not output.exists()
+    assert json.loads(journal.read_text())["state"]["looks"] and not output.exists()
 
 
 # What a journal may say ----------------------------------------------------------------------------------------------
@@ -178,7 +200,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def journal_text(tiny_folder, tmp_path_factory):
-    """The journal of a run that was killed after its first stage."""
+    """The journal of a run that was killed after its first look at a plan."""
     place = tmp_path_factory.mktemp("journal")
     (place / "killed.py").write_text(KILLED)
     subprocess.run([sys.executable, place / "killed.py", "1", *arguments(tiny_folder, place / "compact")], capture_output=True)
@@ -188,11 +210,11 @@ def journal_text(tiny_folder, tmp_path_factory):
 CHANGES = {
     "no state": lambda found: found.pop("state"),
     "empty state": lambda found: found.update(state={}),
-    "another state": lambda found: found.update(state={"stages": [], "memory": {}, "rng": [3, [1], None], "plan": {}}),
+    "another state": lambda found: found.update(state={"looks": [], "plan": {}}),
     "a number": lambda found: found.update(state=3),
     "a list": lambda found: found.update(state=[]),
     "settings": lambda found: found["settings"].update(seed=7),
-    "a cost": lambda found: found["state"]["memory"]["cost"].update(vision_params=0.0),
+    "a loss": lambda found: found["state"]["looks"][0].update(loss=0.0),
     "the plan": lambda found: found["state"]["plan"]["towers"][0]["layers"][0].update(ffn=[0]),
     "no hash": lambda found: found.pop("sha256"),
 }
@@ -248,7 +270,7 @@ def test_other_settings_are_refused_before_the_model_is_loaded(journal_text, tin
 def test_weights_of_a_journal_that_were_changed_are_refused(tiny_folder, tmp_path):
     script, output = tmp_path / "killed.py", tmp_path / "compact"
     script.write_text(KILLED)
-    given = arguments(tiny_folder, output, *TRAINED, "--stage-share", "0.5")
+    given = arguments(tiny_folder, output, *TRAININGS["comp-paper in stages"])
     subprocess.run([sys.executable, script, "2", *given], capture_output=True)
     (weights,) = tmp_path.glob(".compact.journal.*.safetensors")
     content = bytearray(weights.read_bytes())
@@ -258,11 +280,13 @@ def test_weights_of_a_journal_that_were_changed_are_refused(tiny_folder, tmp_pat
     assert result.exit_code == 2 and "the file was changed" in result.stderr and "--no-resume" in result.stderr
 
 
-def test_a_run_that_was_killed_when_all_was_done_says_so_and_leaves_nothing(uninterrupted, journal_text, tiny_folder, tmp_path):
+def test_a_run_that_was_killed_when_all_was_done_says_so_and_leaves_nothing(
+    compact_folder, journal_text, tiny_folder, tmp_path
+):
     from comp_cli.search.journal import Journal
 
     output = tmp_path / "compact"
-    shutil.copytree(uninterrupted, output)
+    shutil.copytree(compact_folder, output)
     found = json.loads(journal_text)
     journal = Journal(output, found["settings"])
     journal.save(found["state"])

@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 
-from comp_cli.engine import flops, recover, schedule, scoring, stages
+from comp_cli.cli.output import Output
+from comp_cli.data.batches import Batch
+from comp_cli.engine import flops, recover, schedule, scoring, stages, statistics
 from comp_cli.errors import CompError
-from comp_cli.search.calibration import Calibration
+from comp_cli.search.calibration import Calibration, gather_statistics, halved, split
 
 STRATEGY = stages.Strategy()
 MODES = ("vision_params", "language_params", "cross_params", "vision_tokens", "language_tokens")
@@ -73,8 +75,6 @@ def test_exploration_happens_as_often_as_it_should_and_prefers_those_that_waited
 
 @pytest.fixture(scope="module")
 def batches(inputs):
-    from comp_cli.data.batches import Batch
-
     return [Batch(inputs, None)]
 
 
@@ -218,10 +218,36 @@ def test_recovery_brings_the_outputs_nearer(stock, dense, inputs, batches):
     """On the pairs that it was fitted on, against plain slicing, parameters pruned by half."""
     scores = scoring.collect(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
     plan = schedule.prune_mode(dense.plan, scores, dense.reference, "vision_params", 0.5, schedule.Floors())
-    grams = recover.collect_grams(dense.runtime(dense.plan), dense.family, dense.plan, [inputs])
+    model = dense.runtime(dense.plan)
+    grams = statistics.collect(model, dense.family, dense.plan, [inputs], lambda batch: model(**batch), rises=False).grams
     with torch.inference_mode():
         expected = stock(**inputs).last_hidden_state
         sliced, recovered = (
             (dense.runtime(plan, g)(**inputs).last_hidden_state - expected).square().mean() for g in (None, grams)
         )
     assert recovered < 0.5 * sliced
+
+
+@pytest.mark.parametrize("rises", [False, True])
+def test_activations_are_gathered_without_a_graph_unless_something_is_differentiated(dense, batches, rises, monkeypatch):
+    """Else all that the layers hold would be in memory at once."""
+    forward, graphs = type(dense.task).forward, []
+
+    def watched(self, model, inputs):
+        read = forward(self, model, inputs)
+        graphs.append(any(part.requires_grad for part in read))
+        return read
+
+    monkeypatch.setattr(type(dense.task), "forward", watched)
+    found = gather_statistics(dense, batches, Output("quiet"), rises=rises)
+    assert graphs and set(graphs) == {rises} and bool(found.rises) == rises
+    assert not any(gram.requires_grad for gram in found.grams.values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_plans_are_judged_on_pairs_that_recovery_has_not_seen_whatever_the_batch_size(inputs, size):
+    whole = Batch({name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}, None)  # six pairs
+    whole.inputs["pixel_values"] += torch.arange(6).view(6, 1, 1, 1)
+    halves = halved(list(split(whole, size)))
+    first, second = ({float(x) for batch in half for x in batch.inputs["pixel_values"][:, 0, 0, 0]} for half in halves)
+    assert not first & second and len(first | second) == 6 and min(len(first), len(second)) >= 2

@@ -20,7 +20,7 @@ from comp_cli.options import ExportOptions, PruneOptions
 from comp_cli.plan import PADDING, Plan
 
 QUIET = Output("quiet")
-SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "stages": 6, "device": "cpu"}
+SIZES = {"num_samples": 8, "stage_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
 RATIOS = {
     "blip": 0.31,
     "blip-caption": 0.15,

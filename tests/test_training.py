@@ -32,7 +32,8 @@ from comp_cli.tasks import comparison
 QUIET = Output("quiet")
 SCENES = ScenePairs(labelled=False)
 SIZES = ["--num-samples", "8", "--stage-samples", "8", "--eval-samples", "8", "--batch-size", "4", "--text-tokens", "12"]
-TRAIN = ["--steps", "12", "--train-batch-size", "4", "--lr", "1e-3", "--stages", "6", "--device", "cpu"]
+TRAIN = ["--steps", "12", "--train-batch-size", "4", "--lr", "1e-3", "--device", "cpu"]
+IN_STAGES = ["--method", "comp-paper", "--stages", "6", "--stage-share", "0.5"]
 
 
 def run(*given):
@@ -117,7 +118,7 @@ def options(**changes):
     training = Training(steps=20, batch_size=8, lr=1e-3)
     training = replace(training, **changes.pop("training", {}))
     samples = {"num_samples": 8, "stage_samples": 8, "batch_size": 8, "stages": 6}
-    return PruneOptions("tiny", 0.5, training=training, **samples, **changes)
+    return PruneOptions("tiny", 0.5, "comp-paper", training=training, **samples, **changes)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -199,7 +200,13 @@ def test_a_loss_that_is_no_number_is_an_error(dense):
         (["--lr", 0.1], "are for training"),
         (["--epochs", 0], "--epochs 0"),
         (["--num-samples", 4, "--stage-samples", 8], "not more"),
-        (["--no-history", "--method", "wanda"], "for --method comp"),
+        (["--no-history", "--method", "wanda"], "for --method comp-paper"),
+        (["--no-explore"], "for --method comp-paper"),
+        (["--stages", 4], "--method comp has none"),
+        (["--stages", 4, "--method", "joint"], "--method joint has none"),
+        (["--steps", 4, "--stage-share", 0.5], "--method comp has no stages"),
+        (["--no-cip", "--method", "wanda"], "--no-cip changes nothing"),
+        (["--no-sequential", "--no-recover"], "--no-sequential changes nothing"),
     ],
 )
 def test_settings_that_make_no_sense(tiny_folder, tmp_path, wrong, said):
@@ -207,9 +214,10 @@ def test_settings_that_make_no_sense(tiny_folder, tmp_path, wrong, said):
     assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "c").exists()
 
 
-def test_two_processes_do_what_one_does(tiny_folder, tmp_path):
+@pytest.mark.parametrize("more", [[], IN_STAGES], ids=["comp", "comp-paper in stages"])
+def test_two_processes_do_what_one_does(tiny_folder, tmp_path, more):
     """Data-parallel on two CPU processes: the same plan, and weights that differ by rounding only."""
-    common = [str(a) for a in ("prune", tiny_folder, "--ratio", 0.5, *SIZES, *TRAIN, "--stage-share", 0.5, "--json")]
+    common = [str(a) for a in ("prune", tiny_folder, "--ratio", 0.5, *SIZES, *TRAIN, *more, "--json")]
     one = run(*common, "-o", tmp_path / "one")
     assert one.exit_code == 0, one.stderr
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
@@ -217,8 +225,8 @@ def test_two_processes_do_what_one_does(tiny_folder, tmp_path):
     done = subprocess.run([*launch, *common, "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["output"] == str(tmp_path / "two")  # one document, from one process
-    plans = [json.loads((tmp_path / name / "comp_report.json").read_text())["plan"] for name in ("one", "two")]
-    assert plans[0] == plans[1]
+    reports = [json.loads((tmp_path / name / "comp_report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["plan"] == reports[1]["plan"] and len(reports[0]["compared"]) == len(reports[1]["compared"])
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     dense = load_file(tiny_folder / "model.safetensors")
     for name, tensor in weights[0].items():

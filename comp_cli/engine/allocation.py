@@ -6,7 +6,7 @@ recovery, on pairs that the recovery has not seen. The best candidate is found b
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .scoring import Key
 START = 0.5  # the share that the descent begins with
 STEPS = (0.15, 0.075)  # in which it goes, first the longer ones
 SHARES = (0.05, 0.95)  # the least and the most
+LARGE = (0.65, 0.8, SHARES[1])  # that are tried at the first layer where the ratio is out of reach otherwise
 LEAST_SHARE = 0.1  # of the FLOPs that a stream must touch to be looked at: each candidate is a recovery
 EXPECTED = 16  # candidates that a descent looks at, about
 # How deep in a tower descents begin, by what its tokens are made of. Images from two places: the best cut at one layer is often
@@ -85,18 +86,33 @@ def candidate(
     dense: Plan, ref: flops.Reference, ratio: float, cuts: Cuts, prices: Mapping[Key, Tensor], floors: Floors
 ) -> Plan | None:
     """The plan of a ratio with these cuts; None where it cannot be reached so."""
+    plan, total = nearest(dense, ref, ratio, cuts, prices, floors), flops.count(dense, ref).total
+    return plan if plan and abs(1 - flops.count(plan, ref).total / total - ratio) <= TOLERANCE else None
+
+
+def nearest(
+    dense: Plan, ref: flops.Reference, ratio: float, cuts: Cuts, prices: Mapping[Key, Tensor], floors: Floors
+) -> Plan | None:
+    """The plan with these cuts that comes as near to the ratio as the floors allow; None where these tokens alone are too much
+    or cannot go."""
     plan, total = dense, flops.count(dense, ref).total
     for stream, cut in cuts.items():
         before = flops.count(plan, ref).total
-        most = before - flops.count(keeping(plan, ref, stream, 0, floors.tokens), ref).total
-        found = cut_tokens(plan, ref, stream, cut.layer, before - cut.share * min(ratio * total, most), floors)
+        possible = before - flops.count(keeping(plan, ref, stream, 0, floors.tokens), ref).total
+        found = cut_tokens(plan, ref, stream, cut.layer, before - cut.share * min(ratio * total, possible), floors)
         if found is None:
             return None
         plan = found
     if flops.count(plan, ref).total < total * (1 - ratio):
         return None
-    plan = remove_cheapest(plan, ref, prices, total * (1 - ratio), floors, ranking_parts(plan, ref))
-    return plan if abs(1 - flops.count(plan, ref).total / total - ratio) <= TOLERANCE else None
+    return remove_cheapest(plan, ref, prices, total * (1 - ratio), floors, ranking_parts(plan, ref))
+
+
+def most(dense: Plan, ref: flops.Reference, streams: Iterable[str], prices: Mapping[Key, Tensor], floors: Floors) -> float:
+    """The largest ratio that a descent over these streams can find."""
+    cuts: tuple[Cuts, ...] = ({}, {stream: Cut(0, SHARES[1]) for stream in streams})
+    plans = (nearest(dense, ref, 1.0, each, prices, floors) for each in cuts)
+    return 1 - min(flops.count(plan, ref).total for plan in plans if plan) / flops.count(dense, ref).total
 
 
 def cut_tokens(plan: Plan, ref: flops.Reference, stream: str, layer: int, target: float, floors: Floors) -> Plan | None:
@@ -182,12 +198,15 @@ def descend(
     towers: Mapping[str, tuple[int, Sequence[float]]],
     tell: Callable[[Look], None],
     known: list[Look],
+    steps: Sequence[float] = STEPS,
 ) -> Look | None:
     """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less
-    than none.
+    than none. Where all of these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the
+    largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
-    with the most FLOPs first. `known`: what was looked at before a kill. None where no candidate reaches the ratio.
+    with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. None
+    where no candidate reaches the ratio.
     """
     seen: dict[frozenset[tuple[str, Cut]], Look] = {frozenset(found.cuts.items()): found for found in known}
 
@@ -198,19 +217,26 @@ def descend(
             tell(seen[key])
         return seen[key]
 
+    def lowest_from(others: dict[str, Cut], stream: str, here: Cut, layers: int) -> Look:
+        found = at(others | {stream: here})
+        for step in steps:
+            while True:
+                near = min((at(others | {stream: cut}) for cut in _neighbours(here, layers, step)), key=_loss)
+                if _loss(near) >= _loss(found):
+                    break
+                found, here = near, near.cuts[stream]
+        return found
+
     best = at({})
     for stream, (layers, depths) in towers.items():
         others = dict(best.cuts)
         for depth in depths:
             here = Cut(min(round(depth * layers), layers - 1), START)
-            found = at(others | {stream: here})
-            for step in STEPS:
-                while True:
-                    near = min((at(others | {stream: cut}) for cut in _neighbours(here, layers, step)), key=_loss)
-                    if _loss(near) >= _loss(found):
-                        break
-                    found, here = near, near.cuts[stream]
-            best = min(best, found, key=_loss)
+            best = min(best, lowest_from(others, stream, here, layers), key=_loss)
+        if best.loss is None:
+            large = [Cut(0, share) for share in LARGE]
+            here = next((cut for cut in large if at(others | {stream: cut}).loss is not None), large[-1])
+            best = lowest_from(others, stream, here, layers)
     return None if best.loss is None else best
 
 

@@ -249,7 +249,7 @@ class Fit:
         """Give the projection the weights that fit."""
         reader = self.reader
         now = reader.weight.T if reader.bias is None else torch.cat([reader.weight, reader.bias.unsqueeze(1)], dim=1).T
-        shrink = RIDGE * self.gram.diagonal().mean()
+        shrink = RIDGE * self.gram.diagonal().mean().clamp(min=1e-30)  # where all inputs are zero
         inner = self.gram + shrink * torch.eye(len(self.gram), dtype=torch.double, device=self.gram.device)
         found = torch.cholesky_solve(self.cross + shrink * now.double(), torch.linalg.cholesky(inner)).T
         with torch.inference_mode(False):  # what is made under it could not be trained

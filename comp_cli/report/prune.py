@@ -65,10 +65,10 @@ class PlanCompared:
     """A whole plan of the ratio that the method comp looked at.
 
     Attributes:
-        tokens: tower -> the layer behind whose attention tokens go, and how many are kept; towers that keep all are left out.
+        tokens: stream -> the layer behind whose attention tokens go, and how many are kept; streams that keep all are left out.
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
-        loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery had not seen;
-            null where no plan of the ratio keeps so many tokens.
+        loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence had
+            not seen; null where no plan of the ratio keeps so many tokens.
     """
 
     tokens: dict[str, tuple[int, int]]

@@ -131,12 +131,14 @@ class HeldOut:
     """Judges whole plans with all of their recovery, on pairs that the recovery has not seen: fitted on one half of the pairs
     and judged on the other, and the other way round."""
 
-    def __init__(self, dense: Dense, batches: list[Batch], grams: Tensors | None, sequential: bool):
-        """grams: None where nothing is refitted. sequential: whether it is refitted in sequence as well."""
+    def __init__(self, dense: Dense, batches: list[Batch], grams: Tensors | None, sequential: bool, folds: int = 2):
+        """grams: None where nothing is refitted. sequential: whether it is refitted in sequence as well. folds: 1 to judge on
+        the second half only."""
         self.dense, self.grams, self.sequential = dense, grams, sequential
+        self.fitted: Fitted = {}
         self.whole = dense.runtime(dense.plan)
         halves = halved(batches)
-        self.folds = [(halves[0], halves[1]), (halves[1], halves[0])]
+        self.folds = [(halves[0], halves[1]), (halves[1], halves[0])][:folds]
         self.expected = [self._features(self.whole, batches) for batches in halves]
 
     def loss(self, plan: Plan) -> float:
@@ -144,7 +146,7 @@ class HeldOut:
         what was tried it ranks plans best as other pairs do: docs/methods.md."""
         found = []
         for number, (fitted_on, judged_on) in enumerate(self.folds):
-            model = self.dense.runtime(plan, self.grams)
+            model = self.dense.runtime(plan, self.grams, self.fitted)
             if self.sequential:
                 refit(self.dense, model, self.whole, plan, fitted_on)
             expected = self.expected[1 - number]

@@ -1,7 +1,7 @@
 """From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,11 +118,14 @@ def compare_plans(
             way.save(state)
             bar.advance(found.in_words())
 
-        best = allocation.descend(look, streams_of(dense, batches), tell, list(state.looks))
+        streams = streams_of(dense, batches)
+        steps: Sequence[float] = allocation.STEPS
+        if not way.thorough:  # looks are dear: one start, long steps
+            streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
+        best = allocation.descend(look, streams, tell, list(state.looks), steps)
     plan = plan_of(best.cuts) if best else None
     if plan is None:
-        smallest = allocation.remove_cheapest(dense.plan, ref, prices, 0, floors, set())
-        raise stages.out_of_reach(options.ratio, 1 - flops.count(smallest, ref).total / total)
+        raise stages.out_of_reach(options.ratio, allocation.most(dense.plan, ref, streams, prices, floors))
     state.plan = plan
 
 

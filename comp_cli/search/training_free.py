@@ -39,6 +39,7 @@ class TrainingFree:
         looks at the dense model. recovers: whether anything may be refitted."""
         self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
         method = METHODS[options.method]
+        self.compares_plans = method.compares_plans
         self.recovers = recovers and options.recover
         self.sequential = self.recovers and options.sequential
         priced = method.params == "obs"
@@ -56,17 +57,23 @@ class TrainingFree:
         self._held_out: HeldOut | None = None
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
-        """Go on from a journal: what the dense model says is what divergence is measured from."""
-        self.calibration.measure(self.dense.plan)
+        """Go on from a journal: in stages what the dense model says is what divergence is measured from."""
+        if not self.compares_plans:
+            self.calibration.measure(self.dense.plan)
 
     def measure(self, plan: Plan) -> stages.Measurement:
         """What a plan shows on the calibration pairs."""
         return self.calibration.measure(plan)
 
+    @property
+    def thorough(self) -> bool:
+        """Whether all pairs judge, which is so where looks are cheap."""
+        return self.judges is self.batches
+
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen."""
         if self._held_out is None:
-            self._held_out = HeldOut(self.dense, self.judges, self.grams, self.sequential)
+            self._held_out = HeldOut(self.dense, self.judges, self.grams, self.sequential, folds=2 if self.thorough else 1)
         return self._held_out.loss(plan)
 
     def save(self, state: State) -> None:

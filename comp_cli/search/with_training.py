@@ -39,7 +39,8 @@ class Trained:
         self.is_trained = saved is not None and "steps" in saved
         read = partial(training_batches, dense, pairs, training, options.seed)
         self.trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-        gathers = not self.is_trained and is_main_process()
+        is_over = saved is not None and saved.get("steps", 0) > self.stage_steps
+        gathers = is_main_process() and not is_over
         recovers = gathers and not self.stage_steps
         self.free = TrainingFree(dense, options, batches, judges, None, progress, gathers=gathers, recovers=recovers)
 
@@ -67,6 +68,11 @@ class Trained:
         """Of what can be removed, the same in all processes."""
         found: Tensors | None = self.trainer.from_main(lambda: self.free.prices)
         return found
+
+    @property
+    def thorough(self) -> bool:
+        """Whether all pairs judge."""
+        return self.free.thorough
 
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen, the same in all processes."""
