@@ -49,6 +49,11 @@ class Dense:
         return collator(self.family, self.processor, self.text_tokens, self.task, self.hf_config)
 
     @property
+    def is_large(self) -> bool:
+        """Whether a pass over a pair costs so much that everything is done less often."""
+        return flops.count(self.plan, self.reference).total >= LARGE_FLOPS
+
+    @property
     def text_tokens(self) -> int:
         """Tokens of a text of the reference input; 0 for a model of images."""
         return self.family.topology.text_tokens(self.reference.tokens)
@@ -176,4 +181,4 @@ def check_fits(model: Any, family: Family, processor: Any, task: tasks.Task, nam
 
 def by_model_size(dense: Dense, many: float, few: float) -> float:
     """A number of samples and the like: many for a small model (see options.LARGE_FLOPS), few for a larger one."""
-    return many if flops.count(dense.plan, dense.reference).total < LARGE_FLOPS else few
+    return few if dense.is_large else many

@@ -67,8 +67,8 @@ class PlanCompared:
     Attributes:
         tokens: stream -> the layer behind whose attention tokens go, and how many are kept; streams that keep all are left out.
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
-        loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence had
-            not seen; null where no plan of the ratio keeps so many tokens.
+        loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence
+            had not seen; null where no plan of the ratio keeps so many tokens.
     """
 
     tokens: dict[str, tuple[int, int]]

@@ -67,8 +67,8 @@ class TrainingFree:
 
     @property
     def thorough(self) -> bool:
-        """Whether all pairs judge, which is so where looks are cheap."""
-        return self.judges is self.batches
+        """Whether plans are compared at length: both halves of the pairs judge, and the descent takes its time."""
+        return not self.dense.is_large
 
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen."""

@@ -71,7 +71,7 @@ class Trained:
 
     @property
     def thorough(self) -> bool:
-        """Whether all pairs judge."""
+        """Whether plans are compared at length."""
         return self.free.thorough
 
     def held_out_loss(self, plan: Plan) -> float:
