@@ -186,12 +186,17 @@ def summary(runs: list[dict]) -> dict[str, dict[float, tuple[float, float, int]]
     }
 
 
+def cell(mean: float, spread: float, seeds: int) -> str:
+    """In percent; one seed has no spread."""
+    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if seeds > 1 else "") + f" ({seeds})"
+
+
 def table(found: dict) -> str:
     """Markdown, best at 0.8 first."""
     ratios = sorted({ratio for cells in found.values() for ratio in cells})
     lines = ["| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
     for method, cells in sorted(found.items(), key=lambda item: -item[1].get(0.8, (0,))[0]):
-        shown = [f"{100 * cells[r][0]:.1f} ± {100 * cells[r][1]:.1f} ({cells[r][2]})" if r in cells else "-" for r in ratios]
+        shown = [cell(*cells[r]) if r in cells else "-" for r in ratios]
         lines.append(f"| `{method}` | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
