@@ -332,6 +332,8 @@ def test_floors_hold(dense, scores):
 class Priced:
     """A search that prices units at random, and in which no plan loses more than another."""
 
+    thorough = True
+
     def __init__(self, dense):
         random = torch.Generator().manual_seed(0)
         layers = [(tower.name, index, layer) for tower in dense.plan.towers for index, layer in enumerate(tower.layers)]

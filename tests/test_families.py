@@ -85,6 +85,15 @@ def compact_folder(case, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def dropping_folder(case, tmp_path_factory):
+    """Pruned by the method comp-paper at 0.6: tokens go as well, which random weights give comp no reason for. Not refitted in
+    sequence: token scores of tiny random models are near ties, which the rounding of another backend decides otherwise."""
+    folder = tmp_path_factory.mktemp(f"{case.name}-dropping") / "compact"
+    prune(case.options(0.6, method="comp-paper", sequential=False, stages=6), folder, QUIET)
+    return folder
+
+
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
@@ -230,10 +239,10 @@ def test_it_can_be_trained(case, tmp_path, share):
     assert len(moved) > len(norms) / 2  # pruning leaves norms alone, the steps did not
 
 
-def test_an_export_says_what_torch_says(case, compact_folder, tmp_path):
-    report = export.export(compact_folder, tmp_path / "onnx", ExportOptions(), QUIET)
+def test_an_export_says_what_torch_says(case, dropping_folder, tmp_path):
+    report = export.export(dropping_folder, tmp_path / "onnx", ExportOptions(), QUIET)
     assert report.passed and report.agreement == 1.0
-    check_profile(compact_folder, [onnx.load(tmp_path / "onnx" / name).graph for name in report.graphs])
+    check_profile(dropping_folder, [onnx.load(tmp_path / "onnx" / name).graph for name in report.graphs])
     if isinstance(case.dense.family.topology, EncoderDecoder):
         assert list(report.graphs) == ["encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]
         return

@@ -120,9 +120,11 @@ def test_keys_of_what_is_read_across_are_made_once(writer):
 
 @pytest.fixture(scope="module")
 def pruned(writer, tmp_path_factory):
-    """Folder and report of the method comp."""
+    """Folder and report of the method comp. Not refitted in sequence: beams of tiny random models are near ties, which the
+    rounding of another backend decides otherwise."""
     folder = tmp_path_factory.mktemp("pruned") / "compact"
-    return folder, prune(PruneOptions(str(writer.dense.source.folder), 0.6, **SIZES), folder, QUIET).to_json()
+    options = PruneOptions(str(writer.dense.source.folder), 0.6, sequential=False, **SIZES)
+    return folder, prune(options, folder, QUIET).to_json()
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,11 @@ STOCK = {
 
 @pytest.fixture(scope="module", params=RATIOS)
 def pruned(request, tmp_path_factory):
-    """The name of a family, a dense folder, and the compact one that has lost tokens only."""
+    """The name of a family, a dense folder, and the compact one that has lost tokens only, with the dense weights."""
     place = tmp_path_factory.mktemp(request.param)
     dense = tiny.write(request.param, place / "dense")
-    prune(PruneOptions(str(dense), RATIOS[request.param], method="token", **SIZES), place / "compact", QUIET)
+    options = PruneOptions(str(dense), RATIOS[request.param], method="token", sequential=False, **SIZES)
+    prune(options, place / "compact", QUIET)
     return request.param, dense, place / "compact"
 
 
