@@ -44,18 +44,21 @@ def spearman(first: list[float], second: list[float]) -> float:
 
 def removed_prices(plan: Plan, priced: dict) -> float:
     """The price of all units that a plan removes."""
-    kept = {(tower.name, index, part): set(units.units) for tower in plan.towers for index, layer in enumerate(tower.layers)
-            for part, units in layer.parts.items()}  # fmt: skip
-    return sum(float(price) for key, all_ in priced.items() for unit, price in enumerate(all_) if unit not in kept[key])
+    return sum(
+        float(price)
+        for (tower, index, part), all_ in priced.items()
+        for unit, price in enumerate(all_)
+        if unit not in plan.tower(tower).layers[index].kept(part)
+    )
 
 
 def judged(dense: Dense, plan: Plan, batches: list, pairs: list, tools: tuple) -> dict[str, float]:
     """What each estimate says of a plan, and "loss": what it loses on other pairs."""
     found, priced, held_out, calibration = tools
-    whole, model = dense.runtime(dense.plan), dense.runtime(plan, found.grams)
-    refit(dense, model, whole, plan, batches)
+    model = dense.runtime(plan, found.grams)
+    refit(dense, model, plan, batches)
     same, other = (comparison.evaluate(model, dense.task, some) for some in (batches, pairs))
-    known = comparison.evaluate(whole, dense.task, batches)
+    known = comparison.evaluate(dense.whole, dense.task, batches)
     distance = comparison.feature_distance(*(dense.task.features(run.outputs) for run in (known, same))).item()
     return {
         "loss": other.loss,
@@ -73,7 +76,7 @@ def main(arguments: argparse.Namespace) -> None:
     batches = batches_of(dense, scenes, "calibration", 128, 32, arguments.seed)
     pairs = batches_of(dense, scenes, "evaluation", 1000, 32)
     found = gather_statistics(dense, batches, Output("quiet"), rises=True, seed=arguments.seed)
-    priced = prices(dense.runtime(dense.plan), dense.family, dense.plan, found)
+    priced = prices(dense.whole, dense.family, dense.plan, found)
     calibration = Calibration(dense, batches, found.grams, None, arguments.seed, priced)
     calibration.measure(dense.plan)
     tools = (found, priced, HeldOut(dense, batches, found.grams, True), calibration)

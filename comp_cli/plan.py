@@ -112,6 +112,11 @@ class Plan:
     def with_tower(self, tower: TowerPlan) -> "Plan":
         return replace(self, towers=tuple(tower if t.name == tower.name else t for t in self.towers))
 
+    def with_layer(self, tower: str, index: int, layer: LayerPlan) -> "Plan":
+        """The same plan with another layer."""
+        own = self.tower(tower)
+        return self.with_tower(replace(own, layers=(*own.layers[:index], layer, *own.layers[index + 1 :])))
+
     def with_streams(self, changed: Mapping[str, StreamPlan]) -> "Plan":
         """The same plan, tokens of some streams ranked in another way."""
         towers = (

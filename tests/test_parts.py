@@ -223,7 +223,7 @@ def test_every_rule_scores_it(llama, plans, texts, rule):
 def test_recovery_invents_no_bias_and_comes_nearer(llama, plans, texts):
     dense, plan = plans
     state = llama.state_dict()
-    grams = statistics.collect(llama, DESCRIBED, dense, [texts], lambda batch: llama(**batch), rises=False).grams
+    grams = statistics.collect(llama, DESCRIBED, dense, [texts], lambda batch: llama(**batch)).grams
     sliced = slice_state(state, DESCRIBED, plan)
     recovered = recover.recover(sliced, state, DESCRIBED, plan, grams, {})
     assert recovered.keys() == state.keys() and not any(name.endswith("bias") for name in recovered)

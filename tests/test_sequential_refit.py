@@ -122,9 +122,9 @@ def test_every_family_comes_nearer_to_its_dense_model(family, tmp_path):
     plan = tiny.uneven(dense.plan, dense.family)
     batches = batches_of(dense, generated_pairs(dense.task, labelled=False), "calibration", 32, 8)
     whole, plain, compact = dense.runtime(dense.plan), dense.runtime(plan), dense.runtime(plan)
-    refit(dense, compact, whole, plan, batches)
+    refit(dense, compact, plan, batches)
     again = dense.runtime(plan)
-    refit(dense, again, whole, plan, batches)
+    refit(dense, again, plan, batches)
     assert all(torch.equal(a, b) for a, b in zip(compact.parameters(), again.parameters(), strict=True))
 
     def features(model) -> Tensor:

@@ -7,7 +7,7 @@ recovery, on pairs that the recovery has not seen. The best candidate is found b
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -132,10 +132,8 @@ def cut_tokens(plan: Plan, ref: flops.Reference, stream: str, layer: int, target
 
 def keeping(plan: Plan, ref: flops.Reference, stream: str, layer: int, tokens: int) -> Plan:
     """The plan with so many tokens of a stream behind a layer."""
-    tower = plan.tower(ref.family.streams[stream][0].name)
-    layers = list(tower.layers)
-    layers[layer] = layers[layer].handing_on(stream, tokens)
-    return plan.with_tower(replace(tower, layers=tuple(layers)))
+    tower = ref.family.streams[stream][0].name
+    return plan.with_layer(tower, layer, plan.tower(tower).layers[layer].handing_on(stream, tokens))
 
 
 def ranking_parts(plan: Plan, ref: flops.Reference) -> set[Key]:
@@ -166,11 +164,9 @@ def remove_cheapest(
         left -= cost * size
         gone[key] = gone.get(key, 0) + size
     for (name, index, part), count in gone.items():
-        tower = plan.tower(name)
         first = set(prices[name, index, part].argsort(stable=True)[:count].tolist())
-        layers = list(tower.layers)
-        layers[index] = layers[index].keeping(part, [unit for unit in layers[index].kept(part) if unit not in first])
-        plan = plan.with_tower(replace(tower, layers=tuple(layers)))
+        layer = plan.tower(name).layers[index]
+        plan = plan.with_layer(name, index, layer.keeping(part, [unit for unit in layer.kept(part) if unit not in first]))
     return plan
 
 
@@ -185,7 +181,7 @@ def _groups(
         step, least = 1, 1
         if isinstance(units, Channels):
             step = floors.ffn_multiple
-            least = min(width, max(step, math.ceil(floors.ffn_share * width / step) * step))
+            least = min(width, math.ceil(floors.channels(width) / step) * step)
         begin = number = 0
         while begin < width - least:
             end = begin + ((width - begin) % step or step)
@@ -205,8 +201,8 @@ def descend(
     largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
-    with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. None
-    where no candidate reaches the ratio.
+    with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. None where no
+    candidate reaches the ratio.
     """
     seen: dict[frozenset[tuple[str, Cut]], Look] = {frozenset(found.cuts.items()): found for found in known}
 

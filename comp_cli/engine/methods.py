@@ -4,7 +4,6 @@ What there is to remove, the modes, follows from the description of a model (Fam
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,19 +12,15 @@ class Method:
 
     params: the rule behind parameter scores (see scoring.PARAMETER_RULES). tokens: the one behind token scores of images (see
     modeling_comp.TOKEN_RULES), None for the family's own. phases: kinds of modes in their order, which share the logarithm
-    of the FLOPs left equally and raise the thresholds of their modes together; None where modes are chosen. chooses: in
-    stages, one mode each (CoMP, engine/stages.py), or between whole plans of the ratio (engine/allocation.py).
+    of the FLOPs left equally and raise the thresholds of their modes together; None where modes are chosen, in
+    stages, one mode each (CoMP, engine/stages.py), or with `compares_plans` by whole plans of the ratio (engine/allocation.py).
     """
 
     description: str
     params: str = "cip"
     tokens: str | None = None
     phases: tuple[str, ...] | None = None
-    chooses: Literal["stages", "plans"] = "stages"
-
-    @property
-    def compares_plans(self) -> bool:
-        return self.chooses == "plans"
+    compares_plans: bool = False
 
     def removes(self, kind: str) -> bool:
         """Whether "parameters" or "tokens" go."""
@@ -34,7 +29,7 @@ class Method:
 
 METHODS = {
     "comp": Method(
-        "tokens and parameters together: optimal brain surgeon with refit, whole plans compared", "obs", chooses="plans"
+        "tokens and parameters together: optimal brain surgeon with refit, whole plans compared", "obs", compares_plans=True
     ),
     "comp-paper": Method("CoMP as published: collaborative importance, one mode per stage by measured cost"),
     "joint": Method("collaborative importance, tokens then parameters", phases=("tokens", "parameters")),

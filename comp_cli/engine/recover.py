@@ -41,15 +41,23 @@ def refit(
     else:
         columns = torch.cat([kept, torch.tensor([channels])]).to(found.device)
         whole = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
-    inner = found[columns][:, columns].double()
-    shrink = ridge * inner.diagonal().mean()
-    inner = inner + shrink * torch.eye(len(columns), dtype=torch.double, device=found.device)
+    cross = whole @ found[:, columns].double()
     # The ridge pulls towards the plain slice, not towards zero: nothing pruned, nothing changed.
-    target = whole @ found[:, columns].double() + shrink * whole[:, columns]
-    fitted = torch.cholesky_solve(target.T, torch.linalg.cholesky(inner)).T  # the ridge makes it positive definite
+    fitted = ridge_fit(found[columns][:, columns].double(), cross.T, whole[:, columns], ridge)
     if bias is None:
         return fitted.to(weight.dtype).contiguous(), None
     return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
+
+
+def ridge_fit(inner: Tensor, cross: Tensor, now: Tensor, ridge: float) -> Tensor:
+    """The weights (outputs, columns) nearest to a target in least squares, pulled towards those that are there, `now`.
+
+    inner: Gram matrix of what is read, (columns, columns); cross: its products with the target, (columns, outputs); all in
+    fp64. ridge: times the mean of the Gram matrix's diagonal.
+    """
+    shrink = ridge * inner.diagonal().mean().clamp(min=1e-30)  # where all that is read is zero
+    inner = inner + shrink * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    return torch.cholesky_solve(cross + shrink * now.T, torch.linalg.cholesky(inner)).T  # positive definite by the ridge
 
 
 Fitted = dict[Key, tuple[Tensor, tuple[Tensor, Tensor | None]]]  # what was kept last, and the fit

@@ -29,6 +29,10 @@ class Floors:
     tokens: int = 5  # [CLS] and four more; text: [CLS], [SEP] and more
     least_drop: float = 0.04  # a layer that would drop a smaller share of its tokens drops none: scoring is not free
 
+    def channels(self, width: int) -> int:
+        """How many of so many channels of the dense model stay in every layer, before rounding."""
+        return min(width, max(self.ffn_multiple, math.ceil(self.ffn_share * width)))
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -134,8 +138,7 @@ def _units(plan: Plan, scores: Scores, ref: flops.Reference, parts: Sequence[tup
 
 def _least(ref: flops.Reference, tower: str, part: str, channels: bool, floors: Floors) -> int:
     """Units of a part that stay in every layer: one head, or a share of the channels of the dense model."""
-    width = ref.sizes[tower, part].units
-    return min(width, max(floors.ffn_multiple, math.ceil(floors.ffn_share * width))) if channels else 1
+    return floors.channels(ref.sizes[tower, part].units) if channels else 1
 
 
 def _rounded(survivors: list[int], scores: torch.Tensor, least: int, multiple: int) -> list[int]:

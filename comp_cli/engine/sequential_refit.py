@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..families import Family, Part, Tower
 from ..plan import Plan, TowerPlan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
+from .recover import ridge_fit
 from .scoring import reader_of, tower_layers
 
 # Times the mean of the Gram matrix's diagonal. Larger than in `recover`: targets hold what no channel of the part can say.
@@ -147,9 +148,9 @@ class Seen:
     """Of one part in one call of its layer: what its output projection reads, (batch, tokens, channels), what is added to what
     it says, (batch, tokens, dim), and what it says."""
 
-    residual: Tensor = field(default_factory=lambda: torch.empty(0))
-    inner: Tensor = field(default_factory=lambda: torch.empty(0))
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    residual: Tensor = field(init=False)
+    inner: Tensor = field(init=False)
+    output: Tensor = field(init=False)
 
     @property
     def stream(self) -> Tensor:
@@ -247,14 +248,11 @@ class Fit:
 
     def replace(self) -> None:
         """Give the projection the weights that fit."""
-        reader = self.reader
-        now = reader.weight.T if reader.bias is None else torch.cat([reader.weight, reader.bias.unsqueeze(1)], dim=1).T
-        shrink = RIDGE * self.gram.diagonal().mean().clamp(min=1e-30)  # where all inputs are zero
-        inner = self.gram + shrink * torch.eye(len(self.gram), dtype=torch.double, device=self.gram.device)
-        found = torch.cholesky_solve(self.cross + shrink * now.double(), torch.linalg.cholesky(inner)).T
+        reader, channels = self.reader, self.reader.in_features
+        now = reader.weight if reader.bias is None else torch.cat([reader.weight, reader.bias.unsqueeze(1)], dim=1)
+        found = ridge_fit(self.gram, self.cross, now.double(), RIDGE)
         with torch.inference_mode(False):  # what is made under it could not be trained
             found = found.clone().to(reader.weight.dtype)
-            channels = reader.weight.shape[1]
             reader.weight = nn.Parameter(found[:, :channels].contiguous(), requires_grad=False)
             if reader.bias is not None:
                 reader.bias = nn.Parameter(found[:, channels].contiguous(), requires_grad=False)

@@ -5,6 +5,7 @@ rises where they err. Prices of removal and recovery are made of them.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..families import Family
 from ..plan import Plan
 from . import brain_surgeon, flops
 from .recover import RIDGE, gram
-from .scoring import Key, output_weight, reader_of, recording, tower_layers, weights_of
+from .scoring import Key, reader_of, recording, tower_layers, weights_of
 
 
 @dataclass
@@ -32,29 +33,30 @@ def collect(
     family: Family,
     plan: Plan,
     batches: Iterable[dict[str, Tensor]],
-    run: Callable[[dict[str, Tensor]], Tensor],
+    run: Callable[[dict[str, Tensor]], Any],
     *,
-    rises: bool,
+    draw: Callable[[Any], Tensor] | None = None,
     weighted: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> Statistics:
-    """One pass over the batches, with `rises` there and back.
+    """One pass over the batches, there and, with `draw`, back.
 
-    run: runs the model over a batch and returns a number whose gradient is a draw from the square root of the loss's curvature
-    (see `calibration.probe`). weighted: by the token weights of CIP (CoMP, Eq. 4 and 5), else all tokens alike.
+    run: runs the model over a batch. draw: makes of what it returned a number whose gradient is a draw from the square root of
+    the loss's curvature (see `calibration.probe`); without it there are no `rises`. weighted: by the token weights of CIP
+    (CoMP, Eq. 4 and 5), else all tokens alike.
     """
     found = Statistics()
-    said: dict[Key, Tensor] = {}  # with `rises`, what every output projection says
-    pairs = 0
-    with recording(model, family, plan) as recorder, torch.set_grad_enabled(rises), _hearing(model, family, said, rises):
+    said: dict[Key, Tensor] = {}  # with `draw`, what every output projection says
+    pairs, back = 0, draw is not None
+    with recording(model, family, plan) as recorder, torch.set_grad_enabled(back), _hearing(model, family, said, back):
         for batch in batches:
-            drawn = run(batch)
-            slopes = dict(zip(said, torch.autograd.grad(drawn, list(said.values())), strict=True)) if rises else {}
+            read = run(batch)
+            slopes = dict(zip(said, torch.autograd.grad(draw(read), list(said.values())), strict=True)) if draw else {}
             pairs += len(next(iter(batch.values())))
             for key, inputs in recorder.inputs.items():
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)
                 found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights)
-                if not rises:
+                if not back:
                     continue
                 varied = _around_mean(said[key].detach().float(), weights)
                 rise = (slopes[key].float() * varied).sum((1, 2)).square().sum()
@@ -108,7 +110,7 @@ def prices(
                 key = (tower.name, index, part.name)
                 reader = reader_of(tower_layers(model, family.tower(tower.name))[index], part)
                 hessian = brain_surgeon.hessian(found.grams[key], reader.bias is not None, RIDGE)
-                price = brain_surgeon.removal_prices(output_weight(model, family, key), hessian, layer.parts[part.name].width)
+                price = brain_surgeon.removal_prices(reader.weight.detach(), hessian, layer.parts[part.name].width)
                 result[key] = price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
                 advance()
     return result

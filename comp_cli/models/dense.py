@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class Dense:
         if grams is not None:
             state = recover(state, self.state, self.family, plan, grams, {} if fitted is None else fitted)
         return self.build(plan, state)
+
+    @cached_property
+    def whole(self) -> nn.Module:
+        """The dense model on the fused kernels, made once; to be run, not to be changed."""
+        return self.runtime(self.plan).requires_grad_(False)
 
     def build(self, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
         """The model of a plan around weights that have its sizes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from ..tasks import comparison
 
 Tensors = dict[scoring.Key, Tensor]
 
-
 PROBED = 8  # pairs that are differentiated at once: all that their layers hold is in memory
 
 
@@ -28,17 +28,17 @@ def gather_statistics(
 ) -> Statistics:
     """What the dense model shows of its parts; `rises`: also how much the loss rises where they err, which takes a pass
     back."""
-    model, task = dense.runtime(dense.plan).requires_grad_(False), dense.task
+    task = dense.task
     ready = [piece for batch in batches for piece in (split(batch, PROBED) if rises else [batch])]
     random = torch.Generator().manual_seed(seed)
 
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        read = task.forward(model, inputs)
-        return probe(task, task.subsample(read, len(next(iter(inputs.values())))), random)
+    def run(inputs: dict[str, Tensor]) -> tasks.Outputs:
+        return task.subsample(task.forward(dense.whole, inputs), len(next(iter(inputs.values()))))
 
+    draw = partial(probe, task, random) if rises else None
     with progress.track("gathering activations", len(ready)) as bar:
         inputs = dense.on_device(ready)
-        return collect(model, dense.family, dense.plan, inputs, run, rises=rises, weighted=weighted, advance=bar.advance)
+        return collect(dense.whole, dense.family, dense.plan, inputs, run, draw=draw, weighted=weighted, advance=bar.advance)
 
 
 def split(batch: Batch, samples: int) -> Iterator[Batch]:
@@ -48,7 +48,7 @@ def split(batch: Batch, samples: int) -> Iterator[Batch]:
         yield replace(batch, inputs=inputs, labels=None)
 
 
-def probe(task: tasks.Task, read: tasks.Outputs, random: torch.Generator) -> Tensor:
+def probe(task: tasks.Task, random: torch.Generator, read: tasks.Outputs) -> Tensor:
     """A number whose squared change under a small error is, in the mean over draws, the loss that the error adds: the distance
     of the features (Gauss-Newton, by Hutchinson's draws) and the divergence of the decisions (half their Fisher
     information)."""
@@ -136,10 +136,9 @@ class HeldOut:
         the second half only."""
         self.dense, self.grams, self.sequential = dense, grams, sequential
         self.fitted: Fitted = {}
-        self.whole = dense.runtime(dense.plan)
         halves = halved(batches)
         self.folds = [(halves[0], halves[1]), (halves[1], halves[0])][:folds]
-        self.expected = [self._features(self.whole, batches) for batches in halves]
+        self.expected = [self._features(dense.whole, batches) for batches in halves]
 
     def loss(self, plan: Plan) -> float:
         """Mean squared distance of the features behind the decisions from the dense model's, in units of their variance. Of
@@ -148,7 +147,7 @@ class HeldOut:
         for number, (fitted_on, judged_on) in enumerate(self.folds):
             model = self.dense.runtime(plan, self.grams, self.fitted)
             if self.sequential:
-                refit(self.dense, model, self.whole, plan, fitted_on)
+                refit(self.dense, model, plan, fitted_on)
             expected = self.expected[1 - number]
             found.append(comparison.feature_distance(expected, self._features(model, judged_on)).item())
         return sum(found) / len(found)
@@ -167,12 +166,10 @@ def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 def refit(
     dense: Dense,
     model: nn.Module,
-    whole: nn.Module,
     plan: Plan,
     batches: Sequence[Batch],
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place. whole: the dense
-    model."""
+    """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place."""
     inputs = list(dense.on_device(list(batches)))
-    refit_in_sequence(model, whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance)
+    refit_in_sequence(model, dense.whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance)

@@ -59,17 +59,16 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
         way = TrainingFree(dense, options, batches, judges, journal, progress)
     if saved:
         way.restore(saved, state.plan)
-    if isinstance(state, allocation.AllocationState):
-        if not way.is_over:
+    if not way.is_over:
+        if isinstance(state, allocation.AllocationState):
             compare_plans(dense, options, way, state, batches, progress)
-        taken: tuple[list[stages.Stage], list[allocation.Look]] = ([], state.looks)
-    else:
-        if not way.is_over:
+        else:
             run_stages(dense, options, way.measure, state, lambda: way.save(state), progress)
-        taken = (state.stages, [])
     model = way.build(state.plan)
     seconds = None if saved else time.perf_counter() - begin
-    return SearchResult(state.plan, *taken, way.finish(state, model, progress), seconds, texts)
+    taken = state.stages if isinstance(state, stages.SearchState) else []
+    looks = state.looks if isinstance(state, allocation.AllocationState) else []
+    return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
 
 
 def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | None) -> State:
@@ -89,10 +88,8 @@ def compare_plans(
 ) -> None:
     """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
     reach."""
-    ref, floors = dense.reference, schedule.Floors()
+    ref, floors, prices = dense.reference, schedule.Floors(), way.prices or {}
     total = flops.count(dense.plan, ref).total
-
-    prices = way.prices or {}
 
     def plan_of(cuts: allocation.Cuts) -> Plan | None:
         return allocation.candidate(dense.plan, ref, options.ratio, cuts, prices, floors)
@@ -140,10 +137,8 @@ def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if stream.source == "image" or not short:
-            found[stream.name] = (
-                len(dense.plan.tower(tower.name).layers),
-                allocation.DEPTHS.get(stream.source, allocation.MIDDLE),
-            )
+            begins = allocation.DEPTHS.get(stream.source, allocation.MIDDLE)
+            found[stream.name] = (len(dense.plan.tower(tower.name).layers), begins)
     return found
 
 

@@ -35,8 +35,8 @@ class TrainingFree:
         gathers: bool = True,
         recovers: bool = True,
     ):
-        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether this process
-        looks at the dense model. recovers: whether anything may be refitted."""
+        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether this process looks at
+        the dense model. recovers: whether anything may be refitted."""
         self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
         method = METHODS[options.method]
         self.compares_plans = method.compares_plans
@@ -51,7 +51,7 @@ class TrainingFree:
             self.grams = found.grams if self.recovers else None
             if priced:
                 with progress.track("pricing what can be removed", len(found.grams)) as bar:
-                    self.prices = prices(dense.runtime(dense.plan), dense.family, dense.plan, found, bar.advance)
+                    self.prices = prices(dense.whole, dense.family, dense.plan, found, bar.advance)
         rule = None if priced else method.params if options.cip else "wanda"
         self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
         self._held_out: HeldOut | None = None
@@ -87,7 +87,7 @@ class TrainingFree:
         if self.sequential:
             layers = sum(len(tower.layers) for tower in plan.towers)
             with self.progress.track("recovering", layers) as bar:
-                refit(self.dense, model, self.dense.runtime(self.dense.plan), plan, self.batches, bar.advance)
+                refit(self.dense, model, plan, self.batches, bar.advance)
         return model
 
     def finish(self, state: State, model: nn.Module, progress: Progress) -> nn.Module:

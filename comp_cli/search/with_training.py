@@ -39,15 +39,10 @@ class Trained:
         self.is_trained = saved is not None and "steps" in saved
         read = partial(training_batches, dense, pairs, training, options.seed)
         self.trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
-        is_over = saved is not None and saved.get("steps", 0) > self.stage_steps
-        gathers = is_main_process() and not is_over
+        self.is_over = saved is not None and saved.get("steps", 0) > self.stage_steps  # the plan is found, and only tuned
+        gathers = is_main_process() and not self.is_over
         recovers = gathers and not self.stage_steps
         self.free = TrainingFree(dense, options, batches, judges, None, progress, gathers=gathers, recovers=recovers)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the plan is found, and only tuned."""
-        return self.is_trained and self.trainer.done > self.stage_steps
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
         """Go on from a journal."""
