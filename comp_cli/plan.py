@@ -1,5 +1,6 @@
 """The plan: what a compact model keeps. Scoring makes it; slicing, loading and exporting read it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -80,6 +81,33 @@ class StreamPlan:
 
 
 @dataclass(frozen=True)
+class TokenStage:
+    """Where image tokens leave a decoder: before one of its layers, the same for the prompt of every question.
+
+    keep: image tokens of each image that stay. share: the same as a share of those that the image had at first, for models whose
+    images are of several sizes. One of the two is None.
+    """
+
+    layer: int
+    rule: str  # see runtime/token_rules.py, STAGE_RULES
+    keep: int | None = None
+    share: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the rule needs to know besides, see there
+
+    def left(self, tokens: int) -> int:
+        """How many of an image's tokens stay, of those that it had at first."""
+        return min(tokens, math.ceil(tokens * self.share) if self.keep is None else self.keep) if tokens else 0
+
+    def to_json(self) -> dict[str, Any]:
+        amount = {"share": self.share} if self.keep is None else {"keep": self.keep}
+        return {"layer": self.layer, "rule": self.rule, **amount, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "TokenStage":
+        return cls(found["layer"], found["rule"], found.get("keep"), found.get("share"), found["settings"])
+
+
+@dataclass(frozen=True)
 class TowerPlan:
     name: str
     layers: tuple[LayerPlan, ...]
@@ -101,6 +129,7 @@ class Plan:
 
     architecture: str
     towers: tuple[TowerPlan, ...]
+    stages: tuple[TokenStage, ...] = ()  # of a decoder that reads images, in the order of their layers
 
     @property
     def streams(self) -> dict[str, StreamPlan]:
@@ -174,7 +203,10 @@ class Plan:
             {"name": tower.name, "layers": [layer(tower, found) for found in tower.layers], **tower.rules()}
             for tower in self.towers
         )
-        return {"architecture": self.architecture, "towers": list(towers)}
+        return {"architecture": self.architecture, "towers": list(towers), **self._stages()}
+
+    def _stages(self) -> dict[str, Any]:
+        return {"token_stages": [stage.to_json() for stage in self.stages]} if self.stages else {}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Plan":
@@ -201,7 +233,7 @@ class Plan:
             TowerPlan(tower["name"], tuple(layer(tower["name"], one) for one in tower["layers"]), streams(tower))
             for tower in found["towers"]
         )
-        return cls(found["architecture"], tuple(towers))
+        return cls(found["architecture"], tuple(towers), tuple(map(TokenStage.from_json, found.get("token_stages", ()))))
 
     def comp_block(self, family: Family, **facts: Any) -> dict[str, Any]:
         """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin."""
@@ -213,7 +245,7 @@ class Plan:
             }
             for tower in self.towers
         ]
-        return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers}
+        return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers, **self._stages()}
 
 
 def _part_sizes(layer: LayerPlan) -> dict[str, Any]:
