@@ -5,18 +5,18 @@ the block `comp` of config.json says where things are and how large they are.
 
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
-The forward passes are those of transformers, and so are the attention kernels; no attention map of the decoder is made. Classes are
-mixed in before the stock ones, at three seams:
+The forward passes are those of transformers, and so are the attention kernels; no attention map of the decoder is made.
+Classes are mixed in before the stock ones, at three seams:
 
 * `ImageFeatures` before the multimodal model notes where image tokens are, and hands on what [CLS] of the vision tower says;
 * `DroppingDecoder` before the text model opens a `Selection` for a forward pass, and puts states back where they were;
 * `DroppingLayer` before every decoder layer drops tokens at its stage, and hands the stock layer what belongs to those left.
 
-A layer of the cache holds what its layer has kept (`KeptTokens`), and its length is what it has seen: so positions, masks and slices
-that transformers derives from a cache are right. Original position ids stay, with gaps.
+A layer of the cache holds what its layer has kept (`KeptTokens`), and its length is what it has seen: so positions, masks and
+slices that transformers derives from a cache are right. Original position ids stay, with gaps.
 
-With `output_hidden_states` the states of a layer are of the tokens that are left there; the last ones are put back in place, zero
-where a token has gone.
+With `output_hidden_states` the states of a layer are of the tokens that are left there; the last ones are put back in place,
+zero where a token has gone.
 """
 
 import inspect
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from .token_rules import STAGE_RULES, View
+from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, View, may_be_first, needs_of
 
 TESTED = ("5.23", "5.24")  # releases of transformers, the first and the last one that this file was tested with
 KINDS = ("image", "video")
@@ -63,8 +63,8 @@ def warn_if_untested() -> None:
 class KeptTokens:
     """Mixed in before a layer of a cache: it holds fewer tokens than it has seen, and its length is what it has seen.
 
-    index, valid: (batch, known), where the first tokens that it holds were, and which of them count; those behind them are all there.
-    None where nothing went yet, or where all count.
+    index, valid: (batch, known), where the first tokens that it holds were, and which of them count; those behind them are all
+    there. None where nothing went yet, or where all count.
     """
 
     gone: int
@@ -182,8 +182,8 @@ class KeptStaticLayer(KeptTokens, StaticLayer):
 
 
 def keep_count(cache: Any, first: int, layers: int) -> None:
-    """Make the layers of a cache from the first stage on count what they have seen. Raises ValueError for kinds of caches in which
-    layers cannot hold different numbers of tokens."""
+    """Make the layers of a cache from the first stage on count what they have seen. Raises ValueError for kinds of caches in
+    which layers cannot hold different numbers of tokens."""
     if not hasattr(cache, "layers"):
         raise ValueError(
             f"{type(cache).__name__}: image tokens cannot leave with this cache; use a DynamicCache or StaticCache."
@@ -197,8 +197,8 @@ def keep_count(cache: Any, first: int, layers: int) -> None:
             cache.layers[place] = kinds[type(layer)].of(layer)
         elif not isinstance(layer, KeptTokens):
             raise ValueError(
-                f"{type(layer).__name__}: image tokens cannot leave with this kind of cache (sliding windows, recurrent states and "
-                "quantised keys count what they hold). Use the dynamic cache, or cache_implementation='static'."
+                f"{type(layer).__name__}: image tokens cannot leave with this kind of cache (sliding windows, recurrent "
+                "states and quantised keys count what they hold). Use the dynamic cache, or cache_implementation='static'."
             )
 
 
@@ -215,6 +215,11 @@ class Stage:
     share: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What has to be computed for the rule, see token_rules.StageRule."""
+        return needs_of(self.rule, self.settings)
+
     def left(self, tokens: int) -> int:
         """How many stay of an image that had so many tokens at first."""
         return math.ceil(tokens * self.share) if self.share is not None else self.keep or 0
@@ -222,8 +227,8 @@ class Stage:
 
 @dataclass
 class Heard:
-    """What a layer's attention was made of, for the stage behind it: queries and keys (batch, tokens, heads * head_dim) before RoPE,
-    and what they are turned and masked with."""
+    """What a layer's attention was made of, for the stage behind it: queries and keys (batch, tokens, heads * head_dim) before
+    RoPE, and what they are turned and masked with."""
 
     head_dim: int
     scaling: float
@@ -239,8 +244,8 @@ class Heard:
         return states if states.dim() == 4 else states.unflatten(-1, (-1, self.head_dim))
 
     def attention_from(self, rows: Tensor) -> Tensor:
-        """Attention that the tokens `rows`, (batch, r), pay to the tokens of this pass, softmax over all that they see, mean over
-        heads: (batch, r, tokens), fp32."""
+        """Attention that the tokens `rows`, (batch, r), pay to the tokens of this pass, softmax over all that they see, mean
+        over heads: (batch, r, tokens), fp32."""
         cos, sin = (part.float() for part in self.position_embeddings)
         if cos.shape[-1] != self.head_dim:
             raise ValueError("a rotary embedding of a part of each head: attention cannot be ranked by, use another rule.")
@@ -326,8 +331,8 @@ class Images:
 class Selection:
     """What is left of the tokens of one forward pass.
 
-    index: (batch, left) into those that entered, None while all are left. valid: which of them count, None for all: samples that
-    keep fewer are filled up in front. text: (batch, left), those of the prompt's words.
+    index: (batch, left) into those that entered, None while all are left. valid: which of them count, None for all: samples
+    that keep fewer are filled up in front. text: (batch, left), those of the prompt's words.
     """
 
     tokens: int
@@ -351,8 +356,8 @@ class Selection:
         for count, have in zip(counts, images.counts, strict=True):
             if not 0 < count < have:
                 raise ValueError(
-                    f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be dropped. "
-                    "Give larger images, or prune the model with fewer tokens, or with a share of an image's tokens (--tokens-share)."
+                    f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
+                    "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
         choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
         place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
@@ -390,23 +395,21 @@ class Selection:
 
     def view(self, stage: Stage, states: Tensor) -> View:
         """What the rule of a stage sees."""
-        images, needs = self.images, STAGE_RULES[stage.rule].needs
+        images, needs, heard = self.images, stage.needs, self.heard
         assert images is not None and self.text is not None
         rows = images.rows
         view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
         if "class" in needs:
             view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
-        if not needs & {"keys", "text", "last"} or self.heard is None:
-            return self._with_text(view, states) if "text" in needs else view
-        if "keys" in needs:
-            view.keys = self.heard.heads(self.heard.key)[rows, images.columns]
-        if "last" in needs:
+        if "keys" in needs and heard is not None:
+            view.keys = heard.heads(heard.key)[rows, images.columns]
+        if "last" in needs and heard is not None:
             last = (self.text * torch.arange(1, self.width + 1, device=rows.device)).amax(1, keepdim=True) - 1
-            paid = self.heard.attention_from(last.clamp(min=0))[:, 0]
+            paid = heard.attention_from(last.clamp(min=0))[:, 0]
             view.last_attention = paid[rows, images.columns]
-        return self._with_text(view, states) if "text" in needs else view
+        return self._with_text(view, states, heard if "attention" in needs else None) if "text" in needs else view
 
-    def _with_text(self, view: View, states: Tensor) -> View:
+    def _with_text(self, view: View, states: Tensor, heard: Heard | None) -> View:
         images = self.images
         assert images is not None and self.text is not None
         pictured = [sum(n for s, n in zip(images.samples, images.counts, strict=True) if s == b) for b in range(len(self.left))]
@@ -415,8 +418,8 @@ class Selection:
         rows = images.rows
         view.text_states = states[rows, words[rows[:, 0]]]
         view.text_valid = self.text.gather(1, words)[rows[:, 0]]
-        if self.heard is not None:
-            paid = self.heard.attention_from(words)[rows[:, 0]]
+        if heard is not None:
+            paid = heard.attention_from(words)[rows[:, 0]]
             columns = images.columns.unsqueeze(1).expand(-1, most, -1)
             view.text_attention = paid.gather(2, columns) * view.text_valid.unsqueeze(-1)
         return view
@@ -443,7 +446,7 @@ def token_counts(features: Any) -> list[int]:
 
 
 class ClassAttention:
-    """What [CLS] of the vision tower pays to the patches, and their keys, from one query row of one layer: two hooks, no map."""
+    """What [CLS] of the vision tower pays to the patches, and their keys, from one query row of a layer: two hooks, no map."""
 
     def __init__(self, model: nn.Module, where: dict[str, Any]):
         self.attention = model.get_submodule(where["module"])
@@ -465,7 +468,8 @@ class ImageFeatures:
     """Mixed in before the multimodal model."""
 
     comp_reader: ClassAttention | None  # where a rule asks the vision tower
-    comp_layout: dict[str, Any]
+    comp_text: str  # name of the text model
+    comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
     comp_kind: str | None = None  # what is encoded just now
 
@@ -482,7 +486,7 @@ class ImageFeatures:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
         notes = self.comp_notes = Notes(real=kwargs.get("attention_mask"))
-        text: Any = self.get_submodule(self.comp_layout["text"])  # type: ignore[attr-defined]
+        text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
             kwargs["mm_encoder_outputs"] = {kind: self.comp_unpack(kind, found) for kind, found in encoded.items()}
         text.comp_notes = notes
@@ -492,8 +496,8 @@ class ImageFeatures:
             self.comp_notes = text.comp_notes = None
 
     def comp_unpack(self, kind: str, encoded: Any) -> Any:
-        """Features as the stock model reads them, of what `get_image_features` handed out before: `generate` encodes images first, and
-        repeats features, and only these, for beams."""
+        """Features as the stock model reads them, of what `get_image_features` handed out before: `generate` encodes images
+        first, and repeats features, and only these, for beams."""
         notes = self.comp_notes
         assert notes is not None
         if encoded is None:
@@ -527,13 +531,13 @@ class ImageFeatures:
         return encoded
 
     def comp_arranged(self, encoded: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        """What the tower says, in the order of the features: (tokens, 1 + width) of each, or one (images, tokens, 1 + width)."""
+        """What the tower says, in the order of the features: (tokens, 1 + width) of each, or of all as one."""
         assert self.comp_reader is not None
         said, features, model = self.comp_reader.payload(), encoded.pooler_output, self
         if hasattr(model, "pack_image_features"):  # crops are put together, with newline embeddings
             newline, sizes = said.new_zeros(said.shape[-1]), arguments["image_sizes"]
             parts, _ = model.pack_image_features(said.split(crops_of(model, sizes)), sizes, "default", image_newline=newline)
-        elif (ratio := self.comp_layout.get("shuffle")) is not None:  # patches that become one token: their mean
+        elif (ratio := self.comp_shuffle) is not None:  # patches that become one token: their mean
             side = math.isqrt(said.shape[1])
             mixed: Any = model.pixel_shuffle(said.reshape(len(said), side, side, -1), scale_factor=ratio)  # type: ignore[attr-defined]
             parts = [mixed.flatten(1, 2).unflatten(-1, (-1, said.shape[-1])).mean(-2)]
@@ -616,7 +620,7 @@ class DroppingDecoder:
         return found
 
     def comp_cache(self, cache: Any, arguments: dict[str, Any]) -> Any:
-        """The cache of a pass with images, counting what it has seen; one that the stock model would make counts what it holds."""
+        """The cache of a pass with images, counting what it has seen; that of the stock model would count what it holds."""
         model: Any = self
         wanted = arguments.get("use_cache")
         wanted = model.config.use_cache if wanted is None else wanted
@@ -779,13 +783,13 @@ def picked(part: Tensor, index: Tensor) -> Tensor:
 def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens | None) -> Tensor | None:
     """The part of the stock mask that belongs to what a layer sees and holds; the layer of the cache learns what comes.
 
-    mask: of all tokens, (batch or 1, 1, tokens, seen), boolean or additive; (batch, seen) for flash attention; None where the kernel
-    is causal by itself. Raises ValueError for any other.
+    mask: of all tokens, (batch or 1, 1, tokens, seen), boolean or additive; (batch, seen) for flash attention; None where the
+    kernel is causal by itself. Raises ValueError for any other.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
         raise ValueError(
-            f"attention_mask is a {type(mask).__name__}: where image tokens leave, masks of sdpa, eager or flash attention can be "
-            "followed. Load the model with attn_implementation='sdpa'."
+            f"attention_mask is a {type(mask).__name__}: where image tokens leave, masks of sdpa, eager or flash attention are "
+            "known. Load the model with attn_implementation='sdpa'."
         )
     batch = len(states)
     own = selection.index
@@ -874,9 +878,9 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     """Let image tokens leave a stock model at these stages, in place. Raises ValueError for a decoder in which they cannot."""
     text = model.get_submodule(layout["text"])
     check_decoder(text.config, stages, len(text.layers))
-    needs: frozenset[str] = frozenset().union(*(STAGE_RULES[stage.rule].needs for stage in stages))
+    needs: frozenset[str] = frozenset().union(*(stage.needs for stage in stages))
     inner = mix_in(ImageFeatures, model.get_submodule(layout["model"]))
-    inner.comp_layout = layout
+    inner.comp_text, inner.comp_shuffle = layout["text"].rpartition(".")[2], layout["shuffle"]
     asks = "class" in needs and layout["class_attention"] is not None
     inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
     mix_in(DroppingDecoder, text)
@@ -887,7 +891,7 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     for place, layer in enumerate(text.layers):
         mix_in(DroppingLayer, layer)
         layer.comp_stage = at.get(place)
-        layer.comp_heard = STAGE_RULES[at[place + 1].rule].needs & {"keys", "text", "last"} if place + 1 in at else frozenset()
+        layer.comp_heard = at[place + 1].needs & OF_THE_LAYER_BEFORE if place + 1 in at else frozenset()
         if layer.comp_heard:
             layer.comp_listen()
     mix_in(CompactVLM, model)
@@ -909,7 +913,7 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
     for stage in stages:
         if stage.rule not in STAGE_RULES:
             raise ValueError(f"the rule {stage.rule!r} is unknown; this runtime has {', '.join(STAGE_RULES)}.")
-        if stage.layer == 0 and not STAGE_RULES[stage.rule].first:
+        if stage.layer == 0 and not may_be_first(stage.rule, stage.settings):
             raise ValueError(f"the rule {stage.rule} reads the layer before: it cannot stand before layer 0.")
 
 
@@ -963,8 +967,8 @@ def make_compact(model: nn.Module, comp: dict[str, Any]) -> None:
 
 @contextmanager
 def own_sizes(config: Any) -> Iterator[None]:
-    """The config with the sizes of its weights. In config.json one is written larger, so that no stock class loads the folder and
-    answers as the dense model, without a word."""
+    """The config with the sizes of its weights. In config.json one is written larger, so that no stock class loads the folder
+    and answers as the dense model, without a word."""
     apart = config.comp.get("told_apart")
     if apart is None:
         yield
