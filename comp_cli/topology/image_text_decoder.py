@@ -30,11 +30,11 @@ DESCRIBE = "Describe the image."  # what is asked for a caption
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextDecoder(Topology):
-    """processor: its class. pictures: how they go in. model: path of the module that joins images and text; text, features: of the language model and
-    of the vision tower; attention: of a layer of the tower with a [CLS], `{}` stands for its number; head: makes logits.
-    newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute of the config by
-    which patches that lie side by side become one token. plain: the prompt where the processor has no chat template; behind:
-    what the processor adds to it by itself; chats: whether models of the family have one."""
+    """processor: its class. pictures: how they go in. model: path of the module that joins images and text. text, features:
+    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number.
+    head: makes logits. newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute
+    of the config by which patches that lie side by side become one token. plain: the prompt where the processor has no chat
+    template; behind: what the processor adds to it by itself. chats: whether models of the family have a template."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -87,7 +87,7 @@ class ImageTextDecoder(Topology):
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
-        """Tokens of the reference image in the tower and in the decoder, and of the text with what a template puts around it."""
+        """Tokens of the reference image in the tower and in the decoder, and of the text with the template around it."""
         found = self.pictures.sizes(config)
         made = {"vision": sum(found.sequences), IMAGE_STREAM: found.tokens, "language": 0, NEWLINE_STREAM: found.newlines}
         made["language"] = self.text_length(text_tokens, self.longest_text(family, config)) + FRAME_TOKENS
