@@ -9,8 +9,8 @@ done, and none is measured twice; OUTPUT.md is made of all lines.
 
 Columns: `prefill` is the whole forward pass over the prompt with pictures, `decoder` the same behind encoded pictures, `first
 token` is `generate` of one, `step` a token behind the prompt. Efficiency is the measured speed-up of a column over that of its
-FLOPs (all pairs of tokens counted). `choosing` is the share of the prefill's time that the runtime spends on choosing tokens and
-moving what is left; `stage I` what the choice before the decoder, [CLS] row and clusters included, costs as a share of the
+FLOPs (all pairs of tokens counted). `choosing` is the share of the prefill's time that the runtime spends on choosing tokens
+and moving what is left; `stage I` what the choice before the decoder, [CLS] row and clusters included, costs as a share of the
 vision tower's time.
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from comp_cli.commands.bench import machine
 from comp_cli.data.batches import random_inputs
 from comp_cli.engine import flops
@@ -149,9 +150,13 @@ def settled(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def pixels_of(prompt: timing.Inputs) -> timing.Inputs:
+    return {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
+
+
 def encoded(model: Any, prompt: timing.Inputs) -> timing.Inputs:
     """The prompt with its pictures encoded, as `generate` hands them on."""
-    pixels = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
+    pixels = pixels_of(prompt)
     with torch.inference_mode():
         found = model.model.get_image_features(**pixels, return_dict=True)
     return {name: tensor for name, tensor in prompt.items() if name not in pixels} | {"mm_encoder_outputs": {"image": found}}
@@ -262,7 +267,9 @@ def measure(described: Described, methods: list[str], batch: int, device: str, r
     runners.clear()
     with torch.inference_mode():
         pixels = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
-        tower = statistics.median(taken(lambda: (described.dense.model.get_image_features(**pixels), settled(device)), rounds, clock))
+        tower = statistics.median(
+            taken(lambda: (described.dense.model.get_image_features(**pixels), settled(device)), rounds, clock)
+        )
     for method, model in models.items():
         line: dict[str, Any] = {"method": method, "tower_ms": tower} | described.counts(described.plan_of(method))
         line |= {"stages": [stage.to_json() for stage in described.plan_of(method).stages]}

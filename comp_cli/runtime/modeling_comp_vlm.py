@@ -359,7 +359,8 @@ class Selection:
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
-        choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
+        with torch.autocast(states.device.type, enabled=False):  # ranking is in fp32
+            choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
         place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
         flat = torch.where(images.valid & ~choice.kept, place, nowhere).flatten()
         goes = torch.zeros(nowhere + 1, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)[:-1].view_as(self.text)
@@ -435,6 +436,7 @@ class Notes:
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
+    precision: torch.dtype | None = None  # of their features, and of the newlines among these
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
 
 
@@ -460,7 +462,8 @@ class ClassAttention:
         width = self.attention.head_dim
         query, keys = (self.made.pop(name).detach().float() for name in ("query", "key"))
         q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query, keys))
-        paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
+        with torch.autocast(keys.device.type, enabled=False):
+            paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
         return torch.cat([paid.unsqueeze(-1), keys[:, 1:]], -1)
 
 
@@ -503,7 +506,7 @@ class ImageFeatures:
         if encoded is None:
             return None
         encoded, features = shallow(encoded), encoded.pooler_output
-        notes.sizes[kind] = token_counts(features)
+        notes.sizes[kind], notes.precision = token_counts(features), features[0].dtype
         if self.comp_reader is not None and kind == "image":
             parts = [features] if isinstance(features, Tensor) else list(features)
             width = self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
@@ -519,10 +522,10 @@ class ImageFeatures:
         if not hasattr(encoded, "pooler_output"):
             raise TypeError("get_image_features(return_dict=False) has no room for what token pruning needs: leave it out.")
         payload = None if self.comp_reader is None or self.comp_kind != "image" else self.comp_arranged(encoded, arguments)
-        if self.comp_notes is not None:
-            self.comp_notes.sizes[self.comp_kind] = token_counts(encoded.pooler_output)
+        if (notes := self.comp_notes) is not None:
+            notes.sizes[self.comp_kind], notes.precision = token_counts(encoded.pooler_output), encoded.pooler_output[0].dtype
             if payload is not None:
-                self.comp_notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
+                notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
         elif payload is not None:
             features = encoded.pooler_output
             pairs = zip([features] if isinstance(features, Tensor) else features, payload, strict=True)
@@ -659,7 +662,7 @@ class DroppingDecoder:
         slots = begin + torch.minimum(place, count - 1)  # (images, n) into `where`
         valid = place < count
         if self.comp_newline is not None:
-            extra = (states.flatten(0, 1)[where] == self.comp_newline().to(states.dtype)).all(-1)
+            extra = (states == self.comp_newline().to(notes.precision).to(states.dtype)).all(-1).flatten()[where]
             valid = valid & ~extra[slots]
             flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device)
             selection.extra = flags.index_copy(0, where, extra).view(batch, tokens)
