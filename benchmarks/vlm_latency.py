@@ -16,6 +16,7 @@ vision tower's time.
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from comp_cli.commands.bench import machine
 from comp_cli.data.batches import random_inputs
@@ -154,37 +156,45 @@ def pixels_of(prompt: timing.Inputs) -> timing.Inputs:
     return {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
 
 
-def encoded(model: Any, prompt: timing.Inputs) -> timing.Inputs:
+def encoded(model: Any, prompt: timing.Inputs) -> dict[str, Any]:
     """The prompt with its pictures encoded, as `generate` hands them on."""
     pixels = pixels_of(prompt)
     with torch.inference_mode():
-        found = model.model.get_image_features(**pixels, return_dict=True)
-    return {name: tensor for name, tensor in prompt.items() if name not in pixels} | {"mm_encoder_outputs": {"image": found}}
+        features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
+    image = BaseModelOutputWithPooling(pooler_output=features)
+    return {name: tensor for name, tensor in prompt.items() if name not in pixels} | {"mm_encoder_outputs": {"image": image}}
 
 
-def runners_of(model: Any, prompt: timing.Inputs, device: str) -> dict[str, Callable[[], Any]]:
-    """What is timed of a model: calls that return when the work is done."""
-    kept: dict[str, Any] = {}
+def runner(figure: str, model: Any, prompt: timing.Inputs, device: str) -> Callable[[], Any]:
+    """What is timed for a figure: a call that returns when the work is done."""
+    if figure == "prefill":
+        whole = decoding.prefill_runner(model)
+        return lambda: whole(prompt)
+    if figure == "tower":
+        pixels, inner = pixels_of(prompt), model.model
+        return lambda: (torch.inference_mode()(inner.get_image_features)(**pixels), settled(device))
+    if figure == "first_token":
+        first = decoding.first_token_runner(model)
+        return lambda: first(prompt)
+    given = encoded(model, prompt)
 
     def decoder() -> None:
-        given = kept.setdefault("encoded", encoded(model, prompt))
-        given = given | {"mm_encoder_outputs": dict(given["mm_encoder_outputs"])}
+        fresh = given | {"mm_encoder_outputs": dict(given["mm_encoder_outputs"])}
         with torch.inference_mode():
-            model(**given, use_cache=True, logits_to_keep=1)
+            model(**fresh, use_cache=True, logits_to_keep=1)
         settled(device)
 
-    whole, first = decoding.prefill_runner(model), decoding.first_token_runner(model)
-    return {"prefill": lambda: whole(prompt), "decoder": decoder, "first_token": lambda: first(prompt)}
+    return decoder
 
 
-def taken(run: Callable[[], Any], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """Milliseconds of each round, after one to warm up."""
+def taken(run: Callable[[], Any], rounds: int, clock: Callable[[], float], warm_up: int = 1) -> list[float]:
+    """Milliseconds of each round, after those to warm up."""
     found = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_up):
         begin = clock()
         run()
         found.append(1000 * (clock() - begin))
-    return found[1:]
+    return found[warm_up:]
 
 
 @contextmanager
@@ -244,47 +254,47 @@ def memory(model: Any, prompt: timing.Inputs, device: str) -> dict[str, float]:
     return {"kv_mib": kv} | ({} if peak is None else {"peak_mib": peak})
 
 
+def interleaved(figure: str, models: dict[str, Any], prompt: timing.Inputs, device: str, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every model, one of each round, after one to warm up; none of a model that runs out of memory."""
+    found: dict[str, list[float]] = {}
+    runners: dict[str, Callable[[], Any]] = {}
+    for number in range(rounds + 1):
+        for method in list(models) if number % 2 else list(models)[::-1]:
+            try:
+                if number == 0:
+                    runners[method] = runner(figure, models[method], prompt, device)
+                if method in runners:
+                    spent = taken(runners[method], 1, clock_of(device), warm_up=0)
+                    found.setdefault(method, []).extend(spent * (number > 0))
+            except torch.OutOfMemoryError:
+                print(f"{method}: out of memory in {figure}", flush=True)
+                runners.pop(method, None)
+                found.pop(method, None)
+                torch.cuda.empty_cache()
+    return found
+
+
 def measure(described: Described, methods: list[str], batch: int, device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """A line for each method: medians of interleaved rounds; decoding and memory one method after another."""
-    clock, prompt = clock_of(device), described.prompt(batch)
+    prompt = described.prompt(batch)
     models = {method: described.compact(described.plan_of(method)) for method in methods}
-    runners = {method: runners_of(model, prompt, device) for method, model in models.items()}
-    lost: dict[str, str] = {}
-    times: dict[tuple[str, str], list[float]] = {}
-    for figure in ("prefill", "decoder", "first_token"):
-        for number in range(rounds + 1):
-            for method in methods if number % 2 else reversed(methods):
-                if method in lost:
-                    continue
-                try:
-                    begin = clock()
-                    runners[method][figure]()
-                    if number:
-                        times.setdefault((method, figure), []).append(1000 * (clock() - begin))
-                except torch.OutOfMemoryError:
-                    lost[method] = f"out of memory in {figure}"
-                    torch.cuda.empty_cache()
-    runners.clear()
-    with torch.inference_mode():
-        pixels = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
-        tower = statistics.median(
-            taken(lambda: (described.dense.model.get_image_features(**pixels), settled(device)), rounds, clock)
-        )
+    times = {figure: interleaved(figure, models, prompt, device, rounds) for figure in ("prefill", "decoder", "first_token")}
+    tower = statistics.median(interleaved("tower", {"dense": described.dense}, prompt, device, rounds)["dense"])
     for method, model in models.items():
-        line: dict[str, Any] = {"method": method, "tower_ms": tower} | described.counts(described.plan_of(method))
-        line |= {"stages": [stage.to_json() for stage in described.plan_of(method).stages]}
+        plan = described.plan_of(method)
+        line: dict[str, Any] = {"method": method, "tower_ms": tower} | described.counts(plan)
+        line |= {"stages": [stage.to_json() for stage in plan.stages]}
+        line |= {f"{figure}_ms": found[method] for figure, found in times.items() if method in found}
         try:
-            if method in lost:
-                raise torch.OutOfMemoryError(lost[method])
-            line |= {f"{figure}_ms": times[method, figure] for figure in ("prefill", "decoder", "first_token")}
             line |= memory(model, prompt, device)
             steps = decoding.Steps(model, prompt)
-            line["step_ms"] = [ms / decoding.STEPS for ms in taken(lambda steps=steps: steps({}), rounds, clock)]
+            spent = taken(lambda steps=steps: steps({}), rounds, clock_of(device))
+            line["step_ms"] = [ms / decoding.STEPS for ms in spent]
             del steps
             if method != "dense":
                 line["choosing_ms"] = choosing(model, prompt, device, rounds)
-        except torch.OutOfMemoryError as error:
-            line["failed"] = str(error).partition(".")[0]
+        except torch.OutOfMemoryError:
+            line["failed"] = "out of memory"
             torch.cuda.empty_cache()
         yield line
 
@@ -297,6 +307,29 @@ def key(line: dict[str, Any]) -> tuple[Any, ...]:
     return line["size"], line["images"], line["batch"], line["method"]
 
 
+def shown(number: float | None, digits: int) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
+
+
+def efficiency(dense: dict[str, Any], line: dict[str, Any], figure: str) -> str:
+    """Measured speed-up, that of the FLOPs, and their ratio."""
+    if line["method"] == "dense" or f"{figure}_ms" not in dense or f"{figure}_ms" not in line:
+        return ""
+    faster = timing.speedup(dense[f"{figure}_ms"], line[f"{figure}_ms"]).value
+    said = dense[f"{figure}_flops"] / line[f"{figure}_flops"]
+    return f"{faster:.2f} of {said:.2f}x: {faster / said:.2f}"
+
+
+def costs(line: dict[str, Any], prefill: float | None) -> list[str]:
+    """What choosing costs, of the prefill, and stage I of the vision tower."""
+    if "choosing_ms" not in line or prefill is None:
+        return ["", ""]
+    spent = line["choosing_ms"]
+    whole, first = sum(spent[name] for name in PARTS), spent["payload"] + spent["comp_arranged"] + spent["stage 0"]
+    early = f"{first:.2f} ms, {100 * first / line['tower_ms']:.1f} %" if line["stages"][0]["layer"] == 0 else ""
+    return [f"{whole:.2f} ms, {100 * whole / prefill:.1f} %", early]
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     dense = {key(line)[:3]: line for line in lines if line["method"] == "dense"}
@@ -304,28 +337,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     head += ["first token ms", "step ms", "KV MiB", "peak MiB", "choosing", "stage I"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for line in lines:
-        row = [f"{line['size']}, {line['images']}, {line['batch']}", line["method"], f"{line['mean_tokens']:.1f}"]
-        if "failed" in line:
-            out.append("| " + " | ".join([*row, line["failed"], *[""] * (len(head) - len(row) - 1)]) + " |")
-            continue
         before = dense.get(key(line)[:3], {})
-        median = {figure: statistics.median(line[f"{figure}_ms"]) for figure in FIGURES}
+        median = {figure: statistics.median(line[f"{figure}_ms"]) for figure in FIGURES if f"{figure}_ms" in line}
+        row = [f"{line['size']}, {line['images']}, {line['batch']}", line["method"], f"{line['mean_tokens']:.1f}"]
         for figure in ("prefill", "decoder"):
-            row += [f"{median[figure]:.1f}", ""]
-            if line["method"] != "dense" and "failed" not in before and before:
-                faster = timing.speedup(before[f"{figure}_ms"], line[f"{figure}_ms"]).value
-                said = before[f"{figure}_flops"] / line[f"{figure}_flops"]
-                row[-1] = f"{faster:.2f} of {said:.2f}x: {faster / said:.2f}"
-        row += [f"{median['first_token']:.1f}", f"{median['step']:.2f}", f"{line['kv_mib']:.1f}"]
-        row += [f"{line['peak_mib']:.0f}" if "peak_mib" in line else ""]
-        if spent := line.get("choosing_ms"):
-            shown = sum(spent[name] for name in PARTS)
-            first = spent["payload"] + spent["comp_arranged"] + spent["stage 0"]
-            shares = f"{shown:.2f} ms, {100 * shown / median['prefill']:.1f} %"
-            early = line["stages"][0]["layer"] == 0
-            row += [shares, f"{first:.2f} ms, {100 * first / line['tower_ms']:.1f} %" if early else ""]
-        else:
-            row += ["", ""]
+            row += [shown(median.get(figure), 1), efficiency(before, line, figure)]
+        row += [shown(median.get("first_token"), 1), shown(median.get("step"), 2), shown(line.get("kv_mib"), 1)]
+        row += [line.get("failed") or shown(line.get("peak_mib"), 0), *costs(line, median.get("prefill"))]
         out.append("| " + " | ".join(row) + " |")
     where = lines[-1]["machine"]
     rounds = min(len(line["prefill_ms"]) for line in lines if "prefill_ms" in line)
@@ -353,6 +371,7 @@ def main() -> None:
     where = asdict(machine(torch.device(given.device)))
     for images in map(int, given.images.split(",")):
         described = None
+        gc.collect()  # models and their hooks hold each other
         for batch in map(int, given.batches.split(",")):
             done = {key(line) for line in read(lines)}
             methods = [m for m in given.methods.split(",") if (given.size, images, batch, m) not in done]
@@ -361,7 +380,8 @@ def main() -> None:
             described = described or Described(
                 build(given.size, images, given.device, getattr(torch, given.dtype), given.attention)
             )
-            methods = [method for method in methods if described.can_be(method)]
+            if not (methods := [method for method in methods if described.can_be(method)]):
+                continue
             facts = {"size": given.size, "images": images, "batch": batch}
             for line in measure(described, methods, batch, given.device, given.rounds):
                 made = facts | line | {"dtype": given.dtype, "attention": given.attention, "machine": where}
