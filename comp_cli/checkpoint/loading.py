@@ -16,11 +16,11 @@ from transformers.initialization import no_init_weights
 from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line
 from ..families import Family, compact_block, find_architecture, find_family, tower_config
 from ..files.store import TensorHeader, read_config, read_json
-from ..runtime.modeling_comp import compact_class
 from .folder_check import check_folder, check_report, shown
 from .header_check import check_depth, check_shapes, few, on_meta, read_headers
 from .plan_check import check_block
 from .processor_check import check_code, check_processor
+from .runtimes import runtime_of
 from .weight_files import check_checkpoint
 
 SIZES = (
@@ -92,7 +92,7 @@ def load_model(
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
-    model_class: Any = compact_class(architecture) if compact else getattr(transformers, architecture)
+    model_class: Any = runtime_of(described).compact_class(architecture) if compact else getattr(transformers, architecture)
     model_class = family.topology.interface(model_class) if family else model_class
     headers = read_headers(folder, files)
     options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
@@ -164,7 +164,7 @@ def build_compact(
     """The compact model of `config.comp` around the given weights, which are shared, not copied; it answers as the family is
     described."""
     with no_init_weights():
-        model = family.topology.interface(compact_class(architecture))(config)
+        model = family.topology.interface(runtime_of(family).compact_class(architecture))(config)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
     found = model.load_state_dict(state, strict=False, assign=True)
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:

@@ -60,10 +60,13 @@ class Topology(ABC):
     were trained so, "max_length".
     """
 
+    drops_in: ClassVar[str] = "encoder"  # where image tokens leave: an encoder of images, or the "decoder" that writes about them
+
     inputs: tuple[str, ...] = INPUTS
     padding: str = "longest"
 
     AXES: ClassVar[dict[str, Axes]] = PAIRED
+    runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
 
     # What it reads -----------------------------------------------------------------------------------------------------
 
