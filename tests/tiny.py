@@ -120,13 +120,90 @@ FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "clip-text": (clip_language, word_tokenizer),
     "siglip": (siglip_model, siglip_processor),
 }
+# Decoders that read images: 4 query heads in 2 groups, 12 wide, gated FFN 64, 5 layers; towers of 3 layers, 4 heads, FFN 64.
+DECODER = {
+    "vocab_size": 40,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SQUARE = {"image_size": 24, "patch_size": 4, "initializer_range": 0.3}
+SPECIAL = ["<image>", "<video>", "<start>", "<stop>"]  # of prompts: tokens 20 to 23
+IMAGE, VIDEO, BEGIN, STOP = range(5 + len(WORDS), 5 + len(WORDS) + len(SPECIAL))
+CHAT = (
+    "{% for turn in messages %}user {% for part in turn['content'] %}"
+    "{% if part['type'] == 'image' %}{{ placeholder }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} a {% endif %}"
+)
+CLIP_TOWER = TOWER | SQUARE | {"model_type": "clip_vision_model"}
+SIGLIP_TOWER = TOWER | SQUARE | {"model_type": "siglip_vision_model", "vision_use_head": False}
+PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+
+
+def prompt_tokenizer(**special: str):
+    """Whole words, `<s>` before a text, and the tokens of prompts."""
+    from tokenizers import processors
+
+    made = word_tokenizer()
+    made._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
+    core = made._tokenizer
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names, extra_special_tokens=special or {})
+    found.add_special_tokens({"additional_special_tokens": SPECIAL}, replace_extra_special_tokens=False)
+    return found
+
+
+def chat(placeholder: str = "<image>") -> str:
+    return CHAT.replace("{{ placeholder }}", placeholder)
+
+
+def decoder(made, config):
+    """A model of random weights whose logits are no near ties."""
+    model = made(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, 1.0)
+    return sharpened(model, 2)
+
+
+def llava_config(tower=None, text=None, **changes):
+    options = {"image_token_index": IMAGE, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    text = DECODER | {"model_type": "llama"} | (text or {})
+    return transformers.LlavaConfig(vision_config=tower or CLIP_TOWER, text_config=text, **options | changes)
+
+
+def llava(**changes):
+    return decoder(transformers.LlavaForConditionalGeneration, llava_config(**changes))
+
+
+def square_images():
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = {"height": 24, "width": 24}
+    return CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size)
+
+
+def llava_processor():
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return transformers.LlavaProcessor(square_images(), prompt_tokenizer(), chat_template=chat(), **options)
+
+
+DECODERS: dict[str, tuple[Callable, Callable]] = {"llava": (llava, llava_processor)}
 TASKS = {"blip-contrastive": "retrieval"}  # where it is not the usual one of the architecture
 
 
 def write(family: str, folder: Path) -> Path:
     """A checkpoint folder, as people have it."""
     torch.manual_seed(0)
-    model, processor = (make() for make in FAMILIES[family])
+    model, processor = (make() for make in (FAMILIES | DECODERS)[family])
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -31,8 +31,8 @@ def write_checkpoint(
     folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> None:
     """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
-    origin = {key: document[key] for key in ORIGIN}
-    block = plan.comp_block(dense.family, method=document["options"]["method"], **origin, runtime=runtime_facts(dense.family))
+    origin = {key: document[key] for key in ORIGIN} | {"method": document["options"]["method"]}
+    block = plan.comp_block(dense.family, dense.hf_config.to_dict(), **origin, runtime=runtime_facts(dense.family))
     state = untied_state_dict(compact)
     whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
     config = dense.config | {"comp": block, "auto_map": auto_map(dense.family, dense.architecture), "dtype": whole}

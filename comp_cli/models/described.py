@@ -12,9 +12,8 @@ from torch import nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
-from ..checkpoint.header_check import check_shapes, on_meta, read_headers
+from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
 from ..checkpoint.weight_files import check_checkpoint
-from ..checkpoint.weight_names import in_names_of
 from ..engine import flops
 from ..engine.description_check import Shape
 from ..errors import RefusedError
@@ -98,8 +97,8 @@ def describe_dense(
     hf_config, _ = loading.describe(source.folder)
     headers = read_headers(source.folder, files)
     with loading.sentences(source.folder), loading.quiet_libraries():
-        skeleton = on_meta(getattr(transformers, architecture), hf_config)
-        named = in_names_of(skeleton, headers)
+        stock = getattr(transformers, architecture)
+        skeleton, named = on_meta(stock, hf_config), as_named_now(headers, hf_config, family, stock)
         loading.check_sizes(hf_config.to_dict(), family, named, source.folder)
         check_shapes(named, skeleton, source.folder)
     check_complete(named, skeleton, source.name)

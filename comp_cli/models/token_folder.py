@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from ..checkpoint.download_check import is_hash
-from ..checkpoint.header_check import check_shapes, on_meta, read_headers
+from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
 from ..checkpoint.loading import check_sizes, describe, load_processor
 from ..checkpoint.runtimes import runtime_facts, runtime_of, ship
 from ..checkpoint.weight_files import check_checkpoint
-from ..checkpoint.weight_names import in_names_of
 from ..errors import CompError
 from ..files.hand_on import copy, link
 from ..plan import PADDING, Plan
@@ -118,7 +119,7 @@ def check_folder_loads(folder: Path, dense: Described) -> None:
         raise CompError(f"the written config.json says another model than the dense one: {', '.join(wrong)}.", hint=hint)
     files = check_checkpoint(folder, allow_pickle=False)
     compact = on_meta(runtime_of(family).compact_class(dense.architecture), config)
-    headers = in_names_of(compact, read_headers(folder, files))
+    headers = as_named_now(read_headers(folder, files), config, family, getattr(transformers, dense.architecture))
     check_sizes(found, family, headers, folder)
     check_shapes(headers, compact, folder)
     load_processor(folder)
