@@ -228,7 +228,7 @@ class TokenOptions(Checked):
     """How many image tokens of a decoder stay, by exactly one of the first three, and what a method ranks them by.
 
     Attributes:
-        tokens: image tokens of an image: the mean over the layers of the language model, or for a rule that prunes once those kept.
+        tokens: of an image: the mean over the layers of the language model, or of a rule that prunes once those kept.
         tokens_share: the same as a share of the tokens that an image has.
         token_stages: the stages themselves, layer:count or layer:share with commas.
         compat: whether the authors' code is followed where it departs from their formula.

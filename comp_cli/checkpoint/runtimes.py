@@ -1,4 +1,4 @@
-"""The runtime that lies beside a compact checkpoint: for each shape of models its module, and the files of it. Light to import."""
+"""The runtime that lies beside a compact checkpoint: for each shape of models its module and files. Light to import."""
 
 import shutil
 from importlib import import_module
@@ -31,5 +31,5 @@ def ship(family: Family, folder: Path) -> None:
 
 
 def runtime_facts(family: Family) -> dict[str, Any]:
-    """Of the runtime that is shipped: whose it is, and the first and the last release of transformers that it was tested with."""
+    """Of the runtime that is shipped: whose it is, and the releases of transformers that it was tested with."""
     return {"comp_version": __version__, "transformers": list(runtime_of(family).TESTED)}

@@ -1,5 +1,5 @@
-"""The stages at which image tokens leave a decoder, and what tells its config.json apart from the dense one, in the block `comp`:
-checked as plan_check.py checks the towers."""
+"""The stages at which image tokens leave a decoder, and what tells its config.json apart from the dense one: the block `comp`
+checked as plan_check.py checks its towers."""
 
 import inspect
 import json

@@ -25,7 +25,10 @@ from .output import Output
 from .perform import perform
 from .shared_options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TOKENS, TUNING, option
 
-KINDS = {ENCODER: "Methods:", DECODER: "Methods for image-text decoders (LLaVA and its kin), which take a number of image tokens:"}
+KINDS = {
+    ENCODER: "Methods:",
+    DECODER: "Methods for image-text decoders (LLaVA and its kin), which take a number of image tokens:",
+}
 EPILOG = "\n\n".join(
     "\n\n".join([said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind))])
     for kind, said in KINDS.items()

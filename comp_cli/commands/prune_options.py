@@ -1,4 +1,4 @@
-"""What `comp prune` can be asked for at once: options that contradict one another, or change nothing. Nothing is read for it."""
+"""What `comp prune` cannot be asked for: options that contradict one another, or change nothing. Nothing is read for it."""
 
 from dataclasses import fields
 
@@ -65,7 +65,9 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     if DECODER not in method.drops_in or not method.only_tokens:
         given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
         hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."
-        raise UsageError(f"{given[0]} is for methods of image tokens in a decoder; --method {options.method} is none.", hint=hint)
+        raise UsageError(
+            f"{given[0]} is for methods of image tokens in a decoder; --method {options.method} is none.", hint=hint
+        )
     if options.ratio is not None:
         said = f"--ratio is not for --method {options.method} in a decoder, which removes image tokens by number."
         raise UsageError(said, hint=f"Leave it out, and say how many stay: {AMOUNTS}.")

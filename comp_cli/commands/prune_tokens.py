@@ -1,4 +1,4 @@
-"""`comp prune` where image tokens leave a decoder: from a dense model to a folder with its own weights and a schedule, in seconds.
+"""`comp prune` where image tokens leave a decoder: a folder with the dense model's own weights and a schedule, in seconds.
 
 Weights are loaded only where there are pairs to measure on.
 """
@@ -46,8 +46,10 @@ def prune_tokens(
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> PruneReport:
     """Write a folder with the weights of a decoder and the stages at which image tokens leave it. With `dry_run` nothing is
-    written; with `link` the weights are hard links. Raises UsageError and RefusedError for what cannot be, and GateError where the
-    metric falls by more than `max_drop` points on the pairs of `options.data`: then nothing is left."""
+    written; with `link` the weights are hard links.
+
+    Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
+    on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
     process_device(options.device)
     if dry_run:
@@ -98,7 +100,7 @@ def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) 
 
 def stages_of(dense: Described, method: str, wanted: TokenOptions, seed: int) -> tuple[TokenStage, ...]:
     """Where image tokens leave, by what was asked for. Raises UsageError where it cannot be."""
-    shape: dict[str, Any] = {
+    how: dict[str, Any] = {
         "image_tokens": dense.image_tokens,
         "layers": len(dense.plan.tower(dense.writes).layers),
         "class_token": dense.has_class_token,
@@ -109,21 +111,23 @@ def stages_of(dense: Described, method: str, wanted: TokenOptions, seed: int) ->
         hint = f"Use --tokens from 1 to {dense.image_tokens - 1}."
         raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {dense.image_tokens} tokens.", hint=hint)
     if wanted.token_stages is not None:
-        found = token_schedules.parse_stages(wanted.token_stages, method, **shape)
+        found = token_schedules.parse_stages(wanted.token_stages, method, **how)
     else:
-        amount = {"tokens": wanted.tokens, "share": wanted.tokens_share, "fixed_size": dense.family.topology.images_of_one_size}
-        found = token_schedules.stages(method, **amount, **shape)
+        how |= {"tokens": wanted.tokens, "share": wanted.tokens_share}
+        found = token_schedules.stages(method, fixed_size=dense.family.topology.images_of_one_size, **how)
     return tuple(replace(stage, settings={"seed": seed}) if stage.rule == "random" else stage for stage in found)
 
 
 def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -> list[str]:
     """What the user should know of the method on this model."""
     note = token_schedules.saliency_note(options.method, dense.has_class_token, wanted.saliency)
-    blind = (
-        f"nothing was measured: what {options.method} costs in quality depends on the pictures. Text in them (documents, charts) "
-        "suffers first. --data with labelled pairs of yours measures it."
-    )
-    return [*[note] * (note is not None), *[blind] * (options.data.data is None)]
+    found = [] if note is None else [note]
+    if options.data.data is None:
+        found.append(
+            f"nothing was measured: what {options.method} costs in quality depends on the pictures, and text in them suffers "
+            "first (documents, charts). --data with labelled pairs of yours measures it."
+        )
+    return found
 
 
 def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport:
@@ -171,10 +175,18 @@ def image_tokens(dense: Described, plan: Plan) -> ImageTokens:
     )
 
 
-def measured(report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions) -> PruneReport:
+def measured(
+    report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
+) -> PruneReport:
     """The report with the quality of both models on the user's pairs: the weights are loaded now."""
-    sizes = {"text_tokens": options.text_tokens, "task": options.task, "hub_options": hub_options}
-    dense = open_dense(options.model, progress, device=process_device(options.device), **sizes)
+    dense = open_dense(
+        options.model,
+        progress,
+        text_tokens=options.text_tokens,
+        device=process_device(options.device),
+        task=options.task,
+        hub_options=hub_options,
+    )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
     quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..families import Family
+from .token_schedules import TOKEN_METHODS
 
 ENCODER, DECODER = "encoder", "decoder"  # where image tokens leave, see Topology.drops_in
 KINDS = {ENCODER: "models that encode images and texts (CLIP, BLIP)", DECODER: "image-text decoders (LLaVA and its kin)"}
@@ -20,8 +21,8 @@ class Method:
     modeling_comp.TOKEN_RULES), None for the family's own. phases: kinds of modes in their order, which share the logarithm
     of the FLOPs left equally and raise the thresholds of their modes together; None where modes are chosen, in
     stages, one mode each (CoMP, engine/stages.py), or with `compares_plans` by whole plans of the ratio (engine/allocation.py).
-    drops_in: the kinds of models that it is for. In a decoder a method of tokens is a schedule of rules, which asks for a number
-    of tokens and for no data (engine/token_schedules.py).
+    drops_in: the kinds of models that it is for. In a decoder a method of tokens is a schedule of rules, which asks for a
+    number of tokens and for no data (engine/token_schedules.py).
     """
 
     description: str
@@ -63,20 +64,11 @@ METHODS = {
     ),
     "random-token": Method("random tokens", tokens="random", phases=("tokens",), drops_in=(ENCODER, DECODER)),
 }
+# Of models with a decoder those of token_schedules.py; two are for both kinds.
 METHODS |= {
     name: Method(description, phases=("tokens",), drops_in=(DECODER,))
-    for name, description in {
-        "vitcop": "image tokens in three stages: [CLS] attention, clusters that merge, key norms (ViTCoP, arXiv 2601.17818)",
-        "fastv": "image tokens by the last token's attention, once (FastV, arXiv 2403.06764)",
-        "pyramiddrop": "image tokens by the last token's attention, in stages (PyramidDrop, arXiv 2410.17247)",
-        "sparsevlm": "image tokens by the attention of the text tokens that look at images (SparseVLM, arXiv 2410.04417)",
-        "visionzip": "dominant image tokens by [CLS] attention, others merged (VisionZip, arXiv 2412.04467)",
-        "divprune": "the most diverse image tokens: max-min distance (DivPrune, arXiv 2503.02175)",
-        "dart": "image tokens that repeat pivot tokens least (DART, arXiv 2502.11494)",
-        "cdpruner": "diverse image tokens that matter to the question: a determinantal point process (CDPruner, arXiv 2506.10967)",
-        "tops": "relevance, coverage and diversity of image tokens, greedily (TOPS)",
-        "pool": "image tokens averaged over a grid (image-agnostic)",
-    }.items()
+    for name, description in TOKEN_METHODS.items()
+    if name not in METHODS
 }
 
 
@@ -84,7 +76,6 @@ def methods_for(drops_in: str, *, only_tokens: bool = False) -> list[str]:
     """Names of the methods for a kind of models; all of them, or those that leave parameters alone."""
     fitting = {name: found for name, found in METHODS.items() if drops_in in found.drops_in}
     return [name for name, found in fitting.items() if found.only_tokens or not only_tokens]
-
 
 
 def find_method(name: str) -> Method:
@@ -95,8 +86,8 @@ def find_method(name: str) -> Method:
 
 
 def check_fits(name: str, family: Family, architecture: str, *, by_ratio: bool) -> None:
-    """Raises UsageError for a method that is not for the models of a family, with those that are, and for one that is asked for in
-    the wrong way: by ratio where image tokens of a decoder go by number, or the other way round."""
+    """Raises UsageError for a method that is not for the models of a family, with those that are, and for one that is asked
+    for in the wrong way: by ratio where image tokens of a decoder go by number, or the other way round."""
     kind, fits = family.topology.drops_in, METHODS[name].drops_in
     if kind not in fits:
         said = f"--method {name} is for {' and '.join(KINDS[one] for one in fits)}, and this model is a {architecture}."

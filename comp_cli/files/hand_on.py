@@ -21,8 +21,8 @@ UNLINKABLE = {
 
 
 def link(source: Path, target: Path) -> dict[str, Any]:
-    """A second name of the same bytes, and what a report says of it (see `store.unread_facts`). Of a link in a cache of the hub its
-    blob gets the name. Raises UsageError where the disk or the owner does not allow it: nothing else is done in its place."""
+    """A second name of the same bytes, and what a report says of it (see `store.unread_facts`). Of a link in a cache of the hub
+    its blob gets the name. Raises UsageError where disk or owner do not allow it: nothing else is done in its place."""
     real = source.resolve()
     try:
         os.link(real, target)
@@ -30,7 +30,9 @@ def link(source: Path, target: Path) -> dict[str, Any]:
         if error.errno not in UNLINKABLE:
             raise
         said = f"--link: {real} cannot be linked to {target.parent}: {UNLINKABLE[error.errno]}."
-        raise UsageError(said, hint="Choose an --output on the disk of the model, or leave --link out: then it is copied.") from error
+        raise UsageError(
+            said, hint="Choose an --output on the disk of the model, or leave --link out: then it is copied."
+        ) from error
     return unread_facts(target)
 
 

@@ -23,7 +23,6 @@ from ..plan import Plan
 from ..report.cards import model_card
 from .dense import Dense
 
-
 ORIGIN = ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")  # of a report, for config.json
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
-from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
+from ..checkpoint.header_check import as_named_now, check_shapes, few, on_meta, read_headers
 from ..checkpoint.weight_files import check_checkpoint
 from ..engine import flops
 from ..engine.description_check import Shape
@@ -85,8 +85,8 @@ def describe_dense(
     accepts: Accepts = lambda family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Described:
-    """Resolve and check a dense model, for its usual task or another. Raises RefusedError for what `open_dense` refuses by config,
-    headers and processor files, and for weights that are pickled."""
+    """Resolve and check a dense model, for its usual task or another. Raises RefusedError for what `open_dense` refuses by
+    config, headers and processor files, and for weights that are pickled."""
     source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
     progress.say(f"reading the headers of {source.name} ({architecture}) ...")
     files = check_checkpoint(source.folder, allow_pickle=hub_options.allow_pickle)
@@ -124,5 +124,5 @@ def check_complete(headers: Mapping[str, TensorHeader], skeleton: nn.Module, nam
     tied: Any = skeleton.all_tied_weights_keys
     lacking = [key for key, _ in skeleton.named_parameters() if key not in headers and key not in tied]
     if lacking:
-        said = f"{name}: weights and config.json do not agree (missing keys: {loading.few(lacking)})."
+        said = f"{name}: weights and config.json do not agree (missing keys: {few(lacking)})."
         raise RefusedError(said, hint="comp takes all or nothing: missing weights would be randomly initialised.")

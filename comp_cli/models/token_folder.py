@@ -1,5 +1,5 @@
-"""A decoder whose image tokens leave on the way, on disk: the dense model's own weights, never written anew, and beside them what
-says where tokens leave. No weight is loaded for it."""
+"""A decoder whose image tokens leave on the way, on disk: the dense model's own weights, never written anew, and beside them
+what says where tokens leave. No weight is loaded for it."""
 
 import json
 import shutil
@@ -107,8 +107,8 @@ def told_apart(dense: Described) -> dict[str, Any]:
 
 
 def check_folder_loads(folder: Path, dense: Described) -> None:
-    """The folder must describe the dense model but for what was changed, and its weights must be those of the compact class. Raises
-    CompError or RefusedError where that is not so: nothing is kept then."""
+    """The folder must describe the dense model but for what was changed, and its weights must be those of the compact class.
+    Raises CompError or RefusedError where that is not so: nothing is kept then."""
     config, family = describe(folder)
     section, name = TOLD_APART
     expected = dense.hf_config.to_dict()

@@ -72,7 +72,9 @@ class Topology(ABC):
     were trained so, "max_length".
     """
 
-    drops_in: ClassVar[str] = "encoder"  # where image tokens leave: an encoder of images, or the "decoder" that writes about them
+    drops_in: ClassVar[str] = (
+        "encoder"  # where image tokens leave: an encoder of images, or the "decoder" that writes about them
+    )
 
     inputs: tuple[str, ...] = INPUTS
     padding: str = "longest"
