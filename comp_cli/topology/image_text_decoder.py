@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import IDS, MASK, Config, Tensors, Topology, Written
+from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .card_examples import LONGEST, QUESTION
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
@@ -51,6 +51,7 @@ class ImageTextDecoder(Topology):
 
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
+    padded_by_tokenizer: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
@@ -59,6 +60,9 @@ class ImageTextDecoder(Topology):
     @property
     def written(self) -> Written:
         return Written(LABELS, None, self.head)
+
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
 
     # The runtime -------------------------------------------------------------------------------------------------------
 
