@@ -7,8 +7,12 @@ from ..errors import RefusedError, UsageError
 from .base import Family, Mode, Part, Stream, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_CONTRASTIVE, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
+from .internvl import INTERNVL
 from .llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from .paligemma import PALIGEMMA
+from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from .siglip import SIGLIP
+from .smolvlm import SMOLVLM
 from .support import check_supported
 
 # Of those with the same architecture the first is the usual one.
@@ -26,6 +30,12 @@ FAMILIES = {
         LLAVA,
         LLAVA_NEXT,
         LLAVA_ONEVISION,
+        QWEN2_VL,
+        QWEN2_5_VL,
+        QWEN3_VL,
+        INTERNVL,
+        SMOLVLM,
+        PALIGEMMA,
     )
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import IDS, MASK, Config, Tensors, Topology, Written
+from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .card_examples import LONGEST, QUESTION
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
@@ -30,11 +30,11 @@ DESCRIBE = "Describe the image."  # what is asked for a caption
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextDecoder(Topology):
-    """processor: its class. pictures: how they go in. model: path of the module that joins images and text; text, features: of the language model and
-    of the vision tower; attention: of a layer of the tower with a [CLS], `{}` stands for its number; head: makes logits.
-    newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute of the config by
-    which patches that lie side by side become one token. plain: the prompt where the processor has no chat template; behind:
-    what the processor adds to it by itself; chats: whether models of the family have one."""
+    """processor: its class. pictures: how they go in. model: path of the module that joins images and text. text, features:
+    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number.
+    head: makes logits. newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute
+    of the config by which patches that lie side by side become one token. plain: the prompt where the processor has no chat
+    template; behind: what the processor adds to it by itself. chats: whether models of the family have a template."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -52,6 +52,7 @@ class ImageTextDecoder(Topology):
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
+    padded_by_tokenizer: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
@@ -64,6 +65,9 @@ class ImageTextDecoder(Topology):
     @property
     def images_of_one_size(self) -> bool:
         return self.pictures.one_size
+
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
 
     # The runtime -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +96,7 @@ class ImageTextDecoder(Topology):
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
-        """Tokens of the reference image in the tower and in the decoder, and of the text with what a template puts around it."""
+        """Tokens of the reference image in the tower and in the decoder, and of the text with the template around it."""
         found = self.pictures.sizes(config)
         made = {"vision": sum(found.sequences), IMAGE_STREAM: found.tokens, "language": 0, NEWLINE_STREAM: found.newlines}
         made["language"] = self.text_length(text_tokens, self.longest_text(family, config)) + FRAME_TOKENS
