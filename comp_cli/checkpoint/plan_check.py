@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from ..engine.methods import METHODS
+from ..engine.methods import ENCODER, METHODS
 from ..engine.token_ranking import fits
 from ..errors import RefusedError
 from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
@@ -33,12 +33,13 @@ def check_block(block: dict[str, Any], config: dict[str, Any], family: Family, a
     check_stages(block, config, family)
     for name in FACTS:
         _expect(isinstance(block.get(name), str | None), name, block.get(name), "a text")
+    method = block.get("method") if family.topology.drops_in == ENCODER else None  # of a decoder, the stages say it
     towers: Any = block.get("towers")
     _expect(isinstance(towers, list) and len(towers) == len(named.towers), "towers", towers, f"{len(named.towers)} towers")
     for index, (tower, found) in enumerate(zip(named.towers, towers, strict=True)):
         place = f"towers[{index}]"
         _expect(isinstance(found, dict), place, found, "a tower")
-        _check_tower(place, found, tower, tower_config(config, tower), block.get("method"))
+        _check_tower(place, found, tower, tower_config(config, tower), method)
 
 
 def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[str, Any], method: Any) -> None:
