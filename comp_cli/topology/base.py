@@ -37,7 +37,7 @@ class Written(NamedTuple):
     """Where the texts are that a model writes."""
 
     text: str  # the input that holds their tokens
-    mask: str | None  # the one that says which of them are padding; None where others than theirs are -100 in `text`
+    mask: str | None  # the one that says which of them are padding; None where `text` is -100 for all others
     head: str  # path of the module that makes logits of their states
 
     def predicted(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -160,8 +160,8 @@ class Topology(ABC):
         """Pairs of a query and a key in the self-attention of each layer, of towers whose tokens do not all see each other."""
         return {}
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """FLOPs of a sample outside of all layers and matrices. shapes: of the weights."""
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
+        """FLOPs of a sample outside of all layers and of `Family.fixed`. shapes: of the weights; uses: see there."""
         return 0
 
     def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
