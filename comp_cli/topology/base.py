@@ -78,6 +78,7 @@ class Topology(ABC):
     AXES: ClassVar[dict[str, Axes]] = PAIRED
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
+    exports: ClassVar[bool] = True  # whether it has graphs
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class ImageTextDecoder(Topology):
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
