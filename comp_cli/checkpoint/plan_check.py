@@ -58,7 +58,7 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
     _expect(
         fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"
     )
-    left = {stream.name: _tokens(stream, sizes) for stream in tower.streams}
+    left = {stream.name: 0 if tower.order == "stock" else _tokens(stream, sizes) for stream in tower.streams}
     for index, layer in enumerate(layers):
         left = _check_layer(f"{place}.layers[{index}]", layer, tower, sizes, left)
 
@@ -132,11 +132,11 @@ def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> N
 
 
 def _check_keep(place: str, keep: Any, stream: Stream, tokens: int) -> int:
-    """Returns the tokens of a stream that are handed on, of `tokens`."""
+    """Returns the tokens of a stream that are handed on, of `tokens`; 0 where layers run as they are, and hand on all."""
     least = max(1, len(stream.protected))
     if keep is None:
         return tokens
-    _expect(stream.prunable, place, keep, f"null: the {stream.name} tower keeps its tokens")
+    _expect(stream.prunable and tokens, place, keep, f"null: the {stream.name} tower keeps its tokens")
     _expect(_count(keep, least) and keep <= tokens, place, keep, f"{least} to {tokens} tokens, or null for all")
     return keep
 
