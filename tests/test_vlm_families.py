@@ -1,4 +1,4 @@
-"""Decoders that read images: descriptions against stock models, FLOPs against torch's counter, prompts against what they say."""
+"""Decoders that read images: descriptions against stock models, FLOPs against torch's counter, prompts and what they say."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
@@ -22,7 +23,6 @@ from comp_cli.engine import flops
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import RefusedError
 from comp_cli.families import FAMILIES, Family, check_supported, find_family
-from comp_cli.files.store import read_tensors_header
 from comp_cli.models.dense import open_dense
 from comp_cli.options import ExportOptions
 from comp_cli.plan import Plan, TokenStage, dense_plan
@@ -427,8 +427,13 @@ def test_names_of_older_releases_are_understood(tmp_path):
     """transformers writes LLaVA's weights under the names that they had in its release 4."""
     folder = tiny.write("llava", tmp_path / "llava")
     (path,) = folder.glob("*.safetensors")
-    assert any(name.startswith("language_model.model.layers.") for name in read_tensors_header(path))
-    load_model(folder)
+    weights = load_file(path)
+    assert any(name.startswith("language_model.model.layers.") for name in weights)
+    stock = load_model(folder)
+    older = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+    save_file(older, path, metadata={"format": "pt"})  # as people have LLaVA 1.5
+    again = load_model(folder).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stock.state_dict().items())
     config = json.loads((folder / "config.json").read_text())
     for changes, said in (
         ({"num_hidden_layers": 4}, "text_config.num_hidden_layers 4, the weights hold 5 layers"),
@@ -498,6 +503,11 @@ REFUSED = {
         "llava-onevision",
         lambda config: config.update(vision_feature_select_strategy="default"),
         "drops the first patch",
+    ),
+    "too short": (
+        "llava",
+        text(max_position_embeddings=40),
+        "max_position_embeddings is 40, 5 too few for one image and 4 tokens of text",
     ),
     "no such layer": ("llava", lambda config: config.update(vision_feature_layer=-9), "vision_feature_layer is -9"),
 }
