@@ -6,7 +6,8 @@ from typing import Any
 from .. import __version__
 from ..checkpoint.loading import pick_device
 from ..engine import diagnostics, flops, importance, scoring
-from ..models.dense import Dense, open_dense
+from ..engine.methods import DECODER
+from ..models.dense import Dense, find_dense, open_dense
 from ..models.pairs import batches_of, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
@@ -20,12 +21,19 @@ from ..report.analyze import (
     LayerInfluence,
 )
 from ..report.base import Reference
+from .analyze_decoder import analyze_decoder
 
 PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
 
 
 def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS) -> AnalyzeReport:
-    """Score a dense model on calibration pairs. Raises what `open_dense` and `choose_pairs` raise."""
+    """Score a dense model on calibration pairs, or describe a decoder that reads images. Raises what `open_dense` and
+    `choose_pairs` raise."""
+    _, _, (family, _, _) = find_dense(
+        options.model, progress, options.task, lambda config, family, architecture: None, hub_options
+    )
+    if family.topology.drops_in == DECODER:
+        return analyze_decoder(options, progress, hub_options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = pick_device(options.device)
     dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)

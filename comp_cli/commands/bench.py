@@ -7,7 +7,6 @@ what pruning brings.
 
 import re
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from .. import __version__, tasks
 from ..checkpoint import hub
 from ..checkpoint.loading import config_of, load_model, load_processor, pick_device
 from ..data.batches import random_inputs
+from ..engine.methods import DECODER
 from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
 from ..files.outputs import check_room
 from ..files.store import folder_size, read_config
-from ..measure import gates, timing, variants
+from ..measure import decoding, gates, timing, variants
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
@@ -34,6 +34,7 @@ from ..report import bench_plot
 from ..report.base import Sizes
 from ..report.bench import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
 from ..report.bench_tables import gate_sentence
+from .bench_decoder import Case, bench_decoder, only_torch
 from .environment import processor_name
 
 Key = tuple[str, str]  # (backend, side)
@@ -43,21 +44,38 @@ def bench(
     folder: Path, baseline: str | None, options: BenchOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS
 ) -> BenchReport:
     """Measure. Raises GateError after that where a gate was not met; the error carries the report."""
+    config = read_config(folder)
+    family, architecture, name = find_family(config)
+    writes = family.topology.drops_in == DECODER
+    options = only_torch(options, progress) if writes else options
     device = check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = read_config(folder)
-    family, architecture, name = find_family(config)
-    task = tasks.TASKS[name]
-    source, folders, models = open_models(folder, config, baseline, progress, hub_options)
+    dtype = decoding.precision(device) if writes else torch.float32
+    source, folders, models = open_models(folder, config, baseline, progress, hub_options, dtype)
+    case = Case(folder, source.name, family, architecture, tasks.TASKS[name], folders, models, machine(device))
+    measure = bench_decoder if writes else bench_encoder
+    report = measure(case, options, device, progress, hub_options.allow_pickle)
+    if options.plot:
+        bench_plot.plot(report, options.plot)
+    if missed := [outcome for outcome in report.gates if not outcome.passed]:
+        raise GateError(" ".join(map(gate_sentence, missed)), report=report)
+    return report
+
+
+def bench_encoder(
+    case: Case, options: BenchOptions, device: torch.device, progress: Progress, allow_pickle: bool
+) -> BenchReport:
+    """Measure models of pairs, on all backends that were asked for."""
+    family, task, folders = case.family, case.task, case.folders
+    models = case.models | {"own_dense": variants.on_own_kernels(case.models["dense"], family)}
     described = config_of(models["dense"])
-    longest = longest_text(described.to_dict(), family, load_processor(folder))
+    longest = longest_text(described.to_dict(), family, load_processor(case.folder))
     text_tokens = family.topology.text_length(options.text_tokens, longest)
     inputs = {batch: random_inputs(described, family, batch, text_tokens, seed=options.seed) for batch in options.batches}
     # Counted before anything is exported or moved.
     params = {side: sum(p.numel() for p in models[side].parameters()) for side in folders}
     flops = Sizes(**{side: count_flops(models[side], family, text_tokens) for side in folders})
-    where = machine(device)
     if "onnx" in options.backends:
         written = sum(p.numel() * p.element_size() for model in models.values() for p in model.parameters())
         check_room(Path(tempfile.gettempdir()), written, "exporting the models (TMPDIR names another folder)")
@@ -69,18 +87,19 @@ def bench(
             write_graph(models[side], task, family, graphs[side])
         ran_on = find_providers(graphs, inputs[min(inputs)], device, progress)
         runners = build_runners(models, graphs, task, device, options.backends)
-        taken = {batch: time_interleaved(runners, inputs[batch], batch, options, progress) for batch in inputs}
+        often = options.iterations, options.duration
+        taken = {batch: timing.time_interleaved(runners, inputs[batch], batch, *often, progress) for batch in inputs}
         places = {("torch", side): path for side, path in folders.items()} if "torch" in options.backends else {}
         places |= {("onnx", side): path for side, path in graphs.items()}
-        peaks = peak_memory(places, inputs[max(inputs)], family, device, hub_options.allow_pickle, progress)
+        peaks = peak_memory(places, inputs[max(inputs)], family, device, allow_pickle, progress)
     reduction = flops.dense / flops.compact
     timings, speedups = figures(taken, reduction, options.seed)
-    report = BenchReport(
+    return BenchReport(
         comp_version=__version__,
-        compact=str(folder),
-        baseline=source.name,
-        architecture=architecture,
-        machine=where,
+        compact=str(case.folder),
+        baseline=case.baseline,
+        architecture=case.architecture,
+        machine=case.machine,
         text_tokens=text_tokens,
         params=Sizes(**params),
         flops=flops,
@@ -92,11 +111,6 @@ def bench(
         speedups=speedups,
         gates=gates.outcomes(options.gates, speedups, timings, peaks),
     )
-    if options.plot:
-        bench_plot.plot(report, options.plot)
-    if missed := [outcome for outcome in report.gates if not outcome.passed]:
-        raise GateError(" ".join(map(gate_sentence, missed)), report=report)
-    return report
 
 
 def check(options: BenchOptions) -> torch.device:
@@ -131,12 +145,17 @@ def made_of(folder: Path, comp: dict[str, Any]) -> str:
 
 
 def open_models(
-    folder: Path, config: dict[str, Any], baseline: str | None, progress: Progress, hub_options: HubOptions
+    folder: Path,
+    config: dict[str, Any],
+    baseline: str | None,
+    progress: Progress,
+    hub_options: HubOptions,
+    dtype: torch.dtype | None,
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
-    """The baseline's source, the folders of the dense and the compact model, and the models of all sides. `config` is that of
-    the compact one."""
+    """The baseline's source, and the folders of the dense and the compact model and these. `config` is that of the compact one;
+    dtype: None for that of each checkpoint."""
     family, architecture, _ = find_family(config)
-    compact = load_model(folder, family=family, dtype=torch.float32)  # first: a block that is none names no baseline
+    compact = load_model(folder, family=family, dtype=dtype)  # first: a block that is none names no baseline
     baseline = baseline or made_of(folder, config["comp"])
     source = hub.resolve(baseline, progress=progress, accepts=find_architecture, **vars(hub_options))
     dense_config = read_config(source.folder)
@@ -145,14 +164,12 @@ def open_models(
     if find_architecture(dense_config) != architecture:
         raise RefusedError(f"--baseline {baseline} is not a {architecture}.")
     progress.say(f"loading {source.name} ...")
-    dense = load_model(source.folder, family=family, dtype=torch.float32, allow_pickle=hub_options.allow_pickle)
+    dense = load_model(source.folder, family=family, dtype=dtype, allow_pickle=hub_options.allow_pickle)
     parts = [[tower_config(config_of(model).to_dict(), tower) for tower in family.towers] for model in (dense, compact)]
     sizes = [[(part.get("image_size"), part.get("vocab_size")) for part in model] for model in parts]
     if sizes[0] != sizes[1]:
         raise RefusedError(f"--baseline {source.name} takes other inputs (image size, vocabulary) than the compact model.")
-    models = {"dense": dense, "own_dense": variants.on_own_kernels(dense, family), "compact": compact}
-    folders = {"dense": source.folder, "compact": folder}
-    return source, folders, models
+    return source, {"dense": source.folder, "compact": folder}, {"dense": dense, "compact": compact}
 
 
 def count_flops(model: nn.Module, family: Family, text_tokens: int) -> int:
@@ -196,23 +213,6 @@ def build_runners(
             else:
                 runners[backend, side] = makers[backend](models[side].to(device), device)
     return runners
-
-
-def time_interleaved(
-    runners: dict[Key, timing.Runner], inputs: timing.Inputs, batch: int, options: BenchOptions, progress: Progress
-) -> dict[Key, list[float]]:
-    """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
-    taken: dict[Key, list[float]] = {key: [] for key in runners}
-    with progress.track(f"timing batch {batch}", options.iterations) as bar:
-        start = None
-        for done, found in enumerate(timing.rounds(runners, inputs), start=1):
-            start = start or time.perf_counter()
-            for key, ms in found.items():
-                taken[key].append(ms)
-            bar.advance(by=int(done <= options.iterations))
-            if done >= options.iterations and time.perf_counter() - start >= options.duration:
-                break
-    return taken
 
 
 def figures(

@@ -14,6 +14,11 @@ from .timing import Inputs, Runner
 STEPS = 8  # tokens of one timed run of decoding
 
 
+def precision(device: torch.device) -> torch.dtype | None:
+    """On a GPU models run in the precision of their checkpoints (None); on a CPU, where half precision is slow, in fp32."""
+    return torch.float32 if device.type == "cpu" else None
+
+
 def prompt_of(inputs: Inputs) -> Inputs:
     """Inputs of a prompt alone, of those of a prompt with an answer behind it that is predicted: nothing is an answer."""
     without = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -78,6 +83,21 @@ class Steps:
             for _ in range(STEPS):
                 found = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 token = found.logits[:, -1:].argmax(-1)
+
+
+def count_flops(model: Any, prompt: Inputs) -> tuple[int, int]:
+    """FLOPs of a prompt and of one token behind it, counted from what runs (the math attention kernel shows its matmuls to the
+    counter, those of pairs that a causal mask hides among them)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        with FlopCounterMode(display=False) as whole:
+            found = read(model, prompt)
+        token = found.logits[:, -1:].argmax(-1)
+        with FlopCounterMode(display=False) as step:
+            model(input_ids=token, past_key_values=found.past_key_values, use_cache=True, logits_to_keep=1)
+    return whole.get_total_flops(), step.get_total_flops()
 
 
 def cache_bytes(cache: Any) -> int:

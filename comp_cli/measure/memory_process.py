@@ -17,11 +17,19 @@ def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, family: st
     import torch
 
     from ..checkpoint.loading import load_model
+    from ..engine.methods import DECODER
     from ..families import FAMILIES
+    from . import decoding
 
-    model = load_model(path, family=FAMILIES[family], dtype=torch.float32, allow_pickle=allow_pickle).to(device)
-    with torch.inference_mode():
-        model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
+    described, given = FAMILIES[family], {name: torch.from_numpy(array) for name, array in inputs.items()}
+    writes = described.topology.drops_in == DECODER
+    dtype = decoding.precision(torch.device(device)) if writes else torch.float32
+    model = load_model(path, family=described, dtype=dtype, allow_pickle=allow_pickle).to(device)
+    if writes:
+        decoding.read(model, given)
+    else:
+        with torch.inference_mode():
+            model(**{name: tensor.to(device) for name, tensor in given.items()})
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
 
 

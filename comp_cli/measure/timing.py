@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from ..progress import Progress
 from ..report.bench import Factor, Latency
 
 RESAMPLES = 2000
@@ -38,6 +39,23 @@ def rounds(
             taken[name] = 1000 * (clock() - begin)
         yield taken
         names.reverse()
+
+
+def time_interleaved(
+    runners: Mapping[Variant, Runner], inputs: Inputs, batch: int, iterations: int, duration: float, progress: Progress
+) -> dict[Variant, list[float]]:
+    """Milliseconds of every variant, one per round: at least so many rounds and seconds as were asked for."""
+    taken: dict[Variant, list[float]] = {key: [] for key in runners}
+    with progress.track(f"timing batch {batch}", iterations) as bar:
+        start = None
+        for done, found in enumerate(rounds(runners, inputs), start=1):
+            start = start or time.perf_counter()
+            for key, ms in found.items():
+                taken[key].append(ms)
+            bar.advance(by=int(done <= iterations))
+            if done >= iterations and time.perf_counter() - start >= duration:
+                break
+    return taken
 
 
 def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Latency:

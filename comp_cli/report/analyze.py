@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import PairCounts, Reference, Report, Texts
+from .base import PairCounts, Reference, Report, Texts, if_known
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,68 @@ class Diagnostics:
     layers: tuple[LayerDiagnosis, ...]
 
 
+@dataclass(frozen=True)
+class PartCost:
+    """FLOPs and parameters of a part of a decoder that reads images.
+
+    Attributes:
+        part: "vision tower", "projector" (whatever makes image tokens of features), "decoder layers", "logits", or "embeddings"
+            (what is left of the language model; a matrix that embeds and makes logits as well has its parameters here).
+        flops: of the prompt.
+        step_flops: of a token behind it.
+        params: parameters.
+    """
+
+    part: str
+    flops: int
+    step_flops: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a decoder would cost if image tokens left.
+
+    Attributes:
+        method: whose schedule it is, as `comp prune --method` takes it.
+        tokens: image tokens that a layer sees, mean over layers.
+        stages: layers and the tokens that stay before them, as `--token-stages` takes them.
+        flops: FLOPs of the prompt.
+        flops_reduction: by which factor they fall.
+        step_flops: FLOPs of a token behind the prompt.
+        kv_cache_bytes: keys and values behind the prompt, bytes.
+    """
+
+    method: str
+    tokens: float
+    stages: str
+    flops: int
+    flops_reduction: float
+    step_flops: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class DecoderCost:
+    """Where the costs of a decoder that reads images are, at the reference input.
+
+    Attributes:
+        image_tokens: of the reference image.
+        layers: of the decoder.
+        class_token: whether the vision tower has a [CLS] that ranks image tokens.
+        parts: FLOPs and parameters by part.
+        kv_cache_bytes: keys and values behind the prompt, bytes, in the precision of the checkpoint.
+        savings: what it would save if a third, two ninths, a ninth of the image tokens stayed, mean over layers.
+    """
+
+    image_tokens: int
+    layers: int
+    class_token: bool
+    parts: tuple[PartCost, ...]
+    kv_cache_bytes: int
+    savings: tuple[Saving, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeReport(Report):
     """Where FLOPs and parameters are, how unequal units are, and how their scores interfere.
@@ -127,14 +189,15 @@ class AnalyzeReport(Report):
         reference: the input that FLOPs are counted for.
         params: parameters.
         flops: FLOPs of one sample at the reference input.
-        layers: FLOPs and parameters of every layer.
-        inequality: Gini coefficients of every layer.
-        diagnostics: cross-mode interference.
+        layers: FLOPs and parameters of every layer; none of a decoder that reads images, see decoder.
+        inequality: Gini coefficients of every layer; none of such a decoder.
+        diagnostics: cross-mode interference; null for such a decoder.
         score_rows: query rows that score the tokens of each tower; 0 for all.
         samples: pairs that were used.
         data: where they come from.
         pairs: what became of the rows of the user's data, by purpose.
         texts: texts that were truncated.
+        decoder: costs of a decoder that reads images.
     """
 
     comp_version: str
@@ -147,9 +210,10 @@ class AnalyzeReport(Report):
     flops: Cost
     layers: tuple[LayerCost, ...]
     inequality: tuple[LayerInequality, ...]
-    diagnostics: Diagnostics
+    diagnostics: Diagnostics | None
     score_rows: dict[str, int]
     samples: int
     data: str
     pairs: dict[str, PairCounts]
     texts: Texts
+    decoder: DecoderCost | None = if_known()

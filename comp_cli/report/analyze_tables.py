@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
-from .analyze import AnalyzeReport, Diagnostics
-from .numbers import Printer, gflops, millions, percent
+from .analyze import AnalyzeReport, DecoderCost, Diagnostics
+from .numbers import Printer, gflops, mib, millions, percent
 from .prune_tables import in_words
 
 
@@ -13,6 +13,8 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Seque
 
     model: as it was typed. again: options that the next command repeats.
     """
+    if report.decoder is not None:
+        return print_decoder(report, report.decoder, out, model, again)
     total_flops, total_params = report.flops.total, report.params.total
     sums: dict[tuple[str, str], list[int]] = {}
     for layer in report.layers:
@@ -44,8 +46,35 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Seque
         )
     columns = ["layer", "FLOPs", "params", "heads", "cross heads", "channels", "tokens"]
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
-    print_diagnosis(report.diagnostics, out)
+    if report.diagnostics is not None:
+        print_diagnosis(report.diagnostics, out)
     out.line(f"Next: {shlex.join(['comp', 'prune', model, '--ratio', '0.5', *again, '-o', 'compact'])}")
+
+
+def print_decoder(report: AnalyzeReport, found: DecoderCost, out: Printer, model: str, again: Sequence[str]) -> None:
+    """Parts of a decoder that reads images, what schedules of token stages would save, and the next command."""
+    rows = [
+        [one.part, gflops(one.flops), percent(one.flops / report.flops.total), gflops(one.step_flops)]
+        + [millions(one.params), percent(one.params / report.params.total)]
+        for one in found.parts
+    ]
+    step = sum(one.step_flops for one in found.parts)
+    rows.append(["all", gflops(report.flops.total), "100 %", gflops(step), millions(report.params.total), "100 %"])
+    title = f"{report.model}: a prompt ({in_words(report.reference.tokens)}), a token behind it, parameters"
+    out.table(title, ["part", "FLOPs", "", "FLOPs of a token", "params", ""], rows)
+    rows = [
+        ["all of them", f"{found.image_tokens:,}", gflops(report.flops.total), "1.00x", gflops(step), mib(found.kv_cache_bytes)]
+    ]
+    for one in found.savings:
+        costs = [gflops(one.flops), f"{one.flops_reduction:.2f}x", gflops(one.step_flops), mib(one.kv_cache_bytes)]
+        rows.append([f"{one.method} {one.stages}", f"{one.tokens:.2f}", *costs])
+    columns = ["image tokens that stay", "mean", "FLOPs of the prompt", "less", "FLOPs of a token", "keys and values"]
+    out.table("What it would save if image tokens left", columns, rows)
+    out.line(f"The vision tower has {'a' if found.class_token else 'no'} [CLS] that ranks image tokens.")
+    if found.savings:
+        method, tokens = found.savings[-1].method, str(round(found.savings[-1].tokens))
+        words = ["comp", "prune", model, "--method", method, "--tokens", tokens, *again, "-o", "compact"]
+        out.line(f"Next: {shlex.join(words)}")
 
 
 def print_diagnosis(found: Diagnostics, out: Printer) -> None:

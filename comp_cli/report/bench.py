@@ -123,7 +123,8 @@ class Speedup:
         backend: "torch", "onnx" or "compile".
         batch: batch size.
         speedup: against the stock model on the same backend.
-        by_kernels: what the comp runtime brings: stock over dense in the comp runtime.
+        by_kernels: what the comp runtime brings: stock over dense in the comp runtime; null for models that it runs on the
+            stock kernels.
         by_pruning: what pruning brings: dense over compact, both in the comp runtime.
         flops_efficiency: speed-up from pruning over the fall of the FLOPs.
         against_stock_torch: against stock transformers in PyTorch, where that was timed.
@@ -132,10 +133,48 @@ class Speedup:
     backend: str
     batch: int
     speedup: Factor
-    by_kernels: Factor
+    by_kernels: Factor | None
     by_pruning: Factor
     flops_efficiency: float
     against_stock_torch: Factor | None = if_known()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What writing costs a decoder that reads images.
+
+    Attributes:
+        side: "dense" (stock) or "compact".
+        batch: batch size.
+        first_token_ms: median time of generating one token: images encoded, prompt read, token chosen; ms for the whole batch.
+        token_ms: median time of one further token, ms for the whole batch.
+        tokens_per_second: tokens written behind the prompt, of all samples together.
+        kv_cache_bytes: keys and values held behind the prompt, of all samples together, bytes.
+    """
+
+    side: str
+    batch: int
+    first_token_ms: float
+    token_ms: float
+    tokens_per_second: float
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class GenerationSpeedup:
+    """Speed-up of the compact model in writing.
+
+    Attributes:
+        batch: batch size.
+        first_token: of the first token.
+        decoding: of tokens behind the prompt.
+        decoding_flops_efficiency: speed-up of these over the fall of their FLOPs.
+    """
+
+    batch: int
+    first_token: Factor
+    decoding: Factor
+    decoding_flops_efficiency: float
 
 
 @dataclass(frozen=True)
@@ -170,14 +209,19 @@ class BenchReport(Report):
         architecture: transformers class.
         machine: where the figures were taken.
         text_tokens: text length of the inputs.
+        image_tokens: image tokens of an input, of a decoder that reads images; timings are then of its prompts.
         params: parameters.
-        flops: FLOPs of one sample, counted from what runs.
+        flops: FLOPs of one sample, counted from what runs; of a decoder, of its prompt.
+        step_flops: FLOPs of one token behind the prompt, of a decoder.
         size_bytes: size of the folders, bytes.
         providers: where the graphs ran, by side.
         peak_memory_bytes: peak memory at the largest batch.
         flops_reduction: FLOPs(dense) / FLOPs(compact).
+        step_flops_reduction: the same of one token behind the prompt.
         timings: latencies.
         speedups: speed-up of the compact model.
+        generation: what writing costs, of a decoder.
+        generation_speedups: speed-up of the compact model in writing.
         gates: outcomes of the gates that were asked for.
     """
 
@@ -196,3 +240,8 @@ class BenchReport(Report):
     timings: tuple[Latency, ...]
     speedups: tuple[Speedup, ...]
     gates: tuple[GateOutcome, ...]
+    image_tokens: int | None = if_known()
+    step_flops: Sizes | None = if_known()
+    step_flops_reduction: float | None = if_known()
+    generation: tuple[Generation, ...] | None = if_known()
+    generation_speedups: tuple[GenerationSpeedup, ...] | None = if_known()

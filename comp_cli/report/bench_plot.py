@@ -41,6 +41,8 @@ def plot(report: BenchReport, path: Path) -> None:
         color = f"C{index}"
         for side, style in styles.items():
             rows = [row for row in report.timings if (row.backend, row.side) == (backend, side)]
+            if not rows:
+                continue
             batches, medians = [row.batch for row in rows], [row.median for row in rows]
             label = f"{BACKEND_NAMES[backend]}, {side_name(backend, side)}"
             left.plot(batches, medians, style, color=color, marker="o", markersize=4, label=label)

@@ -21,7 +21,8 @@ def print_benchmark(report: BenchReport, out: Printer) -> None:
     """Latency, where the speed-up comes from, cost, gates, and the conditions."""
     where = report.machine
     title = f"{report.compact} vs {report.baseline} on {where.name} ({where.device})"
-    out.table(title, ["", "median ms", "p90", "p99", "pairs / s"], [_latency(row) for row in report.timings])
+    unit = "pairs / s" if report.generation is None else "prompts / s"
+    out.table(title, ["", "median ms", "p90", "p99", unit], [_latency(row) for row in report.timings])
     columns = [
         "speed-up vs",
         "stock, same backend",
@@ -33,16 +34,25 @@ def print_benchmark(report: BenchReport, out: Printer) -> None:
     ]
     title = f"Speed-up of the compact model; FLOPs fall {report.flops_reduction:.2f}x"
     out.table(title, columns, [_speedup(row) for row in report.speedups])
+    if report.generation is not None:
+        out.table("Writing", ["", "first token, ms", "ms a token", "tokens / s", "keys and values, MiB"], _writing(report))
     out.table("Cost", ["", "dense", "compact", "change"], _costs(report))
     for side, found in report.providers.items():
         ran = ", ".join(f"{percent(share.node_share)} of {name}" for name, share in found.shares.items())
         out.line(f"ONNX Runtime, {side_name('onnx', side)}: {found.first} first; nodes that ran: {ran}.")
+    if report.generation is None:
+        out.line(
+            "From kernels: stock over dense (comp runtime); from pruning: that over compact. "
+            "Efficiency: the speed-up from pruning over the fall of the FLOPs."
+        )
+    else:
+        out.line(
+            "The first tables are of the whole prompt, image and text, up to the logits of its last token. Both models run the "
+            "stock kernels. Efficiency: the speed-up over the fall of the FLOPs, of which causal kernels skip some."
+        )
+    images = "" if report.image_tokens is None else f"{report.image_tokens} image and "
     out.line(
-        "From kernels: stock over dense (comp runtime); from pruning: that over compact. "
-        "Efficiency: the speed-up from pruning over the fall of the FLOPs."
-    )
-    out.line(
-        f"{where.threads} threads, {report.text_tokens} text tokens, torch {where.torch}, transformers "
+        f"{where.threads} threads, {images}{report.text_tokens} text tokens, torch {where.torch}, transformers "
         f"{where.transformers}, onnxruntime {where.onnxruntime}, TF32 {'on' if where.tf32 else 'off'}. "
         f"{min(row.runs for row in report.timings)} interleaved rounds, medians."
     )
@@ -67,12 +77,33 @@ def _speedup(row: Speedup) -> list[str]:
     ]
 
 
+def _writing(report: BenchReport) -> list[list[str]]:
+    """A row for each side and batch, and the speed-ups behind those of a batch."""
+    rows = []
+    for faster in report.generation_speedups or ():
+        for found in report.generation or ():
+            if found.batch == faster.batch:
+                numbers = [f"{found.first_token_ms:.1f}", f"{found.token_ms:.2f}", f"{found.tokens_per_second:.1f}"]
+                label = f"{side_name('torch', found.side)}, batch {found.batch}"
+                rows.append([label, *numbers, mib(found.kv_cache_bytes)])
+        said = f"{times(faster.decoding)}, efficiency {faster.decoding_flops_efficiency:.2f}"
+        rows.append([f"speed-up, batch {faster.batch}", times(faster.first_token), said, "", ""])
+    return rows
+
+
 def _costs(report: BenchReport) -> list[list[str]]:
     rows = [
         ("parameters", millions, report.params.dense, report.params.compact),
-        ("FLOPs per pair", gflops, report.flops.dense, report.flops.compact),
+        (
+            "FLOPs per pair" if report.step_flops is None else "FLOPs of a prompt",
+            gflops,
+            report.flops.dense,
+            report.flops.compact,
+        ),
         ("weights on disk", mib, report.size_bytes.dense, report.size_bytes.compact),
     ]
+    if report.step_flops is not None:
+        rows.insert(2, ("FLOPs of a token behind it", gflops, report.step_flops.dense, report.step_flops.compact))
     peaks: dict[str, dict[str, int]] = {}
     for row in report.peak_memory_bytes:
         label = f"peak memory, {BACKEND_NAMES[row.backend]}, batch {row.batch}"
