@@ -14,7 +14,7 @@ from ..checkpoint.loading import quiet_libraries
 from ..engine import flops, token_schedules
 from ..engine.description_check import matching
 from ..errors import UsageError
-from ..models.described import Described, describe_dense
+from ..models.described import Described, describe_dense, own_parameters
 from ..options import AnalyzeOptions, HubOptions
 from ..progress import Progress
 from ..report.analyze import AnalyzeReport, Cost, DecoderCost, PartCost, Saving
@@ -80,7 +80,7 @@ def part_params(dense: Described) -> dict[str, int]:
         f"{layout['text']}.": "embeddings",  # what is left of the language model: these, and a norm
         "lm_head.": "logits",
     }
-    for name, tensor in skeleton.named_parameters():
+    for name, tensor in own_parameters(skeleton):
         part = next((part for root, part in roots.items() if name.startswith(root)), "projector")
         found[part] += tensor.numel()
     return found

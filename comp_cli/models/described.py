@@ -115,8 +115,14 @@ def describe_dense(
         processor=processor,
         files=tuple(files),
         headers=headers,
-        params=sum(parameter.numel() for parameter in skeleton.parameters()),
+        params=sum(parameter.numel() for _, parameter in own_parameters(skeleton)),
     )
+
+
+def own_parameters(skeleton: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of a model without weights, in which nothing is tied yet, without those that will be another one's."""
+    tied: Any = skeleton.all_tied_weights_keys
+    return [(name, parameter) for name, parameter in skeleton.named_parameters() if name not in tied]
 
 
 def check_complete(headers: Mapping[str, TensorHeader], skeleton: nn.Module, name: str) -> None:
