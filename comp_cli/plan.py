@@ -84,8 +84,8 @@ class StreamPlan:
 class TokenStage:
     """Where image tokens leave a decoder: before one of its layers, the same for the prompt of every question.
 
-    keep: image tokens of each image that stay. share: the same as a share of those that the image had at first, for models whose
-    images are of several sizes. One of the two is None.
+    keep: image tokens of each image that stay. share: the same as a share of those that the image had at first, for models
+    whose images are of several sizes. One of the two is None.
     """
 
     layer: int
@@ -235,8 +235,9 @@ class Plan:
         )
         return cls(found["architecture"], tuple(towers), tuple(map(TokenStage.from_json, found.get("token_stages", ()))))
 
-    def comp_block(self, family: Family, **facts: Any) -> dict[str, Any]:
-        """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin."""
+    def comp_block(self, family: Family, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin. config: the whole
+        config.json of the dense model, defaults filled in."""
         towers = [
             {
                 "layout": family.tower(tower.name).layout(),
@@ -245,7 +246,9 @@ class Plan:
             }
             for tower in self.towers
         ]
-        return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers, **self._stages()}
+        found = family.topology.image_tokens(config)
+        images = {"image_tokens": found} if found else {}
+        return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers, **images, **self._stages()}
 
 
 def _part_sizes(layer: LayerPlan) -> dict[str, Any]:

@@ -52,12 +52,13 @@ class Collator:
     labels: Callable[[Sequence[Pair], Mapping[str, Tensor]], Tensor | None]
     prompt: str = "{}"  # what a text is put into
     first_token: int | None = None
+    answers: bool = False  # whether texts are questions, and their answers are what is written
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         made, cut = self.topology.collate(self, pairs)
         inputs = {name: made[name] for name in self.topology.inputs}
         labels = self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None
-        return Batch(inputs, labels, sum(cut), self.topology.count_tokens(inputs))
+        return Batch(inputs, labels, sum(cut), self.topology.count_tokens(inputs, self.processor))
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -70,10 +71,10 @@ class Collator:
 
     def seen(self, pair: Pair) -> Pair:
         """The pair with what the processor makes of its image in the image's place, (channels, height, width), so that the
-        picture, of any size, need not stay in memory."""
+        picture, of any size, need not stay in memory. Where pixels and text are made together, the pair as it is."""
         if not self.topology.reads_images:
             return replace(pair, image=None)
-        if isinstance(pair.image, Tensor):
+        if isinstance(pair.image, Tensor) or not self.topology.pictures_apart:
             return pair
         made = self.processor(images=[pair.image.convert("RGB")], return_tensors="pt")
         return replace(pair, image=made["pixel_values"][0])

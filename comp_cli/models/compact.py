@@ -29,7 +29,8 @@ def write_checkpoint(
 ) -> None:
     """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
     facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
-    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts, runtime=runtime())
+    method, sizes = document["options"]["method"], dense.hf_config.to_dict()
+    block = plan.comp_block(dense.family, sizes, method=method, **facts, runtime=runtime())
     state = untied_state_dict(compact)
     whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
     config = dense.config | {"comp": block, "auto_map": auto_map(dense.architecture), "dtype": whole}

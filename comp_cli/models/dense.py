@@ -99,7 +99,7 @@ class Dense:
     def build(self, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
         """The model of a plan around weights that have its sizes."""
         config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
-        config.comp = plan.comp_block(self.family)
+        config.comp = plan.comp_block(self.family, self.hf_config.to_dict())
         return loading.build_compact(config, self.family, self.architecture, state)
 
 
@@ -156,7 +156,7 @@ def collator(
 ) -> Collator:
     """What makes batches of a task for the models of a family, of texts of `max_text` tokens at most."""
     begin = family.topology.first_token(family, config.to_dict())
-    return Collator(processor, family.topology, max_text, task.labels, task.prompt, begin)
+    return Collator(processor, family.topology, max_text, task.labels, task.prompt, begin, task.has_answers)
 
 
 def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:

@@ -37,8 +37,20 @@ class Written(NamedTuple):
     """Where the texts are that a model writes."""
 
     text: str  # the input that holds their tokens
-    mask: str  # the one that says which of them are padding
+    mask: str | None  # the one that says which of them are padding; None where others than theirs are -100 in `text`
     head: str  # path of the module that makes logits of their states
+
+    def predicted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens of `text` are predicted from those before them, (batch, tokens - 1) booleans: the first one is not."""
+        found = inputs[self.text] != -100 if self.mask is None else inputs[self.mask].bool()
+        return found[:, 1:]
+
+
+class Pixels(NamedTuple):
+    """What a model takes of an image processor."""
+
+    words: str  # its shape
+    fit: Callable[[Mapping[str, Any]], bool]  # whether what is made of one picture has it
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class Topology(ABC):
     padding: str = "longest"
 
     AXES: ClassVar[dict[str, Axes]] = PAIRED
+    runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
+    pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
+    padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------
 
@@ -90,6 +105,11 @@ class Topology(ABC):
     def image_side(self, family: Family, config: Config) -> int:
         """Pixels of the side of an image, for a model of images."""
         return family.sections(config)[IMAGE_TOWER]["image_size"]
+
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        """What an image processor has to make of a picture of any size."""
+        shape = (3, self.image_side(family, config), self.image_side(family, config))
+        return Pixels(f"{shape} of any", lambda made: tuple(made[PIXELS].shape) == (1, *shape))
 
     def text_section(self, family: Family, config: Config) -> Config:
         """The part of a config that says how long texts are and of which words, for a model of texts."""
@@ -130,9 +150,27 @@ class Topology(ABC):
                     tokens[stream.name] = self.text_length(text_tokens, own["max_position_embeddings"])
         return tokens
 
+    def uses(self, family: Family, config: Config, tokens: Mapping[str, int]) -> dict[str, int]:
+        """How often a sample goes through a matrix outside the towers, by what `Family.fixed` says of it. tokens: see
+        `lengths`."""
+        images = ((name, stream) for name, (_, stream) in family.streams.items() if stream.source == "image")
+        return {"once": 1, "patches": next((tokens[name] - stream.skips_first for name, stream in images), 0)}
+
+    def pairs(self, family: Family, config: Config) -> dict[str, tuple[int, ...]]:
+        """Pairs of a query and a key in the self-attention of each layer, of towers whose tokens do not all see each other."""
+        return {}
+
     def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """FLOPs of a sample outside of all layers and matrices. shapes: of the weights."""
         return 0
+
+    def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """FLOPs outside the layers of a token that is written, and nothing before it computed again; 0 where none is."""
+        return 0
+
+    def image_tokens(self, config: Config) -> dict[str, Any]:
+        """Where image tokens enter a decoder, for the runtime: comp.image_tokens of config.json. Nothing for others."""
+        return {}
 
     # Batches -----------------------------------------------------------------------------------------------------------
 
@@ -152,9 +190,9 @@ class Topology(ABC):
             made[PIXELS] = collator.pixels(pairs)
         return made, cut
 
-    def count_tokens(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
         """Tokens of all texts of a batch, by stream, as the model reads each text by itself: without padding, unless it was
-        trained with padding to one length."""
+        trained with padding to one length. processor: what made them."""
         if not self.reads_texts:
             return {}
         return {TEXT_TOWER: int(inputs[MASK].sum()) if self.padding == "longest" else inputs[IDS].numel()}

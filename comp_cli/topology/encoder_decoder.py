@@ -92,8 +92,8 @@ class EncoderDecoder(Topology):
         made[self.written.text][:, 0] = collator.first_token
         return made, cut
 
-    def count_tokens(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        tokens = super().count_tokens(inputs)
+    def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
+        tokens = super().count_tokens(inputs, processor)
         return tokens if self.question is None else tokens | {ANSWER_TOWER: int(inputs[ANSWER_INPUTS[1]].sum())}
 
     def _random_texts(self, family: Family, config: Config, batch: int, tokens: int, padded: int, generator: Any) -> Tensors:
