@@ -444,8 +444,8 @@ def tops(view: View, keep: list[int], relevance: str = "class", coverage: float 
     """TOPS (arXiv 2606.27161): first the most relevant token, then always argmax of r + coverage * c + diversity * d.
 
     Of tokens i against those chosen, S: c = sum over j outside S of max(0, sim(i, j) - max_{k in S} sim(j, k)), and
-    d = 1 - max_{k in S} sim(i, k); r and c are min-max normalised, c over the tokens that are left. sim is the cosine of states.
-    Both weights are 1 unless given.
+    d = 1 - max_{k in S} sim(i, k); r and c are min-max normalised, c over the tokens that are left. sim is the cosine of
+    states. Both weights are 1 unless given.
 
     Args:
         relevance: "class" (attention from [CLS]), "text" (cosine with the mean of the text's states, where there is no
