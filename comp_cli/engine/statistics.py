@@ -51,7 +51,10 @@ def collect(
     with recording(model, family, plan) as recorder, torch.set_grad_enabled(back), _hearing(model, family, said, back):
         for batch in batches:
             read = run(batch)
-            slopes = dict(zip(said, torch.autograd.grad(draw(read), list(said.values())), strict=True)) if draw else {}
+            slopes: dict[Key, Tensor] = {}
+            if draw:  # nothing reads what some layers say: the last of a tower whose features are those of an earlier one
+                found_slopes = torch.autograd.grad(draw(read), list(said.values()), allow_unused=True, materialize_grads=True)
+                slopes = dict(zip(said, found_slopes, strict=True))
             pairs += len(next(iter(batch.values())))
             for key, inputs in recorder.inputs.items():
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)

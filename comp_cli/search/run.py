@@ -1,16 +1,19 @@
 """From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Batch, fingerprint
 from ..engine import allocation, flops, schedule, stages
+from ..engine.leaving import Leaving
 from ..engine.methods import METHODS
+from ..engine.scoring import Key
 from ..engine.token_ranking import with_score_rule
+from ..errors import UsageError
 from ..models.dense import Dense
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
@@ -21,6 +24,9 @@ from ..topology import input_sizes
 from .journal import Journal
 from .training_free import State, TrainingFree
 from .with_training import Trained
+
+
+LEAVES_FROM = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method = METHODS[options.method]
+    dense = with_modes(dense, options.modes)
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.text_tokens)
@@ -71,6 +78,17 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
 
 
+def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
+    """The dense model with those modes on that were asked for; None for the usual ones. Raises UsageError for others than its."""
+    if modes is None:
+        return dense
+    known = dense.family.every_mode
+    if unknown := [name for name in modes if name not in known]:
+        raise UsageError(f"--modes {','.join(modes)}: this model has no {unknown[0]}.", hint=f"Its modes: {', '.join(known)}.")
+    family = replace(dense.family, asked=modes)
+    return replace(dense, family=family, reference=replace(dense.reference, family=family))
+
+
 def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | None) -> State:
     """What a journal holds, or where a method begins."""
     if METHODS[options.method].compares_plans:
@@ -88,21 +106,14 @@ def compare_plans(
 ) -> None:
     """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
     reach."""
-    ref, floors, prices = dense.reference, schedule.Floors(), way.prices or {}
-    total = flops.count(dense.plan, ref).total
-
-    def plan_of(cuts: allocation.Cuts) -> Plan | None:
-        return allocation.candidate(dense.plan, ref, options.ratio, cuts, prices, floors)
+    space = space_of(dense, options, way.prices or {})
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
-        plan = plan_of(cuts)
+        plan = space.candidate(options.ratio, cuts)
         if plan is None:
             return allocation.Look(cuts, {}, 0.0, None)
-        kept = {
-            stream: (cut.layer, plan.tower(dense.family.streams[stream][0].name).layers[cut.layer].keep[stream])
-            for stream, cut in cuts.items()
-        }
-        ratio = 1 - flops.count(plan, ref).total / total
+        kept = {stream: (cut.layer, space.kept(plan, stream, cut.layer)) for stream, cut in cuts.items()}
+        ratio = 1 - flops.count(plan, space.ref).total / space.total
         return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan))
 
     with progress.track("comparing plans", allocation.EXPECTED) as bar:
@@ -115,18 +126,43 @@ def compare_plans(
             way.save(state)
             bar.advance(found.in_words())
 
-        streams = streams_of(dense, batches)
+        streams = streams_of(dense, batches, space.leaving)
         steps: Sequence[float] = allocation.STEPS
         if not way.thorough:  # looks are dear: one start, long steps
             streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
         best = allocation.descend(look, streams, tell, list(state.looks), steps)
-    plan = plan_of(best.cuts) if best else None
+    plan = space.candidate(options.ratio, best.cuts) if best else None
     if plan is None:
-        raise stages.out_of_reach(options.ratio, allocation.most(dense.plan, ref, streams, prices, floors))
+        raise stages.out_of_reach(options.ratio, space.most(streams))
     state.plan = plan
 
 
-def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple[float, ...]]]:
+def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
+    """What plans are made of: parts of no mode that is on stay whole."""
+    floors, modes = schedule.Floors.of(dense.family, dense.plan), dense.family.modes.values()
+    on = {part for mode in modes for part in mode.parts}
+    stay = {key for key in prices if (key[0], key[2]) not in on}
+    return allocation.Space(dense.plan, dense.reference, prices, floors, frozenset(stay), leaving_of(dense, options))
+
+
+def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
+    """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
+    cannot be pruned by."""
+    tower = next((tower for tower in dense.family.towers if tower.writes), None)
+    if tower is None:
+        return None
+    topology, config = dense.family.topology, dense.hf_config.to_dict()
+    layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[topology.image_stream]
+    class_token = topology.image_tokens(config)["class_attention"] is not None
+    found = Leaving(options.tokens_method, tokens, layers, class_token, topology.fixed_size)
+    if options.tokens_method:
+        found.stages(0, found.fewest(0, 1))
+    return found
+
+
+def streams_of(
+    dense: Dense, batches: list[Batch], leaving: Leaving | None
+) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
     only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
@@ -138,7 +174,8 @@ def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if stream.source == "image" or not short:
             begins = allocation.DEPTHS.get(stream.source, allocation.MIDDLE)
-            found[stream.name] = (len(dense.plan.tower(tower.name).layers), begins)
+            layers = len(dense.plan.tower(tower.name).layers) if leaving is None else leaving.depths
+            found[stream.name] = (layers, begins if leaving is None else LEAVES_FROM)
     return found
 
 
@@ -163,7 +200,7 @@ def run_stages(
     progress: Progress,
 ) -> None:
     """The stages of a method, told as they pass."""
-    method, floors = METHODS[options.method], schedule.Floors()
+    method, floors = METHODS[options.method], schedule.Floors.of(dense.family, dense.plan)
     each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_steps else 1
     expected = each * len(method.phases) if method.phases else options.stages
     with progress.track("pruning", expected) as bar:

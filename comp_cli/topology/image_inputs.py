@@ -37,6 +37,7 @@ class Pictures(ABC):
     """How pictures go into a model."""
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
+    fixed_size: ClassVar[bool] = True  # whether every picture is as many tokens
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @abstractmethod
@@ -54,6 +55,10 @@ class Pictures(ABC):
     @abstractmethod
     def fit(self, config: Config, made: Mapping[str, Any]) -> bool:
         """Whether what an image processor makes of one picture has that shape."""
+
+    def apart(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Inputs that have not one row for each of the pictures, and how many rows each has."""
+        return {}
 
     def sequences(self, config: Config, layer: int) -> tuple[int, ...]:
         """Tokens that see each other in a layer of the vision tower."""
@@ -125,6 +130,7 @@ class TilesOfPrompts(Tile):
     """The same, tiles of a prompt together, tiles of zeros where others have more: pixel_values (batch, tiles, 3, side, side),
     pixel_attention_mask (batch, tiles, side, side)."""
 
+    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "pixel_attention_mask")
 
     def random(self, config: Config, batch: int, images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -144,6 +150,7 @@ class AnyResolution(Tile):
     The reference image is of two by two tiles, if that is among the sizes; else of the largest of them.
     """
 
+    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 
     def reference(self, config: Config) -> tuple[int, int]:
@@ -189,8 +196,12 @@ class AnySize(Pictures):
     that the decoder has, if these are fewer.
     """
 
+    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_grid_thw")
     rows: ClassVar[Mapping[str, int]] = {"mm_token_type_ids": 0}
+
+    def apart(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return {PIXELS: inputs["image_grid_thw"].prod(1).tolist()}
 
     def side(self, config: Config) -> int:
         """Image tokens along a side of the reference image."""

@@ -50,6 +50,7 @@ class ImageTextDecoder(Topology):
     chats: bool = True
 
     runtime: ClassVar[str] = "modeling_comp_vlm"
+    image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
 
     @property
@@ -83,6 +84,11 @@ class ImageTextDecoder(Topology):
         deepest = max(index % (depth + 1) for index in (read if isinstance(read, list | tuple) else [read]))
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
         return {"module": module, "query": "q_proj", "key": "k_proj"}
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether all images have as many tokens as the reference image."""
+        return self.pictures.fixed_size and self.shuffle is None  # whose processors cut pictures into tiles
 
     # The reference input -----------------------------------------------------------------------------------------------
 
@@ -141,6 +147,9 @@ class ImageTextDecoder(Topology):
             rows.append(row | {MASK: [1] * len(row[IDS]), LABELS: [IGNORED] * asks + said})
         fill = {IDS: tokenizer.pad_token_id or 0, MASK: 0, LABELS: IGNORED} | dict.fromkeys(self.pictures.rows, 0)
         return made | side_by_side(rows, fill), [any(cut for _, cut in both) for both in texts]
+
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return self.pictures.apart(inputs)
 
     def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
         """Without placeholders."""

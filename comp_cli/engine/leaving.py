@@ -1,0 +1,65 @@
+"""How image tokens leave a decoder in a search: the stages of a layer and a number of tokens."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..errors import UsageError
+from ..plan import TokenStage
+from .token_schedules import stages
+
+# Where CoMP's stages are: before the first, and by these shares of the layers behind it; and what stays of the first one's tokens.
+# PyramidDrop's published layers 2, 8 and 16 of 32, and its halves.
+PLACES, KEPT = (0.0, 0.2, 7 / 15), (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """method: of token_schedules.TOKEN_METHODS, whose stages follow from a number of tokens alone; None for CoMP's own: three stages
+    from a layer on, ranked by attention from the last instruction token (PyramidDrop, arXiv 2410.17247, host of CoMP on LLaVA).
+    image_tokens: of the reference image. layers: of the decoder. class_token: whether the vision tower has one. fixed_size: whether
+    all images have as many tokens as the reference image; where not, stages keep shares.
+    """
+
+    method: str | None
+    image_tokens: int
+    layers: int
+    class_token: bool
+    fixed_size: bool
+
+    @property
+    def depths(self) -> int:
+        """In how many places tokens may begin to leave."""
+        return 1 if self.method else self.layers - 3
+
+    def stages(self, layer: int, tokens: int) -> tuple[TokenStage, ...]:
+        """The stages behind a layer. tokens: that stay at the first of CoMP's; of another method what it calls so. Raises UsageError
+        where a method has no such stages."""
+        found = self._own(layer + 1, tokens) if self.method is None else self._of_method(tokens)
+        return found if self.fixed_size else tuple(self._as_share(stage) for stage in found)
+
+    def _own(self, first: int, tokens: int) -> tuple[TokenStage, ...]:
+        places = [first + max(number, round(place * (self.layers - first))) for number, place in enumerate(PLACES)]
+        counts = [max(len(PLACES) - number, round(tokens * kept)) for number, kept in enumerate(KEPT)]
+        return tuple(TokenStage(place, "last-attention", count) for place, count in zip(places, counts, strict=True))
+
+    def _of_method(self, tokens: int) -> tuple[TokenStage, ...]:
+        assert self.method is not None
+        sizes = {"image_tokens": self.image_tokens, "layers": self.layers}
+        return stages(self.method, tokens=tokens, share=None, class_token=self.class_token, fixed_size=True, **sizes)
+
+    def _as_share(self, stage: TokenStage) -> TokenStage:
+        return replace(stage, keep=None, share=round((stage.keep or 0) / self.image_tokens, 6))
+
+    def fewest(self, layer: int, least: int) -> int:
+        """The least number of tokens from `least` on that a method has stages for."""
+        return max(least, self._least_of_method) if self.method else least
+
+    @cached_property
+    def _least_of_method(self) -> int:
+        for tokens in range(1, self.image_tokens):
+            try:
+                self._of_method(tokens)
+            except UsageError:
+                continue
+            return tokens
+        return self.image_tokens
