@@ -6,6 +6,7 @@ recovery, on pairs that the recovery has not seen. The best candidate is found b
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -111,7 +112,8 @@ class Space:
         plan, total = self.dense, self.total
         for stream, cut in cuts.items():
             before = flops.count(plan, self.ref).total
-            possible = before - flops.count(self.keeping(plan, stream, 0, self.fewest(stream, 0)), self.ref).total
+            fewest = next(iter(self.choices(stream)), self.ref.tokens[stream])
+            possible = before - flops.count(self.keeping(plan, stream, 0, fewest), self.ref).total
             found = self.cut_tokens(plan, stream, cut.layer, before - cut.share * min(ratio * total, possible))
             if found is None:
                 return None
@@ -129,20 +131,17 @@ class Space:
     def cut_tokens(self, plan: Plan, stream: str, layer: int, target: float) -> Plan | None:
         """Keep as many tokens of a stream behind a layer as the FLOPs allow; None where the floors forbid it, or where it would
         be too few to be worth scoring them."""
-        low, high = self.fewest(stream, layer), math.floor(self.ref.tokens[stream] * (1 - self.floors.least_drop))
-        if high < low or flops.count(self.keeping(plan, stream, layer, low), self.ref).total > target:
-            return None
-        while low < high:  # the most tokens within the target
-            middle = (low + high + 1) // 2
-            if flops.count(self.keeping(plan, stream, layer, middle), self.ref).total <= target:
-                low = middle
-            else:
-                high = middle - 1
-        return self.keeping(plan, stream, layer, low)
+        choices = self.choices(stream)
+        within = bisect_right(  # FLOPs rise with the tokens
+            choices, target, key=lambda tokens: flops.count(self.keeping(plan, stream, layer, tokens), self.ref).total
+        )
+        return self.keeping(plan, stream, layer, choices[within - 1]) if within else None
 
-    def fewest(self, stream: str, layer: int) -> int:
-        """The least number of tokens of a stream that may be kept behind a layer."""
-        return self.floors.tokens if self.leaving is None else self.leaving.fewest(layer, self.floors.tokens)
+    def choices(self, stream: str) -> Sequence[int]:
+        """How many tokens of a stream may be kept where some leave, rising."""
+        least, most = self.floors.tokens, math.floor(self.ref.tokens[stream] * (1 - self.floors.least_drop))
+        found = range(least, most + 1)
+        return found if self.leaving is None else [tokens for tokens in found if tokens in self.leaving.possible]
 
     def keeping(self, plan: Plan, stream: str, layer: int, tokens: int) -> Plan:
         """The plan with so many tokens of a stream behind a layer."""

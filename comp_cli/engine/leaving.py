@@ -32,14 +32,14 @@ class Leaving:
         return 1 if self.method else self.layers - 3
 
     def stages(self, layer: int, tokens: int) -> tuple[TokenStage, ...]:
-        """The stages behind a layer. tokens: that stay at the first of CoMP's; of another method what it calls so. Raises UsageError
-        where a method has no such stages."""
+        """The stages behind a layer. tokens: that stay at the first of CoMP's; of another method what it calls so. Raises
+        UsageError where a method has no such stages."""
         found = self._own(layer + 1, tokens) if self.method is None else self._of_method(tokens)
         return found if self.fixed_size else tuple(self._as_share(stage) for stage in found)
 
     def _own(self, first: int, tokens: int) -> tuple[TokenStage, ...]:
         places = [first + max(number, round(place * (self.layers - first))) for number, place in enumerate(PLACES)]
-        counts = [max(len(PLACES) - number, round(tokens * kept)) for number, kept in enumerate(KEPT)]
+        counts = [round(tokens * kept) for kept in KEPT]
         return tuple(TokenStage(place, "last-attention", count) for place, count in zip(places, counts, strict=True))
 
     def _of_method(self, tokens: int) -> tuple[TokenStage, ...]:
@@ -50,16 +50,15 @@ class Leaving:
     def _as_share(self, stage: TokenStage) -> TokenStage:
         return replace(stage, keep=None, share=round((stage.keep or 0) / self.image_tokens, 6))
 
-    def fewest(self, layer: int, least: int) -> int:
-        """The least number of tokens from `least` on that a method has stages for."""
-        return max(least, self._least_of_method) if self.method else least
-
     @cached_property
-    def _least_of_method(self) -> int:
-        for tokens in range(1, self.image_tokens):
-            try:
-                self._of_method(tokens)
-            except UsageError:
-                continue
-            return tokens
-        return self.image_tokens
+    def possible(self) -> frozenset[int]:
+        """The numbers of tokens that the method has stages for."""
+        return frozenset(tokens for tokens in range(1, self.image_tokens) if self._has(tokens))
+
+    def _has(self, tokens: int) -> bool:
+        try:
+            found = self.stages(0, tokens)
+        except UsageError:
+            return False
+        counts = [self.image_tokens, *(stage.left(self.image_tokens) for stage in found)]
+        return all(more > less for more, less in zip(counts, counts[1:], strict=False)) and found[-1].layer < self.layers

@@ -25,7 +25,6 @@ from .journal import Journal
 from .training_free import State, TrainingFree
 from .with_training import Trained
 
-
 LEAVES_FROM = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
 
 
@@ -155,14 +154,12 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[topology.image_stream]
     class_token = topology.image_tokens(config)["class_attention"] is not None
     found = Leaving(options.tokens_method, tokens, layers, class_token, topology.fixed_size)
-    if options.tokens_method:
-        found.stages(0, found.fewest(0, 1))
+    if options.tokens_method and not found.possible:
+        found.stages(0, tokens // 2)  # which says why
     return found
 
 
-def streams_of(
-    dense: Dense, batches: list[Batch], leaving: Leaving | None
-) -> dict[str, tuple[int, tuple[float, ...]]]:
+def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
     only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
