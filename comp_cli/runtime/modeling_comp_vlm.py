@@ -450,7 +450,7 @@ class ClassAttention:
     """What [CLS] of the vision tower pays to the patches, and their keys, from one query row of a layer: two hooks, no map."""
 
     def __init__(self, model: nn.Module, where: dict[str, Any]):
-        self.attention = model.get_submodule(where["module"])
+        self.attention: Any = model.get_submodule(where["module"])
         self.made: dict[str, Tensor] = {}
         for name, rows in (("query", slice(0, 1)), ("key", slice(None))):
             module = self.attention.get_submodule(where[name])
@@ -458,7 +458,7 @@ class ClassAttention:
 
     def payload(self) -> Tensor:
         """(images, patches, 1 + width), fp32: the attention summed over heads, and the keys, of the last pass."""
-        width = self.attention.head_dim
+        width: int = self.attention.head_dim
         query, keys = (self.made.pop(name).detach().float() for name in ("query", "key"))
         q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query, keys))
         paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
@@ -522,7 +522,7 @@ class ImageFeatures:
         if not hasattr(encoded, "pooler_output"):
             raise TypeError("get_image_features(return_dict=False) has no room for what token pruning needs: leave it out.")
         payload = None if self.comp_reader is None or self.comp_kind != "image" else self.comp_arranged(encoded, arguments)
-        if self.comp_notes is not None:
+        if self.comp_notes is not None and self.comp_kind is not None:
             self.comp_notes.sizes[self.comp_kind] = token_counts(encoded.pooler_output)
             if payload is not None:
                 self.comp_notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
@@ -688,7 +688,7 @@ class DroppingDecoder:
         """Features of deeper layers of the tower, added to the image tokens that are left (Qwen3-VL)."""
         selection = self.comp_current
         if selection is None or selection.index is None:
-            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc,no-any-return]
+            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc]
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
@@ -878,7 +878,8 @@ def mixed(before: type, stock: Any) -> Any:
 def mix_in(before: type, module: nn.Module) -> Any:
     """Give a module of a stock class one before it, in place."""
     if not isinstance(module, before):
-        module.__class__ = mixed(before, type(module))
+        kind: Any = type(module)
+        module.__class__ = mixed(before, kind)
     return module
 
 
@@ -929,7 +930,7 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
 def resized(linear: Any, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer of another size, its weights left as they come."""
     kind = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)  # type: ignore[no-any-return]
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)
 
 
 def resize(layer: nn.Module, layout: dict[str, Any], sizes: dict[str, Any]) -> None:

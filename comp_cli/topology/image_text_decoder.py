@@ -87,7 +87,6 @@ class ImageTextDecoder(Topology):
 
     @property
     def fixed_size(self) -> bool:
-        """Whether all images have as many tokens as the reference image."""
         return self.pictures.fixed_size and self.shuffle is None  # whose processors cut pictures into tiles
 
     # The reference input -----------------------------------------------------------------------------------------------
