@@ -96,7 +96,7 @@ class TokenStage:
 
     def left(self, tokens: int) -> int:
         """How many of an image's tokens stay, of those that it had at first."""
-        return min(tokens, self.keep if self.share is None else math.ceil(tokens * self.share)) if tokens else 0
+        return math.ceil(tokens * self.share) if self.share is not None else min(tokens, self.keep or 0)
 
     def to_json(self) -> dict[str, Any]:
         amount = {"share": self.share} if self.keep is None else {"keep": self.keep}

@@ -387,9 +387,9 @@ class Selection:
         most = max(self.left)
         chosen = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.width - most :]
         same = all(left == most for left in self.left)
-        self.valid = None if same else stays.gather(1, chosen)
+        valid = stays.gather(1, chosen)
         assert self.text is not None
-        self.text = self.text.gather(1, chosen) if same else self.text.gather(1, chosen) & self.valid
+        self.valid, self.text = None if same else valid, self.text.gather(1, chosen) & valid
         self.index = chosen if self.index is None else self.index.gather(1, chosen)
         return chosen
 
