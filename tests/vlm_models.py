@@ -3,6 +3,7 @@
 A sample is a prompt with the inputs that it needs when it stands alone; `batch` puts several side by side, padded.
 """
 
+import copy
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -31,6 +32,18 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4}
+STAGES = {  # by the rule that a test is about
+    "key-norm": [{"layer": 1, "rule": "key-norm", "keep": 5, "settings": {}}, {"layer": 3, "rule": "key-norm", "keep": 2, "settings": {}}],
+    "last-attention": [
+        {"layer": 1, "rule": "last-attention", "share": 0.5, "settings": {}},
+        {"layer": 4, "rule": "last-attention", "share": 0.2, "settings": {}},
+    ],
+    "cls-clusters": [
+        {"layer": 0, "rule": "cls-clusters", "keep": 6, "settings": {"centres": 2}},
+        {"layer": 2, "rule": "last-attention", "keep": 4, "settings": {}},
+        {"layer": 3, "rule": "key-norm", "keep": 1, "settings": {}},
+    ],
+}
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 PROMPTS: dict[str, Sequence[int | str]] = {  # numbers are words, letters are images of three sizes
     "one": [5, 6, "a", 7, 8, 9],
@@ -275,6 +288,16 @@ def stock(name: str) -> Any:
     return model
 
 
+def compact(name: str, stages: Sequence[dict[str, Any]], attention: str = "sdpa") -> Any:
+    """A copy of the stock model from which image tokens leave."""
+    from comp_cli.runtime.modeling_comp_vlm import make_compact
+
+    model = copy.deepcopy(stock(name))
+    model.set_attn_implementation(attention)
+    make_compact(model, {"towers": [], "image_tokens": FAMILIES[name].image_tokens, "token_stages": copy.deepcopy(list(stages))})
+    return model
+
+
 @functools.cache
 def sample(name: str, prompt: str | tuple[int | str, ...]) -> Sample:
     """A sample of a family: one of PROMPTS, or words and images in the same way."""
@@ -325,3 +348,6 @@ def class_scores(name: str, model: Any, each: Sample) -> list[Tensor]:
         scores.append(family.arrange(model, row, picture.inputs)[picture.patches, 0])
     handle.remove()
     return scores
+
+
+CASES = [(name, rule) for name, family in FAMILIES.items() for rule in STAGES if rule != "cls-clusters" or family.has_class_token]

@@ -68,11 +68,14 @@ class Reference:
 
     def after(self, tokens: Sequence[int]) -> Tensor:
         """The same, and forgotten again."""
-        length = self.cache.get_seq_length()
         logits = self.write(tokens)
-        self.cache.crop(length)
-        self.gone = [gone[:length] for gone in self.gone]
+        self.forget(len(tokens))
         return logits
+
+    def forget(self, count: int) -> None:
+        """As if the last `count` tokens had never been."""
+        self.cache.crop(-count)
+        self.gone = [gone[: len(gone) - count] for gone in self.gone]
 
     def _run(self, inputs: dict[str, Any], images: Any, newlines: Any, tower: Tensor) -> Tensor:
         new = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)  # which of the new ones are gone by now
