@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 LAYERS, EOS, IMAGE, VIDEO, START, END = 5, 2, 90, 91, 92, 93
-SUPPRESSED = [EOS, IMAGE, VIDEO, START, END]  # a random model writes the ids of image tokens, and then there is no image for them
+SUPPRESSED = [
+    EOS,
+    IMAGE,
+    VIDEO,
+    START,
+    END,
+]  # a random model writes the ids of image tokens, and then there is no image for them
 TEXT: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 48,
@@ -33,7 +39,10 @@ TEXT: dict[str, Any] = {
 }
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4}
 STAGES = {  # by the rule that a test is about
-    "key-norm": [{"layer": 1, "rule": "key-norm", "keep": 5, "settings": {}}, {"layer": 3, "rule": "key-norm", "keep": 2, "settings": {}}],
+    "key-norm": [
+        {"layer": 1, "rule": "key-norm", "keep": 5, "settings": {}},
+        {"layer": 3, "rule": "key-norm", "keep": 2, "settings": {}},
+    ],
     "last-attention": [
         {"layer": 1, "rule": "last-attention", "share": 0.5, "settings": {}},
         {"layer": 4, "rule": "last-attention", "share": 0.2, "settings": {}},
@@ -88,7 +97,11 @@ class Family:
 
 
 def tokens_of(
-    features: str, text: str = "language_model", attention: str | None = None, shuffle: float | None = None, newline: str | None = None
+    features: str,
+    text: str = "language_model",
+    attention: str | None = None,
+    shuffle: float | None = None,
+    newline: str | None = None,
 ) -> dict[str, Any]:
     """The block comp.image_tokens of config.json."""
     read = attention and {"module": f"model.{attention}", "query": "q_proj", "key": "k_proj"}
@@ -133,7 +146,9 @@ def square(side: int, tokens: int) -> Callable[[Any, str, torch.Generator], Pict
 def stacked(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
     """Inputs that have one row an image, whatever its sample."""
     pictures = [picture for row in rows for picture in row]
-    return {name: torch.cat([picture.inputs[name] for picture in pictures]) for name in (pictures[0].inputs if pictures else ())}
+    return {
+        name: torch.cat([picture.inputs[name] for picture in pictures]) for name in (pictures[0].inputs if pictures else ())
+    }
 
 
 def tiles(model: Any, size: str, generator: torch.Generator) -> Picture:
@@ -159,7 +174,10 @@ def padded_tiles(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
     pixels = [picture.inputs["pixel_values"] for picture in pictures]
     most = max(part.shape[1] for part in pixels)
     pixels = [torch.cat([part, part.new_zeros(1, most - part.shape[1], *part.shape[2:])], 1) for part in pixels]
-    return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([picture.inputs["image_sizes"] for picture in pictures])}
+    return {
+        "pixel_values": torch.cat(pixels),
+        "image_sizes": torch.cat([picture.inputs["image_sizes"] for picture in pictures]),
+    }
 
 
 def frames(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
@@ -195,7 +213,9 @@ def llava() -> Any:
     vision = TOWER | {"model_type": "clip_vision_model", "image_size": 16}
     text = TEXT | {"model_type": "llama"}
     options = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": IMAGE}
-    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text, **options))
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, **options)
+    )
 
 
 def llava_next() -> Any:
@@ -208,9 +228,16 @@ def llava_next() -> Any:
 
 def llava_onevision() -> Any:
     vision = TOWER | {"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False}
-    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_id": IMAGE, "video_token_id": VIDEO}
+    options = {
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+    }
     text = TEXT | {"model_type": "qwen2"}
-    config = transformers.LlavaOnevisionConfig(vision_config=vision, text_config=text, image_grid_pinpoints=PINPOINTS, **options)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=PINPOINTS, **options
+    )
     return transformers.LlavaOnevisionForConditionalGeneration(config)
 
 
@@ -261,7 +288,11 @@ CLIP_LAYER, INTERN_LAYER = "vision_tower.encoder.layers.1.self_attn", "vision_to
 FAMILIES = {
     "llava": Family(llava, square(16, 16), stacked, tokens_of("vision_tower", attention=CLIP_LAYER)),
     "llava_next": Family(
-        llava_next, tiles, padded_tiles, tokens_of("vision_tower", attention=CLIP_LAYER, newline="image_newline"), arrange=arrange_tiles
+        llava_next,
+        tiles,
+        padded_tiles,
+        tokens_of("vision_tower", attention=CLIP_LAYER, newline="image_newline"),
+        arrange=arrange_tiles,
     ),
     "llava_onevision": Family(llava_onevision, tiles, padded_tiles, tokens_of("vision_tower", newline="image_newline")),
     "qwen2_vl": _qwen("Qwen2VL"),
@@ -273,7 +304,11 @@ FAMILIES = {
     "smolvlm": Family(smolvlm, square(24, 9), frames, tokens_of("vision_model", text="text_model")),
     # The prompt is seen in both directions: its tokens are of type 0.
     "paligemma": Family(
-        paligemma, square(16, 16), stacked, tokens_of("vision_tower"), types=lambda ids, mask: {"token_type_ids": torch.zeros_like(ids)}
+        paligemma,
+        square(16, 16),
+        stacked,
+        tokens_of("vision_tower"),
+        types=lambda ids, mask: {"token_type_ids": torch.zeros_like(ids)},
     ),
 }
 
@@ -294,7 +329,9 @@ def compact(name: str, stages: Sequence[dict[str, Any]], attention: str = "sdpa"
 
     model = copy.deepcopy(stock(name))
     model.set_attn_implementation(attention)
-    make_compact(model, {"towers": [], "image_tokens": FAMILIES[name].image_tokens, "token_stages": copy.deepcopy(list(stages))})
+    make_compact(
+        model, {"towers": [], "image_tokens": FAMILIES[name].image_tokens, "token_stages": copy.deepcopy(list(stages))}
+    )
     return model
 
 
@@ -330,7 +367,9 @@ def batch(name: str, samples: Sequence[Sample], side: str = "left") -> dict[str,
         place = slice(longest - len(each.ids), None) if side == "left" else slice(0, len(each.ids))
         ids[i, place], mask[i, place] = torch.tensor(each.ids), 1
     family = FAMILIES[name]
-    return {"input_ids": ids, "attention_mask": mask} | family.join([each.pictures for each in samples]) | family.types(ids, mask)
+    return (
+        {"input_ids": ids, "attention_mask": mask} | family.join([each.pictures for each in samples]) | family.types(ids, mask)
+    )
 
 
 def class_scores(name: str, model: Any, each: Sample) -> list[Tensor]:
@@ -350,4 +389,6 @@ def class_scores(name: str, model: Any, each: Sample) -> list[Tensor]:
     return scores
 
 
-CASES = [(name, rule) for name, family in FAMILIES.items() for rule in STAGES if rule != "cls-clusters" or family.has_class_token]
+CASES = [
+    (name, rule) for name, family in FAMILIES.items() for rule in STAGES if rule != "cls-clusters" or family.has_class_token
+]

@@ -52,6 +52,8 @@ class Reference:
         self.cache = DynamicCache()
         self.gone = [torch.zeros(0, dtype=torch.bool) for _ in self.layers]  # of all that was seen, for each layer
         self.deltas = None  # what Qwen remembers between calls
+        self.entered: list[Tensor] = []  # (n, dim) of the last call: hidden states that enter each layer
+        self.maps: list[Tensor] = []  # (n, seen) of the last call: attention in each layer, mean over heads
 
     @torch.no_grad()
     def read(self, sample: Any, tower: Sequence[Tensor] = (), **inputs: Any) -> Tensor:
@@ -79,10 +81,10 @@ class Reference:
 
     def _run(self, inputs: dict[str, Any], images: Any, newlines: Any, tower: Tensor) -> Tensor:
         new = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)  # which of the new ones are gone by now
-        maps: list[Tensor] = []
-        before = partial(self._before, images=images, newlines=newlines, tower=tower, new=new, maps=maps)
+        self.entered, self.maps = [], []
+        before = partial(self._before, images=images, newlines=newlines, tower=tower, new=new)
         hooks = [layer.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, layer in enumerate(self.layers)]
-        hooks += [layer.self_attn.register_forward_hook(lambda _, args, output: maps.append(output[1])) for layer in self.layers]
+        hooks += [layer.self_attn.register_forward_hook(self._attended) for layer in self.layers]
         if hasattr(self.model.model, "rope_deltas"):
             self.model.model.rope_deltas = self.deltas
         try:
@@ -93,12 +95,16 @@ class Reference:
         self.deltas = getattr(self.model.model, "rope_deltas", None)
         return logits
 
-    def _before(self, place, layer, args, kwargs, *, images, newlines, tower, new, maps):
+    def _attended(self, attention, args, output):
+        self.maps.append(output[1][0].float().mean(0))
+
+    def _before(self, place, layer, args, kwargs, *, images, newlines, tower, new):
         hidden = args[0]
+        self.entered.append(hidden[0])
         stage = self.stages.get(place)
         if stage and images:
             keys = self.cache.layers[place - 1].keys[0][:, -len(new) :] if place else None
-            last = maps[place - 1][0].float().mean(0)[-1, -len(new) :] if place else None
+            last = self.maps[-1][-1, -len(new) :] if place else None
             scores = RANKS[stage["rule"]](Seen(keys, last, tower))
             kept = [place for image in images for place in stay(stage, image, scores, new)]
             new[[place for image in images for place in image] + list(newlines)] = True
