@@ -433,6 +433,7 @@ class Notes:
     """What the multimodal model says of the images of one forward pass."""
 
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
+    answers: Tensor | None = None  # (batch, tokens): which are to be predicted, and so no part of what is asked
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
@@ -471,6 +472,7 @@ class ImageFeatures:
     comp_text: str  # name of the text model
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
+    comp_answers: Tensor | None = None  # of the pass that comes, see Notes
     comp_kind: str | None = None  # what is encoded just now
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -485,7 +487,8 @@ class ImageFeatures:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
-        notes = self.comp_notes = Notes(real=kwargs.get("attention_mask"))
+        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers)
+        self.comp_answers = None
         text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
             kwargs["mm_encoder_outputs"] = {kind: self.comp_unpack(kind, found) for kind, found in encoded.items()}
@@ -652,6 +655,8 @@ class DroppingDecoder:
         selection.text = self.comp_real(notes.real, batch, tokens, states.device)
         pictured = torch.zeros(batch * tokens, dtype=torch.bool, device=states.device).index_fill(0, where, True)
         selection.text = selection.text & ~pictured.view(batch, tokens)
+        if notes.answers is not None:
+            selection.text = selection.text & ~notes.answers.to(states.device)
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
@@ -839,6 +844,7 @@ def causal(rows: Tensor, columns: Tensor, past: int) -> Tensor:
 class CompactVLM:
     """Mixed in before the model with its head: refuses what would be wrong without a word."""
 
+    comp_inner_path: str  # of the multimodal model
     comp_placeholders: Sequence[int] = ()  # tokens that stand for those of an image or a video
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -847,13 +853,15 @@ class CompactVLM:
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
 
 
-def mask_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """No loss for the token right behind an image: what would predict it is the state of the image's last token, which may have
-    gone. A hook before the forward pass."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    if ids is not None and kwargs.get("labels") is not None:
+def read_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What is to be predicted is no instruction: images are ranked as if it were still to be written. And no loss for the token
+    right behind an image, for the image's last token, whose state would predict it, may have gone. A hook before the forward
+    pass."""
+    ids, labels = args[0] if args else kwargs.get("input_ids"), kwargs.get("labels")
+    model.get_submodule(model.comp_inner_path).comp_answers = None if labels is None else labels != -100
+    if ids is not None and labels is not None:
         pictured = torch.isin(ids[:, :-1], torch.tensor(model.comp_placeholders, device=ids.device))
-        kwargs = kwargs | {"labels": kwargs["labels"].masked_fill(F.pad(pictured, (1, 0)), -100)}
+        kwargs = kwargs | {"labels": labels.masked_fill(F.pad(pictured, (1, 0)), -100)}
     return args, kwargs
 
 
@@ -897,7 +905,8 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     mix_in(CompactVLM, model)
     names = [f"{kind}_token_id" for kind in KINDS]
     model.comp_placeholders = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
-    model.register_forward_pre_hook(mask_labels, with_kwargs=True)
+    model.comp_inner_path = layout["model"]
+    model.register_forward_pre_hook(read_labels, with_kwargs=True)
 
 
 def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
