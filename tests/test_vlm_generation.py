@@ -204,19 +204,27 @@ def test_a_cache_holds_less_and_counts_what_it_has_seen(name, rule):
 
 
 @each_family
-@pytest.mark.parametrize("count", [2, 9])
-def test_a_cache_can_forget(name, rule, count):
-    """The last words of a prompt, and an image's last tokens, of which some are held and some are not."""
+def test_a_cache_can_forget_the_last_words_of_a_prompt(name, rule):
     tokens = [50, 51, 52]
     reference, _ = read(name, rule, "one")
     model = pruned(name, rule)
     with torch.no_grad():
         cache = model(**sample(name, "one").inputs, use_cache=True).past_key_values
-        cache.crop(-count)
-        reference.forget(count)
-        logits = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0]
-    assert int(cache.get_seq_length()) == len(sample(name, "one").ids) - count + 3
-    same_logits(logits, reference.write(tokens))
+        for count in (2, 0, 1):
+            cache.crop(-count)
+            reference.forget(count)
+            logits = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0]
+            same_logits(logits, reference.after(tokens))
+            cache.crop(-len(tokens))
+    assert int(cache.get_seq_length()) == len(sample(name, "one").ids) - 3
+
+
+@each_family
+def test_a_cache_cannot_forget_a_part_of_an_image(name, rule):
+    with torch.no_grad():
+        cache = pruned(name, rule)(**sample(name, "one").inputs, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(-9)
 
 
 @pytest.mark.parametrize(("name", "rule"), [case for case in CASES if case[0] != "paligemma"])

@@ -48,7 +48,7 @@ STAGES = {  # by the rule that a test is about
         {"layer": 4, "rule": "last-attention", "share": 0.2, "settings": {}},
     ],
     "cls-clusters": [
-        {"layer": 0, "rule": "cls-clusters", "keep": 6, "settings": {"centres": 2}},
+        {"layer": 0, "rule": "cls-clusters", "keep": 6, "settings": {"centre_share": 0.4}},
         {"layer": 2, "rule": "last-attention", "keep": 4, "settings": {}},
         {"layer": 3, "rule": "key-norm", "keep": 1, "settings": {}},
     ],
@@ -81,7 +81,8 @@ class Sample:
 class Family:
     """make: the stock model. picture: of a size "a", "b" or "c". join: inputs of the images of several samples.
     image_tokens: what a compact model of it has in config.json. around: ids before and behind each image.
-    arrange: values of the tower's patches, (tiles, patches, 1), to those of image tokens, (tokens, 1) each image."""
+    arrange: values of the tower's patches, (tiles, patches, 1), to those of image tokens, (tokens, 1) each image.
+    joins: whether images side by side are tiles of one."""
 
     make: Callable[[], Any]
     picture: Callable[[Any, str, torch.Generator], Picture]
@@ -90,6 +91,8 @@ class Family:
     around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     types: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
     arrange: Callable[[Any, Tensor, dict[str, Tensor]], Tensor] = field(default=lambda model, values, inputs: values[0])
+
+    joins: bool = False
 
     @property
     def has_class_token(self) -> bool:
@@ -130,7 +133,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
-# Images ----------------------------------------------------------------------------------------------------------------------
+# Images
 
 
 def square(side: int, tokens: int) -> Callable[[Any, str, torch.Generator], Picture]:
@@ -194,7 +197,7 @@ def frames(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
 
 def grid(model: Any, size: str, generator: torch.Generator) -> Picture:
     """Qwen: patches as rows, two by two of them an image token."""
-    height, width = {"a": (8, 8), "b": (8, 4), "c": (4, 12)}[size]
+    height, width = {"a": (8, 8), "b": (8, 4), "c": (4, 12), "large": (32, 32)}[size]
     pixels = torch.randn(height * width, 3 * 2 * 4 * 4, generator=generator)
     inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
     return Picture(inputs, torch.ones(height * width // 4, dtype=torch.bool))
@@ -206,7 +209,7 @@ def shuffled(model: Any, values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return model.model.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5).flatten(1, 2).sum(-1, keepdim=True)[0]
 
 
-# Families --------------------------------------------------------------------------------------------------------------------
+# Families
 
 
 def llava() -> Any:
@@ -299,9 +302,14 @@ FAMILIES = {
     "qwen2_5_vl": _qwen("Qwen2_5_VL"),
     "qwen3_vl": _qwen("Qwen3VL"),
     "internvl": Family(
-        internvl, square(24, 9), stacked, tokens_of("vision_tower", attention=INTERN_LAYER, shuffle=0.5), arrange=shuffled
+        internvl,
+        square(24, 9),
+        stacked,
+        tokens_of("vision_tower", attention=INTERN_LAYER, shuffle=0.5),
+        arrange=shuffled,
+        joins=True,
     ),
-    "smolvlm": Family(smolvlm, square(24, 9), frames, tokens_of("vision_model", text="text_model")),
+    "smolvlm": Family(smolvlm, square(24, 9), frames, tokens_of("vision_model", text="text_model"), joins=True),
     # The prompt is seen in both directions: its tokens are of type 0.
     "paligemma": Family(
         paligemma,
@@ -349,7 +357,11 @@ def sample(name: str, prompt: str | tuple[int | str, ...]) -> Sample:
             continue
         picture = family.picture(model, part, generator)
         first = len(ids) + len(family.around[0])
-        images.append(tuple((picture.patches.nonzero()[:, 0] + first).tolist()))
+        own = tuple((picture.patches.nonzero()[:, 0] + first).tolist())
+        if family.joins and images and images[-1][-1] + 1 == own[0]:
+            images[-1] += own
+        else:
+            images.append(own)
         newlines += ((~picture.patches).nonzero()[:, 0] + first).tolist()
         ids += [*family.around[0], *[IMAGE] * len(picture.patches), *family.around[1]]
         pictures.append(picture)

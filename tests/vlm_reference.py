@@ -1,8 +1,8 @@
 """Image tokens that leave a decoder, written again: slow, one sample, eager, nothing is ever removed.
 
 A stock model runs as it is, with every token in every layer. From the layer on before which a token leaves, its key is masked
-with -inf for everybody else. What tokens are ranked by is read from that run: keys behind the rotation from the cache, attention
-from eager maps. `naive_llava` does the same without a line of transformers in the decoder. Shares no code with comp.
+with -inf for everybody else. What tokens are ranked by is read from that run: keys behind the rotation from the cache, and
+attention from eager maps. `naive_llava` does the same without a line of transformers in the decoder. Shares no code with comp.
 """
 
 import math
@@ -148,7 +148,7 @@ def beams(reference: Reference, logits: Tensor, steps: int, suppressed: Sequence
     return alive[0][0]
 
 
-# The decoder of LLaVA without transformers -------------------------------------------------------------------------------------
+# The decoder of LLaVA without transformers
 
 
 def rms(x: Tensor, norm: Any) -> Tensor:
