@@ -16,7 +16,7 @@ each = pytest.mark.parametrize(("name", "rule"), CASES)
 each_family = pytest.mark.parametrize("name", FAMILIES)
 TAIL = [
     {"layer": 0, "rule": "tail", "keep": 6, "settings": {}},
-    {"layer": 2, "rule": "doubled-tail", "share": 0.25, "settings": {}},
+    {"layer": 2, "rule": "doubled-tail", "keep": 2, "settings": {}},
 ]
 
 

@@ -28,7 +28,7 @@ from copy import copy as shallow
 from dataclasses import dataclass, field
 from functools import cache as once
 from functools import wraps
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -639,9 +639,9 @@ class DroppingDecoder:
         places, sizes = [], []
         for kind in KINDS:
             if kind in notes.masks:
-                own = notes.sizes[kind]
+                own = [size for size in notes.sizes[kind] if size]  # a list of samples has some without images
                 places.append(first_ones(notes.masks[kind].reshape(1, -1), sum(own))[0])
-                sizes += own
+                sizes += own if kind == "video" else apart(places[-1], own)
         where = torch.cat(places)
         ends = list(accumulate(sizes))
         begins = [end - size for end, size in zip(ends, sizes, strict=True)]
@@ -692,6 +692,15 @@ class DroppingDecoder:
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
+
+
+def apart(places: Tensor, sizes: list[int]) -> list[int]:
+    """Tokens of each image, cut where words stand between them: SmolVLM hands over the images of a prompt as one.
+
+    places: (tokens,) int, rising, of all images one behind the other.
+    """
+    ends = {*accumulate(sizes), *(places.diff() != 1).nonzero()[:, 0].add(1).tolist()}
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]
 
 
 def joined(samples: list[int], sizes: list[int], heads: list[int], tails: list[int]) -> tuple[list[int], list[int]]:
