@@ -134,9 +134,17 @@ class KeptLayer(KeptTokens, DynamicLayer):
         self.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.index is not None and self.held - abs(tokens_to_remove) < self.index.shape[1]:
-            said = f"{abs(tokens_to_remove)} tokens back would cut into a prompt with images, of which some tokens have gone"
-            raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+        """Forget the last tokens seen, as long as all of them are held. Raises ValueError where some have gone."""
+        left = self.held - abs(tokens_to_remove)
+        if self.index is not None and left < self.index.shape[1]:
+            first = self.seen - abs(tokens_to_remove)  # that is forgotten
+            held = left >= 0 and self.index[:, left] == first
+            if left >= 0 and self.valid is not None:
+                held = held & self.valid[:, left]
+            if not bool(torch.as_tensor(held).all()):
+                said = f"{abs(tokens_to_remove)} tokens back would cut into an image, of which some tokens have gone"
+                raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+            self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
         super().crop(tokens_to_remove)
 
 
