@@ -70,7 +70,7 @@ def test_one_sample_without_a_mask_writes_the_same(name, rule):
     same(write(pruned(name, rule), inputs), inputs, name, rule, ["two"])
 
 
-@each_family
+@each
 def test_without_a_cache_the_same_is_written(name, rule):
     inputs = batch(name, [sample(name, prompt) for prompt in PROMPTS])
     same(write(pruned(name, rule), inputs, use_cache=False), inputs, name, rule)

@@ -442,6 +442,7 @@ class Notes:
 
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
     answers: Tensor | None = None  # (batch, tokens): which are to be predicted, and so no part of what is asked
+    asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
@@ -481,6 +482,7 @@ class ImageFeatures:
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
     comp_answers: Tensor | None = None  # of the pass that comes, see Notes
+    comp_asked: int | None = None  # while a text is generated, see Notes
     comp_kind: str | None = None  # what is encoded just now
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -495,7 +497,7 @@ class ImageFeatures:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
-        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers)
+        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, self.comp_asked)
         self.comp_answers = None
         text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
@@ -615,7 +617,8 @@ class DroppingDecoder:
         if pictured or counted:
             selection = Selection(states.shape[1], left=[states.shape[1]] * len(states))
             if pictured and notes is not None:
-                self.comp_open(selection, notes, states)
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                self.comp_open(selection, notes, states, past)
             kwargs["selection"] = self.comp_current = selection
         try:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
@@ -641,8 +644,8 @@ class DroppingDecoder:
             keep_count(cache, self.comp_first, len(model.layers))
         return cache
 
-    def comp_open(self, selection: Selection, notes: Notes, states: Tensor) -> None:
-        """Find the tokens of each image."""
+    def comp_open(self, selection: Selection, notes: Notes, states: Tensor, past: int | Tensor) -> None:
+        """Find the tokens of each image, and those of what is asked. past: tokens seen before this pass."""
         batch, tokens = states.shape[:2]
         places, sizes = [], []
         for kind in KINDS:
@@ -665,6 +668,8 @@ class DroppingDecoder:
         selection.text = selection.text & ~pictured.view(batch, tokens)
         if notes.answers is not None:
             selection.text = selection.text & ~notes.answers.to(states.device)
+        if notes.asked is not None:
+            selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
@@ -863,6 +868,21 @@ class CompactVLM:
 
     comp_inner_path: str  # of the multimodal model
     comp_placeholders: Sequence[int] = ()  # tokens that stand for those of an image or a video
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model, which without a cache, or where another model guesses ahead, reads what was written along with
+        the prompt: images are ranked by the prompt alone."""
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if not self.comp_placeholders:
+            return generate(inputs, *args, **kwargs)
+        inner: Any = self.get_submodule(self.comp_inner_path)  # type: ignore[attr-defined]
+        given = (inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")))
+        lengths = [tensor.shape[1] for tensor in given if isinstance(tensor, Tensor) and tensor.dim() > 1]
+        outer, inner.comp_asked = inner.comp_asked, max(lengths, default=None)
+        try:
+            return generate(inputs, *args, **kwargs)
+        finally:
+            inner.comp_asked = outer
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if self.comp_placeholders and generation_config.prefill_chunk_size is not None:
