@@ -28,7 +28,7 @@ from copy import copy as shallow
 from dataclasses import dataclass, field
 from functools import cache as once
 from functools import wraps
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -134,9 +134,17 @@ class KeptLayer(KeptTokens, DynamicLayer):
         self.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.index is not None and self.held - abs(tokens_to_remove) < self.index.shape[1]:
-            said = f"{abs(tokens_to_remove)} tokens back would cut into a prompt with images, of which some tokens have gone"
-            raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+        """Forget the last tokens seen, as long as all of them are held. Raises ValueError where some have gone."""
+        left = self.held - abs(tokens_to_remove)
+        if self.index is not None and left < self.index.shape[1]:
+            first = self.seen - abs(tokens_to_remove)  # that is forgotten
+            held = left >= 0 and self.index[:, left] == first
+            if left >= 0 and self.valid is not None:
+                held = held & self.valid[:, left]
+            if not bool(torch.as_tensor(held).all()):
+                said = f"{abs(tokens_to_remove)} tokens back would cut into an image, of which some tokens have gone"
+                raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+            self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
         super().crop(tokens_to_remove)
 
 
@@ -434,6 +442,7 @@ class Notes:
 
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
     answers: Tensor | None = None  # (batch, tokens): which are to be predicted, and so no part of what is asked
+    asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
@@ -473,6 +482,7 @@ class ImageFeatures:
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
     comp_answers: Tensor | None = None  # of the pass that comes, see Notes
+    comp_asked: int | None = None  # while a text is generated, see Notes
     comp_kind: str | None = None  # what is encoded just now
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -487,7 +497,7 @@ class ImageFeatures:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
-        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers)
+        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, self.comp_asked)
         self.comp_answers = None
         text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
@@ -607,7 +617,8 @@ class DroppingDecoder:
         if pictured or counted:
             selection = Selection(states.shape[1], left=[states.shape[1]] * len(states))
             if pictured and notes is not None:
-                self.comp_open(selection, notes, states)
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                self.comp_open(selection, notes, states, past)
             kwargs["selection"] = self.comp_current = selection
         try:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
@@ -633,15 +644,15 @@ class DroppingDecoder:
             keep_count(cache, self.comp_first, len(model.layers))
         return cache
 
-    def comp_open(self, selection: Selection, notes: Notes, states: Tensor) -> None:
-        """Find the tokens of each image."""
+    def comp_open(self, selection: Selection, notes: Notes, states: Tensor, past: int | Tensor) -> None:
+        """Find the tokens of each image, and those of what is asked. past: tokens seen before this pass."""
         batch, tokens = states.shape[:2]
         places, sizes = [], []
         for kind in KINDS:
             if kind in notes.masks:
-                own = notes.sizes[kind]
+                own = [size for size in notes.sizes[kind] if size]  # a list of samples has some without images
                 places.append(first_ones(notes.masks[kind].reshape(1, -1), sum(own))[0])
-                sizes += own
+                sizes += own if kind == "video" else apart(places[-1], own)
         where = torch.cat(places)
         ends = list(accumulate(sizes))
         begins = [end - size for end, size in zip(ends, sizes, strict=True)]
@@ -657,6 +668,8 @@ class DroppingDecoder:
         selection.text = selection.text & ~pictured.view(batch, tokens)
         if notes.answers is not None:
             selection.text = selection.text & ~notes.answers.to(states.device)
+        if notes.asked is not None:
+            selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
@@ -692,6 +705,15 @@ class DroppingDecoder:
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
+
+
+def apart(places: Tensor, sizes: list[int]) -> list[int]:
+    """Tokens of each image, cut where words stand between them: SmolVLM hands over the images of a prompt as one.
+
+    places: (tokens,) int, rising, of all images one behind the other.
+    """
+    ends = {*accumulate(sizes), *(places.diff() != 1).nonzero()[:, 0].add(1).tolist()}
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]
 
 
 def joined(samples: list[int], sizes: list[int], heads: list[int], tails: list[int]) -> tuple[list[int], list[int]]:
@@ -846,6 +868,21 @@ class CompactVLM:
 
     comp_inner_path: str  # of the multimodal model
     comp_placeholders: Sequence[int] = ()  # tokens that stand for those of an image or a video
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model, which without a cache, or where another model guesses ahead, reads what was written along with
+        the prompt: images are ranked by the prompt alone."""
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if not self.comp_placeholders:
+            return generate(inputs, *args, **kwargs)
+        inner: Any = self.get_submodule(self.comp_inner_path)  # type: ignore[attr-defined]
+        given = (inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")))
+        lengths = [tensor.shape[1] for tensor in given if isinstance(tensor, Tensor) and tensor.dim() > 1]
+        outer, inner.comp_asked = inner.comp_asked, max(lengths, default=None)
+        try:
+            return generate(inputs, *args, **kwargs)
+        finally:
+            inner.comp_asked = outer
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if self.comp_placeholders and generation_config.prefill_chunk_size is not None:
