@@ -310,6 +310,7 @@ class Images:
     class_attention: Tensor | None = None  # (images, n) fp32
     tower_keys: Tensor | None = None  # (images, n, width)
     labels: Tensor | None = None  # (images, n)
+    square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
 
     @property
     def rows(self) -> Tensor:
@@ -357,12 +358,13 @@ class Selection:
         return self.tokens if self.index is None else self.index.shape[1]
 
     def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go."""
+        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares of
+        small images may be the same number at two stages."""
         images = self.images
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]
         for count, have in zip(counts, images.counts, strict=True):
-            if not 0 < count < have:
+            if not 0 < count < have and (stage.share is None or self.index is None):
                 raise ValueError(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
@@ -407,6 +409,7 @@ class Selection:
         assert images is not None and self.text is not None
         rows = images.rows
         view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
+        view.grid = None if images.square else torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
         if "class" in needs:
             view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
         if "keys" in needs and heard is not None:
@@ -593,6 +596,7 @@ class DroppingDecoder:
     """Mixed in before the text model."""
 
     comp_first: int  # the first layer with a stage
+    comp_square: bool  # whether the tokens of an image are the raster of a square
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
     comp_newline: Callable[[], Tensor] | None
     comp_notes: Notes | None = None
@@ -685,7 +689,7 @@ class DroppingDecoder:
             slots = slots.gather(1, first_ones(valid, max(sizes)))
         columns = where[slots] % tokens
         positions = torch.arange(columns.shape[1], device=device).expand_as(columns)
-        images = Images(samples, sizes, list(sizes), columns, positions)
+        images = Images(samples, sizes, list(sizes), columns, positions, square=self.comp_square)
         if notes.payload is not None:
             said = notes.payload.to(device)[slots]
             images.class_attention, images.tower_keys = said[..., 0], said[..., 1:]
@@ -931,6 +935,7 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
     mix_in(DroppingDecoder, text)
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None
+    text.comp_square = layout.get("square", False)
     owner, _, name = (layout["newline"] or "").rpartition(".")
     text.comp_newline = (lambda: getattr(model.get_submodule(owner), name)) if name else None
     at = {stage.layer: stage for stage in stages}

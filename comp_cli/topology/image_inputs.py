@@ -38,6 +38,7 @@ class Pictures(ABC):
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
     fixed_size: ClassVar[bool] = True  # whether every picture is as many tokens
+    square: ClassVar[bool] = False  # whether its tokens are the raster of a square
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @abstractmethod
@@ -89,6 +90,7 @@ class Tile(Pictures):
     ratio) before they are image tokens; None for a token of each patch.
     """
 
+    square: ClassVar[bool] = True
     merged: str | None = None
 
     def sizes(self, config: Config) -> Sizes:
@@ -150,6 +152,7 @@ class AnyResolution(Tile):
     The reference image is of two by two tiles, if that is among the sizes; else of the largest of them.
     """
 
+    square: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 

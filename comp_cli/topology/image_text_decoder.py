@@ -72,6 +72,7 @@ class ImageTextDecoder(Topology):
             "shuffle": shuffle,
             "newline": self.newline,
             "features": self.features,
+            "square": self.pictures.square and self.shuffle is None,  # processors of those cut pictures into tiles
         }
 
     def _class_attention(self, config: Config) -> dict[str, str] | None:
