@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from .errors import UsageError
-from .options import BACKENDS, flag
+from .options import BACKENDS, TokenOptions, flag
 from .progress import Progress
 
 P = ParamSpec("P")
@@ -85,10 +85,14 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float) -> Path:
+def default_output(model: str, ratio: float | None, method: str, tokens: TokenOptions | None) -> Path:
     """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
     named = model.split("@")[0] if model.startswith("hf://") else model
-    return Path(f"{Path(named).name or 'model'}-comp-{ratio:g}".lstrip("-@"))
+    amount = "comp" if ratio is None else f"comp-{ratio:g}"
+    if tokens is not None:
+        often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
+        amount = f"{method}-{'stages' if often is None else often}"
+    return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
 
 
 def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import IDS, MASK, Config, Tensors, Topology, Written
+from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .card_examples import LONGEST, QUESTION
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
@@ -49,9 +49,12 @@ class ImageTextDecoder(Topology):
     behind: str = ""
     chats: bool = True
 
+    drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
+    padded_by_tokenizer: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
@@ -60,6 +63,13 @@ class ImageTextDecoder(Topology):
     @property
     def written(self) -> Written:
         return Written(LABELS, None, self.head)
+
+    @property
+    def images_of_one_size(self) -> bool:
+        return self.pictures.one_size
+
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
 
     # The runtime -------------------------------------------------------------------------------------------------------
 
@@ -115,9 +125,16 @@ class ImageTextDecoder(Topology):
         depth = family.sections(config)["vision"][family.tower("vision").depth]
         return {"vision": tuple(sum(n * n for n in self.pictures.sequences(config, layer)) for layer in range(depth))}
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Logits of the last token, which are all that writing needs of a prompt."""
-        return self.step_flops(shapes)
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
+        """Logits of the last token, which are all that writing needs of a prompt; and the pooling head that a SigLIP may have,
+        which runs on every tile, for nothing."""
+        head = f"{self.features}.head"
+        if f"{head}.probe" not in shapes:
+            return self.step_flops(shapes)
+        tokens, width = shapes[f"{self.features}.embeddings.position_embedding.weight"]
+        inner = shapes[f"{head}.mlp.fc1.weight"][0]
+        pooled = 2 * width**2 + 2 * tokens * (width**2 + width) + 2 * width * inner  # one query, its way out, keys and values
+        return self.step_flops(shapes) + 2 * pooled * uses["patches"] // tokens
 
     def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         tied = f"{self.text}.embed_tokens.weight"  # where checkpoints hold the matrix once
