@@ -36,7 +36,9 @@ class View:
     text_valid: Tensor | None = None  # (I, T) bool; the last True of a row is the last instruction token
     text_attention: Tensor | None = None  # (I, T, n): attention of the layer before, from text to image tokens, mean over heads
     last_attention: Tensor | None = None  # (I, n): the same of the last instruction token alone
-    grid: Tensor | None = None  # (I, 2) int: rows and columns of the image's first tokens, 0 where not known; None: see `grid_of`
+    grid: Tensor | None = (
+        None  # (I, 2) int: rows and columns of the image's first tokens, 0 where not known; None: see `grid_of`
+    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from ..engine.scoring import Key
 from ..engine.token_ranking import with_score_rule
 from ..errors import UsageError
 from ..models.dense import Dense
+from ..models.described import image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -147,15 +148,12 @@ def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor
 def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
     cannot be pruned by."""
-    tower = next((tower for tower in dense.family.towers if tower.writes), None)
-    if tower is None:
+    if not any(tower.writes for tower in dense.family.towers):
         return None
-    topology, config = dense.family.topology, dense.hf_config.to_dict()
-    layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[topology.image_stream]
-    class_token = topology.image_tokens(config)["class_attention"] is not None
-    found = Leaving(options.tokens_method, tokens, layers, class_token, topology.fixed_size)
+    images, topology = image_shape(dense.hf_config.to_dict(), dense.family), dense.family.topology
+    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=topology.images_of_one_size)
     if options.tokens_method and not found.possible:
-        found.stages(0, tokens // 2)  # which says why
+        found.stages(0, images.tokens // 2)  # which says why
     return found
 
 

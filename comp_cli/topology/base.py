@@ -80,7 +80,6 @@ class Topology(ABC):
     padding: str = "longest"
 
     AXES: ClassVar[dict[str, Axes]] = PAIRED
-    image_stream: ClassVar[str] = ""  # of a decoder that reads images, the stream of their tokens
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
@@ -102,11 +101,6 @@ class Topology(ABC):
         if self.reads_images and self.reads_texts:
             return "AutoProcessor"
         return "AutoImageProcessor" if self.reads_images else "AutoTokenizer"
-
-    @property
-    def fixed_size(self) -> bool:
-        """Whether all images have as many tokens as the reference image."""
-        return True
 
     def parts_of(self, processor: Any) -> tuple[Any | None, Any | None]:
         """The image processor and the tokenizer in a processor; None for what the model does not read."""

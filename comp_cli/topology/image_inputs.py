@@ -37,7 +37,6 @@ class Pictures(ABC):
     """How pictures go into a model."""
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
-    fixed_size: ClassVar[bool] = True  # whether every picture is as many tokens
     square: ClassVar[bool] = False  # whether its tokens are the raster of a square
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
@@ -141,7 +140,6 @@ class TilesOfPrompts(Tile):
     """The same, tiles of a prompt together, tiles of zeros where others have more: pixel_values (batch, tiles, 3, side, side),
     pixel_attention_mask (batch, tiles, side, side)."""
 
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "pixel_attention_mask")
 
     def random(self, config: Config, batch: int, images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -162,7 +160,6 @@ class AnyResolution(Tile):
     """
 
     square: ClassVar[bool] = False
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 
     def reference(self, config: Config) -> tuple[int, int]:
@@ -208,7 +205,6 @@ class AnySize(Pictures):
     that the decoder has, if these are fewer.
     """
 
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_grid_thw")
     rows: ClassVar[Mapping[str, int]] = {"mm_token_type_ids": 0}
 

@@ -51,7 +51,6 @@ class ImageTextDecoder(Topology):
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
-    image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
     exports: ClassVar[bool] = False
@@ -66,7 +65,7 @@ class ImageTextDecoder(Topology):
 
     @property
     def images_of_one_size(self) -> bool:
-        return self.pictures.one_size
+        return self.pictures.one_size and self.shuffle is None  # processors of those cut pictures into tiles
 
     def pixels_of(self, family: Family, config: Config) -> Pixels:
         return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
@@ -82,7 +81,7 @@ class ImageTextDecoder(Topology):
             "shuffle": shuffle,
             "newline": self.newline,
             "features": self.features,
-            "square": self.pictures.square and self.shuffle is None,  # processors of those cut pictures into tiles
+            "square": self.pictures.square and self.shuffle is None,
         }
 
     def _class_attention(self, config: Config) -> dict[str, str] | None:
@@ -95,10 +94,6 @@ class ImageTextDecoder(Topology):
         deepest = max(index % (depth + 1) for index in (read if isinstance(read, list | tuple) else [read]))
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
         return {"module": module, "query": "q_proj", "key": "k_proj"}
-
-    @property
-    def fixed_size(self) -> bool:
-        return self.pictures.fixed_size and self.shuffle is None  # whose processors cut pictures into tiles
 
     # The reference input -----------------------------------------------------------------------------------------------
 
