@@ -159,6 +159,7 @@ def prompt_tokenizer(**special: str):
     made = word_tokenizer()
     made._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
     core = made._tokenizer
+    core.add_special_tokens(SPECIAL)
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     found = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names, extra_special_tokens=special or {})
     found.add_special_tokens({"additional_special_tokens": SPECIAL}, replace_extra_special_tokens=False)
@@ -299,8 +300,9 @@ def smolvlm_processor():
 
 
 def paligemma():
-    text = DECODER | {"model_type": "gemma", "head_dim": 12, "tie_word_embeddings": True}
-    options = {"image_token_index": IMAGE, "projection_dim": 48, "hidden_size": 48, "vocab_size": 40}
+    words = 1200  # the processor adds 1,152: of places and segments
+    text = DECODER | {"model_type": "gemma", "head_dim": 12, "tie_word_embeddings": True, "vocab_size": words}
+    options = {"image_token_index": IMAGE, "projection_dim": 48, "hidden_size": 48, "vocab_size": words}
     config = transformers.PaliGemmaConfig(vision_config=SIGLIP_TOWER, text_config=text, **options)
     return decoder(transformers.PaliGemmaForConditionalGeneration, config)
 

@@ -1,6 +1,5 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
-import importlib
 import json
 import logging
 import warnings
@@ -21,6 +20,7 @@ from .folder_check import check_folder, check_report, shown
 from .header_check import as_named_now, check_depth, check_shapes, few, on_meta, read_headers
 from .plan_check import check_block
 from .processor_check import check_code, check_processor
+from .runtimes import runtime_of
 from .weight_files import check_checkpoint
 
 SIZES = (
@@ -93,7 +93,7 @@ def load_model(
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
-    model_class: Any = compact_class(described, architecture) if compact else getattr(transformers, architecture)
+    model_class: Any = runtime_of(described).compact_class(architecture) if compact else getattr(transformers, architecture)
     model_class = family.topology.interface(model_class) if family else model_class
     headers: Mapping[str, TensorHeader] = read_headers(folder, files)
     options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
@@ -112,12 +112,6 @@ def load_model(
     check_finite(model.state_dict(), folder)
     check_report(folder)  # last: what is above says more exactly what is wrong
     return model.eval()
-
-
-def compact_class(family: Family, architecture: str) -> Any:
-    """The class of compact models, of the runtime that the family is run by."""
-    runtime = importlib.import_module(f"comp_cli.runtime.{family.topology.runtime}")
-    return runtime.compact_class(architecture)
 
 
 @contextmanager
@@ -176,7 +170,7 @@ def build_compact(
     """The compact model of `config.comp` around the given weights, which are shared, not copied; it answers as the family is
     described."""
     with no_init_weights():
-        model = family.topology.interface(compact_class(family, architecture))(config)
+        model = family.topology.interface(runtime_of(family).compact_class(architecture))(config)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
     found = model.load_state_dict(state, strict=False, assign=True)
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:

@@ -11,6 +11,7 @@ from ..errors import RefusedError
 from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
 from ..plan import JSON_PARTS, PADDING, SCHEMA_VERSION, width_of_head
 from .folder_check import shown
+from .stage_check import check_stages, true_sizes
 
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
 
@@ -28,6 +29,8 @@ def check_block(block: dict[str, Any], config: dict[str, Any], family: Family, a
         raise _refused("family", block.get("family"), " or ".join(fits))
     if "task" in block:
         _expect(named is family, "family", named.name, f"{family.name}, for the task {block['task']}")
+    config = true_sizes(block, config)
+    check_stages(block, config, family)
     for name in FACTS:
         _expect(isinstance(block.get(name), str | None), name, block.get(name), "a text")
     towers: Any = block.get("towers")

@@ -11,18 +11,18 @@ from ..errors import UsageError
 from ..plan import TokenStage
 
 TOKEN_METHODS = {
-    "vitcop": "[CLS] attention and clusters before the LLM, cluster quotas and key norms inside it",
-    "pyramiddrop": "attention from the last instruction token, half as many at each of three stages",
-    "sparsevlm": "attention from the text tokens that speak of the image, three stages",
-    "fastv": "attention from the last token, once, before layer 2",
-    "dart": "what duplicates tokens with large keys goes, once, before layer 2",
-    "visionzip": "[CLS] attention, the rest merged, before the LLM",
-    "tops": "relevance, coverage and diversity, before the LLM",
-    "divprune": "the most different features, before the LLM",
-    "cdpruner": "diverse features that fit the text, before the LLM",
-    "random-token": "random tokens, before the LLM",
-    "stride": "evenly spread tokens, before the LLM",
-    "pool": "average pooling of neighbours, before the LLM",
+    "vitcop": "image tokens by [CLS] attention, then clusters, then key norms, three stages (ViTCoP, arXiv 2601.17818)",
+    "pyramiddrop": "image tokens by attention of the last instruction token, three stages (PyramidDrop, arXiv 2410.17247)",
+    "sparsevlm": "image tokens by attention of text tokens that speak of the image, three stages (SparseVLM, arXiv 2410.04417)",
+    "fastv": "image tokens by attention of the last token, once, before layer 2 (FastV, arXiv 2403.06764)",
+    "dart": "image tokens unlike those with large keys, once, before layer 2 (DART, arXiv 2502.11494)",
+    "visionzip": "image tokens by [CLS] attention, the rest merged, before the LLM (VisionZip, arXiv 2412.04467)",
+    "tops": "image tokens by relevance, coverage and diversity, before the LLM (TOPS)",
+    "divprune": "image tokens with the most different features, before the LLM (DivPrune, arXiv 2503.02175)",
+    "cdpruner": "diverse image tokens that fit the text, before the LLM (CDPruner, arXiv 2506.10967)",
+    "random-token": "random image tokens, before the LLM",
+    "stride": "evenly spread image tokens, before the LLM",
+    "pool": "averages of neighbouring image tokens, before the LLM",
 }
 STAGED = ("vitcop", "pyramiddrop", "sparsevlm")
 RULES = {  # of methods with one rule

@@ -1,8 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: towers that take images of any size, four patches merged into an image token, M-RoPE.
 
 Their towers have no [CLS], fused queries, keys and values, and no padding: images stand one behind the other. Most layers of
-Qwen2.5-VL's see windows alone. Qwen3-VL hands features of earlier layers to the first layers of the decoder as well (deepstack),
-through mergers of their own.
+Qwen2.5-VL's see windows alone. Qwen3-VL hands features of earlier layers to the first layers of the decoder as well, through
+mergers of their own (deepstack).
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """A dense model, opened and described: what every command needs before it can work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
+
+Accepts = Callable[[Family, str], None]  # of a family and an architecture
 
 
 @dataclass
@@ -111,23 +113,12 @@ def open_dense(
     score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     task: str | None = None,
+    accepts: Accepts = lambda family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
-    compact already."""
-
-    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
-        found = find_family(config, task)
-        if "comp" in config:
-            raise RefusedError(
-                f"{model} is a compact model already.",
-                hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
-            )
-        return found
-
-    source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
-    config = read_config(source.folder)
-    family, architecture, name = described(config)
+    compact already. accepts: raises what speaks against a family, before weights are downloaded."""
+    source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
     chosen = tasks.TASKS[name].of(family.topology)
     progress.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder)
@@ -149,6 +140,26 @@ def open_dense(
         hf_config=dense.config,
         processor=processor,
     )
+
+
+def find_dense(
+    model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions
+) -> tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]:
+    """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
+        if "comp" in config:
+            raise RefusedError(
+                f"{model} is a compact model already.",
+                hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
+            )
+        accepts(*found[:2])
+        return found
+
+    source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
+    config = read_config(source.folder)
+    return source, config, described(config)
 
 
 def collator(

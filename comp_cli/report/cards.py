@@ -1,7 +1,7 @@
 """README.md of what comp writes: compact checkpoints, and graphs."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .prune_tables import in_words, metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
+TAGS = ("comp", "pruned", "structured-pruning", "token-pruning")
 FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
 
 
@@ -45,7 +46,7 @@ def model_card(
         document["command"],
         "```",
         "",
-        *_quality(document["quality"]),
+        *quality_lines(document["quality"]),
         "## Use",
         "",
         f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
@@ -72,7 +73,7 @@ def _at_own_texts(document: dict[str, Any]) -> str:
     return f" ({in_words(reference)}); at {mean}, {flops}, ratio {own['ratio']:.2f}"
 
 
-def _quality(quality: dict[str, Any]) -> list[str]:
+def quality_lines(quality: dict[str, Any]) -> list[str]:
     """What was lost, on which data."""
     rows = [
         [name, *(metric_value(name, value[side]) for side in ("dense", "compact"))]
@@ -91,7 +92,7 @@ def metadata_of(source: Path) -> dict[str, Any]:
         return {}
 
 
-def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
+def metadata(document: dict[str, Any], source: Path, tags: Sequence[str] = TAGS) -> ModelCardData:
     """The head of a model card: what the hub reads."""
     base = document["base_model"]
     known = metadata_of(source).items()
@@ -99,8 +100,8 @@ def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
     return ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
-        metrics=list(document["quality"]["metrics"] or {}) or None,
-        tags=["comp", "pruned", "structured-pruning", "token-pruning"],
+        metrics=list((document.get("quality") or {}).get("metrics") or {}) or None,
+        tags=list(tags),
         **told,
     )
 
@@ -109,7 +110,7 @@ def prune_command(options: Any, **more: Any) -> str:
     """The command line of `comp prune` that was typed: model, ratio, and every option that is not at its default. Of a local
     path the name only: whoever reads it has other folders. `more`: options that are no part of `PruneOptions`."""
     options = without_places(options)
-    parts = ["comp prune", shlex.quote(options.model), f"--ratio {options.ratio}"]
+    parts = ["comp prune", shlex.quote(options.model), *([] if options.ratio is None else [f"--ratio {options.ratio}"])]
     for name, value in (*_changed(options), *((name, value) for name, value in more.items() if value not in (None, False))):
         if name in ("model", "ratio"):
             continue

@@ -7,7 +7,7 @@ from ..engine import flops
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .prune import LayerKept, PruneReport
+from .prune import LayerKept, PruneReport, Quality
 
 KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
 
@@ -79,8 +79,14 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
         rows.append([f"{tower} tokens, mean over layers", str(entering), f"{mean:.1f}", change(entering, mean)])
     if size is not None:
         rows.append(["weights on disk", mib(size.dense), mib(size.compact), change(size.dense, size.compact)])
+    return rows + quality_rows(quality)
+
+
+def quality_rows(quality: Quality | None) -> list[list[str]]:
+    """What was measured, in the same columns; nothing where nothing was."""
     if quality is None:
-        return rows
+        return []
+    rows = []
     for name, found in (quality.metrics or {}).items():
         points = f"{100 * (found.compact - found.dense):+.1f} points"
         shown = [metric_value(name, value) for value in (found.dense, found.compact)]

@@ -52,8 +52,8 @@ class Choice:
 class StageRule:
     """A rule, and what has to be computed for it.
 
-    needs: "keys", "class" (class_attention and tower_keys), "text" (text_states), "attention" (text_attention), "last"
-    (last_attention). Settings may add one, see `needs_of`.
+    needs: "keys", "class" (class_attention and tower_keys), "text" (text_states and text_valid), "attention" (text_attention
+    and text_valid), "last" (last_attention). Settings may add one, see `needs_of`.
     """
 
     choose: Callable[..., Choice]  # (view, keep: list[int], **settings)
@@ -338,6 +338,12 @@ def key_norm(view: View, keep: list[int]) -> Choice:
 # Attention inside the language model
 
 
+def _of_texts(view: View) -> Tensor:
+    """(I, T, n): text_attention, nothing where either side is padding."""
+    real = _given(view.text_valid, "text_valid")[:, :, None] & view.valid[:, None]
+    return _given(view.text_attention, "text_attention").float().masked_fill(~real, 0)
+
+
 def last_attention(view: View, keep: list[int]) -> Choice:
     """FastV (arXiv 2403.06764): the highest attention, in the layer before, from the last token, mean over heads. PyramidDrop
     (arXiv 2410.17247) ranks alike, by the last instruction token.
@@ -354,19 +360,14 @@ def rater_attention(view: View, keep: list[int]) -> Choice:
     Departures: raters are chosen at every stage from the states that enter the layer, in the code once from embeddings.
     Tokens that leave are not recycled (as in SparseVLM+). Where no text token is above the average, all are raters.
     """
-    attention = _given(view.text_attention, "text_attention").float()
-    text = _given(view.text_states, "text_states").float()
-    real = view.valid[:, None]
-    sees = _given(view.text_valid, "text_valid") & (
-        attention.masked_fill(~real, 0).sum(-1) > 0
-    )  # causal: text behind the image
+    attention, text = _of_texts(view), _given(view.text_states, "text_states").float()
+    sees = attention.sum(-1) > 0  # text behind the image
     products = (view.states.float() @ text.transpose(1, 2)).masked_fill(~sees[:, None], torch.finfo(torch.float32).min)
     shares = products.softmax(-1).masked_fill(~(view.valid[:, :, None] & sees[:, None]), 0)
     relevance = shares.sum(1) / view.valid.sum(-1, keepdim=True).clamp(min=1)
-    raters = sees & (relevance > 1 / sees.sum(-1, keepdim=True).clamp(min=1))
+    raters = sees & (relevance * sees.sum(-1, keepdim=True) > 1 + TINY)  # the average of T shares is 1 / T
     raters = torch.where(raters.any(-1, keepdim=True), raters, sees).float()
-    scores = (raters[:, None] @ attention)[:, 0] / raters.sum(-1, keepdim=True).clamp(min=1)
-    return Choice(ranked(scores, view.valid, keep))
+    return Choice(ranked((raters[:, None] @ attention)[:, 0], view.valid, keep))
 
 
 # [CLS] of the vision tower
@@ -469,7 +470,7 @@ def _relevance(view: View, kind: str) -> Tensor:
     if kind == "last":
         return _given(view.last_attention, "last_attention").float()
     if kind == "attention":
-        return _given(view.text_attention, "text_attention").float().sum(1)
+        return _of_texts(view).sum(1)
     if kind == "text":
         return text_relevance(view)
     raise ValueError(f'tops knows the relevance "class", "text", "last" and "attention", not {kind!r}.')

@@ -72,6 +72,10 @@ class Topology(ABC):
     were trained so, "max_length".
     """
 
+    drops_in: ClassVar[str] = (
+        "encoder"  # where image tokens leave: an encoder of images, or the "decoder" that writes about them
+    )
+
     inputs: tuple[str, ...] = INPUTS
     padding: str = "longest"
 
@@ -134,6 +138,11 @@ class Topology(ABC):
     def text_marks(self, family: Family, config: Config) -> dict[str, tuple[Any, int]]:
         """Tokens that begin and end the texts that the model writes: place in the config -> (token, size of the vocabulary)."""
         return {}
+
+    @property
+    def images_of_one_size(self) -> bool:
+        """Whether every image becomes as many tokens as the reference image."""
+        return True
 
     # The reference input -----------------------------------------------------------------------------------------------
 

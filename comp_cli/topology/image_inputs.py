@@ -40,6 +40,11 @@ class Pictures(ABC):
     fixed_size: ClassVar[bool] = True  # whether every picture is as many tokens
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
+    @property
+    def one_size(self) -> bool:
+        """Whether every picture becomes as many tokens as the reference image."""
+        return False
+
     @abstractmethod
     def sizes(self, config: Config) -> Sizes:
         """Of the reference image."""
@@ -90,6 +95,10 @@ class Tile(Pictures):
     """
 
     merged: str | None = None
+
+    @property
+    def one_size(self) -> bool:
+        return type(self) in (Tile, TileOfPrefix) and self.merged is None  # others read a large picture in several tiles
 
     def sizes(self, config: Config) -> Sizes:
         vision = config["vision_config"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import IDS, MASK, Config, Tensors, Topology, Written
+from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .card_examples import LONGEST, QUESTION
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
@@ -49,9 +49,11 @@ class ImageTextDecoder(Topology):
     behind: str = ""
     chats: bool = True
 
+    drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
+    padded_by_tokenizer: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
@@ -60,6 +62,13 @@ class ImageTextDecoder(Topology):
     @property
     def written(self) -> Written:
         return Written(LABELS, None, self.head)
+
+    @property
+    def images_of_one_size(self) -> bool:
+        return self.pictures.one_size
+
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
 
     # The runtime -------------------------------------------------------------------------------------------------------
 
