@@ -86,8 +86,8 @@ class AllocationState:
 
 @dataclass(frozen=True)
 class Space:
-    """What plans are made of: the dense plan, prices of its units in the order of their elimination (see statistics.prices), what
-    always stays, and for decoders that read images how their tokens leave (None: behind the attention of a layer)."""
+    """What plans are made of: the dense plan, prices of its units in the order of their elimination (see statistics.prices),
+    what always stays, and for decoders that read images how their tokens leave (None: behind the attention of a layer)."""
 
     dense: Plan
     ref: flops.Reference

@@ -7,17 +7,17 @@ from ..errors import UsageError
 from ..plan import TokenStage
 from .token_schedules import stages
 
-# Where CoMP's stages are: before the first, and by these shares of the layers behind it; and what stays of the first one's tokens.
-# PyramidDrop's published layers 2, 8 and 16 of 32, and its halves.
+# Where CoMP's stages are: before the first layer that drops, and by these shares of the layers behind it; and what stays of the
+# first one's tokens. PyramidDrop's published layers 2, 8 and 16 of 32, and its halves.
 PLACES, KEPT = (0.0, 0.2, 7 / 15), (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
 class Leaving:
-    """method: of token_schedules.TOKEN_METHODS, whose stages follow from a number of tokens alone; None for CoMP's own: three stages
-    from a layer on, ranked by attention from the last instruction token (PyramidDrop, arXiv 2410.17247, host of CoMP on LLaVA).
-    image_tokens: of the reference image. layers: of the decoder. class_token: whether the vision tower has one. fixed_size: whether
-    all images have as many tokens as the reference image; where not, stages keep shares.
+    """method: of token_schedules.TOKEN_METHODS, whose stages follow from a number of tokens alone; None for CoMP's own: three
+    stages from a layer on, ranked by attention from the last instruction token (PyramidDrop, arXiv 2410.17247, host of CoMP on
+    LLaVA). image_tokens: of the reference image. layers: of the decoder. class_token: whether the vision tower has one.
+    fixed_size: whether all images have as many tokens as the reference image; where not, stages keep shares.
     """
 
     method: str | None

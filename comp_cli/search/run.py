@@ -78,7 +78,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
 
 
 def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
-    """The dense model with those modes on that were asked for; None for the usual ones. Raises UsageError for others than its."""
+    """The dense model with those modes on that were asked for; None for the usual ones. Raises UsageError for others."""
     if modes is None:
         return dense
     known = dense.family.every_mode
