@@ -1,5 +1,6 @@
 """How image tokens leave a decoder in a search: the stages of a layer and a number of tokens."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,6 +26,7 @@ class Leaving:
     layers: int
     class_token: bool
     fixed_size: bool
+    seed: int = 0  # of random tokens
 
     @property
     def depths(self) -> int:
@@ -45,10 +47,12 @@ class Leaving:
     def _of_method(self, tokens: int) -> tuple[TokenStage, ...]:
         assert self.method is not None
         sizes = {"image_tokens": self.image_tokens, "layers": self.layers}
-        return stages(self.method, tokens=tokens, share=None, class_token=self.class_token, fixed_size=True, **sizes)
+        found = stages(self.method, tokens=tokens, share=None, class_token=self.class_token, fixed_size=True, **sizes)
+        return tuple(replace(stage, settings={"seed": self.seed}) if stage.rule == "random" else stage for stage in found)
 
     def _as_share(self, stage: TokenStage) -> TokenStage:
-        return replace(stage, keep=None, share=round((stage.keep or 0) / self.image_tokens, 6))
+        """Rounded down: of the reference image as many tokens stay as without."""
+        return replace(stage, keep=None, share=math.floor((stage.keep or 0) / self.image_tokens * 1e6) / 1e6)
 
     @cached_property
     def possible(self) -> frozenset[int]:
@@ -60,5 +64,5 @@ class Leaving:
             found = self.stages(0, tokens)
         except UsageError:
             return False
-        counts = [self.image_tokens, *(stage.left(self.image_tokens) for stage in found)]
+        counts = [self.image_tokens, *(stage.left(self.image_tokens) for stage in found), 0]
         return all(more > less for more, less in zip(counts, counts[1:], strict=False)) and found[-1].layer < self.layers

@@ -37,7 +37,6 @@ class Pictures(ABC):
     """How pictures go into a model."""
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
-    fixed_size: ClassVar[bool] = True  # whether every picture is as many tokens
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @property
@@ -139,7 +138,6 @@ class TilesOfPrompts(Tile):
     """The same, tiles of a prompt together, tiles of zeros where others have more: pixel_values (batch, tiles, 3, side, side),
     pixel_attention_mask (batch, tiles, side, side)."""
 
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "pixel_attention_mask")
 
     def random(self, config: Config, batch: int, images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -159,7 +157,6 @@ class AnyResolution(Tile):
     The reference image is of two by two tiles, if that is among the sizes; else of the largest of them.
     """
 
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 
     def reference(self, config: Config) -> tuple[int, int]:
@@ -205,7 +202,6 @@ class AnySize(Pictures):
     that the decoder has, if these are fewer.
     """
 
-    fixed_size: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_grid_thw")
     rows: ClassVar[Mapping[str, int]] = {"mm_token_type_ids": 0}
 

@@ -94,11 +94,6 @@ class ImageTextDecoder(Topology):
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
         return {"module": module, "query": "q_proj", "key": "k_proj"}
 
-    @property
-    def fixed_size(self) -> bool:
-        """Whether all images have as many tokens as the reference image."""
-        return self.pictures.fixed_size and self.shuffle is None  # whose processors cut pictures into tiles
-
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
