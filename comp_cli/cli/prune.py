@@ -30,7 +30,9 @@ KINDS = {
     DECODER: "Methods for image-text decoders (LLaVA and its kin), which take a number of image tokens:",
 }
 EPILOG = "\n\n".join(
-    "\n\n".join([said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind))])
+    "\n\n".join(
+        [said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind, only_tokens=kind == DECODER))]
+    )
     for kind, said in KINDS.items()
 )
 

@@ -20,7 +20,7 @@ class Leaving:
     method: of token_schedules.TOKEN_METHODS, whose stages follow from a number of tokens alone; None for CoMP's own: three
     stages from a layer on, ranked by attention from the last instruction token (as PyramidDrop's, arXiv 2410.17247).
     tokens: of the reference image. layers: of the decoder. class_token, clip: of the vision tower. fixed_size:
-    whether all images have as many tokens as the reference image; where not, stages keep shares.
+    whether all images have as many tokens as the reference image; where not, stages keep shares. seed: of random tokens.
     """
 
     method: str | None
@@ -29,6 +29,7 @@ class Leaving:
     class_token: bool
     clip: bool
     fixed_size: bool
+    seed: int = 0
 
     @property
     def depths(self) -> int:
@@ -48,7 +49,7 @@ class Leaving:
 
     def _of_method(self, tokens: int) -> tuple[TokenStage, ...]:
         assert self.method is not None
-        return stages(
+        found = stages(
             self.method,
             tokens=tokens,
             share=None,
@@ -58,6 +59,7 @@ class Leaving:
             clip=self.clip,
             fixed_size=True,
         )
+        return tuple(replace(stage, settings={"seed": self.seed}) if stage.rule == "random" else stage for stage in found)
 
     def _as_share(self, stage: TokenStage) -> TokenStage:
         """Not more than the number, which rounding up makes of the share."""
@@ -73,5 +75,5 @@ class Leaving:
             found = self.stages(0, tokens)
         except UsageError:
             return False
-        counts = [self.tokens, *(stage.left(self.tokens) for stage in found)]
+        counts = [self.tokens, *(stage.left(self.tokens) for stage in found), 0]
         return all(more > less for more, less in zip(counts, counts[1:], strict=False)) and found[-1].layer < self.layers

@@ -70,7 +70,7 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     hooks, before = [], []
 
     def remember_input(key: Key) -> Callable[..., None]:
-        return lambda module, args: recorder.inputs.__setitem__(key, args[0].detach())
+        return lambda module, args: recorder.inputs.__setitem__(key, in_batches(args[0].detach()))
 
     def remember_scores(key: tuple[str, int]) -> Callable[..., None]:
         return lambda module, args, output: recorder.scores.__setitem__(key, output[1].detach())
@@ -111,10 +111,15 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
             attention.token_scores = token_scores
 
 
+def in_batches(states: Tensor) -> Tensor:
+    """(batch, tokens, dim), also of a tower whose images stand one behind the other in one sequence (Qwen2-VL)."""
+    return states if states.dim() == 3 else states.unsqueeze(0)
+
+
 def even_scores(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """1 for every token that a stock layer is given, -1 for padding: (batch, tokens). Padding is what the last token does not
     see. Raises RefusedError for a mask that is not (batch, 1, tokens, tokens)."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = in_batches(args[0] if args else kwargs["hidden_states"])
     mask = kwargs.get("attention_mask")
     scores = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
     if mask is None:

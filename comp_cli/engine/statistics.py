@@ -14,7 +14,7 @@ from ..families import Family
 from ..plan import Plan
 from . import brain_surgeon, flops
 from .recover import RIDGE, gram
-from .scoring import Key, reader_of, recording, tower_layers, weights_of
+from .scoring import Key, in_batches, reader_of, recording, tower_layers, weights_of
 
 
 @dataclass
@@ -61,8 +61,8 @@ def collect(
                 found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights)
                 if not back:
                     continue
-                varied = _around_mean(said[key].detach().float(), weights)
-                rise = (slopes[key].float() * varied).sum((1, 2)).square().sum()
+                varied = _around_mean(in_batches(said[key].detach().float()), weights)
+                rise = (in_batches(slopes[key].float()) * varied).sum((1, 2)).square().sum()
                 found.rises[key] = found.rises.get(key, 0.0) + float(rise)
                 found.energies[key] = found.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
             advance()

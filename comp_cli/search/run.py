@@ -46,6 +46,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     begin = time.perf_counter()
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
+    check_asked(dense, options)
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.text_tokens)
@@ -87,6 +88,20 @@ def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
         raise UsageError(f"--modes {','.join(modes)}: this model has no {unknown[0]}.", hint=f"Its modes: {', '.join(known)}.")
     family = replace(dense.family, asked=modes)
     return replace(dense, family=family, reference=replace(dense.reference, family=family))
+
+
+def check_asked(dense: Dense, options: ResolvedOptions) -> None:
+    """Raises UsageError where modes, or a way for image tokens to leave, do not fit the method or the model. Before data is
+    read."""
+    method = METHODS[options.method]
+    if not any(method.removes(mode.kind) for mode in dense.family.modes.values()):
+        raise UsageError(f"--method {options.method}: none of what it removes is among the modes that are on.")
+    leaves = leaving_of(dense, options) if method.compares_plans else None
+    if options.tokens_method and leaves is None:
+        said = (
+            f"image tokens by {options.tokens_method}: --method {options.method} of a {dense.architecture} knows no such way."
+        )
+        raise UsageError(said, hint="It is for --method comp of an image-text decoder.")
 
 
 def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | None) -> State:
@@ -151,7 +166,11 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     if not any(tower.writes for tower in dense.family.towers):
         return None
     images, topology = image_shape(dense.hf_config.to_dict(), dense.family), dense.family.topology
-    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=topology.images_of_one_size)
+    if not any(mode.parts for mode in dense.family.modes.values()):
+        hint = "Image tokens alone go by their number: --method pyramiddrop --tokens N, and others."
+        raise UsageError(f"--method {options.method} with --ratio removes parameters, and no mode of them is on.", hint=hint)
+    one_size = topology.images_of_one_size
+    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=one_size, seed=options.seed)
     if options.tokens_method and not found.possible:
         found.stages(0, images.tokens // 2)  # which says why
     return found
@@ -167,10 +186,12 @@ def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> d
     found = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
-        if stream.source == "image" or not short:
+        if leaving is not None:
+            if leaving.depths > 0:
+                found[stream.name] = (leaving.depths, LEAVES_FROM)
+        elif stream.source == "image" or not short:
             begins = allocation.DEPTHS.get(stream.source, allocation.MIDDLE)
-            layers = len(dense.plan.tower(tower.name).layers) if leaving is None else leaving.depths
-            found[stream.name] = (layers, begins if leaving is None else LEAVES_FROM)
+            found[stream.name] = (len(dense.plan.tower(tower.name).layers), begins)
     return found
 
 
