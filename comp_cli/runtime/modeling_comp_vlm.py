@@ -359,8 +359,8 @@ class Selection:
         return self.tokens if self.index is None else self.index.shape[1]
 
     def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares of
-        small images may be the same number at two stages."""
+        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares
+        of small images may be the same number at two stages."""
         images = self.images
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]

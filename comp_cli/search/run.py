@@ -26,7 +26,7 @@ from .journal import Journal
 from .training_free import State, TrainingFree
 from .with_training import Trained
 
-LEAVES_FROM = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
+LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
 
 
 @dataclass(frozen=True)
