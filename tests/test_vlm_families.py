@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from comp_cli import tasks
 from comp_cli.checkpoint.loading import build_compact, describe, load_model, untied_state_dict
 from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.cli.output import Output
@@ -23,7 +28,7 @@ from comp_cli.engine import flops
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import RefusedError
 from comp_cli.families import FAMILIES, Family, check_supported, find_family
-from comp_cli.models.dense import open_dense
+from comp_cli.models.dense import collator, open_dense
 from comp_cli.options import ExportOptions
 from comp_cli.plan import Plan, TokenStage, dense_plan
 from comp_cli.topology.prompts import with_answer, without_answers
@@ -398,6 +403,46 @@ def test_texts_are_written_as_one_by_one_and_as_by_hand(opened):
             assert scores.argmax() == token
             given |= {name: nn.functional.pad(given[name], (0, 1), value=name == "attention_mask") for name in rows}
             given["input_ids"][0, -1] = token
+
+
+def test_a_placeholder_in_the_data_is_not_a_second_image(opened):
+    token = opened.processor.image_token
+    expected, found = (opened.collate([replace(PAIRS[0], text=text)]).inputs for text in ("a red", f"{token}\na red"))
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+class Still(transformers.SmolVLMProcessor):
+    """SmolVLM's processor without what needs torchvision and num2words, for videos."""
+
+    video_processor = SimpleNamespace(num_frames=1, fps=1)
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+def test_prompts_of_smolvlm(monkeypatch):
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    sizes = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}  # two by two tiles, and the whole
+    images, tokenizer = SmolVLMImageProcessorPil(**sizes), tiny.prompt_tokenizer()
+    processor = Still(images, tokenizer, None, image_seq_len=9, chat_template=tiny.chat())
+    model = made("smolvlm")
+    task = tasks.TASKS["vqa"].of(model.family.topology)
+    batch = collator(model.family, processor, 20, task, model.stock.config)(PAIRS)
+    assert batch.inputs["pixel_values"].shape[1:] == (5, 3, 24, 24)
+    assert (batch.inputs["input_ids"] == tiny.IMAGE).sum(1).tolist() == [5 * 9, 3 * 9]  # the other is narrow
+    with torch.no_grad():
+        read = task.forward(model.stock, batch.inputs)
+    assert len(read[0]) == len(batch.labels) == 5
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_processor_that_cannot_do_without_videos_says_what_it_needs(tmp_path):
+    made("smolvlm").stock.save_pretrained(tmp_path)
+    for part in (tiny.prompt_tokenizer(), SmolVLMImageProcessorPil(size={"longest_edge": 24})):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(RefusedError, match="needs a package that is missing: SmolVLMVideoProcessor requires the Torchvision"):
+        open_dense(str(tmp_path), QUIET)
 
 
 def test_a_block_of_sizes_is_checked(opened):

@@ -1,6 +1,7 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
 import importlib
+import inspect
 import json
 import logging
 import warnings
@@ -230,7 +231,8 @@ def load_processor(folder: Path) -> Any:
 def without_video(loader: Any) -> Any:
     """The class of a processor without the part that makes frames of a video, which comp does not ask: it needs torchvision,
     which nothing else here does."""
-    if "video_processor" not in getattr(loader, "get_attributes", list)():
+    made_of = inspect.signature(loader.__init__).parameters.get("video_processor")
+    if made_of is None or made_of.default is made_of.empty:  # SmolVLM's cannot be left out
         return loader
     others = [name for name in loader.get_attributes() if name != "video_processor"]
     members = {"get_attributes": classmethod(lambda own: others), "__module__": loader.__module__}
