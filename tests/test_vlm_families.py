@@ -19,7 +19,14 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from comp_cli import tasks
-from comp_cli.checkpoint.loading import build_compact, describe, load_model, untied_state_dict
+from comp_cli.checkpoint.loading import (
+    build_compact,
+    describe,
+    load_model,
+    load_processor,
+    save_processor,
+    untied_state_dict,
+)
 from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
@@ -311,6 +318,18 @@ def test_the_reference_image_of_published_models(name):
     assert found == expected
 
 
+def test_many_tiles_are_read_as_fewer_patches():
+    """LLaVA-OneVision makes at most those of nine tiles of them: of 4 x 4 tiles of 36, 24 rows and columns become 18."""
+    stock = tiny.llava_onevision(pinpoints=[[96, 96]]).eval()
+    config = stock.config.to_dict() | {"architectures": [type(stock).__name__]}
+    config["text_config"]["max_position_embeddings"] = 512
+    family, _, _ = find_family(config)
+    found = family.topology.lengths(family, config, 12)
+    assert found == {"vision": 17 * 36, "image": 36 + 18 * 18, "language": 17, "newline": 18}
+    inputs = family.topology.random_inputs(family, config, 1, 12)
+    assert logits(stock, inputs).isfinite().all()  # which compares placeholders with features
+
+
 def test_windows_of_a_tower_at_the_reference_image():
     """Of 36 x 36 image tokens, windows of 4 x 4: 81 of 64 patches; full layers see all."""
     pictures = FAMILIES["qwen2_5_vl"].topology.pictures
@@ -409,6 +428,20 @@ def test_a_placeholder_in_the_data_is_not_a_second_image(opened):
     token = opened.processor.image_token
     expected, found = (opened.collate([replace(PAIRS[0], text=text)]).inputs for text in ("a red", f"{token}\na red"))
     assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize("place", ["a file of its own", "the processor's file"])
+def test_what_is_said_of_videos_is_handed_on(place, tmp_path):
+    folder = tiny.write("qwen2-vl", tmp_path / "dense")
+    said, path = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3}, folder / "processor_config.json"
+    if place == "a file of its own":
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(said))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"video_processor": said}))
+    save_processor(load_processor(folder), tmp_path / "compact", folder)
+    name = "video_preprocessor_config.json" if place == "a file of its own" else "processor_config.json"
+    found = json.loads((tmp_path / "compact" / name).read_text())
+    assert found.get("video_processor", found) == said
 
 
 class Still(transformers.SmolVLMProcessor):

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -239,9 +240,16 @@ def without_video(loader: Any) -> Any:
     return type(loader.__name__, (loader,), members)
 
 
-def save_processor(processor: Any, folder: Path) -> None:
-    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from."""
+def save_processor(processor: Any, folder: Path, source: Path | None = None) -> None:
+    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from. source: where
+    that was; what is said there of videos is handed on, see `without_video`."""
     processor.save_pretrained(folder)
+    name, whole = "video_preprocessor_config.json", "processor_config.json"
+    if source is not None and (source / name).is_file():
+        shutil.copyfile(source / name, folder / name)
+    if source is not None and (source / whole).is_file() and "video_processor" in (found := read_json(source / whole)):
+        settings = read_json(folder / whole) | {"video_processor": found["video_processor"]}
+        (folder / whole).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}
