@@ -76,7 +76,11 @@ class Made:
 @cache
 def made(name: str) -> Made:
     torch.manual_seed(0)
-    stock = tiny.DECODERS[name][0]().eval().requires_grad_(False)
+    return known(tiny.DECODERS[name][0]())
+
+
+def known(stock: nn.Module) -> Made:
+    stock.eval().requires_grad_(False)
     stock.set_attn_implementation("eager")
     stock.config.architectures = [type(stock).__name__]
     config = stock.config.to_dict()
@@ -149,6 +153,17 @@ def test_masked_is_sliced(model):
         for name, each in (("sliced", plan), ("dense", model.plan))
     }
     assert size["sliced"] < 0.95 * size["dense"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES["llava"].backbones["text_config"])
+def test_every_language_model_that_a_llava_may_have(kind):
+    """Biases in queries, keys and values, norms of queries and keys, another width of heads: one description."""
+    torch.manual_seed(0)
+    text = {"model_type": kind, "sliding_window": None} | ({"head_dim": 16} if kind in ("qwen3", "gemma") else {})
+    model = known(tiny.llava(text=text))
+    check_supported(model.config, model.family)
+    assert flops.count(model.plan, model.reference).total == counted(model.stock, model.inputs(), logits_to_keep=1)
+    test_masked_is_sliced(model)
 
 
 def test_nothing_pruned_says_what_the_stock_model_says(model):
