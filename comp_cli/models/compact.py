@@ -42,7 +42,7 @@ def write_checkpoint(
     ship(dense.family, folder)
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder), folder)
+        save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
     numbers = dense.family.topology.facts(compact)
     card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -143,7 +143,9 @@ class ImageTextDecoder(Topology):
         predicted. Filled up at the right. Questions and answers are cut, not what the template puts around them."""
         processor, tokenizer = collator.processor, collator.processor.tokenizer
         asked = [(pair.text, pair.answer or "") if collator.answers else (DESCRIBE, pair.text) for pair in pairs]
-        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in asked]
+        # Questions of some data hold the placeholder, which the template puts.
+        plain = [[text.replace(processor.image_token, "").strip() for text in both] for both in asked]
+        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in plain]
         prompts = [as_asked(processor, question, self.plain) for (question, _), _ in texts]
         images = [[pair.image.convert("RGB")] for pair in pairs]
         made = dict(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
