@@ -95,30 +95,6 @@ def default_output(model: str, ratio: float | None, method: str, tokens: TokenOp
     return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
 
 
-def parse_token_stages(given: str) -> tuple[tuple[int, int | float], ...]:
-    """(layer, tokens of each image that stay before it), a number or a share below 1: "0:172,2:0.13" -> ((0, 172), (2, 0.13)).
-    Raises UsageError where it is none, or where layers do not ascend."""
-    try:
-        stages = tuple(_token_stage(part) for part in given.split(","))
-    except ValueError:
-        stages = ()
-    if not stages:
-        hint = "A layer of the language model and the image tokens that stay before it: --token-stages 0:172,2:77,22:15."
-        raise UsageError(f"--token-stages {given}: expected layer:count or layer:share with commas.", hint=hint)
-    layers = [layer for layer, _ in stages]
-    if layers != sorted(set(layers)):
-        raise UsageError(f"--token-stages {given}: expected layers that ascend, found {', '.join(map(str, layers))}.")
-    return stages
-
-
-def _token_stage(part: str) -> tuple[int, int | float]:
-    layer, amount = part.split(":")
-    kept = float(amount) if "." in amount else int(amount)
-    if int(layer) < 0 or kept <= 0 or (isinstance(kept, float) and kept >= 1):
-        raise ValueError(part)
-    return int(layer), kept
-
-
 def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
     """Backends as a text with commas, or several texts. Raises UsageError where one is none."""
     parts = given.split(",") if isinstance(given, str) else given

@@ -96,7 +96,8 @@ class TokenStage:
 
     def left(self, tokens: int) -> int:
         """How many of an image's tokens stay, of those that it had at first."""
-        return min(tokens, math.ceil(tokens * self.share) if self.keep is None else self.keep) if tokens else 0
+        wanted = math.ceil(tokens * (self.share or 0.0)) if self.keep is None else self.keep
+        return min(tokens, wanted)
 
     def to_json(self) -> dict[str, Any]:
         amount = {"share": self.share} if self.keep is None else {"keep": self.keep}

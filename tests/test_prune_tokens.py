@@ -176,10 +176,10 @@ def test_links_are_second_names_that_outlive_the_dense_folder(dense, pruned, tmp
 def test_a_linked_folder_is_replaced_and_the_dense_weights_stay(dense, tmp_path):
     before = [path.read_bytes() for path in shards(dense)]
     for tokens in (9, 12):
-        comp_cli.prune(dense, method="vitcop", tokens=tokens, output=tmp_path / "linked", link=True, overwrite=tokens > 9)
+        comp_cli.prune(dense, method="fastv", tokens=tokens, output=tmp_path / "linked", link=True, overwrite=tokens > 9)
     assert [path.read_bytes() for path in shards(dense)] == before
     assert json.loads((tmp_path / "linked" / "comp_report.json").read_text())["options"]["image_tokens"]["tokens"] == 12
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".linked.lock", "linked"] or not (tmp_path / ".linked.old").exists()
+    assert not list(tmp_path.glob(".linked.[op]*"))  # nothing old, nothing partial
 
 
 def test_a_link_that_the_disk_does_not_allow_is_refused_and_nothing_is_left(dense, tmp_path, monkeypatch):
@@ -333,7 +333,13 @@ def test_people_read_stages_and_savings(dense):
 
 def test_the_card_shows_how_it_is_used_and_what_it_cannot(pruned):
     card = (pruned / "README.md").read_text()
-    for said in ("AutoModelForImageTextToText", "trust_remote_code=True", "comp_cli.load", 'pipeline("image-text-to-text"', "Limits"):
+    for said in (
+        "AutoModelForImageTextToText",
+        "trust_remote_code=True",
+        "comp_cli.load",
+        'pipeline("image-text-to-text"',
+        "Limits",
+    ):
         assert said in card
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
@@ -367,12 +373,14 @@ def test_a_missed_max_drop_leaves_nothing(dense, tmp_path, monkeypatch):
 def test_every_method_prunes_and_runs(method, dense, tmp_path):
     report = comp_cli.prune(dense, method=method, tokens=18, output=tmp_path / "compact", link=True)
     assert report.image_tokens.mean < TOKENS
-    assert len(answer(comp_cli.load(tmp_path / "compact"), prompt(dense))) == 8
+    assert answer(comp_cli.load(tmp_path / "compact"), prompt(dense))
 
 
 def test_methods_of_decoders_are_those_that_have_schedules():
     assert set(methods_for(DECODER, only_tokens=True)) == set(TOKEN_METHODS)
-    assert all(METHODS[name].description == TOKEN_METHODS[name] for name in TOKEN_METHODS if ENCODER not in METHODS[name].drops_in)
+    assert all(
+        METHODS[name].description == TOKEN_METHODS[name] for name in TOKEN_METHODS if ENCODER not in METHODS[name].drops_in
+    )
 
 
 def test_random_tokens_follow_the_seed(dense):
@@ -389,7 +397,7 @@ MISTAKES = {
     "a share of none": (["--method", "vitcop", "--tokens-share", "0"], "between 0 and 1"),
     "stages that fall": (["--method", "vitcop", "--token-stages", "2:20,0:12,3:2"], "layers must rise"),
     "stages that grow": (["--method", "vitcop", "--token-stages", "0:12,1:20,3:2"], "fewer tokens"),
-    "stages beyond": (["--method", "vitcop", "--token-stages", "0:12,1:8,9:2"], "layers must rise from 0 to 4"),
+    "stages beyond": (["--method", "vitcop", "--token-stages", "0:12,1:8,9:2"], "layers must rise, up to 4"),
     "no stages": (["--method", "fastv", "--token-stages", "nine"], "LAYER:TOKENS"),
     "ratio alone": (["--method", "vitcop", "--ratio", "0.5"], "removes image tokens of a decoder, by number"),
     "ratio of both kinds": (["--method", "stride", "--ratio", "0.5"], "asked for a number of image tokens"),
@@ -429,7 +437,11 @@ def test_an_encoder_is_refused_with_the_methods_for_it(tiny_folder, tmp_path):
 
 
 def test_outputs_that_would_destroy_something_are_refused(dense, pruned, tmp_path):
-    for output, said in ((dense / "inside", "lies inside the input"), (dense, "is the input"), (pruned, "exists and is not empty")):
+    for output, said in (
+        (dense / "inside", "lies inside the input"),
+        (dense, "is the input"),
+        (pruned, "exists and is not empty"),
+    ):
         with pytest.raises(UsageError, match=said):
             comp_cli.prune(dense, method="vitcop", tokens=9, output=output)
     with pytest.raises(RefusedError, match="compact model already"):

@@ -15,6 +15,7 @@ from comp_cli.runtime.token_rules import (
     Choice,
     View,
     divprune,
+    grid_of,
     may_be_first,
     needs_of,
     peaks,
@@ -59,6 +60,8 @@ def test_the_lower_index_stays_where_scores_tie():
     scores = torch.tensor([[1.0, 2, 1, 1, 2]])
     kept = ranked(scores, torch.ones(1, 5, dtype=torch.bool), [3])
     assert kept.tolist() == [[True, True, False, False, True]]
+    many = ranked(torch.ones(2, 5000), torch.ones(2, 5000, dtype=torch.bool), [1000, 2])
+    assert many.sum(-1).tolist() == [1000, 2] and many[0, :1000].all() and many[1, :2].all()
 
 
 def test_scores_are_ranked_in_fp32():
@@ -123,6 +126,14 @@ def test_the_gate_of_clusters_goes_by_the_grid():
     assert together[0] == together[5] and len(together.unique()) == 5
     gated = by("cls-clusters", replace(seen, grid=torch.tensor([[2, 3]])), 6, centre_share=0.84)[1].labels[0]
     assert gated[0] != gated[5]
+
+
+def test_only_a_whole_image_with_a_square_number_of_tokens_is_taken_for_a_square():
+    seen = view(numbers(*range(4)))
+    assert [value.item() for value in grid_of(seen)] == [2, 2, True]
+    assert not grid_of(replace(seen, positions=torch.tensor([[0, 3, 5, 8]])))[2].item()  # four of nine
+    assert not grid_of(view(numbers(*range(6))))[2].item()
+    assert [value.item() for value in grid_of(replace(seen, grid=torch.tensor([[1, 4]])))] == [1, 4, True]
 
 
 def test_diverse_clusters_need_no_cls():
@@ -243,10 +254,10 @@ def test_divprune_takes_the_farthest_each_time():
 
 
 def test_dart_keeps_pivots_and_what_is_least_like_them():
-    """Two pivots, the keys of largest L1 norm: 1 (10 degrees) and 2 (80). Farthest from 1: token 3 (170); of the others from 2:
-    token 0 (0). The odd token goes to the first pivot."""
-    keys = [[[0.5, -0.5]], [[-3.0, 2]], [[2, -2]], [[1, 0]], [[0, 1]]]
-    seen = view(at_angles(0, 10, 80, 170, 100), keys=keys)
+    """Two pivots, the keys of largest L1 norm, 5 and 4 (token 3 has 3.5, though a larger L2 norm than 2): 1 at 10 degrees, 2 at
+    80. Farthest from 1 is token 3 at 150, from 2 token 0 at 0. The odd token goes to the first pivot."""
+    keys = [[[0.5, -0.5]], [[-3.0, 2]], [[2, -2]], [[3.5, 0]], [[0, 1]]]
+    seen = view(at_angles(0, 10, 80, 150, 100), keys=keys)
     kept = [by("dart", seen, keep, pivots=2)[0] for keep in (1, 2, 3, 4)]
     assert kept == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3]]
 
@@ -269,12 +280,13 @@ def test_tops_weighs_relevance_coverage_and_diversity():
 
 
 def test_tops_counts_what_a_token_covers_of_others():
-    """Token 0 is chosen. 1 and 2 are as different from it; 1 covers itself, and 3 by half; 2 itself only. So 1, though 2 is as
-    relevant and diverse."""
+    """Token 0 is chosen; the others differ from it alike. 1 covers itself and some of 3, as 3 does of it: 1.71. 2 covers itself
+    only: 1, the least of those that are left, so 0 after normalising. Its relevance of 0.8 is less than 0.1 + 1 of token 1."""
     half = math.sqrt(0.5)
     states = [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, half, -half]]
-    seen = view(states, class_attention=[1.0, 0.1, 0.1, 0])
+    seen = view(states, class_attention=[1.0, 0.1, 0.8, 0])
     assert by("tops", seen, 2, diversity=0.0)[0] == [0, 1]
+    assert by("tops", seen, 2, diversity=0.0, coverage=0.6)[0] == [0, 2]
 
 
 def test_random_is_the_hash_of_the_position():

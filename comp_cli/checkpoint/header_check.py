@@ -64,11 +64,11 @@ def as_named_now(
     headers: Mapping[str, TensorHeader], config: transformers.PretrainedConfig, family: Family, model_class: type
 ) -> Mapping[str, TensorHeader]:
     """The tensors under the names that the model has for them today, where files have those of an older release, as all of
-    LLaVA's have. model_class: the stock one. As they are where a tower stands under its name, or has more layers than there
-    are tensors: then they are for `check_depth`."""
+    LLaVA's have. model_class: the one that reads them. As they are where every tower stands under its name, or one has more
+    layers than there are tensors: then they are for `check_depth`."""
     sizes = config.to_dict()
     depths = [tower_config(sizes, tower)[tower.depth] for tower in family.towers]
-    known = any(_depth(headers, tower)[0] for tower in family.towers)
+    known = all(_depth(headers, tower)[0] for tower in family.towers)
     if known or not all(type(depth) is int and depth <= len(headers) for depth in depths):
         return headers
     model: Any = on_meta(model_class, config)

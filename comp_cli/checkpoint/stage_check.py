@@ -37,8 +37,10 @@ def check_stages(block: Mapping[str, Any], config: dict[str, Any], family: Famil
     stages = block.get("token_stages", [])
     if not isinstance(stages, list) or (stages and not expected):
         _refuse("token_stages", stages, "a list of stages" if expected else "none: no decoder reads images")
-    tower = next((tower for tower, stream in family.streams.values() if stream.source == "image" and stream.prunable), None)
-    depth = family.sections(config)[tower.name][tower.depth] if tower else 0
+    if not stages:
+        return
+    _, tower = family.decoder_of_images
+    depth = family.sections(config)[tower.name][tower.depth]
     before: dict[str, Any] = {"layer": -1}
     for index, stage in enumerate(stages):
         _check_stage(f"token_stages[{index}]", stage, before, depth)

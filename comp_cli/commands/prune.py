@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..data.rows import Pair
 from ..engine.allocation import Look
 from ..engine.methods import check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
+from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
@@ -133,7 +133,10 @@ def _prune(
     dry_run = journal is None and is_main_process()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = process_device(options.device)
-    accepts = partial(check_fits, options.method, by_ratio=True)
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
     dense = open_dense(
         options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
     )

@@ -4,7 +4,6 @@ from dataclasses import fields
 
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
-from ..option_values import parse_token_stages
 from ..options import SALIENCIES, PruneOptions, TokenOptions, flag
 from ..search.trainer import check_training
 
@@ -77,8 +76,6 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     if wanted.tokens_share is not None and not 0 < wanted.tokens_share < 1:
         hint = "It is a share of an image's tokens: 0.11 keeps one of nine."
         raise UsageError(f"--tokens-share {wanted.tokens_share}: expected a number between 0 and 1.", hint=hint)
-    if wanted.token_stages is not None:
-        parse_token_stages(wanted.token_stages)
     if wanted.saliency not in (None, *SALIENCIES):
         raise UsageError(f"--saliency {wanted.saliency}: expected {' or '.join(SALIENCIES)}.")
     for name in ("saliency", "compat"):

@@ -5,21 +5,22 @@ Weights are loaded only where there are pairs to measure on.
 
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from .. import __version__
 from ..engine import flops, token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
+from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size
 from ..models.compact import write_report
 from ..models.dense import open_dense
-from ..models.described import Described, describe_dense
+from ..models.described import Described, ImageShape, describe_dense, image_shape
 from ..models.pairs import choose_pairs, pair_counts
 from ..models.token_folder import check_folder_loads, write_folder
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
@@ -81,7 +82,17 @@ def prune_tokens(
 
 def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
     """The plan, and what is known of it without weights."""
-    accepts = partial(check_fits, options.method, by_ratio=False)
+    wanted = options.image_tokens or TokenOptions()
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=False)
+        try:
+            full = getattr(transformers, architecture).config_class.from_dict(config).to_dict()
+            images = image_shape(full, family)
+        except Exception:  # a broken config is refused, with its reason, when the model is opened
+            return
+        stages_of(images, options.method, wanted, options.seed, family.topology.images_of_one_size)
+
     dense = describe_dense(
         options.model,
         progress,
@@ -90,37 +101,37 @@ def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) 
         accepts=accepts,
         hub_options=hub_options,
     )
-    wanted = options.image_tokens or TokenOptions()
-    stages = stages_of(dense, options.method, wanted, options.seed)
-    plan = replace(dense.plan, stages=stages)
+    one_size = dense.family.topology.images_of_one_size
+    plan = replace(dense.plan, stages=stages_of(dense.images, options.method, wanted, options.seed, one_size))
     for said in warnings_of(dense, options, wanted):
         progress.warn(said)
     return describe(dense, plan, options), dense, plan
 
 
-def stages_of(dense: Described, method: str, wanted: TokenOptions, seed: int) -> tuple[TokenStage, ...]:
-    """Where image tokens leave, by what was asked for. Raises UsageError where it cannot be."""
+def stages_of(images: ImageShape, method: str, wanted: TokenOptions, seed: int, one_size: bool) -> tuple[TokenStage, ...]:
+    """Where image tokens leave, by what was asked for. one_size: whether all images have as many tokens. Raises UsageError
+    where it cannot be."""
     how: dict[str, Any] = {
-        "image_tokens": dense.image_tokens,
-        "layers": len(dense.plan.tower(dense.writes).layers),
-        "class_token": dense.has_class_token,
+        "image_tokens": images.tokens,
+        "layers": images.layers,
+        "class_token": images.class_token,
         "compat": wanted.compat,
         "saliency": wanted.saliency,
     }
-    if wanted.tokens is not None and wanted.tokens >= dense.image_tokens:
-        hint = f"Use --tokens from 1 to {dense.image_tokens - 1}."
-        raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {dense.image_tokens} tokens.", hint=hint)
+    if wanted.tokens is not None and wanted.tokens >= images.tokens:
+        hint = f"Use --tokens from 1 to {images.tokens - 1}."
+        raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {images.tokens} tokens.", hint=hint)
     if wanted.token_stages is not None:
         found = token_schedules.parse_stages(wanted.token_stages, method, **how)
     else:
         how |= {"tokens": wanted.tokens, "share": wanted.tokens_share}
-        found = token_schedules.stages(method, fixed_size=dense.family.topology.images_of_one_size, **how)
+        found = token_schedules.stages(method, fixed_size=one_size, **how)
     return tuple(replace(stage, settings={"seed": seed}) if stage.rule == "random" else stage for stage in found)
 
 
 def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -> list[str]:
     """What the user should know of the method on this model."""
-    note = token_schedules.saliency_note(options.method, dense.has_class_token, wanted.saliency)
+    note = token_schedules.saliency_note(options.method, dense.images.class_token, wanted.saliency)
     found = [] if note is None else [note]
     if options.data.data is None:
         found.append(
@@ -158,7 +169,7 @@ def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport
 
 def image_tokens(dense: Described, plan: Plan) -> ImageTokens:
     """What becomes of the tokens of the reference image."""
-    tokens, layers = dense.image_tokens, len(plan.tower(dense.writes).layers)
+    tokens, layers, _ = dense.images
     left = [tokens, *(stage.left(tokens) for stage in plan.stages)]
     stages = (
         TokensLeft(stage.layer, stage.rule, kept, of, stage.share)

@@ -88,7 +88,7 @@ def reference(config: dict[str, Any], family: Family, shapes: Mapping[str, Shape
     tokens = family.topology.lengths(family, config, text_tokens)
     topology = family.topology
     times = topology.uses(family, config, tokens)
-    fixed, outside = topology.fixed_flops(shapes), dict.fromkeys((tower.name for tower in family.towers), 0)
+    fixed, outside = topology.fixed_flops(shapes, times), dict.fromkeys((tower.name for tower in family.towers), 0)
     for path, often in family.fixed.items():
         each = sum(2 * math.prod(shapes[name]) for name in matching(path, shapes))
         if often in times:

@@ -181,6 +181,14 @@ class Family:
         return {stream.name: (tower, stream) for tower in self.towers for stream in tower.streams}
 
     @property
+    def decoder_of_images(self) -> tuple[str, Tower]:
+        """The stream of image tokens that leave a decoder, and the decoder. Raises ValueError for models that have none."""
+        found = [(name, tower) for name, (tower, stream) in self.streams.items() if stream.source == "image" and tower.causal]
+        if not found:
+            raise ValueError(f"{self.name}: no decoder that reads images")
+        return found[0]
+
+    @property
     def modes(self) -> dict[str, Mode]:
         """What is to be removed, one mode at a time: of all modes those that are on."""
         every = self.every_mode

@@ -49,6 +49,13 @@ PROJECTOR = {"model.multi_modal_projector.linear_1": "features", "model.multi_mo
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")
 
+TILES = ImageTextDecoder(
+    processor="LlavaNextProcessor",
+    pictures=AnyResolution(),
+    newline="model.image_newline",
+    inputs=("input_ids", "attention_mask", "pixel_values", "image_sizes", "labels"),
+)
+
 LLAVA = Family(
     name="llava",
     model_type="llava",
@@ -64,17 +71,12 @@ LLAVA_NEXT = replace(
     model_type="llava_next",
     architectures={"LlavaNextForConditionalGeneration": ("vqa", "caption")},
     towers=(VISION, replace(LANGUAGE, streams=(IMAGE, TEXT, NEWLINE))),
-    topology=ImageTextDecoder(
-        processor="LlavaNextProcessor",
-        pictures=AnyResolution(),
-        newline="model.image_newline",
-        inputs=("input_ids", "attention_mask", "pixel_values", "image_sizes", "labels"),
-    ),
+    topology=TILES,
 )
 LLAVA_ONEVISION = replace(
     LLAVA_NEXT,
     name="llava_onevision",
     model_type="llava_onevision",
     architectures={"LlavaOnevisionForConditionalGeneration": ("vqa", "caption")},
-    topology=replace(LLAVA_NEXT.topology, processor="LlavaOnevisionProcessor"),
+    topology=replace(TILES, processor="LlavaOnevisionProcessor"),
 )

@@ -24,6 +24,7 @@ KINDS = {  # model_type of a decoder or a vision tower -> why no description her
     "qwen3_5_text": LAYER_TYPES["linear_attention"],
     "pixtral": "images of any size are packed into one sequence",
 }
+SHORTEST_TEXT = 4  # tokens
 HINT = "docs/families.md lists the kinds that comp prunes."
 
 
@@ -40,6 +41,13 @@ def check_supported(config: Mapping[str, Any], family: Family) -> None:
         _check_layers(name, config[name])
     if family.backbones:
         _check_features(config)
+        room = family.topology.longest_text(family, config)
+        if room < SHORTEST_TEXT:
+            longest = config["text_config"]["max_position_embeddings"]
+            said = (
+                f"config.json: text_config.max_position_embeddings is {longest}, {SHORTEST_TEXT - room} too few for one image"
+            )
+            raise RefusedError(f"{said} and {SHORTEST_TEXT} tokens of text.", hint="Give it the length of the language model.")
 
 
 def _check_layers(place: str, part: Mapping[str, Any]) -> None:

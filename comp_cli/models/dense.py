@@ -25,7 +25,7 @@ from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOpt
 from ..plan import Plan, dense_plan
 from ..progress import Progress
 
-Accepts = Callable[[Family, str], None]  # of a family and an architecture
+Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
 @dataclass
@@ -113,11 +113,11 @@ def open_dense(
     score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     task: str | None = None,
-    accepts: Accepts = lambda family, architecture: None,
+    accepts: Accepts = lambda config, family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
-    compact already. accepts: raises what speaks against a family, before weights are downloaded."""
+    compact already. accepts: raises what speaks against a model, before its weights are downloaded."""
     source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
     chosen = tasks.TASKS[name].of(family.topology)
     progress.say(f"loading {source.name} ({architecture}) ...")
@@ -154,7 +154,7 @@ def find_dense(
                 f"{model} is a compact model already.",
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
-        accepts(*found[:2])
+        accepts(config, *found[:2])
         return found
 
     source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
@@ -17,7 +17,7 @@ from ..checkpoint.weight_files import check_checkpoint
 from ..engine import flops
 from ..engine.description_check import Shape
 from ..errors import RefusedError
-from ..families import Family, Stream, Tower
+from ..families import Family
 from ..files.store import TensorHeader
 from ..options import HUB_DEFAULTS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
@@ -48,24 +48,8 @@ class Described:
         return self.plan.architecture
 
     @property
-    def image_tokens(self) -> int:
-        """Of the reference image."""
-        return self.reference.tokens[self._images[1].name]
-
-    @property
-    def writes(self) -> str:
-        """Name of the tower that reads image tokens and writes."""
-        return self._images[0].name
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether the tower that sees the image has a [CLS] whose attention ranks patches."""
-        return self.family.topology.image_tokens(self.hf_config.to_dict())["class_attention"] is not None
-
-    @property
-    def _images(self) -> tuple[Tower, Stream]:
-        """The stream of image tokens that leave, with its tower."""
-        return next(found for found in self.family.streams.values() if found[1].source == "image" and found[1].prunable)
+    def images(self) -> "ImageShape":
+        return image_shape(self.hf_config.to_dict(), self.family)
 
     @cached_property
     def bytes_of_a_number(self) -> int:
@@ -76,13 +60,29 @@ class Described:
         return BYTES.get(max(held, key=lambda kind: held[kind]), 4)
 
 
+class ImageShape(NamedTuple):
+    """What a schedule of token stages depends on."""
+
+    tokens: int  # of the reference image
+    layers: int  # of the decoder
+    class_token: bool  # whether the tower that sees the image has a [CLS] whose attention ranks patches
+
+
+def image_shape(config: Mapping[str, Any], family: Family) -> ImageShape:
+    """Of a decoder that reads images, by its whole config.json, defaults filled in."""
+    name, tower = family.decoder_of_images
+    tokens = family.topology.lengths(family, config, 1)[name]
+    ranks = family.topology.image_tokens(config)["class_attention"] is not None
+    return ImageShape(tokens, family.sections(config)[tower.name][tower.depth], ranks)
+
+
 def describe_dense(
     model: str,
     progress: Progress,
     *,
     text_tokens: int = TEXT_TOKENS,
     task: str | None = None,
-    accepts: Accepts = lambda family, architecture: None,
+    accepts: Accepts = lambda config, family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Described:
     """Resolve and check a dense model, for its usual task or another. Raises RefusedError for what `open_dense` refuses by

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from ..checkpoint.download_check import is_hash
 from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
 from ..checkpoint.loading import check_sizes, describe, load_processor
@@ -20,7 +18,7 @@ from ..plan import PADDING, Plan
 from ..progress import Progress
 from ..report.token_card import token_card
 from .compact import ORIGIN, auto_map
-from .described import Described
+from .described import Described, check_complete
 
 TOLD_APART = ("text_config", "intermediate_size")
 INDEX = "model.safetensors.index.json"
@@ -118,10 +116,12 @@ def check_folder_loads(folder: Path, dense: Described) -> None:
         hint = "Nothing was kept. Please report this with the command and the model."
         raise CompError(f"the written config.json says another model than the dense one: {', '.join(wrong)}.", hint=hint)
     files = check_checkpoint(folder, allow_pickle=False)
-    compact = on_meta(runtime_of(family).compact_class(dense.architecture), config)
-    headers = as_named_now(read_headers(folder, files), config, family, getattr(transformers, dense.architecture))
+    compact_class = runtime_of(family).compact_class(dense.architecture)
+    compact = on_meta(compact_class, config)
+    headers = as_named_now(read_headers(folder, files), config, family, compact_class)  # as its loader will name them
     check_sizes(found, family, headers, folder)
     check_shapes(headers, compact, folder)
+    check_complete(headers, compact, str(folder))
     load_processor(folder)
 
 

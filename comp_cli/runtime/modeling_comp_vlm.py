@@ -36,6 +36,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, View, may_be_first, needs_of
@@ -865,6 +866,17 @@ def read_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, kwargs
 
 
+def reading_as(stock: Any, made: type) -> type:
+    """The made class, which reads weights under the names of older releases as the stock class does. transformers knows these
+    names by class or by kind of model; of a class that is not its own it asks neither, unless it is told."""
+    known = get_checkpoint_conversion_mapping(stock.__name__)
+    if known is None and issubclass(made, CompactVLM):
+        known = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if known is not None:
+        register_checkpoint_conversion_mapping(made.__name__, known, overwrite=True)
+    return made
+
+
 @once
 def mixed(before: type, stock: Any) -> Any:
     """The stock class with another one before it."""
@@ -872,7 +884,7 @@ def mixed(before: type, stock: Any) -> Any:
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
-    return type(f"Dropping{stock.__name__}", (before, stock), members)
+    return reading_as(stock, type(f"Dropping{stock.__name__}", (before, stock), members))
 
 
 def mix_in(before: type, module: nn.Module) -> Any:
@@ -1004,7 +1016,7 @@ def compact_class(architecture: str) -> type:
 
     # _auto_class: a compact model that was trained further takes the runtime along when it is saved.
     members = {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModelForImageTextToText"}
-    return type(f"Compact{architecture}", (CompactVLM, stock), members)
+    return reading_as(stock, type(f"Compact{architecture}", (CompactVLM, stock), members))
 
 
 def __getattr__(name: str) -> type:

@@ -37,7 +37,7 @@ class Written(NamedTuple):
     """Where the texts are that a model writes."""
 
     text: str  # the input that holds their tokens
-    mask: str | None  # the one that says which of them are padding; None where others than theirs are -100 in `text`
+    mask: str | None  # the one that says which of them are padding; None where `text` is -100 for all others
     head: str  # path of the module that makes logits of their states
 
     def predicted(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -82,6 +82,7 @@ class Topology(ABC):
     AXES: ClassVar[dict[str, Axes]] = PAIRED
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
+    exports: ClassVar[bool] = True  # whether it has graphs
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ class Topology(ABC):
         """Pairs of a query and a key in the self-attention of each layer, of towers whose tokens do not all see each other."""
         return {}
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """FLOPs of a sample outside of all layers and matrices. shapes: of the weights."""
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
+        """FLOPs of a sample outside of all layers and of `Family.fixed`. shapes: of the weights; uses: see there."""
         return 0
 
     def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:

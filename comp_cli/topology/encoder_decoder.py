@@ -58,7 +58,12 @@ class EncoderDecoder(Topology):
 
     @property
     def written(self) -> Written:
-        return Written(*((IDS, MASK) if self.question is None else ANSWER_INPUTS), self.head)
+        return Written(*self._written, self.head)
+
+    @property
+    def _written(self) -> tuple[str, str]:
+        """The inputs with the tokens of texts and their mask."""
+        return (IDS, MASK) if self.question is None else ANSWER_INPUTS
 
     @property
     def prompt(self) -> tuple[str, ...]:
@@ -164,7 +169,7 @@ class EncoderDecoder(Topology):
         """The forward pass over texts that are there: the inputs of the family -> logits (batch, tokens, vocabulary)."""
 
         def forward(model: nn.Module, inputs: Tensors) -> tuple[Tensor]:
-            states, (text, mask, _) = self.encode(model, inputs), self.written
+            states, (text, mask) = self.encode(model, inputs), self._written
             return (self.decode(model, states, inputs[text], inputs[mask]),)
 
         return replace(super().full_graph(family, config, task), forward=forward)

@@ -54,6 +54,7 @@ class ImageTextDecoder(Topology):
     image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
 
     @property
     def processor_class(self) -> str:
@@ -119,9 +120,16 @@ class ImageTextDecoder(Topology):
         depth = family.sections(config)["vision"][family.tower("vision").depth]
         return {"vision": tuple(sum(n * n for n in self.pictures.sequences(config, layer)) for layer in range(depth))}
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Logits of the last token, which are all that writing needs of a prompt."""
-        return self.step_flops(shapes)
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
+        """Logits of the last token, which are all that writing needs of a prompt; and the pooling head that a SigLIP may have,
+        which runs on every tile, for nothing."""
+        head = f"{self.features}.head"
+        if f"{head}.probe" not in shapes:
+            return self.step_flops(shapes)
+        tokens, width = shapes[f"{self.features}.embeddings.position_embedding.weight"]
+        inner = shapes[f"{head}.mlp.fc1.weight"][0]
+        pooled = 2 * width**2 + 2 * tokens * (width**2 + width) + 2 * width * inner  # one query, its way out, keys and values
+        return self.step_flops(shapes) + 2 * pooled * uses["patches"] // tokens
 
     def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         tied = f"{self.text}.embed_tokens.weight"  # where checkpoints hold the matrix once
