@@ -142,6 +142,8 @@ def prune_command(options: Any, **more: Any) -> str:
         if name in ("model", "ratio"):
             continue
         flag = name.replace("_", "-")
+        if isinstance(value, tuple):
+            value = ",".join(value)
         if isinstance(value, bool):
             parts.append(f"--{flag}" if value else f"--no-{flag}")
         else:

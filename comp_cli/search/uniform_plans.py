@@ -1,5 +1,7 @@
 """The search of a plan that a stock class takes: the few uniform plans of a ratio are compared by what they lose."""
 
+import math
+
 from ..engine import allocation, flops
 from ..engine.stages import out_of_reach
 from ..engine.uniform import Sizes, Uniform, spread
@@ -65,5 +67,5 @@ def compare_uniform(
                 state.looks.append(allocation.Look({}, {}, ratio, way.held_out_loss(plan), units))
                 way.save(state)
             bar.advance(state.looks[number].in_words())
-    losses = [look.loss or 0.0 for look in state.looks]
+    losses = [math.inf if look.loss is None else look.loss for look in state.looks]
     state.plan = plans[losses.index(min(losses))][1]
