@@ -46,15 +46,18 @@ Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
 @dataclass(frozen=True)
 class Look:
     """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. loss: distance of the
-    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so."""
+    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. units: of a
+    uniform plan, tower and part -> units that every layer keeps."""
 
     cuts: dict[str, Cut]
     tokens: dict[str, tuple[int, int]]
     ratio: float
     loss: float | None
+    units: dict[str, int] = field(default_factory=dict)
 
     def in_words(self) -> str:
         where = [f"{kept} {stream} tokens from layer {layer} on" for stream, (layer, kept) in self.tokens.items()]
+        where += [f"{name} {count}" for name, count in self.units.items()]
         if self.loss is None:
             return "out of reach"
         return f"{', '.join(where) or 'all tokens'}: {self.loss:.4f}"
@@ -66,7 +69,7 @@ class Look:
     def from_json(cls, found: dict[str, Any]) -> "Look":
         cuts = {stream: Cut(**cut) for stream, cut in found["cuts"].items()}
         tokens = {stream: (layer, kept) for stream, (layer, kept) in found["tokens"].items()}
-        return cls(cuts, tokens, found["ratio"], found["loss"])
+        return cls(cuts, tokens, found["ratio"], found["loss"], found.get("units", {}))
 
 
 @dataclass

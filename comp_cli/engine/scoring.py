@@ -187,8 +187,9 @@ def collect(
     with recording(model, family, plan) as recorder, differentiated as gates, torch.inference_mode(gates is None):
         for batch in batches:
             loss: Any = run(batch) if run else model(**batch)
-            if how and gates is not None:
-                for key, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+            if how and gates is not None:  # nothing reads what some layers say, see statistics.collect
+                slopes = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
+                for key, slope in zip(gates, slopes, strict=True):
                     found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())
             elif how:
                 for key, activations in recorder.inputs.items():

@@ -24,6 +24,7 @@ from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
 from .training_free import State, TrainingFree
+from .uniform_plans import check_uniform, compare_uniform
 from .with_training import Trained
 
 LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
@@ -96,6 +97,8 @@ def check_asked(dense: Dense, options: ResolvedOptions) -> None:
     method = METHODS[options.method]
     if not any(method.removes(mode.kind) for mode in dense.family.modes.values()):
         raise UsageError(f"--method {options.method}: none of what it removes is among the modes that are on.")
+    if options.uniform:
+        check_uniform(dense, options, method.compares_plans)
     leaves = leaving_of(dense, options) if method.compares_plans else None
     if options.tokens_method and leaves is None:
         said = (
@@ -122,6 +125,8 @@ def compare_plans(
     """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
     reach."""
     space = space_of(dense, options, way.prices or {})
+    if options.uniform:
+        return compare_uniform(dense, options, way, state, space, progress)
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
         plan = space.candidate(options.ratio, cuts)
