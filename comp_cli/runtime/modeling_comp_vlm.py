@@ -346,7 +346,7 @@ class Selection:
     tokens: int
     images: Images | None = None  # None in a decoding step, and for texts without images
     text: Tensor | None = None
-    extra: Tensor | None = None  # (batch, tokens): neither text nor patches of an image, leave first (newline embeddings)
+    extra: Tensor | None = None  # (batch, tokens): padding and newline embeddings, which leave at the first stage
     left: list[int] = field(default_factory=list)  # of each sample
     index: Tensor | None = None
     valid: Tensor | None = None
@@ -380,7 +380,7 @@ class Selection:
             self.left[sample] -= have - count
         if self.extra is not None:
             goes = goes | self.extra
-            self.left = [have - int(newlines) for have, newlines in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
+            self.left = [have - int(extra) for have, extra in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
             self.extra = None
         chosen = self._shrink(goes)
         moved = torch.zeros_like(goes, dtype=torch.long)
@@ -664,6 +664,7 @@ class DroppingDecoder:
         if self.comp_tiles:
             samples, sizes = joined(samples, sizes, heads, tails)
         selection.text = self.comp_real(notes.real, batch, tokens, states.device)
+        selection.extra = ~selection.text
         pictured = torch.zeros(batch * tokens, dtype=torch.bool, device=states.device).index_fill(0, where, True)
         selection.text = selection.text & ~pictured.view(batch, tokens)
         if notes.answers is not None:
@@ -679,8 +680,8 @@ class DroppingDecoder:
         if self.comp_newline is not None:
             extra = (states.flatten(0, 1)[where] == self.comp_newline().to(states.dtype)).all(-1)
             valid = valid & ~extra[slots]
-            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device)
-            selection.extra = flags.index_copy(0, where, extra).view(batch, tokens)
+            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device).index_copy(0, where, extra)
+            selection.extra = selection.extra | flags.view(batch, tokens)
             sizes = valid.sum(1).tolist()
             slots = slots.gather(1, first_ones(valid, max(sizes)))
         columns = where[slots] % tokens
@@ -957,6 +958,11 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
     if places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < layers:
         raise ValueError(f"stages before layers {places} of {layers}: expected each before another layer, in their order.")
     for stage in stages:
+        if not (stage.share is None and (stage.keep or 0) > 0 or stage.keep is None and 0 < (stage.share or 0) < 1):
+            found = f"keep {stage.keep} and share {stage.share}"
+            raise ValueError(
+                f"the stage before layer {stage.layer} has {found}: expected a keep above 0, or a share between 0 and 1."
+            )
         if stage.rule not in STAGE_RULES:
             raise ValueError(f"the rule {stage.rule!r} is unknown; this runtime has {', '.join(STAGE_RULES)}.")
         if stage.layer == 0 and not may_be_first(stage.rule, stage.settings):
