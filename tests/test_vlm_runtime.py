@@ -273,6 +273,29 @@ def test_a_rule_before_the_first_layer_sees_the_tower(name, rules):
         same(view.tower_keys, torch.stack(keys))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_what_the_tower_says_is_not_rounded_on_its_way_through_generate(kind, rules):
+    """`generate` encodes images first, and hands on nothing but features, in half precision here."""
+    views = []
+
+    def probe(view, keep):
+        views.append(view)
+        return tail(view, keep)
+
+    rules("probe", probe, "class")
+    model = compact("llava", [TAIL[0] | {"rule": "probe"}]).to(kind)
+    inputs = {
+        key: value.to(kind) if value.is_floating_point() else value for key, value in sample("llava", "two").inputs.items()
+    }
+    run(model, inputs)
+    model.generate(**inputs, max_new_tokens=1)
+    assert torch.equal(views[0].class_attention, views[1].class_attention)
+    assert torch.equal(views[0].tower_keys, views[1].tower_keys)
+    assert (
+        views[0].class_attention.to(kind).unique().numel() < views[0].class_attention.unique().numel() or kind == torch.float16
+    )
+
+
 @pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
 def test_labels_go_with_their_tokens_to_later_stages(name, rules):
     views = []
@@ -321,6 +344,35 @@ def test_calls_leave_nothing_behind(name):
         run(model, sample(name, "one").inputs)
     hook.remove()
     same(run(model, text).logits[0], read(name, [], "none")[1])
+
+
+@each
+def test_a_copy_is_a_model_of_its_own(name, rule):
+    model = compact(name, STAGES[rule])
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    del model
+    logits = run(twin, sample(name, "two").inputs).logits
+    same_rows(logits, torch.ones(1, logits.shape[1]), name, STAGES[rule], ["two"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_and_attentions_are_of_the_tokens_that_are_left(attention):
+    """The last hidden states are where they were, zero where a token has gone."""
+    name, stages = "llava", STAGES["key-norm"]
+    reference, _ = read(name, stages, "two")
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    out = run(compact(name, stages, attention), sample(name, "two").inputs, **options)
+    left = [~gone for gone in reference.gone]
+    assert len(out.hidden_states) == LAYERS + 1
+    for i in range(1, LAYERS):  # what a layer hands on
+        same(out.hidden_states[i][0], reference.entered[i][left[i - 1]])
+    if attention == "eager":
+        for found, there, expected in zip(out.attentions, left, reference.maps, strict=True):
+            same(found[0].mean(0), expected[there][:, there], atol=1e-5)
+    last = run(compact(name, stages, attention).model, sample(name, "two").inputs).last_hidden_state[0]
+    assert ((last != 0).any(-1) == left[-1]).all()
 
 
 @each_family
@@ -379,6 +431,30 @@ def test_the_loss_is_that_of_the_reference(name, side):
     loss = run(compact(name, STAGES["key-norm"]), answers(name, side)).loss
     rows = [read(name, STAGES["key-norm"], prompt)[1][-2] for prompt in PROMPTS]
     same(loss, F.cross_entropy(torch.stack(rows), torch.full((len(rows),), 60)))
+
+
+@each_family
+def test_an_answer_in_training_does_not_rank_the_images(name):
+    """Which are ranked as if the answer were still to be written."""
+    stages, inputs = STAGES["last-attention"], answers(name, "right")
+    loss = run(compact(name, stages), inputs).loss
+    rows = []
+    for prompt in PROMPTS:
+        given = sample(name, prompt)
+        reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], stages)
+        rows.append(reference.read(given, asked=len(given.ids) - 1)[-2])
+    same(loss, F.cross_entropy(torch.stack(rows), torch.full((len(rows),), 60)))
+
+
+@each_family
+def test_a_word_right_behind_an_image_is_not_learned(name):
+    """The image's last token, which would predict it, may be gone."""
+    inputs, model = answers(name, "right"), compact(name, STAGES["key-norm"])
+    expected = run(model, inputs).loss
+    for row, ids in zip(inputs["labels"], inputs["input_ids"], strict=True):
+        behind = (ids[:-1] == 90) & (ids[1:] != 90)
+        row[1:][behind] = 61
+    same(run(model, inputs).loss, expected)
 
 
 @each_family
