@@ -9,8 +9,22 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from vlm_models import CASES, FAMILIES, LAYERS, PROMPTS, STAGES, batch, class_scores, compact, randomised, sample, stock
-from vlm_reference import Reference, naive_llava, stay
+from vlm_models import (
+    CASES,
+    FAMILIES,
+    LAYERS,
+    PROMPTS,
+    STAGES,
+    SUPPRESSED,
+    batch,
+    class_scores,
+    compact,
+    film,
+    randomised,
+    sample,
+    stock,
+)
+from vlm_reference import Reference, greedy, naive_llava, stay
 
 each = pytest.mark.parametrize(("name", "rule"), CASES)
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -112,6 +126,18 @@ def test_images_side_by_side_are_ranked_apart(name):
     prompt = (5, "b", "c", "a", 7, 8)
     logits = run(compact(name, STAGES["key-norm"]), sample(name, prompt).inputs).logits
     same_rows(logits, torch.ones(1, logits.shape[1]), name, STAGES["key-norm"], [prompt])
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("rule", ["key-norm", "last-attention"])
+def test_a_video_is_ranked_as_one_image(name, rule):
+    given = film(name)
+    reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], STAGES[rule])
+    expected, left = reference.read(given), ~reference.gone[-1]
+    model = compact(name, STAGES[rule])
+    same(run(model, given.inputs).logits[0][left], expected[left])
+    written = model.generate(**given.inputs, max_new_tokens=4, do_sample=False, suppress_tokens=SUPPRESSED)[0, len(given.ids) :]
+    assert written.tolist() == greedy(reference, expected[-1], 4, SUPPRESSED)[0]
 
 
 @each_family
@@ -271,6 +297,34 @@ def test_a_rule_before_the_first_layer_sees_the_tower(name, rules):
                 stock(name).model.get_image_features(**picture.inputs)
         hook.remove()
         same(view.tower_keys, torch.stack(keys))
+
+
+def every_rule():
+    from comp_cli.runtime.token_rules import STAGE_RULES
+
+    return list(STAGE_RULES)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen3_vl", "smolvlm", "paligemma"])
+@pytest.mark.parametrize("rule", every_rule())
+def test_no_rule_looks_at_the_samples_beside(name, rule):
+    """Every rule of the runtime, behind clusters where it needs them: a batch is its samples alone."""
+    from comp_cli.runtime.token_rules import may_be_first, needs_of
+
+    tower = FAMILIES[name].has_class_token
+    settings = {"relevance": "text"} if rule == "tops" and not tower else {}
+    if "class" in needs_of(rule, settings) and not tower:
+        pytest.skip("no [CLS]")
+    first = {"layer": 0, "rule": "cls-clusters" if tower else "diverse-clusters", "keep": 7, "settings": {}}
+    stage = {"layer": 2, "rule": rule, "keep": 4, "settings": settings}
+    stages = [stage | {"layer": 0}] if may_be_first(rule, settings) else [first, stage]
+    model = compact(name, stages)
+    inputs = batch(name, [sample(name, prompt) for prompt in PROMPTS])
+    logits = run(model, inputs).logits
+    for i, prompt in enumerate(PROMPTS):
+        alone = run(model, sample(name, prompt).inputs).logits[0]
+        same(logits[i, -1], alone[-1])
+        assert ((alone - run(stock(name), sample(name, prompt).inputs).logits[0])[-1].abs().max() > 0.05) == (prompt != "none")
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
