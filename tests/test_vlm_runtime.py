@@ -16,6 +16,7 @@ from vlm_models import (
     PROMPTS,
     STAGES,
     SUPPRESSED,
+    Sample,
     batch,
     class_scores,
     compact,
@@ -126,6 +127,22 @@ def test_images_side_by_side_are_ranked_apart(name):
     prompt = (5, "b", "c", "a", 7, 8)
     logits = run(compact(name, STAGES["key-norm"]), sample(name, prompt).inputs).logits
     same_rows(logits, torch.ones(1, logits.shape[1]), name, STAGES["key-norm"], [prompt])
+
+
+def test_images_that_are_not_cut_into_tiles():
+    """LLaVA-OneVision takes each of several images of a sample whole, if it is told how many they are."""
+    name, model = "llava_onevision", compact("llava_onevision", STAGES["key-norm"])
+    generator = torch.Generator().manual_seed(3)
+    ids = (5, *[90] * 17, 6, *[90] * 17, 7, 8)  # a newline is the last of each
+    inputs = {
+        "pixel_values": torch.randn(2, 1, 3, 16, 16, generator=generator),
+        "image_sizes": torch.tensor([[32, 32], [16, 30]]),
+    }
+    inputs |= {"input_ids": torch.tensor([ids]), "batch_num_images": torch.tensor([2])}
+    given = Sample(ids, (), inputs, (tuple(range(1, 17)), tuple(range(19, 35))), (17, 35))
+    reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], STAGES["key-norm"])
+    expected, left = reference.read(given), ~reference.gone[-1]
+    same(run(model, inputs).logits[0][left], expected[left])
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -297,6 +314,29 @@ def test_a_rule_before_the_first_layer_sees_the_tower(name, rules):
                 stock(name).model.get_image_features(**picture.inputs)
         hook.remove()
         same(view.tower_keys, torch.stack(keys))
+
+
+def test_a_tower_that_norms_queries_and_keys(rules):
+    """InternViT-6B: what its attention reads is then behind q_norm and k_norm, which are there in every InternVL."""
+    views = []
+
+    def probe(view, keep):
+        views.append(view)
+        return tail(view, keep)
+
+    from comp_cli.runtime.modeling_comp_vlm import make_compact
+
+    rules("probe", probe, "class")
+    config = copy.deepcopy(stock("internvl").config)
+    config.vision_config.use_qk_norm = True
+    model = randomised(type(stock("internvl"))(config))
+    model.set_attn_implementation("eager")
+    given, tokens = sample("internvl", "two"), copy.deepcopy(FAMILIES["internvl"].image_tokens)
+    scores = torch.stack(class_scores("internvl", model, given))
+    tokens["class_attention"] |= {"query": "q_norm", "key": "k_norm"}
+    make_compact(model, {"towers": [], "image_tokens": tokens, "token_stages": [TAIL[0] | {"rule": "probe"}]})
+    run(model, given.inputs)
+    same(views[0].class_attention * 4, scores)
 
 
 def every_rule():
@@ -591,6 +631,15 @@ def test_a_small_image_from_which_nothing_is_dropped_whatever_is_beside_it(promp
     """One of 8 tokens and one of 12, alone and beside one of 16."""
     inputs = batch("qwen2_5_vl", [sample("qwen2_5_vl", prompt) for prompt in prompts])
     refused("8 tokens", lambda: run(compact("qwen2_5_vl", key_norm((1, 10))), inputs))
+
+
+def test_labels_everywhere_where_images_are_ranked_by_what_is_asked():
+    """No word is left that asks."""
+    inputs = batch("llava", [sample("llava", prompt) for prompt in ("one", "none")])
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == 90) | (inputs["attention_mask"] == 0), -100)
+    refused("-100", lambda: run(compact("llava", STAGES["last-attention"]), inputs, labels=labels))
+    refused("word", lambda: run(compact("llava", STAGES["last-attention"]), sample("llava", ("a",)).inputs))
+    assert run(compact("llava", STAGES["key-norm"]), inputs, labels=labels).loss.isfinite()
 
 
 def test_a_later_stage_at_which_nothing_is_dropped():

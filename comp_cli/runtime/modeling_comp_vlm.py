@@ -625,6 +625,7 @@ class DroppingDecoder:
     """Mixed in before the text model."""
 
     comp_first: int  # the first layer with a stage
+    comp_asks: bool  # whether a rule reads the text
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
     comp_notes: Notes | None = None
     comp_current: Selection | None = None  # while a forward pass runs
@@ -702,6 +703,11 @@ class DroppingDecoder:
             selection.text = selection.text & ~notes.answers.to(states.device)
         if notes.asked is not None:
             selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
+        if self.comp_asks and not bool(selection.text[samples].any(1).all()):
+            raise ValueError(
+                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. Give "
+                "labels of -100 for what is asked, or prune by a rule that does not read the text."
+            )
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
@@ -956,6 +962,7 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     asks = "class" in needs and layout["class_attention"] is not None
     inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
     mix_in(DroppingDecoder, text)
+    text.comp_asks = bool(needs & {"text", "attention", "last"})
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None
     inner.comp_newline = (layout["newline"] or "").rpartition(".")[2]
     at = {stage.layer: stage for stage in stages}
