@@ -9,8 +9,23 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from vlm_models import CASES, FAMILIES, LAYERS, PROMPTS, STAGES, batch, class_scores, compact, randomised, sample, stock
-from vlm_reference import Reference, naive_llava, stay
+from vlm_models import (
+    CASES,
+    FAMILIES,
+    LAYERS,
+    PROMPTS,
+    STAGES,
+    SUPPRESSED,
+    Sample,
+    batch,
+    class_scores,
+    compact,
+    film,
+    randomised,
+    sample,
+    stock,
+)
+from vlm_reference import Reference, greedy, naive_llava, stay
 
 each = pytest.mark.parametrize(("name", "rule"), CASES)
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -112,6 +127,34 @@ def test_images_side_by_side_are_ranked_apart(name):
     prompt = (5, "b", "c", "a", 7, 8)
     logits = run(compact(name, STAGES["key-norm"]), sample(name, prompt).inputs).logits
     same_rows(logits, torch.ones(1, logits.shape[1]), name, STAGES["key-norm"], [prompt])
+
+
+def test_images_that_are_not_cut_into_tiles():
+    """LLaVA-OneVision takes each of several images of a sample whole, if it is told how many they are."""
+    name, model = "llava_onevision", compact("llava_onevision", STAGES["key-norm"])
+    generator = torch.Generator().manual_seed(3)
+    ids = (5, *[90] * 17, 6, *[90] * 17, 7, 8)  # a newline is the last of each
+    inputs = {
+        "pixel_values": torch.randn(2, 1, 3, 16, 16, generator=generator),
+        "image_sizes": torch.tensor([[32, 32], [16, 30]]),
+    }
+    inputs |= {"input_ids": torch.tensor([ids]), "batch_num_images": torch.tensor([2])}
+    given = Sample(ids, (), inputs, (tuple(range(1, 17)), tuple(range(19, 35))), (17, 35))
+    reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], STAGES["key-norm"])
+    expected, left = reference.read(given), ~reference.gone[-1]
+    same(run(model, inputs).logits[0][left], expected[left])
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("rule", ["key-norm", "last-attention"])
+def test_a_video_is_ranked_as_one_image(name, rule):
+    given = film(name)
+    reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], STAGES[rule])
+    expected, left = reference.read(given), ~reference.gone[-1]
+    model = compact(name, STAGES[rule])
+    same(run(model, given.inputs).logits[0][left], expected[left])
+    written = model.generate(**given.inputs, max_new_tokens=4, do_sample=False, suppress_tokens=SUPPRESSED)[0, len(given.ids) :]
+    assert written.tolist() == greedy(reference, expected[-1], 4, SUPPRESSED)[0]
 
 
 @each_family
@@ -273,6 +316,80 @@ def test_a_rule_before_the_first_layer_sees_the_tower(name, rules):
         same(view.tower_keys, torch.stack(keys))
 
 
+def test_a_tower_that_norms_queries_and_keys(rules):
+    """InternViT-6B: what its attention reads is then behind q_norm and k_norm, which are there in every InternVL."""
+    views = []
+
+    def probe(view, keep):
+        views.append(view)
+        return tail(view, keep)
+
+    from comp_cli.runtime.modeling_comp_vlm import make_compact
+
+    rules("probe", probe, "class")
+    config = copy.deepcopy(stock("internvl").config)
+    config.vision_config.use_qk_norm = True
+    model = randomised(type(stock("internvl"))(config))
+    model.set_attn_implementation("eager")
+    given, tokens = sample("internvl", "two"), copy.deepcopy(FAMILIES["internvl"].image_tokens)
+    scores = torch.stack(class_scores("internvl", model, given))
+    tokens["class_attention"] |= {"query": "q_norm", "key": "k_norm"}
+    make_compact(model, {"towers": [], "image_tokens": tokens, "token_stages": [TAIL[0] | {"rule": "probe"}]})
+    run(model, given.inputs)
+    same(views[0].class_attention * 4, scores)
+
+
+def every_rule():
+    from comp_cli.runtime.token_rules import STAGE_RULES
+
+    return list(STAGE_RULES)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen3_vl", "smolvlm", "paligemma"])
+@pytest.mark.parametrize("rule", every_rule())
+def test_no_rule_looks_at_the_samples_beside(name, rule):
+    """Every rule of the runtime, behind clusters where it needs them: a batch is its samples alone."""
+    from comp_cli.runtime.token_rules import may_be_first, needs_of
+
+    tower = FAMILIES[name].has_class_token
+    settings = {"relevance": "text"} if rule == "tops" and not tower else {}
+    if "class" in needs_of(rule, settings) and not tower:
+        pytest.skip("no [CLS]")
+    first = {"layer": 0, "rule": "cls-clusters" if tower else "diverse-clusters", "keep": 7, "settings": {}}
+    stage = {"layer": 2, "rule": rule, "keep": 4, "settings": settings}
+    stages = [stage | {"layer": 0}] if may_be_first(rule, settings) else [first, stage]
+    model = compact(name, stages)
+    inputs = batch(name, [sample(name, prompt) for prompt in PROMPTS])
+    logits = run(model, inputs).logits
+    for i, prompt in enumerate(PROMPTS):
+        alone = run(model, sample(name, prompt).inputs).logits[0]
+        same(logits[i, -1], alone[-1])
+        assert ((alone - run(stock(name), sample(name, prompt).inputs).logits[0])[-1].abs().max() > 0.05) == (prompt != "none")
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_what_the_tower_says_is_not_rounded_on_its_way_through_generate(kind, rules):
+    """`generate` encodes images first, and hands on nothing but features, in half precision here."""
+    views = []
+
+    def probe(view, keep):
+        views.append(view)
+        return tail(view, keep)
+
+    rules("probe", probe, "class")
+    model = compact("llava", [TAIL[0] | {"rule": "probe"}]).to(kind)
+    inputs = {
+        key: value.to(kind) if value.is_floating_point() else value for key, value in sample("llava", "two").inputs.items()
+    }
+    run(model, inputs)
+    model.generate(**inputs, max_new_tokens=1)
+    assert torch.equal(views[0].class_attention, views[1].class_attention)
+    assert torch.equal(views[0].tower_keys, views[1].tower_keys)
+    assert (
+        views[0].class_attention.to(kind).unique().numel() < views[0].class_attention.unique().numel() or kind == torch.float16
+    )
+
+
 @pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
 def test_labels_go_with_their_tokens_to_later_stages(name, rules):
     views = []
@@ -323,6 +440,35 @@ def test_calls_leave_nothing_behind(name):
     same(run(model, text).logits[0], read(name, [], "none")[1])
 
 
+@each
+def test_a_copy_is_a_model_of_its_own(name, rule):
+    model = compact(name, STAGES[rule])
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    del model
+    logits = run(twin, sample(name, "two").inputs).logits
+    same_rows(logits, torch.ones(1, logits.shape[1]), name, STAGES[rule], ["two"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_and_attentions_are_of_the_tokens_that_are_left(attention):
+    """The last hidden states are where they were, zero where a token has gone."""
+    name, stages = "llava", STAGES["key-norm"]
+    reference, _ = read(name, stages, "two")
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    out = run(compact(name, stages, attention), sample(name, "two").inputs, **options)
+    left = [~gone for gone in reference.gone]
+    assert len(out.hidden_states) == LAYERS + 1
+    for i in range(1, LAYERS):  # what a layer hands on
+        same(out.hidden_states[i][0], reference.entered[i][left[i - 1]])
+    if attention == "eager":
+        for found, there, expected in zip(out.attentions, left, reference.maps, strict=True):
+            same(found[0].mean(0), expected[there][:, there], atol=1e-5)
+    last = run(compact(name, stages, attention).model, sample(name, "two").inputs).last_hidden_state[0]
+    assert ((last != 0).any(-1) == left[-1]).all()
+
+
 @each_family
 def test_weights_keep_their_names(name):
     model = compact(name, STAGES["key-norm"])
@@ -346,7 +492,7 @@ def test_a_mixed_batch_holds_no_more_than_its_longest_sample(name):
     gone = [read(name, STAGES["key-norm"], prompt)[0].gone for prompt in PROMPTS]
     for i, layer in enumerate(cache.layers):
         most = max(int((~of[i]).sum()) for of in gone)
-        assert most <= layer.keys.shape[-2] < inputs["input_ids"].shape[1] or i == 0
+        assert layer.keys.shape[-2] == (most if i else inputs["input_ids"].shape[1])
         assert int(cache.get_seq_length(i)) == inputs["input_ids"].shape[1]
 
 
@@ -379,6 +525,30 @@ def test_the_loss_is_that_of_the_reference(name, side):
     loss = run(compact(name, STAGES["key-norm"]), answers(name, side)).loss
     rows = [read(name, STAGES["key-norm"], prompt)[1][-2] for prompt in PROMPTS]
     same(loss, F.cross_entropy(torch.stack(rows), torch.full((len(rows),), 60)))
+
+
+@each_family
+def test_an_answer_in_training_does_not_rank_the_images(name):
+    """Which are ranked as if the answer were still to be written."""
+    stages, inputs = STAGES["last-attention"], answers(name, "right")
+    loss = run(compact(name, stages), inputs).loss
+    rows = []
+    for prompt in PROMPTS:
+        given = sample(name, prompt)
+        reference = Reference(stock(name), FAMILIES[name].image_tokens["text"], stages)
+        rows.append(reference.read(given, asked=len(given.ids) - 1)[-2])
+    same(loss, F.cross_entropy(torch.stack(rows), torch.full((len(rows),), 60)))
+
+
+@each_family
+def test_a_word_right_behind_an_image_is_not_learned(name):
+    """The image's last token, which would predict it, may be gone."""
+    inputs, model = answers(name, "right"), compact(name, STAGES["key-norm"])
+    expected = run(model, inputs).loss
+    for row, ids in zip(inputs["labels"], inputs["input_ids"], strict=True):
+        behind = (ids[:-1] == 90) & (ids[1:] != 90)
+        row[1:][behind] = 61
+    same(run(model, inputs).loss, expected)
 
 
 @each_family
@@ -461,6 +631,15 @@ def test_a_small_image_from_which_nothing_is_dropped_whatever_is_beside_it(promp
     """One of 8 tokens and one of 12, alone and beside one of 16."""
     inputs = batch("qwen2_5_vl", [sample("qwen2_5_vl", prompt) for prompt in prompts])
     refused("8 tokens", lambda: run(compact("qwen2_5_vl", key_norm((1, 10))), inputs))
+
+
+def test_labels_everywhere_where_images_are_ranked_by_what_is_asked():
+    """No word is left that asks."""
+    inputs = batch("llava", [sample("llava", prompt) for prompt in ("one", "none")])
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == 90) | (inputs["attention_mask"] == 0), -100)
+    refused("-100", lambda: run(compact("llava", STAGES["last-attention"]), inputs, labels=labels))
+    refused("word", lambda: run(compact("llava", STAGES["last-attention"]), sample("llava", ("a",)).inputs))
+    assert run(compact("llava", STAGES["key-norm"]), inputs, labels=labels).loss.isfinite()
 
 
 def test_a_later_stage_at_which_nothing_is_dropped():

@@ -370,6 +370,25 @@ def sample(name: str, prompt: str | tuple[int | str, ...]) -> Sample:
     return Sample(tuple(ids), tuple(pictures), inputs, tuple(images), tuple(newlines))
 
 
+@functools.cache
+def film(name: str) -> Sample:
+    """A prompt with a video of two frames, or three, and for Qwen an image before it. Qwen3's frames have words between."""
+    generator = torch.Generator().manual_seed(7)
+    if name == "llava_onevision":
+        ids = [5, 6, *[VIDEO] * 13, 7, 8]  # of each of three frames four tokens, and a newline behind them
+        inputs = {"pixel_values_videos": torch.randn(1, 3, 3, 16, 16, generator=generator)}
+        return Sample(tuple(ids), (), {"input_ids": torch.tensor([ids])} | inputs, (tuple(range(2, 14)),), (14,))
+    image = sample(name, ("b",))
+    between = [END, 40, 41, START] if name == "qwen3_vl" else []
+    ids = [5, *image.ids, 6, START, *[VIDEO] * 6, *between, *[VIDEO] * 6, END, 7, 8]
+    inputs = {name: image.inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    inputs |= {"pixel_values_videos": torch.randn(48, 96, generator=generator), "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    kinds = torch.tensor([[{IMAGE: 1, VIDEO: 2}.get(token, 0) for token in ids]])
+    inputs |= {"input_ids": torch.tensor([ids]), "mm_token_type_ids": kinds}
+    shown = tuple(tuple(i for i, token in enumerate(ids) if token == kind) for kind in (IMAGE, VIDEO))
+    return Sample(tuple(ids), (), inputs, shown, ())
+
+
 def batch(name: str, samples: Sequence[Sample], side: str = "left") -> dict[str, Tensor]:
     """Inputs of several samples, padded, with attention_mask."""
     longest = max(len(each.ids) for each in samples)

@@ -56,12 +56,13 @@ class Reference:
         self.maps: list[Tensor] = []  # (n, seen) of the last call: attention in each layer, mean over heads
 
     @torch.no_grad()
-    def read(self, sample: Any, tower: Sequence[Tensor] = (), **inputs: Any) -> Tensor:
-        """Logits (n, vocabulary) of a prompt. tower: of each image the attention of [CLS] to its patches."""
+    def read(self, sample: Any, tower: Sequence[Tensor] = (), asked: int | None = None, **inputs: Any) -> Tensor:
+        """Logits (n, vocabulary) of a prompt. tower: of each image the attention of [CLS] to its patches. asked: its first
+        tokens that are a prompt; what follows is an answer."""
         scores = torch.zeros(len(sample.ids))
         for image, row in zip(sample.images, tower, strict=bool(tower)):
             scores[list(image)] = row
-        return self._run(sample.inputs | inputs, sample.images, sample.newlines, scores)
+        return self._run(sample.inputs | inputs, sample.images, sample.newlines, scores, asked)
 
     @torch.no_grad()
     def write(self, tokens: Sequence[int]) -> Tensor:
@@ -79,10 +80,10 @@ class Reference:
         self.cache.crop(-count)
         self.gone = [gone[: len(gone) - count] for gone in self.gone]
 
-    def _run(self, inputs: dict[str, Any], images: Any, newlines: Any, tower: Tensor) -> Tensor:
+    def _run(self, inputs: dict[str, Any], images: Any, newlines: Any, tower: Tensor, asked: int | None = None) -> Tensor:
         new = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)  # which of the new ones are gone by now
         self.entered, self.maps = [], []
-        before = partial(self._before, images=images, newlines=newlines, tower=tower, new=new)
+        before = partial(self._before, images=images, newlines=newlines, tower=tower, new=new, asked=asked or len(new))
         hooks = [layer.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, layer in enumerate(self.layers)]
         hooks += [layer.self_attn.register_forward_hook(self._attended) for layer in self.layers]
         if hasattr(self.model.model, "rope_deltas"):
@@ -98,13 +99,13 @@ class Reference:
     def _attended(self, attention, args, output):
         self.maps.append(output[1][0].float().mean(0))
 
-    def _before(self, place, layer, args, kwargs, *, images, newlines, tower, new):
+    def _before(self, place, layer, args, kwargs, *, images, newlines, tower, new, asked):
         hidden = args[0]
         self.entered.append(hidden[0])
         stage = self.stages.get(place)
         if stage and images:
             keys = self.cache.layers[place - 1].keys[0][:, -len(new) :] if place else None
-            last = self.maps[-1][-1, -len(new) :] if place else None
+            last = self.maps[-1][asked - 1, -len(new) :] if place else None
             scores = RANKS[stage["rule"]](Seen(keys, last, tower))
             kept = [place for image in images for place in stay(stage, image, scores, new)]
             new[[place for image in images for place in image] + list(newlines)] = True

@@ -211,6 +211,29 @@ def keep_count(cache: Any, first: int, layers: int) -> None:
             )
 
 
+# What modules make --------------------------------------------------------------------------------------------------------
+
+
+def listen_to(module: Any) -> None:
+    """Let a module remember what it makes next, where `comp_listens` says so. At the module itself: a copy of a model, whose
+    hooks are the same functions, has its own."""
+    module.comp_listens, module.comp_made = False, None
+    module.register_forward_hook(hold_on)
+
+
+def hold_on(module: Any, args: Any, output: Tensor) -> None:
+    if module.comp_listens:
+        module.comp_listens, module.comp_made = False, output.detach()
+
+
+def made_by(modules: Sequence[Any]) -> list[Tensor]:
+    """What they remembered, which they forget."""
+    found = [module.comp_made for module in modules]
+    for module in modules:
+        module.comp_made = None
+    return found
+
+
 # What is left of a forward pass's tokens --------------------------------------------------------------------------------
 
 
@@ -348,7 +371,7 @@ class Selection:
     tokens: int
     images: Images | None = None  # None in a decoding step, and for texts without images
     text: Tensor | None = None
-    extra: Tensor | None = None  # (batch, tokens): neither text nor patches of an image, leave first (newline embeddings)
+    extra: Tensor | None = None  # (batch, tokens): padding and newline embeddings, which leave at the first stage
     left: list[int] = field(default_factory=list)  # of each sample
     index: Tensor | None = None
     valid: Tensor | None = None
@@ -383,7 +406,7 @@ class Selection:
             self.left[sample] -= have - count
         if self.extra is not None:
             goes = goes | self.extra
-            self.left = [have - int(newlines) for have, newlines in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
+            self.left = [have - int(extra) for have, extra in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
             self.extra = None
         chosen = self._shrink(goes)
         moved = torch.zeros_like(goes, dtype=torch.long)
@@ -446,6 +469,7 @@ class Notes:
 
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
     answers: Tensor | None = None  # (batch, tokens): which are to be predicted, and so no part of what is asked
+    newline: Tensor | None = None  # (dim,): what stands behind the rows of an image
     asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
@@ -464,16 +488,20 @@ class ClassAttention:
 
     def __init__(self, model: nn.Module, where: dict[str, Any]):
         self.attention: Any = model.get_submodule(where["module"])
-        self.made: dict[str, Tensor] = {}
-        for name, rows in (("query", slice(0, 1)), ("key", slice(None))):
-            module = self.attention.get_submodule(where[name])
-            module.register_forward_hook(lambda module, args, out, name=name, rows=rows: self.made.update({name: out[:, rows]}))
+        self.sources: list[Any] = [self.attention.get_submodule(where[name]) for name in ("query", "key")]
+        for source in self.sources:
+            listen_to(source)
+
+    def listen(self) -> None:
+        """To the pass that comes."""
+        for source in self.sources:
+            source.comp_listens = True
 
     def payload(self) -> Tensor:
         """(images, patches, 1 + width), fp32: the attention summed over heads, and the keys, of the last pass."""
         width: int = self.attention.head_dim
-        query, keys = (self.made.pop(name).detach().float() for name in ("query", "key"))
-        q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query, keys))
+        query, keys = (states.float() for states in made_by(self.sources))
+        q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query[:, :1], keys))
         paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
         return torch.cat([paid.unsqueeze(-1), keys[:, 1:]], -1)
 
@@ -483,6 +511,7 @@ class ImageFeatures:
 
     comp_reader: ClassAttention | None  # where a rule asks the vision tower
     comp_text: str  # name of the text model
+    comp_newline: str  # name of the embedding behind the rows of an image, empty where there is none
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
     comp_answers: Tensor | None = None  # of the pass that comes, see Notes
@@ -501,7 +530,8 @@ class ImageFeatures:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
-        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, self.comp_asked)
+        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, asked=self.comp_asked)
+        notes.newline = getattr(self, self.comp_newline) if self.comp_newline else None
         self.comp_answers = None
         text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
@@ -582,6 +612,8 @@ def noting(stock: Any, name: str) -> Callable[..., Any]:
         if self.comp_kind is not None:  # videos may be encoded as images are
             return encode(self, *args, **kwargs)
         self.comp_kind = kind
+        if self.comp_reader is not None and kind == "image":
+            self.comp_reader.listen()
         try:
             return self.comp_encoded(encode(self, *args, **kwargs), signature.bind_partial(self, *args, **kwargs).arguments)
         finally:
@@ -598,8 +630,8 @@ class DroppingDecoder:
 
     comp_first: int  # the first layer with a stage
     comp_square: bool  # whether the tokens of an image are the raster of a square
+    comp_asks: bool  # whether a rule reads the text
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
-    comp_newline: Callable[[], Tensor] | None
     comp_notes: Notes | None = None
     comp_current: Selection | None = None  # while a forward pass runs
 
@@ -669,23 +701,29 @@ class DroppingDecoder:
         if self.comp_tiles:
             samples, sizes = joined(samples, sizes, heads, tails)
         selection.text = self.comp_real(notes.real, batch, tokens, states.device)
+        selection.extra = ~selection.text
         pictured = torch.zeros(batch * tokens, dtype=torch.bool, device=states.device).index_fill(0, where, True)
         selection.text = selection.text & ~pictured.view(batch, tokens)
         if notes.answers is not None:
             selection.text = selection.text & ~notes.answers.to(states.device)
         if notes.asked is not None:
             selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
+        if self.comp_asks and not bool(selection.text[samples].any(1).all()):
+            raise ValueError(
+                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. Give "
+                "labels of -100 for what is asked, or prune by a rule that does not read the text."
+            )
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
         place = torch.arange(most, device=device)
         slots = begin + torch.minimum(place, count - 1)  # (images, n) into `where`
         valid = place < count
-        if self.comp_newline is not None:
-            extra = (states.flatten(0, 1)[where] == self.comp_newline().to(states.dtype)).all(-1)
+        if notes.newline is not None:
+            extra = (states.flatten(0, 1)[where] == notes.newline.to(states)).all(-1)
             valid = valid & ~extra[slots]
-            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device)
-            selection.extra = flags.index_copy(0, where, extra).view(batch, tokens)
+            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device).index_copy(0, where, extra)
+            selection.extra = selection.extra | flags.view(batch, tokens)
             sizes = valid.sum(1).tolist()
             slots = slots.gather(1, first_ones(valid, max(sizes)))
         columns = where[slots] % tokens
@@ -739,7 +777,6 @@ class DroppingLayer:
 
     comp_stage: Stage | None = None
     comp_heard: frozenset[str] = frozenset()  # what the stage behind this layer asks of it
-    comp_listening: Heard | None = None
 
     def __call__(
         self,
@@ -772,27 +809,23 @@ class DroppingLayer:
             return call(hidden_states, **asked, **given)
         attention = layer.self_attn
         heard = Heard(attention.head_dim, attention.scaling, position_embeddings, attention_mask, before)
-        selection.heard = self.comp_listening = heard
         asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "position_ids": position_ids}
-        try:
-            return call(hidden_states, **asked, **given)
-        finally:
-            self.comp_listening = None
+        for source in self.comp_sources():
+            source.comp_listens = True
+        found = call(hidden_states, **asked, **given)
+        heard.query, heard.key = made_by(self.comp_sources())
+        selection.heard = heard
+        return found
+
+    def comp_sources(self) -> list[Any]:
+        """What makes queries and keys of the attention, before RoPE."""
+        attention: Any = self.self_attn  # type: ignore[attr-defined]
+        return [getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj") for letter in "qk"]
 
     def comp_listen(self) -> None:
-        """Remember queries and keys of each pass that asks for them."""
-        attention: Any = self.self_attn  # type: ignore[attr-defined]
-
-        def remember(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                if self.comp_listening is not None:
-                    setattr(self.comp_listening, name, output.detach())
-
-            return hook
-
-        for name, letter in (("query", "q"), ("key", "k")):
-            source = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
-            source.register_forward_hook(remember(name))
+        """Remember queries and keys, for the stage behind this layer."""
+        for source in self.comp_sources():
+            listen_to(source)
 
 
 def earlier_keys(held: Any) -> Tensor | None:
@@ -925,7 +958,8 @@ def mixed(before: type, stock: Any) -> Any:
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
-    return reading_as(stock, type(f"Dropping{stock.__name__}", (before, stock), members))
+    # Under its name: transformers asks by it which outputs can be recorded.
+    return reading_as(stock, type(stock.__name__, (before, stock), members))
 
 
 def mix_in(before: type, module: nn.Module) -> Any:
@@ -946,10 +980,10 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     asks = "class" in needs and layout["class_attention"] is not None
     inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
     mix_in(DroppingDecoder, text)
+    text.comp_asks = bool(needs & {"text", "attention", "last"})
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None
     text.comp_square = layout.get("square", False)
-    owner, _, name = (layout["newline"] or "").rpartition(".")
-    text.comp_newline = (lambda: getattr(model.get_submodule(owner), name)) if name else None
+    inner.comp_newline = (layout["newline"] or "").rpartition(".")[2]
     at = {stage.layer: stage for stage in stages}
     for place, layer in enumerate(text.layers):
         mix_in(DroppingLayer, layer)
@@ -975,6 +1009,11 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
     if places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < layers:
         raise ValueError(f"stages before layers {places} of {layers}: expected each before another layer, in their order.")
     for stage in stages:
+        if not (stage.share is None and (stage.keep or 0) > 0 or stage.keep is None and 0 < (stage.share or 0) < 1):
+            found = f"keep {stage.keep} and share {stage.share}"
+            raise ValueError(
+                f"the stage before layer {stage.layer} has {found}: expected a keep above 0, or a share between 0 and 1."
+            )
         if stage.rule not in STAGE_RULES:
             raise ValueError(f"the rule {stage.rule!r} is unknown; this runtime has {', '.join(STAGE_RULES)}.")
         if stage.layer == 0 and not may_be_first(stage.rule, stage.settings):
