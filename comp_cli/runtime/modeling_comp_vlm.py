@@ -393,7 +393,8 @@ class Selection:
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
-        choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
+        with torch.autocast(states.device.type, enabled=False):  # ranking is in fp32
+            choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
         place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
         flat = torch.where(images.valid & ~choice.kept, place, nowhere).flatten()
         goes = torch.zeros(nowhere + 1, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)[:-1].view_as(self.text)
@@ -473,6 +474,7 @@ class Notes:
     asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
+    precision: torch.dtype | None = None  # of their features, and of the newlines among these
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
 
 
@@ -502,7 +504,8 @@ class ClassAttention:
         width: int = self.attention.head_dim
         query, keys = (states.float() for states in made_by(self.sources))
         q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query[:, :1], keys))
-        paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
+        with torch.autocast(keys.device.type, enabled=False):
+            paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
         return torch.cat([paid.unsqueeze(-1), keys[:, 1:]], -1)
 
 
@@ -550,7 +553,7 @@ class ImageFeatures:
         if encoded is None:
             return None
         encoded, features = shallow(encoded), encoded.pooler_output
-        notes.sizes[kind] = token_counts(features)
+        notes.sizes[kind], notes.precision = token_counts(features), features[0].dtype
         if self.comp_reader is not None and kind == "image":
             parts = [features] if isinstance(features, Tensor) else list(features)
             width = self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
@@ -566,10 +569,10 @@ class ImageFeatures:
         if not hasattr(encoded, "pooler_output"):
             raise TypeError("get_image_features(return_dict=False) has no room for what token pruning needs: leave it out.")
         payload = None if self.comp_reader is None or self.comp_kind != "image" else self.comp_arranged(encoded, arguments)
-        if self.comp_notes is not None and self.comp_kind is not None:
-            self.comp_notes.sizes[self.comp_kind] = token_counts(encoded.pooler_output)
+        if (notes := self.comp_notes) is not None and self.comp_kind is not None:
+            notes.sizes[self.comp_kind], notes.precision = token_counts(encoded.pooler_output), encoded.pooler_output[0].dtype
             if payload is not None:
-                self.comp_notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
+                notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
         elif payload is not None:
             features = encoded.pooler_output
             pairs = zip([features] if isinstance(features, Tensor) else features, payload, strict=True)
@@ -710,8 +713,8 @@ class DroppingDecoder:
             selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
         if self.comp_asks and not bool(selection.text[samples].any(1).all()):
             raise ValueError(
-                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. Give "
-                "labels of -100 for what is asked, or prune by a rule that does not read the text."
+                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. "
+                "Give labels of -100 for what is asked, or prune by a rule that does not read the text."
             )
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
@@ -720,7 +723,8 @@ class DroppingDecoder:
         slots = begin + torch.minimum(place, count - 1)  # (images, n) into `where`
         valid = place < count
         if notes.newline is not None:
-            extra = (states.flatten(0, 1)[where] == notes.newline.to(states)).all(-1)
+            newline = notes.newline.to(states.device, notes.precision).to(states.dtype)
+            extra = (states.flatten(0, 1)[where] == newline).all(-1)
             valid = valid & ~extra[slots]
             flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device).index_copy(0, where, extra)
             selection.extra = selection.extra | flags.view(batch, tokens)
