@@ -179,7 +179,8 @@ def test_several_images_in_a_prompt(model):
 
 
 def test_modes_and_which_of_them_are_on_unasked(model):
-    modes = model.family.modes
+    modes = model.family.every_mode
+    assert model.family.modes == {name: mode for name, mode in modes.items() if mode.unasked}
     assert {name: mode.unasked for name, mode in modes.items()} == {
         "vision_params": False,
         "language_params": True,
