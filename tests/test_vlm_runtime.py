@@ -698,7 +698,9 @@ def test_quantised_caches():
 
 def test_flex_attention():
     """Its masks are no tensors."""
-    refused("BlockMask", lambda: run(compact("llava", STAGES["key-norm"], "flex_attention"), sample("llava", "two").inputs))
+    model = compact("llava", STAGES["key-norm"])
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    refused("BlockMask", lambda: run(model, sample("llava", "two").inputs))
 
 
 @pytest.mark.parametrize(

@@ -643,6 +643,11 @@ class DroppingDecoder:
         notes, self.comp_notes = self.comp_notes, None
         states = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         pictured = notes is not None and bool(notes.masks)
+        if pictured and model.config._attn_implementation == "flex_attention":
+            raise ValueError(
+                "flex_attention makes BlockMasks, which cannot be cut to the image tokens that are left: load the model with "
+                "attn_implementation='sdpa'."
+            )
         if pictured:
             past_key_values = self.comp_cache(past_key_values, kwargs)
         counted = past_key_values is not None and any(isinstance(layer, KeptTokens) for layer in past_key_values.layers)
@@ -705,8 +710,8 @@ class DroppingDecoder:
             selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
         if self.comp_asks and not bool(selection.text[samples].any(1).all()):
             raise ValueError(
-                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. Give "
-                "labels of -100 for what is asked, or prune by a rule that does not read the text."
+                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. "
+                "Give labels of -100 for what is asked, or prune by a rule that does not read the text."
             )
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
