@@ -31,7 +31,7 @@ from comp_cli.data.pairset import PairSet
 from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.data.sources import open_pairs
 from comp_cli.engine import flops
-from comp_cli.engine.methods import METHODS
+from comp_cli.engine.methods import ENCODER, methods_for
 from comp_cli.errors import CompError
 from comp_cli.models.dense import Dense, by_model_size, open_dense
 from comp_cli.models.pairs import Pairs, batches_of
@@ -40,6 +40,7 @@ from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
 from comp_cli.tasks import comparison
 
+METHODS = methods_for(ENCODER)
 SAMPLES = 128  # calibration pairs, of which all judge every stage
 RATIOS = (0.5, 0.7, 0.8, 0.85)
 ABLATED_AT = 0.8  # where parts of a method are switched off
@@ -216,7 +217,7 @@ def plot(runs: list[dict], subject: Subject, dense_accuracy: float, path: Path) 
             ratios = sorted(cells)
             means, spread = [100 * cells[r][0] for r in ratios], [100 * cells[r][1] for r in ratios]
             style = {"linewidth": 2.5, "zorder": 3} if method == "comp" else {"linewidth": 1, "alpha": 0.8}
-            style |= {"color": colours[method], "linestyle": "-" if list(METHODS).index(method) < 10 else "--"}
+            style |= {"color": colours[method], "linestyle": "-" if METHODS.index(method) < 10 else "--"}
             left = [100 * (1 - r) for r in ratios]
             axes.errorbar(left, means, spread, marker="o", markersize=3, capsize=2, label=method, **style)
         axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CompError
-from .option_values import checked, default_output, parse_backends, parse_batches
+from .option_values import checked, default_output, parse_backends, parse_batches, parse_modes
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -20,6 +20,7 @@ from .options import (
     Gates,
     HubOptions,
     PruneOptions,
+    TokenOptions,
     Training,
 )
 from .progress import Progress, Recorder
@@ -122,7 +123,13 @@ def analyze(
 def prune(
     model: StrPath,
     *,
-    ratio: float,
+    ratio: float | None = PruneOptions.ratio,
+    tokens: int | None = TokenOptions.tokens,
+    tokens_share: float | None = TokenOptions.tokens_share,
+    token_stages: str | None = TokenOptions.token_stages,
+    saliency: str | None = TokenOptions.saliency,
+    compat: bool = TokenOptions.compat,
+    link: bool = False,
     output: StrPath | None = None,
     data: StrPath | None = DataOptions.data,
     max_drop: float | None = None,
@@ -137,6 +144,9 @@ def prune(
     num_samples: int | None = PruneOptions.num_samples,
     eval_samples: int | None = PruneOptions.eval_samples,
     text_tokens: int = PruneOptions.text_tokens,
+    modes: str | Sequence[str] | None = PruneOptions.modes,
+    tokens_method: str | None = PruneOptions.tokens_method,
+    uniform: bool = PruneOptions.uniform,
     stages: int | None = PruneOptions.stages,
     stage_samples: int | None = PruneOptions.stage_samples,
     batch_size: int = PruneOptions.batch_size,
@@ -169,8 +179,15 @@ def prune(
 
     Args:
         model: Hub id, hf:// URI, folder, or "demo".
-        ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input.
-        output: folder to write (default: MODEL-comp-RATIO in the current folder).
+        ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input. Every method asks for it,
+            but those of the image tokens of a decoder, which ask for exactly one of the next three.
+        tokens: image tokens of an image: the mean over the layers of the language model, or what a one-shot rule keeps.
+        tokens_share: the same as a share of an image's tokens, for images of any size.
+        token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
+        saliency: what the method vitcop ranks by inside the language model: "key-norm" or "attention" (default: by the model).
+        compat: follow the authors' code where it departs from their formula.
+        link: hard links to the model's weights in place of copies; both must be on one disk.
+        output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder).
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         max_drop: points that the metric may fall; more raises GateError, and nothing is written.
         task: evaluation task (default: inferred from the architecture).
@@ -184,6 +201,9 @@ def prune(
         num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
+        modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
+        tokens_method: how image tokens leave a decoder where parameters go too (default: attention, at three stages).
+        uniform: keep as many heads and channels in every layer of a decoder, and write a folder of the stock class.
         stages: stages of the method comp-paper.
         stage_samples: pairs that judge a plan or a stage.
         batch_size: pairs in one forward pass.
@@ -225,8 +245,11 @@ def prune(
     Example:
         >>> report = comp_cli.prune("Salesforce/blip-itm-base-coco", ratio=0.5, data="pairs.jsonl", output="blip-compact")
         >>> report.flops.dense, report.flops.compact, report.quality.metrics["accuracy"].compact
+        >>> report = comp_cli.prune("llava-hf/llava-1.5-7b-hf", method="vitcop", tokens=64, output="llava-64")
+        >>> report.image_tokens.mean, report.image_tokens.kv_cache_bytes.compact
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
+    image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency)
     options = PruneOptions(
         model=os.fspath(model),
         ratio=ratio,
@@ -246,19 +269,27 @@ def prune(
         data=DataOptions(_text(data), split, *columns),
         task=task,
         training=Training(steps, epochs, lr, train_batch_size, stage_share, distill, mixed_precision),
+        modes=parse_modes(modes),
+        tokens_method=tokens_method,
+        uniform=uniform,
         cip=cip,
         cit=cit,
         explore=explore,
         history=history,
+        image_tokens=None if image_tokens == TokenOptions() else image_tokens,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
-    folder = default_output(options.model, ratio) if output is None else Path(output)
+    folder = default_output(options.model, ratio, method, options.image_tokens) if output is None else Path(output)
 
     def work(told: Progress) -> PruneReport:
         from .commands.prune import prune
+        from .commands.prune_options import by_number
+        from .commands.prune_tokens import prune_tokens
 
-        how = {"overwrite": overwrite, "dry_run": dry_run, "resume": resume}
-        return prune(options, folder, told, max_drop=max_drop, hub_options=hub, **how)
+        how = {"overwrite": overwrite, "dry_run": dry_run}
+        if by_number(options, link):
+            return prune_tokens(options, folder, told, link=link, max_drop=max_drop, hub_options=hub, **how)
+        return prune(options, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
 
     return _reported(work, progress)
 

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from .errors import UsageError
-from .options import BACKENDS, flag
+from .options import BACKENDS, TokenOptions, flag
 from .progress import Progress
 
 P = ParamSpec("P")
@@ -85,10 +85,14 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float) -> Path:
+def default_output(model: str, ratio: float | None, method: str, tokens: TokenOptions | None) -> Path:
     """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
     named = model.split("@")[0] if model.startswith("hf://") else model
-    return Path(f"{Path(named).name or 'model'}-comp-{ratio:g}".lstrip("-@"))
+    amount = "comp" if ratio is None else f"comp-{ratio:g}"
+    if tokens is not None:
+        often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
+        amount = f"{method}-{'stages' if often is None else often}"
+    return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
 
 
 def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -97,6 +101,17 @@ def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(str(name).strip() for name in parts if str(name).strip()))
     if not names or not set(names) <= set(BACKENDS):
         raise UsageError(f"--backend {_listed(given)}: expected some of {', '.join(BACKENDS)}, with commas.")
+    return names
+
+
+def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Modes as a text with commas, or several texts; which of them a model has, it says itself. Raises UsageError for none."""
+    if given is None:
+        return None
+    parts = given.split(",") if isinstance(given, str) else given
+    names = tuple(dict.fromkeys(str(name).strip() for name in parts if str(name).strip()))
+    if not names:
+        raise UsageError(f"--modes {_listed(given)}: expected names with commas, such as language_params,image_tokens.")
     return names
 
 

@@ -5,7 +5,7 @@ Numbers that cannot be are refused when options are made, by the name that the c
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ OPSET = 20
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
+SALIENCIES = ("key-norm", "attention")  # what ranks image tokens inside the language model, for the method vitcop
 MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
 
 WHOLE = {  # numbers that are whole: the least and the most
@@ -33,6 +34,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "opset": (1, 99),
     "iterations": (1, MOST),
     "threads": (0, 1024),
+    "tokens": (1, MOST),
 }
 REAL = {
     "ratio": (-math.inf, math.inf),  # what it has to be, a sentence of its own says
@@ -45,6 +47,7 @@ REAL = {
     "min_speedup": (0, math.inf),
     "max_latency_ms": (0, math.inf),
     "max_memory_mb": (0, math.inf),
+    "tokens_share": (-math.inf, math.inf),
 }
 
 
@@ -62,10 +65,10 @@ class Checked:
     NAMES: ClassVar[dict[str, str]] = {}  # field -> keyword, where they differ
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # those that inherit from this are dataclasses
-            value = getattr(self, field.name)
+        for one in fields(self):  # type: ignore[arg-type]  # those that inherit from this are dataclasses
+            value = getattr(self, one.name)
             if value is not None:
-                check_number(self.NAMES.get(field.name, field.name), value, WHOLE.get(field.name), REAL.get(field.name))
+                check_number(self.NAMES.get(one.name, one.name), value, WHOLE.get(one.name), REAL.get(one.name))
 
 
 def check_number(name: str, value: Any, whole: tuple[int, int] | None, real: tuple[float, float] | None) -> None:
@@ -221,12 +224,37 @@ class AnalyzeOptions(Checked):
 
 
 @dataclass(frozen=True)
+class TokenOptions(Checked):
+    """How many image tokens of a decoder stay, by exactly one of the first three, and what a method ranks them by.
+
+    Attributes:
+        tokens: of an image: the mean over the layers of the language model, or of a rule that prunes once those kept.
+        tokens_share: the same as a share of the tokens that an image has.
+        token_stages: the stages themselves, layer:count or layer:share with commas.
+        compat: whether the authors' code is followed where it departs from their formula.
+        saliency: what ranks tokens inside the language model: "key-norm" or "attention"; None for the model's usual one.
+    """
+
+    tokens: int | None = None
+    tokens_share: float | None = None
+    token_stages: str | None = None
+    compat: bool = False
+    saliency: str | None = None
+
+    @property
+    def amounts(self) -> list[str]:
+        """The options that say how many tokens stay, of those that were given."""
+        given = (name for name in ("tokens", "tokens_share", "token_stages") if getattr(self, name) is not None)
+        return list(map(flag, given))
+
+
+@dataclass(frozen=True)
 class PruneOptions(Checked):
     """What `comp prune` is asked for; goes into the report as it is.
 
     Attributes:
         model: Hub id, hf:// URI, folder, or "demo".
-        ratio: FLOPs reduction, 0 to 1 (0.5 removes half).
+        ratio: FLOPs reduction, 0 to 1 (0.5 removes half); null where the number of image tokens is asked for.
         method: what is scored and removed, and how.
         recover: whether output projections are refitted in closed form.
         sequential: whether they are refitted once more in the end, in sequence, towards the dense model's residual stream.
@@ -243,14 +271,18 @@ class PruneOptions(Checked):
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
         training: fine-tuning of what is pruned.
+        modes: kinds of what is removed, for example language_params, image_tokens; None for the usual ones of the model.
+        tokens_method: how image tokens leave a decoder, beside the parameters that go; None for attention at three stages.
+        uniform: whether every layer of a tower keeps as many units, so that the folder is one of a stock class.
         cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4).
         cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
+        image_tokens: how many image tokens of a decoder stay; left out for other models.
     """
 
     model: str
-    ratio: float
+    ratio: float | None = None
     method: str = "comp"
     recover: bool = True
     sequential: bool = True
@@ -267,16 +299,21 @@ class PruneOptions(Checked):
     data: DataOptions = DataOptions()
     task: str | None = None
     training: Training = Training()
+    modes: tuple[str, ...] | None = None
+    tokens_method: str | None = None
+    uniform: bool = False
     cip: bool = True
     cit: bool = True
     explore: bool = True
     history: bool = True
+    image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})  # as report.base.if_known says it
 
 
 @dataclass(frozen=True)
 class ResolvedOptions(PruneOptions):
-    """With the numbers that the size of the model decides."""
+    """With the numbers that the size of the model decides, for a model whose parameters or tokens go by a ratio."""
 
+    ratio: float = 0.0
     stages: int = int(STAGES.small)
     num_samples: int = int(NUM_SAMPLES.small)
     stage_samples: int = int(STAGE_SAMPLES.small)

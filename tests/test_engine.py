@@ -224,7 +224,7 @@ def test_the_ratio_is_reached(dense, inputs, ratio):
     assert 1 - after / before == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.phases])
+@pytest.mark.parametrize("name", [name for name in methods.methods_for(methods.ENCODER) if methods.METHODS[name].phases])
 def test_every_method_reaches_its_ratio_and_touches_only_its_modes(demo, name):
     """What the compact model really computes, counted."""
     dense, inputs = demo

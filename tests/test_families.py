@@ -171,7 +171,7 @@ def test_flops_at_texts_of_another_length_are_those_that_run(case):
     """Kept numbers of tokens are constants, so fewer or none go; words that are written or padding cost what they cost."""
     for length in (5, 8, 17):
         inputs = case.dense.random_inputs(1, length)
-        tokens = case.dense.family.topology.count_tokens(inputs)
+        tokens = case.dense.family.topology.count_tokens(inputs, case.dense.processor)
         there = case.dense.reference.with_texts(tokens)
         for plan in (case.dense.plan, case.plan):
             assert flops.count(plan, there).total == count(case.dense.runtime(plan), inputs)

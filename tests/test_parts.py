@@ -249,7 +249,7 @@ def test_its_plan_and_its_sizes_in_json(plans):
     assert Plan.from_json(found) == plan
     first = found["towers"][0]["layers"][0]
     assert first["attention"] == {"heads": [1], "head_dim": 8, "scale": 8**-0.5, "group": 4} and first["keep"] is None
-    sizes = plan.comp_block(DESCRIBED)["towers"][0]
+    sizes = plan.comp_block(DESCRIBED, LLAMA.to_dict())["towers"][0]
     assert sizes["layers"][0]["attention"] == {"num_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "scale": 8**-0.5}
     assert sizes["layout"]["ffn"] == ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert sizes["layout"]["norms"] == ("input_layernorm", "post_attention_layernorm") and "mlp" not in sizes["layout"]
@@ -334,7 +334,7 @@ CONTRADICTIONS = {
     "rule": (stream(rule="atention"), "rule is 'atention', expected one of attention, "),
     "rule of [CLS]": (stream(rule="cls"), "the rule cls asks a token that it does not have"),
     "fixed": (replace(DESCRIBED, fixed={"lm_haed": "llm"}), "llama.fixed: the weights have no lm_haed.weight"),
-    "times": (replace(DESCRIBED, fixed={"lm_head": "lm"}), "lm_head is used 'lm', expected one of llm, once, patches"),
+    "times": (replace(DESCRIBED, fixed={"lm_head": "lm"}), "is used 'lm', expected one of features, llm, once, patches"),
     "patches": (replace(DESCRIBED, fixed={"lm_head": "patches"}), "used for patches, and no stream is of images"),
     "inside": (replace(DESCRIBED, fixed={"model.layers.0.mlp.up_proj": "llm"}), "is in a layer of the llm tower"),
     "pooling": (replace(DESCRIBED, pooling="head"), "head needs weights of that name and a stream of images"),
@@ -394,7 +394,7 @@ def test_a_config_may_have_names_of_its_own(llama):
 
 def test_what_the_runtime_does_not_run_it_refuses(plans):
     config = transformers.LlamaConfig(**LLAMA.to_dict())
-    config.comp = plans[0].comp_block(DESCRIBED)
+    config.comp = plans[0].comp_block(DESCRIBED, LLAMA.to_dict())
     with pytest.raises(ValueError, match="shared key-value heads, are not run by this version"):
         build_compact(config, DESCRIBED, "LlamaForCausalLM", {})
 
@@ -469,7 +469,7 @@ def test_a_block_of_two_streams_is_checked(two, monkeypatch):
     fewer = plan.with_tower(replace(tower, layers=(first.handing_on("text", 8).keeping("attention", (1,)), *others)))
     config = LLAMA.to_dict()
     monkeypatch.setattr("comp_cli.checkpoint.plan_check._tokens", lambda stream, sizes: 36)
-    block = json.loads(json.dumps(fewer.comp_block(FAMILIES["llama"])))
+    block = json.loads(json.dumps(fewer.comp_block(FAMILIES["llama"], LLAMA.to_dict())))
     check_block(block, config, FAMILIES["llama"], "LlamaForCausalLM")
     for change, said in (
         (lambda layer: layer.update(keep={"image": 0}), r"keep\.image is 0; expected 1 to 36 tokens"),

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompError, RefusedError
-from ..files.store import JSON_LIMIT, read_json, sha256
+from ..files.store import JSON_LIMIT, departs, read_json
+from . import runtimes
 
 REPORT = "comp_report.json"
-FREE = {"README.md", "modeling_comp.py"}  # people edit the one; comp runs its own runtime, not the other
+FREE = {"README.md", *runtimes.ALL}  # people edit the one; comp runs its own runtime, not the others
 READ = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"}  # what the libraries open, by suffix
 SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")
@@ -117,8 +118,9 @@ def _inside(place: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str
 def check_report(folder: Path) -> None:
     """Raises RefusedError where comp's own report lies in the folder and a file is not, byte for byte, the one that it lists.
 
-    README.md and modeling_comp.py may be edited. Without a report (a model that was trained further and saved elsewhere)
-    there is nothing to compare with.
+    README.md and the runtime may be edited. Of weights that are links to the dense model's, size and header are compared (see
+    `store.unread_facts`). Without a report (a model that was trained further and saved elsewhere) there is nothing to compare
+    with.
     """
     if not (folder / REPORT).is_file():
         return
@@ -132,12 +134,8 @@ def check_report(folder: Path) -> None:
             continue
         if name != os.path.basename(name) or not path.is_file():
             raise RefusedError(f"{folder}: {name!r}, which {REPORT} lists, is missing.", hint=_cure(folder))
-        if path.stat().st_size != known.get("bytes"):
-            said = f"{path}: {path.stat().st_size} bytes, and comp wrote {known.get('bytes')} ({REPORT})."
-            raise RefusedError(said, hint=_cure(folder))
-        if sha256(path) != known.get("sha256"):
-            said = f"{path}: not the bytes that comp wrote: their SHA-256 is not the one in {REPORT}."
-            raise RefusedError(said, hint=_cure(folder))
+        if how := departs(path, {"bytes": None, **known}):
+            raise RefusedError(f"{path}: {how} ({REPORT}).", hint=_cure(folder))
 
 
 def _cure(folder: Path) -> str:

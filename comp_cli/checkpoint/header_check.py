@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from ..errors import RefusedError
@@ -56,6 +58,28 @@ def _read_pickle(path: Path) -> dict[str, TensorHeader]:
         str(name): TensorHeader(kinds.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
         for name, tensor in held.items()
     }
+
+
+def as_named_now(
+    headers: Mapping[str, TensorHeader], config: transformers.PretrainedConfig, family: Family, model_class: type
+) -> Mapping[str, TensorHeader]:
+    """The tensors under the names that the model has for them today, where files have those of an older release, as all of
+    LLaVA's have. model_class: the one that reads them. As they are where every tower stands under its name, or one has more
+    layers than there are tensors: then they are for `check_depth`."""
+    sizes = config.to_dict()
+    depths = [tower_config(sizes, tower)[tower.depth] for tower in family.towers]
+    known = all(_depth(headers, tower)[0] for tower in family.towers)
+    if known or not all(type(depth) is int and depth <= len(headers) for depth in depths):
+        return headers
+    model: Any = on_meta(model_class, config)
+    changes = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    state = model.state_dict()
+
+    def today(name: str) -> str:
+        found: str = rename_source_key(name, changes, [], model.base_model_prefix, state)[0]
+        return found
+
+    return {today(name): header for name, header in headers.items()}
 
 
 def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
+import inspect
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +16,13 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from ..errors import CompError, DeviceError, RefusedError, UsageError, first_line
-from ..families import Family, compact_block, find_architecture, find_family, tower_config
+from ..families import Family, check_supported, compact_block, find_architecture, find_family, tower_config
 from ..files.store import TensorHeader, read_config, read_json
-from ..runtime.modeling_comp import compact_class
 from .folder_check import check_folder, check_report, shown
-from .header_check import check_depth, check_shapes, few, on_meta, read_headers
+from .header_check import as_named_now, check_depth, check_shapes, few, on_meta, read_headers
 from .plan_check import check_block
 from .processor_check import check_code, check_processor
+from .runtimes import runtime_of
 from .weight_files import check_checkpoint
 
 SIZES = (
@@ -33,6 +35,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+SIDES = ("image_size", "patch_size")  # which may be given as height and width
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,11 +95,12 @@ def load_model(
     config, described = describe(folder)
     architecture = find_architecture(config.to_dict())
     compact = compact_block(config.to_dict()) is not None
-    model_class: Any = compact_class(architecture) if compact else getattr(transformers, architecture)
+    model_class: Any = runtime_of(described).compact_class(architecture) if compact else getattr(transformers, architecture)
     model_class = family.topology.interface(model_class) if family else model_class
-    headers = read_headers(folder, files)
+    headers: Mapping[str, TensorHeader] = read_headers(folder, files)
     options = {"use_safetensors": files[0].endswith(".safetensors"), "local_files_only": True}
     with sentences(folder), quiet_libraries():
+        headers = as_named_now(headers, config, described, getattr(transformers, architecture))
         check_sizes(config.to_dict(), described, headers, folder)
         check_shapes(headers, on_meta(model_class, config), folder)
         model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
@@ -132,6 +136,7 @@ def describe(folder: Path) -> tuple[transformers.PretrainedConfig, Family]:
     family, architecture, _ = find_family(read_config(folder))
     with sentences(folder), quiet_libraries():
         config = getattr(transformers, architecture).config_class.from_pretrained(folder, local_files_only=True)
+    check_supported(config.to_dict(), family)
     check_positive(config.to_dict(), family, folder)
     return config, family
 
@@ -139,12 +144,15 @@ def describe(folder: Path) -> tuple[transformers.PretrainedConfig, Family]:
 def check_positive(config: dict[str, Any], family: Family, folder: Path) -> None:
     """Raises RefusedError where a size is no number from one, or the heads do not divide the width."""
     for tower in family.towers:
-        for name, value in tower_config(config, tower).items():
-            if name in SIZES and not (type(value) is int and value >= 1):
+        sizes = tower_config(config, tower)
+        for name, value in sizes.items():
+            sides = value if name in SIDES and isinstance(value, list | tuple) and value else [value]
+            if name in SIZES and not all(type(side) is int and side >= 1 for side in sides):
                 place = f"{tower.config}.{name}".removeprefix(".")
                 raise RefusedError(f"{folder}: config.json: {place} is {shown(value)}; expected 1 or more.")
-        width, heads = (tower_config(config, tower)[name] for name in ("hidden_size", tower.self_attention.queries))
-        if width % heads:
+        attention = tower.self_attention
+        width, heads = sizes["hidden_size"], sizes[attention.queries]
+        if width % heads and not (attention.head_dim and sizes.get(attention.head_dim)):
             said = f"{tower.name}: hidden_size {width} does not divide into {heads} attention heads."
             hint = "The config.json of this checkpoint is not one that transformers can load."
             raise RefusedError(said, hint=hint)
@@ -164,7 +172,7 @@ def build_compact(
     """The compact model of `config.comp` around the given weights, which are shared, not copied; it answers as the family is
     described."""
     with no_init_weights():
-        model = family.topology.interface(compact_class(architecture))(config)
+        model = family.topology.interface(runtime_of(family).compact_class(architecture))(config)
     tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
     found = model.load_state_dict(state, strict=False, assign=True)
     if wrong := [*found.unexpected_keys, *(set(found.missing_keys) - tied.keys())]:
@@ -199,7 +207,7 @@ def load_processor(folder: Path) -> Any:
     try:
         with quiet_libraries():
             check_code(folder)
-            loader = getattr(transformers, family.topology.processor_class)
+            loader = without_video(getattr(transformers, family.topology.processor_class))
             processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             check_processor(processor, config.to_dict(), family, folder)
     except CompError:
@@ -215,9 +223,27 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
-def save_processor(processor: Any, folder: Path) -> None:
-    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from."""
+def without_video(loader: Any) -> Any:
+    """The class of a processor without the part that makes frames of a video, which comp does not ask: it needs torchvision,
+    which nothing else here does."""
+    made_of = inspect.signature(loader.__init__).parameters.get("video_processor")
+    if made_of is None or made_of.default is made_of.empty:  # SmolVLM's cannot be left out
+        return loader
+    others = [name for name in loader.get_attributes() if name != "video_processor"]
+    members = {"get_attributes": classmethod(lambda own: others), "__module__": loader.__module__}
+    return type(loader.__name__, (loader,), members)
+
+
+def save_processor(processor: Any, folder: Path, source: Path | None = None) -> None:
+    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from. source: where
+    that was; what is said there of videos is handed on, see `without_video`."""
     processor.save_pretrained(folder)
+    name, whole = "video_preprocessor_config.json", "processor_config.json"
+    if source is not None and (source / name).is_file():
+        shutil.copyfile(source / name, folder / name)
+    if source is not None and (source / whole).is_file() and "video_processor" in (found := read_json(source / whole)):
+        settings = read_json(folder / whole) | {"video_processor": found["video_processor"]}
+        (folder / whole).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}

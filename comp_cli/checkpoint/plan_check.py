@@ -5,12 +5,13 @@ import json
 import math
 from typing import Any
 
-from ..engine.methods import METHODS
+from ..engine.methods import ENCODER, METHODS
 from ..engine.token_ranking import fits
 from ..errors import RefusedError
 from ..families import FAMILIES, Family, Part, Stream, Tower, tower_config
 from ..plan import JSON_PARTS, PADDING, SCHEMA_VERSION, width_of_head
 from .folder_check import shown
+from .stage_check import check_stages, true_sizes
 
 FACTS = ("comp_version", "base_model", "base_revision", "base_address", "method", "task")
 
@@ -28,14 +29,17 @@ def check_block(block: dict[str, Any], config: dict[str, Any], family: Family, a
         raise _refused("family", block.get("family"), " or ".join(fits))
     if "task" in block:
         _expect(named is family, "family", named.name, f"{family.name}, for the task {block['task']}")
+    config = true_sizes(block, config)
+    check_stages(block, config, family)
     for name in FACTS:
         _expect(isinstance(block.get(name), str | None), name, block.get(name), "a text")
+    method = block.get("method") if family.topology.drops_in == ENCODER else None  # of a decoder, the stages say it
     towers: Any = block.get("towers")
     _expect(isinstance(towers, list) and len(towers) == len(named.towers), "towers", towers, f"{len(named.towers)} towers")
     for index, (tower, found) in enumerate(zip(named.towers, towers, strict=True)):
         place = f"towers[{index}]"
         _expect(isinstance(found, dict), place, found, "a tower")
-        _check_tower(place, found, tower, tower_config(config, tower), block.get("method"))
+        _check_tower(place, found, tower, tower_config(config, tower), method)
 
 
 def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[str, Any], method: Any) -> None:
@@ -54,7 +58,7 @@ def _check_tower(place: str, found: dict[str, Any], tower: Tower, sizes: dict[st
     _expect(
         fits, f"{place}.layers", len(layers) if isinstance(layers, list) else layers, f"{depth} layers, as config.json says"
     )
-    left = {stream.name: _tokens(stream, sizes) for stream in tower.streams}
+    left = {stream.name: 0 if tower.order == "stock" else _tokens(stream, sizes) for stream in tower.streams}
     for index, layer in enumerate(layers):
         left = _check_layer(f"{place}.layers[{index}]", layer, tower, sizes, left)
 
@@ -128,11 +132,11 @@ def _check_heads(place: str, found: Any, part: Part, sizes: dict[str, Any]) -> N
 
 
 def _check_keep(place: str, keep: Any, stream: Stream, tokens: int) -> int:
-    """Returns the tokens of a stream that are handed on, of `tokens`."""
+    """Returns the tokens of a stream that are handed on, of `tokens`; 0 where layers run as they are, and hand on all."""
     least = max(1, len(stream.protected))
     if keep is None:
         return tokens
-    _expect(stream.prunable, place, keep, f"null: the {stream.name} tower keeps its tokens")
+    _expect(stream.prunable and tokens, place, keep, f"null: the {stream.name} tower keeps its tokens")
     _expect(_count(keep, least) and keep <= tokens, place, keep, f"{least} to {tokens} tokens, or null for all")
     return keep
 

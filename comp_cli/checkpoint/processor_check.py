@@ -11,6 +11,7 @@ from PIL import Image
 from ..errors import CompError, RefusedError, first_line
 from ..families import Family
 from ..files.store import read_json
+from ..topology import Pixels
 from .folder_check import PROCESSORS, leaves, shown
 
 CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer_class")
@@ -48,11 +49,12 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
     topology = family.topology
     images, tokenizer = topology.parts_of(processor)
     if images is not None:
-        check_images(images, topology.image_side(family, config), folder)
+        check_numbers(images, folder)
+        check_pixels(images, topology.pixels_of(family, config), folder)
     if tokenizer is not None:
         text = topology.text_section(family, config)
         check_texts(tokenizer, text["vocab_size"], folder)
-        if topology.padding == "longest" and tokenizer.padding_side != "right":
+        if topology.padded_by_tokenizer and topology.padding == "longest" and tokenizer.padding_side != "right":
             hint = 'The model counts places from the first token. Set "padding_side": "right" in tokenizer_config.json.'
             raise _refused(folder, f"the tokenizer pads texts on the {tokenizer.padding_side}", hint)
         if topology.reads_the_end(family):
@@ -63,8 +65,8 @@ def check_processor(processor: Any, config: dict[str, Any], family: Family, fold
             raise _refused(folder, said)
 
 
-def check_images(images: Any, side: int, folder: Path) -> None:
-    """Raises RefusedError unless pictures become (3, side, side) finite numbers."""
+def check_numbers(images: Any, folder: Path) -> None:
+    """Raises RefusedError where an image processor has a size, or a number that pixels are normalised with, that cannot be."""
     if not hasattr(images, "image_mean"):
         raise _refused(
             folder, "the processor makes no pictures", "preprocessor_config.json or processor_config.json is needed."
@@ -84,12 +86,17 @@ def check_images(images: Any, side: int, folder: Path) -> None:
                 raise _refused(
                     folder, f"the image processor's {name} is {shown(value)}; expected finite numbers above {least:g}"
                 )
+
+
+def check_pixels(images: Any, taken: Pixels, folder: Path) -> None:
+    """Raises RefusedError unless pictures become finite numbers in the shape that the model takes."""
     try:
-        made = images(images=[Image.new("RGB", (48, 32), (1, 128, 255))], return_tensors="pt")["pixel_values"]
+        found = images(images=[Image.new("RGB", (48, 32), (1, 128, 255))], return_tensors="pt")
+        made = found["pixel_values"]
     except Exception as error:
         raise _refused(folder, f"the image processor fails on a plain picture ({shown(first_line(error))})") from error
-    if tuple(made.shape) != (1, 3, side, side):
-        said = f"the image processor makes {tuple(made.shape[1:])} of 48 x 32 pixels, the model takes {(3, side, side)} of any"
+    if not taken.fit(found):
+        said = f"the image processor makes {tuple(made.shape[1:])} of 48 x 32 pixels, the model takes {taken.words}"
         raise _refused(folder, said)
     if not torch.isfinite(made).all():
         raise _refused(folder, "the image processor makes values of a plain picture that are not finite")

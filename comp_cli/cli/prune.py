@@ -6,31 +6,60 @@ from typing import Annotated, Any
 import typer
 
 from .. import api
-from ..engine.methods import METHODS
+from ..engine.methods import DECODER, ENCODER, METHODS, methods_for
 from ..options import (
     EVAL_SAMPLES,
     LEARNING_RATE,
     NUM_SAMPLES,
+    SALIENCIES,
     STAGE_SAMPLES,
     STAGES,
     DataOptions,
     HubOptions,
     PruneOptions,
+    TokenOptions,
     Training,
 )
 from . import shared_options as given
 from .output import Output
 from .perform import perform
-from .shared_options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TUNING, option
+from .shared_options import ABLATIONS, DATA, MAIN, OUTPUT, SEARCH, TOKENS, TUNING, option
 
-EPILOG = "Methods:\n\n" + "\n\n".join(f"* `{name}`: {method.description}" for name, method in METHODS.items())
+KINDS = {
+    ENCODER: "Methods:",
+    DECODER: "Methods for image-text decoders (LLaVA and its kin), which take a number of image tokens:",
+}
+EPILOG = "\n\n".join(
+    "\n\n".join(
+        [said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind, only_tokens=kind == DECODER))]
+    )
+    for kind, said in KINDS.items()
+)
 
 
 def prune(
     context: typer.Context,
     model: given.Model,
-    ratio: Annotated[float, option(MAIN, "FLOPs reduction, 0 to 1 (0.5 removes half).", show_default=False)],
-    output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO")] = None,
+    ratio: Annotated[
+        float | None, option(MAIN, "FLOPs reduction, 0 to 1 (0.5 removes half); not for --tokens.", show_default=False)
+    ] = PruneOptions.ratio,
+    tokens: Annotated[
+        int | None, option(TOKENS, "Of an image: the mean over the layers, or what a one-shot rule keeps.")
+    ] = TokenOptions.tokens,
+    tokens_share: Annotated[
+        float | None, option(TOKENS, "The same as a share of an image's tokens, for images of any size.")
+    ] = TokenOptions.tokens_share,
+    token_stages: Annotated[
+        str | None, option(TOKENS, "The stages themselves, LAYER:COUNT or LAYER:SHARE: 0:172,2:77,22:15.")
+    ] = TokenOptions.token_stages,
+    saliency: Annotated[
+        str | None, option(TOKENS, f"What vitcop ranks by in the LLM: {' or '.join(SALIENCIES)} (default: by the model).")
+    ] = TokenOptions.saliency,
+    compat: Annotated[
+        bool, option(TOKENS, "Follow the authors' code where it departs from their formula.", "--compat")
+    ] = TokenOptions.compat,
+    link: Annotated[bool, option(TOKENS, "Hard links to the model's weights in place of copies.", "--link")] = False,
+    output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO or MODEL-METHOD-TOKENS")] = None,
     data: given.Data = DataOptions.data,
     max_drop: Annotated[
         float | None, option(MAIN, "Points that the metric may fall; more is exit code 3, and nothing is written.")
@@ -50,6 +79,16 @@ def prune(
     split_column: given.SplitColumn = DataOptions.split_column,
     method: Annotated[str, option(SEARCH, "What is scored and removed; see Methods below.")] = PruneOptions.method,
     stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
+    modes: Annotated[
+        str | None, option(SEARCH, "What is removed, with commas: language_params,image_tokens (default: by the model).")
+    ] = None,
+    tokens_method: Annotated[
+        str | None, option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).")
+    ] = PruneOptions.tokens_method,
+    uniform: Annotated[
+        bool,
+        option(SEARCH, "As many heads and channels in every layer of a decoder: a folder of the stock class.", "--uniform"),
+    ] = PruneOptions.uniform,
     stage_samples: Annotated[
         int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {STAGE_SAMPLES}).")
     ] = PruneOptions.stage_samples,
@@ -97,6 +136,8 @@ def prune(
 ) -> None:
     """Remove heads, feed-forward channels and tokens together, and write a compact checkpoint.
 
+    Of a model that writes about images with a language model (LLaVA and its kin), image tokens: without data, in seconds.
+
     Examples:
 
     `comp prune demo --ratio 0.5 -o compact`
@@ -104,6 +145,8 @@ def prune(
     `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
 
     `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
+
+    `comp prune llava-hf/llava-1.5-7b-hf --method vitcop --tokens 64 --link`
 
     `comp prune openai/clip-vit-base-patch32 --ratio 0.5 --data pairs.jsonl --max-drop 1.0`
 
@@ -114,7 +157,10 @@ def prune(
 
     def show(report: Any, out: Output) -> None:
         from ..report.prune_tables import print_pruned
+        from ..report.token_tables import print_tokens_pruned
 
+        if report.image_tokens is not None:
+            return print_tokens_pruned(report, report.image_tokens, out)
         print_pruned(report, out)
 
     perform(
@@ -122,5 +168,5 @@ def prune(
         lambda options, out: api.prune(**options, progress=out),
         show,
         lambda report: report.output,
-        resumes=not dry_run,
+        resumes=not (dry_run or link or tokens or tokens_share or token_stages),
     )

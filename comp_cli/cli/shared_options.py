@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-MAIN, DATA, SEARCH, TUNING = "Main options", "Data", "Search", "Fine-tuning"
+MAIN, DATA, SEARCH, TUNING, TOKENS = "Main options", "Data", "Search", "Fine-tuning", "Image tokens of a decoder"
 ABLATIONS, COMPUTING, HUB, OUTPUT = "Ablations", "Computation", "Hub", "Output"
 
 

@@ -1,6 +1,7 @@
 """`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how their scores interfere."""
 
 from dataclasses import asdict
+from typing import Any
 
 from .. import __version__
 from ..checkpoint.loading import pick_device
@@ -25,7 +26,7 @@ PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, 
 
 def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS) -> AnalyzeReport:
     """Score a dense model on calibration pairs. Raises what `open_dense` and `choose_pairs` raise."""
-    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
+    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = pick_device(options.device)
     dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)

@@ -91,6 +91,9 @@ def _export(
     started = perf_counter()
     config = read_config(folder)
     family, architecture, name = find_family(config)
+    if not family.topology.exports:
+        said = f"{folder}: {architecture} {family.topology.why_whole}; comp exports no graphs of such a decoder."
+        raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
     task = tasks.TASKS[name]
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and family.topology.why_whole:

@@ -14,8 +14,10 @@ from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
 from ..data.rows import Pair
-from ..engine.methods import METHODS
+from ..engine.allocation import Look
+from ..engine.methods import check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
+from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
@@ -44,44 +46,11 @@ from ..report.prune import PlanCompared, PruneReport, Quality, SearchCost, Stage
 from ..report.prune_tables import layer_rows, metric_value
 from ..search.journal import Journal
 from ..search.run import search
-from ..search.trainer import check_training, count_steps, is_main_process, precision, process_device, processes
+from ..search.trainer import count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
 from ..tasks.base import is_share
 from ..tasks.text_metrics import missing, references
-
-
-def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
-    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
-    if not 0 < options.ratio < 1:
-        raise UsageError(
-            f"--ratio {options.ratio}: expected a number between 0 and 1.",
-            hint="It is the FLOPs reduction: 0.5 removes half.",
-        )
-    if options.method not in METHODS:
-        raise UsageError(f"--method {options.method}: unknown.", hint=f"Use one of {', '.join(METHODS)}.")
-    check_training(options.training)
-    method = METHODS[options.method]
-    if not options.cip and method.params not in ("cip", "obs"):
-        raise UsageError(f"--no-cip changes nothing for --method {options.method}.", hint="It is for comp and comp-paper.")
-    in_stages = method.phases is None and not method.compares_plans
-    if not in_stages and not (options.explore and options.history):
-        raise UsageError("--no-explore and --no-history are for --method comp-paper.")
-    if options.stages is not None and not in_stages and not (method.phases and options.training.stage_share):
-        raise UsageError(f"--stages: --method {options.method} has none.", hint="Use --method comp-paper.")
-    if method.compares_plans and options.training.stage_share:
-        hint = "Use --method comp-paper, or leave --stage-share out: the plan is trained when it is found."
-        raise UsageError(f"--stage-share: --method {options.method} has no stages.", hint=hint)
-    if not options.sequential and not options.recover:
-        raise UsageError("--no-sequential changes nothing with --no-recover.")
-    if not options.cit and not (options.training.stage_share and METHODS[options.method].removes("tokens")):
-        hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
-        raise UsageError("--no-cit changes nothing here.", hint=hint)
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise UsageError(f"--max-drop {max_drop:g}: expected points from 0 to 100.")
-    if max_drop is not None and dry_run:
-        raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
-    if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
-        raise UsageError("--stage-samples are some of the --num-samples, not more.")
+from .prune_options import check
 
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
@@ -164,7 +133,13 @@ def _prune(
     dry_run = journal is None and is_main_process()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = process_device(options.device)
-    dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    dense = open_dense(
+        options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
+    )
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
@@ -181,7 +156,7 @@ def _prune(
         report = replace(
             describe(dense, plan, resolved),
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
-            compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in found.looks),
+            compared=tuple(_compared(look) for look in found.looks),
             texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
@@ -251,7 +226,11 @@ def early_settings(options: PruneOptions) -> dict[str, Any]:
     return given | surroundings(options)
 
 
-def check_disk(dense: Dense, options: PruneOptions, dtype: torch.dtype, output: Path) -> None:
+def _compared(look: Look) -> PlanCompared:
+    return PlanCompared(look.tokens, round(look.ratio, 5), look.loss, look.units or None)
+
+
+def check_disk(dense: Dense, options: ResolvedOptions, dtype: torch.dtype, output: Path) -> None:
     """Raises CompError where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and
     two moments, as it is and as it was at the last step."""
     left = (1 - options.ratio) * dense.params(dense.plan)
@@ -295,7 +274,7 @@ def with_own_texts(
     the evaluation are whole, as the model will be fed; a dry run reads none of them."""
     own = at_own_texts(dense, plan, purpose, texts) if report.options.data.data is not None else None
     if own is not None:
-        warn_less(dense, own, report.options.ratio, progress)
+        warn_less(dense, own, report.ratio if report.options.ratio is None else report.options.ratio, progress)
     return replace(report, at_own_texts=own)
 
 

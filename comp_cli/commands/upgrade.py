@@ -4,23 +4,24 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, signals
 from ..checkpoint.folder_check import check_report
 from ..checkpoint.loading import load_model
+from ..checkpoint.runtimes import FILES, runtime_facts, runtime_files
 from ..errors import CompError, RefusedError, UsageError, is_full
-from ..families import find_architecture
+from ..families import find_family
 from ..files.outputs import reserve, resolve, sibling, swap
 from ..files.ownership import discard, seen
-from ..files.store import read_config, read_json, write_failed
-from ..models.compact import auto_map, file_facts, runtime
+from ..files.store import facts, read_config, read_json, write_failed
+from ..models.compact import auto_map
 from ..progress import Progress
 from ..report.upgrade import UpgradeReport
-from ..runtime import modeling_comp
 
-RUNTIME, REPORT, CONFIG = "modeling_comp.py", "comp_report.json", "config.json"
+REPORT, CONFIG = "comp_report.json", "config.json"
 
 
 def upgrade(folder: Path, progress: Progress) -> UpgradeReport:
@@ -39,20 +40,23 @@ def upgrade(folder: Path, progress: Progress) -> UpgradeReport:
 def _upgrade(folder: Path, progress: Progress) -> dict[str, str]:
     """The work, with the folder reserved."""
     config, report = check(folder)
-    block = config["comp"] | {"runtime": runtime()}
+    family, architecture, _ = find_family(config)
+    block = config["comp"] | {"runtime": runtime_facts(family)}
     # Auto classes that the user added stay.
-    fresh = config | {"comp": block, "auto_map": config.get("auto_map", {}) | auto_map(find_architecture(config))}
+    fresh = config | {"comp": block, "auto_map": config.get("auto_map", {}) | auto_map(family, architecture)}
     changed = {}
-    if (folder / RUNTIME).read_bytes() != Path(modeling_comp.__file__).read_bytes():
-        was = config["comp"].get("runtime", config["comp"]).get("comp_version")
-        changed[RUNTIME] = f"that of comp {was} is now that of comp {__version__}"
+    was = config["comp"].get("runtime", config["comp"]).get("comp_version")
+    files = runtime_files(family)
+    for name, today in files.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != today.read_bytes():
+            changed[name] = f"that of comp {was} is now that of comp {__version__}"
     if added := sorted(fresh["auto_map"].items() - config.get("auto_map", {}).items()):
         changed["auto_map"] = f"answers for {', '.join(name for name, _ in added)} as well"
     if block["runtime"] != config["comp"].get("runtime"):
-        changed["versions"] = f"tested with transformers {' to '.join(modeling_comp.TESTED)}"
+        changed["versions"] = f"tested with transformers {' to '.join(block['runtime']['transformers'])}"
     if changed:
         check_left(folder)
-        replace(folder, fresh, report)
+        replace(folder, fresh, report, files)
     if dense_shapes(config):
         progress.warn(
             f"{folder} drops tokens and has the shapes of the dense model: stock classes load it, and answer as the dense "
@@ -68,9 +72,10 @@ def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_config(folder)
     block = config.get("comp")
     whole = isinstance(block, dict) and isinstance(block.get("towers"), list) and isinstance(block.get("runtime", {}), dict)
-    if not whole or not isinstance(config.get("auto_map", {}), dict) or not (folder / RUNTIME).is_file():
+    has_runtime = any((folder / names[0]).is_file() for names in FILES.values())
+    if not whole or not isinstance(config.get("auto_map", {}), dict) or not has_runtime:
         raise RefusedError(
-            f"{folder} is not a compact model that comp wrote: expected a block comp in {CONFIG}, and {RUNTIME}.",
+            f"{folder} is not a compact model that comp wrote: expected a block comp in {CONFIG}, and the runtime beside it.",
             hint="Graphs are written anew with comp export; dense models need no runtime.",
         )
     if not (folder / REPORT).is_file():
@@ -101,17 +106,18 @@ def dense_shapes(config: dict[str, Any]) -> bool:
     return False
 
 
-def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
-    """Put a folder with the new files in the place of the old one, once it has loaded. Whatever else lies there comes along."""
+def replace(folder: Path, config: dict[str, Any], report: dict[str, Any], runtime: Mapping[str, Path]) -> None:
+    """Put a folder with the new files in the place of the old one, once it has loaded. Whatever else lies there comes along.
+    runtime: name -> file of today."""
     judged = seen(folder)
     fresh = sibling(folder, "partial")
     try:
         shutil.copytree(folder, fresh, symlinks=True, copy_function=second_name)
-        new = {RUNTIME: Path(modeling_comp.__file__).read_text(), CONFIG: json.dumps(config, indent=2) + "\n"}
+        new = {name: path.read_text(encoding="utf-8") for name, path in runtime.items()}
+        new[CONFIG] = json.dumps(config, indent=2) + "\n"
         for name, text in new.items():
             write(fresh / name, text)
-        facts = file_facts(fresh)
-        files = report["files"] | {name: facts[name] for name in new}
+        files = report["files"] | {name: facts(fresh / name) for name in new}
         write(fresh / REPORT, json.dumps(report | {"files": files}) + "\n")
         load_model(fresh)
         with signals.held():
@@ -128,8 +134,8 @@ def replace(folder: Path, config: dict[str, Any], report: dict[str, Any]) -> Non
 
 def write(path: Path, text: str) -> None:
     """A file of its own in the place of one that may share its bytes with the old folder; synced, of the same mode."""
-    mode = path.stat().st_mode
-    path.unlink()
+    mode = (path if path.exists() else path.parent / CONFIG).stat().st_mode
+    path.unlink(missing_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

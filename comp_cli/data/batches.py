@@ -19,6 +19,8 @@ from .rows import Pair
 class Batch:
     """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one or more.
 
+    rows: of inputs that have not one row for each sample, how many each has; see `Topology.rows`.
+
     cut: how many of the samples have a text, or an answer to it, that is longer than the inputs hold. text_tokens: tokens of
     all texts together, by stream; see `Topology.count_tokens`.
     """
@@ -27,6 +29,18 @@ class Batch:
     labels: Tensor | None
     cut: int = 0
     text_tokens: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    def piece(self, begin: int, end: int) -> "Batch":
+        """Some of the samples, without their labels."""
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            counts = self.rows.get(name)
+            return tensor[begin:end] if counts is None else tensor[sum(counts[:begin]) : sum(counts[:end])]
+
+        inputs = {name: part(name, tensor) for name, tensor in self.inputs.items()}
+        rows = {name: counts[begin:end] for name, counts in self.rows.items()}
+        return replace(self, inputs=inputs, labels=None, rows=rows)
 
     @property
     def samples(self) -> int:
@@ -52,12 +66,14 @@ class Collator:
     labels: Callable[[Sequence[Pair], Mapping[str, Tensor]], Tensor | None]
     prompt: str = "{}"  # what a text is put into
     first_token: int | None = None
+    answers: bool = False  # whether texts are questions, and their answers are what is written
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         made, cut = self.topology.collate(self, pairs)
         inputs = {name: made[name] for name in self.topology.inputs}
         labels = self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None
-        return Batch(inputs, labels, sum(cut), self.topology.count_tokens(inputs))
+        tokens = self.topology.count_tokens(inputs, self.processor)
+        return Batch(inputs, labels, sum(cut), tokens, self.topology.rows(inputs))
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -70,10 +86,10 @@ class Collator:
 
     def seen(self, pair: Pair) -> Pair:
         """The pair with what the processor makes of its image in the image's place, (channels, height, width), so that the
-        picture, of any size, need not stay in memory."""
+        picture, of any size, need not stay in memory. Where pixels and text are made together, the pair as it is."""
         if not self.topology.reads_images:
             return replace(pair, image=None)
-        if isinstance(pair.image, Tensor):
+        if isinstance(pair.image, Tensor) or not self.topology.pictures_apart:
             return pair
         made = self.processor(images=[pair.image.convert("RGB")], return_tensors="pt")
         return replace(pair, image=made["pixel_values"][0])

@@ -4,6 +4,7 @@ Sizes are compared in parts.py. What no name and no size tells (keys in the plac
 the model of a dense plan is compared with the stock one, as tests/test_families.py does.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from ..errors import RefusedError
 from ..families import Family, Part, Stream, Tower, tower_config
 
 Shape = tuple[int, ...]
-SOURCES, PROTECTED, READ = ("image", "text", "answer"), ("first", "last", "end"), ("first", "last", None)
+SOURCES, PROTECTED, READ = ("image", "text", "answer", "newline"), ("first", "last", "end"), ("first", "last", None)
 HINT = "Mend the family's description, see families/base.py and docs/architecture.md."
 
 
@@ -41,7 +42,8 @@ def check_description(config: Mapping[str, Any], family: Family, shapes: Mapping
 def _check_tower(where: str, tower: Tower, sizes: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     from ..runtime.modeling_comp import LAYERS, LAYOUT_DEFAULTS  # brings torch
 
-    _expect(tower.order in LAYERS, where, f"order is {tower.order!r}, expected one of {', '.join(LAYERS)}")
+    orders = (*LAYERS, "stock")
+    _expect(tower.order in orders, where, f"order is {tower.order!r}, expected one of {', '.join(orders)}")
     _expect(tower.streams, where, "no tokens go through it: it has no streams")
     _once(f"the parts of {where}", (part.name for part in tower.parts))
     _once(f"the matrices of {where}", (path for part in tower.parts for path in (*part.rows, part.column)))
@@ -89,10 +91,10 @@ def _check_stream(where: str, stream: Stream) -> None:
 
 def _check_outside(family: Family, shapes: Mapping[str, Shape]) -> None:
     """What lies outside of the layers: matrices with the number of their inputs, and a pooling head."""
-    where, often = f"{family.name}.fixed", {"once", "patches", *(tower.name for tower in family.towers)}
+    where, often = f"{family.name}.fixed", {"once", "patches", "features", *(tower.name for tower in family.towers)}
     images = any(stream.source == "image" for _, stream in family.streams.values())
     for path, times in family.fixed.items():
-        _expect(f"{path}.weight" in shapes, where, f"the weights have no {path}.weight")
+        _expect(matching(path, shapes), where, f"the weights have no {path}.weight")
         _expect(times in often, where, f"{path} is used {times!r}, expected one of {', '.join(sorted(often))}")
         _expect(images or times != "patches", where, f"{path} is used for patches, and no stream is of images")
         inside = [tower.name for tower in family.towers if path.startswith(f"{tower.encoder}.{tower.layers}.")]
@@ -105,6 +107,14 @@ def _check_outside(family: Family, shapes: Mapping[str, Shape]) -> None:
 def _expect_number(where: str, name: str, sizes: Mapping[str, Any]) -> None:
     number = sizes.get(name)
     _expect(type(number) is int and number > 0, where, f"{name} of its config is {number!r}, expected a number from 1")
+
+
+def matching(path: str, shapes: Mapping[str, Shape]) -> list[str]:
+    """The weights at a path of `Family.fixed`, in which `*` stands for any number."""
+    if "*" not in path:
+        return [f"{path}.weight"] if f"{path}.weight" in shapes else []
+    pattern = re.compile(re.escape(f"{path}.weight").replace(r"\*", r"\d+"))
+    return [name for name in shapes if pattern.fullmatch(name)]
 
 
 def _has(names: Iterable[str], path: str) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import RefusedError
 from ..families import Family, Part
 from ..plan import Channels, LayerPlan, Plan, Units
 
@@ -39,10 +40,21 @@ def slice_part(state: dict[str, Tensor], root: str, part: Part, kept: Units) -> 
     dense_units = state[f"{root}.{part.column}.weight"].shape[1] // kept.width
     if len(kept.units) == dense_units:
         return
+    check_norms(state, root, part)
     for path in part.rows:
         width = state[f"{root}.{path}.weight"].shape[0] // (dense_units * part.copies)
         slice_rows(state, f"{root}.{path}", copied_channels(kept.units, width, dense_units, part.copies))
     slice_columns(state, f"{root}.{part.column}", unit_channels(kept.units, kept.width))
+
+
+def check_norms(state: Mapping[str, Tensor], root: str, part: Part) -> None:
+    """Raises RefusedError where queries or keys are normalised over all heads together: without some of them, the others would
+    be other numbers. A norm of each head by itself is none of those."""
+    for path in part.rows if part.is_attention else ():
+        norm = state.get(f"{root}.{path.removesuffix('_proj')}_norm.weight")
+        if norm is not None and len(norm) == len(state[f"{root}.{path}.weight"]):
+            said = f"{root}.{part.module} normalises its heads together ({len(norm)} numbers), so none of them can be removed"
+            raise RefusedError(f"{said}.", hint="Name the modes to be used with --modes, without this tower's.")
 
 
 def layers_of(family: Family, plan: Plan) -> Iterator[tuple[str, Part, LayerPlan]]:

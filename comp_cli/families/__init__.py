@@ -7,11 +7,36 @@ from ..errors import RefusedError, UsageError
 from .base import Family, Mode, Part, Stream, Tower
 from .blip import BLIP, BLIP_CAPTION, BLIP_CONTRASTIVE, BLIP_VQA
 from .clip import CLIP, CLIP_TEXT, CLIP_VISION
+from .internvl import INTERNVL
+from .llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from .paligemma import PALIGEMMA
+from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from .siglip import SIGLIP
+from .smolvlm import SMOLVLM
+from .support import check_supported
 
 # Of those with the same architecture the first is the usual one.
 FAMILIES = {
-    family.name: family for family in (BLIP, BLIP_CONTRASTIVE, BLIP_CAPTION, BLIP_VQA, CLIP, CLIP_VISION, CLIP_TEXT, SIGLIP)
+    family.name: family
+    for family in (
+        BLIP,
+        BLIP_CONTRASTIVE,
+        BLIP_CAPTION,
+        BLIP_VQA,
+        CLIP,
+        CLIP_VISION,
+        CLIP_TEXT,
+        SIGLIP,
+        LLAVA,
+        LLAVA_NEXT,
+        LLAVA_ONEVISION,
+        QWEN2_VL,
+        QWEN2_5_VL,
+        QWEN3_VL,
+        INTERNVL,
+        SMOLVLM,
+        PALIGEMMA,
+    )
 }
 
 __all__ = [
@@ -21,6 +46,7 @@ __all__ = [
     "Part",
     "Stream",
     "Tower",
+    "check_supported",
     "compact_block",
     "find_architecture",
     "find_family",
@@ -31,7 +57,7 @@ __all__ = [
 
 def tower_config(config: dict[str, Any], tower: Tower) -> dict[str, Any]:
     """The part of a config (as a dictionary) that describes a tower."""
-    return config[tower.config] if tower.config else config
+    return tower.section(config)
 
 
 def supported() -> list[str]:

@@ -1,5 +1,6 @@
 """What a family file describes. Data only: engine, export and bench read it, none of them knows a family."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,8 @@ class Stream:
     """Tokens of one kind in a tower. The tower's only stream has its name."""
 
     name: str
-    source: str  # what the tokens are made of: "image", "text", or "answer" for a text that is predicted
+    source: str  # what the tokens are made of: "image", "text", "answer" for a text that is predicted, or "newline" for what
+    # stands between the rows of an image
     prunable: bool = True  # not where a text is generated, for every token is predicted from
     protected: tuple[str, ...] = ()  # tokens that always stay: "first", "last" (behind it is padding), "end" (padding or not)
     class_token: str | None = "first"  # where the token is that the model reads: "first", "last", or None for all alike
@@ -90,6 +92,7 @@ class Mode:
     name: str
     parts: tuple[tuple[str, str], ...] = ()  # (tower, part)
     stream: str | None = None
+    unasked: bool = True  # whether it is on where nobody names modes
 
     @property
     def kind(self) -> str:
@@ -104,7 +107,7 @@ class Tower:
     config: str  # attribute of the model's config with hidden_size, num_attention_heads, ...; "" for the config itself
     encoder: str  # path of the module that runs the layers
     layers: str  # name of the list of layers in it
-    order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS
+    order: str  # "pre_norm" or "post_norm", see modeling_comp.LAYERS; "stock" where layers run as they are with other matrices
     parts: tuple[Part, ...]  # in the order in which tokens go through them
     streams: tuple[Stream, ...]
     depth: str = "num_hidden_layers"  # attribute of the tower's config: how many layers
@@ -115,6 +118,19 @@ class Tower:
     mlp: str | None = None  # of a pre_norm layer, the module of the feed-forward part; None as in a ViT
     whole: tuple[str, ...] = ()  # modules of a layer whose matrices stay as they are, and every token goes through: a router
     unused: tuple[str, ...] = ()  # modules of a layer that the model has, and no token goes through
+    unasked: bool = True  # whether its parameters are removed where nobody names modes
+    # Sizes that its config calls otherwise: name -> attributes whose product it is ("intermediate_size": a width and a ratio).
+    sizes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a whole config.json that describes the tower, its sizes under the names that descriptions use."""
+        own = dict(config[self.config] if self.config else config)
+        return own | {name: math.prod(own[factor] for factor in factors) for name, factors in self.sizes}
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a decoder that reads a prompt and writes on, in stock layers."""
+        return self.order == "stock" and self.causal
 
     @property
     def self_attention(self) -> Part:
@@ -145,13 +161,16 @@ class Family:
     architectures: dict[str, tuple[str, ...]]  # transformers class -> its tasks (see tasks.TASKS), the usual one first
     towers: tuple[Tower, ...]
     topology: Topology  # the shape of the model, and what it can do
-    # Matmuls outside the towers: path -> "patches", "once", or the tower of which every token goes through.
+    # Matmuls outside the towers: path -> "patches", "once", "features" (what becomes an image token), or the tower of which
+    # every token goes through. `*` in a path stands for any number.
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
+    asked: tuple[str, ...] | None = None  # modes that are on; None for those that are unasked
+    backbones: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # part of the config -> kinds (model_type) that fit
 
     def sections(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """The parts of a whole config.json that describe the towers, by their names."""
-        return {tower.name: config[tower.config] if tower.config else config for tower in self.towers}
+        return {tower.name: tower.section(config) for tower in self.towers}
 
     def tower(self, name: str) -> Tower:
         return next(tower for tower in self.towers if tower.name == name)
@@ -162,12 +181,30 @@ class Family:
         return {stream.name: (tower, stream) for tower in self.towers for stream in tower.streams}
 
     @property
+    def decoder_of_images(self) -> tuple[str, Tower]:
+        """The stream of image tokens that leave a decoder, and the decoder. Raises ValueError for models that have none."""
+        found = [(name, tower) for name, (tower, stream) in self.streams.items() if stream.source == "image" and tower.causal]
+        if not found:
+            raise ValueError(f"{self.name}: no decoder that reads images")
+        return found[0]
+
+    @property
     def modes(self) -> dict[str, Mode]:
+        """What is to be removed, one mode at a time: of all modes those that are on."""
+        every = self.every_mode
+        return {name: mode for name, mode in every.items() if (mode.unasked if self.asked is None else name in self.asked)}
+
+    @property
+    def every_mode(self) -> dict[str, Mode]:
         """What can be removed, one mode at a time: parameters of each group, tokens of each stream."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for tower in self.towers:
             for part in tower.parts:
                 groups.setdefault(part.group or tower.group or tower.name, []).append((tower.name, part.name))
-        parameters = [Mode(f"{name}_params", parts=tuple(parts)) for name, parts in groups.items()]
+        unasked = {tower.name: tower.unasked for tower in self.towers}
+        parameters = [
+            Mode(f"{name}_params", parts=tuple(parts), unasked=all(unasked[tower] for tower, _ in parts))
+            for name, parts in groups.items()
+        ]
         streams = [Mode(f"{name}_tokens", stream=name) for name, (_, stream) in self.streams.items() if stream.prunable]
         return {mode.name: mode for mode in (*parameters, *streams)}

@@ -18,7 +18,7 @@ from .. import signals
 from ..errors import CompError, UsageError, is_full
 from . import locks
 from .ownership import MARKERS, Judged, discard, seen, strangers, written
-from .store import sha256, write_failed
+from .store import departs, write_failed
 
 LAST = (".onnx", ".safetensors", "config.json", *MARKERS)  # files without which a folder is no model, the surest ones last
 
@@ -226,13 +226,15 @@ def _settle_leftovers(output: Path) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """Sync everything, with the modes that open() would give: safetensors writes 0600, mkdir has followed the umask."""
+    """Sync everything, with the modes that open() would give: safetensors writes 0600, mkdir has followed the umask. What has
+    another name elsewhere is on the disk already, and keeps the mode that it has there."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             path = os.path.join(root, name)
-            os.chmod(path, mode & 0o666)
-            _fsync(path)
+            if os.stat(path).st_nlink == 1:
+                os.chmod(path, mode & 0o666)
+                _fsync(path)
         os.chmod(root, mode)
         _fsync(root)
 
@@ -301,7 +303,7 @@ def _move_out(output: Path, partial: Path) -> None:
         return
     for name, told in known.items():
         path = output / name
-        if told is not None and path.is_file() and not (partial / name).exists() and sha256(path) == told:
+        if told is not None and path.is_file() and not (partial / name).exists() and not departs(path, told):
             path.rename(partial / name)
 
 

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import CompError
-from .store import read_json, sha256
+from .store import departs, read_json, sha256
 
 MARKERS = ("comp_report.json", "export.json")  # a file that lists, with hashes, what else comp wrote into its folder
+Facts = dict[str, Any]  # of a file, see store.departs
 Judged = dict[str, tuple[int, int, int]]  # name -> inode, bytes, time of the last change in ns
 
 
@@ -22,15 +24,15 @@ def strangers(folder: Path) -> list[str] | None:
             found.append(f"{entry.name}{'/' if entry.is_dir(follow_symlinks=False) else ''}")
         elif entry.name not in known:
             found.append(entry.name)
-        elif known[entry.name] is not None and sha256(Path(entry.path)) != known[entry.name]:
+        elif (told := known[entry.name]) is not None and departs(Path(entry.path), told):
             found.append(f"{entry.name} (changed)")
     return found
 
 
-def written(folder: Path) -> dict[str, str | None] | None:
-    """Name -> SHA-256 of what comp's markers in a folder list, and the markers, whose own hash nobody knows; None where there
-    is no marker of comp. A file of that name that another program wrote is none."""
-    known: dict[str, str | None] = {}
+def written(folder: Path) -> dict[str, Facts | None] | None:
+    """Name -> size and hash of what comp's markers in a folder list, and the markers, whose own hash nobody knows; None where
+    there is no marker of comp. A file of that name that another program wrote is none."""
+    known: dict[str, Facts | None] = {}
     for name in MARKERS:
         path = folder / name
         if path.is_symlink() or not path.is_file():
@@ -42,8 +44,7 @@ def written(folder: Path) -> dict[str, str | None] | None:
         files = content.get("files")
         ours = isinstance(content.get("comp_version"), str) and isinstance(content.get("schema_version"), int)
         if ours and isinstance(files, dict) and files:
-            hashes = {file: told.get("sha256") if isinstance(told, dict) else told for file, told in files.items()}
-            known |= {file: str(told) for file, told in hashes.items()} | {name: None}
+            known |= {file: told if isinstance(told, dict) else {"sha256": told} for file, told in files.items()} | {name: None}
     return known or None
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = ({".safetensors"}, {".onnx", ".data"}, {".bin"})  # the first kind that a folder holds is its weights
 SEARCH_DEPTH = 3
+HEADER_LIMIT = 100 * 2**20  # bytes of a safetensors header, as the library itself has it
 JSON_LIMIT = 64 * 2**20  # bytes; the largest tokenizers take a quarter
 
 
@@ -87,6 +88,41 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_sha256(path: Path) -> str:
+    """The SHA-256 of the header of a safetensors file: names, dtypes, shapes and places of its tensors, not their values.
+    Raises RefusedError where it has none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(HEADER_LIMIT, path.stat().st_size - 8):
+            raise RefusedError(f"{path}: not a whole safetensors file.", hint="Fetch or write it again.")
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a report says of a file: {"bytes": 4175, "sha256": "..."}."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def unread_facts(path: Path) -> dict[str, Any]:
+    """The same of a weight file that is too large to be read for a hash: {"bytes": ..., "header_sha256": "..."}."""
+    return {"bytes": path.stat().st_size, "header_sha256": header_sha256(path)}
+
+
+def departs(path: Path, told: Mapping[str, Any]) -> str | None:
+    """How a file is not the one that a report tells of, as the middle of a sentence; None where it is. Of weights whose values
+    were never hashed, size and header are compared."""
+    size = path.stat().st_size
+    if "bytes" in told and size != told["bytes"]:
+        return f"{size} bytes, and comp wrote {told['bytes']}"
+    if "header_sha256" in told and "sha256" not in told:
+        try:
+            alike = header_sha256(path) == told["header_sha256"]
+        except RefusedError:
+            alike = False
+        return None if alike else "not the weights that comp linked: their header is another one"
+    return None if sha256(path) == told.get("sha256") else "not the bytes that comp wrote: their SHA-256 is another one"
 
 
 def folder_size(folder: Path) -> int:

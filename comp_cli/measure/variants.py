@@ -27,7 +27,7 @@ def on_own_kernels(stock: Any, family: Family | None = None) -> nn.Module:
     usual, architecture, _ = find_family(described)
     family = family or usual
     config = copy.deepcopy(stock.config)
-    config.comp = dense_plan(described, family, architecture).comp_block(family)
+    config.comp = dense_plan(described, family, architecture).comp_block(family, described)
     return loading.build_compact(config, family, architecture, loading.untied_state_dict(stock))
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,51 +12,67 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from .. import __version__
 from ..checkpoint.loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
 from ..checkpoint.precision import of_the_whole
+from ..checkpoint.runtimes import runtime_facts, ship
 from ..data.batches import Batch
 from ..engine.slicing import padded
 from ..errors import CompError
-from ..files.store import save_tensors, sha256
+from ..families import Family
+from ..files.store import facts, save_tensors
 from ..plan import Plan
 from ..report.cards import model_card
-from ..runtime import modeling_comp
 from .dense import Dense
+from .stock import stock_document
+
+GENERATION = "generation_config.json"
+ORIGIN = ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")  # of a report, for config.json
 
 
 def write_checkpoint(
     folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
-    facts = {key: document[key] for key in ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")}
-    block = plan.comp_block(dense.family, method=document["options"]["method"], **facts, runtime=runtime())
+    """config.json, weights, runtime, processor files and model card; of a uniform plan those of a stock class, without runtime.
+    dtypes: of every floating-point tensor."""
+    stock = document["options"]["uniform"]
     state = untied_state_dict(compact)
     whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
-    config = dense.config | {"comp": block, "auto_map": auto_map(dense.architecture), "dtype": whole}
+    config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
+    config |= {"dtype": whole}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
     save_tensors(tensors, folder / "model.safetensors")
-    shutil.copyfile(modeling_comp.__file__, folder / "modeling_comp.py")
+    if not stock:
+        ship(dense.family, folder)
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder), folder)
+        save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
+    generation = dense.source.folder / GENERATION
+    if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
+        shutil.copyfile(generation, folder / GENERATION)
     numbers = dense.family.topology.facts(compact)
-    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers)
+    card = model_card(
+        document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_report(folder: Path, document: dict[str, Any], plan: Plan) -> None:
-    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices."""
-    whole = {"schema_version": 1} | document | {"files": file_facts(folder), "plan": plan.to_json()}
+def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a class of the runtime."""
+    origin = {key: document[key] for key in ORIGIN} | {"method": document["options"]["method"]}
+    block = plan.comp_block(dense.family, dense.hf_config.to_dict(), **origin, runtime=runtime_facts(dense.family))
+    return dense.config | {"comp": block, "auto_map": auto_map(dense.family, dense.architecture)}
+
+
+def write_report(
+    folder: Path, document: dict[str, Any], plan: Plan, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> None:
+    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices. known: what is said of files
+    that are not to be read again."""
+    files = {path.name: known.get(path.name) or facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
-
-
-def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a folder: {"config.json": {"bytes": 4175, "sha256": "..."}}."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def check_reload(folder: Path, dense: Dense, compact: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -87,12 +104,7 @@ def told_apart(dense: Dense, model: nn.Module, plan: Plan) -> nn.Module:
     return dense.build(plan, padded(untied_state_dict(model), dense.family, plan))
 
 
-def runtime() -> dict[str, Any]:
-    """Of the file modeling_comp.py that is shipped: whose it is, and the releases of transformers that it was tested with."""
-    return {"comp_version": __version__, "transformers": list(modeling_comp.TESTED)}
-
-
-def auto_map(architecture: str) -> dict[str, str]:
+def auto_map(family: Family, architecture: str) -> dict[str, str]:
     """Which class answers for which of transformers' Auto classes: all of those that know the stock class, and AutoModel."""
     stock = getattr(transformers, architecture)
     known = {"AutoModel"}
@@ -101,5 +113,4 @@ def auto_map(architecture: str) -> dict[str, str]:
         found = mapping.get(stock.config_class, None) if name.startswith("AutoModel") and mapping is not None else None
         if stock in (found if isinstance(found, tuple | list) else (found,)):
             known.add(name)
-    compact = f"{Path(modeling_comp.__file__).stem}.Compact{architecture}"
-    return dict.fromkeys(sorted(known), compact)
+    return dict.fromkeys(sorted(known), f"{family.topology.runtime}.Compact{architecture}")

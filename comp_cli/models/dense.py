@@ -1,6 +1,6 @@
 """A dense model, opened and described: what every command needs before it can work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
+
+Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Dense:
     def build(self, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
         """The model of a plan around weights that have its sizes."""
         config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
-        config.comp = plan.comp_block(self.family)
+        config.comp = plan.comp_block(self.family, self.hf_config.to_dict())
         return loading.build_compact(config, self.family, self.architecture, state)
 
 
@@ -111,23 +113,12 @@ def open_dense(
     score_rows: int = SCORE_ROWS,
     device: torch.device | None = None,
     task: str | None = None,
+    accepts: Accepts = lambda config, family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
-    compact already."""
-
-    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
-        found = find_family(config, task)
-        if "comp" in config:
-            raise RefusedError(
-                f"{model} is a compact model already.",
-                hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
-            )
-        return found
-
-    source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
-    config = read_config(source.folder)
-    family, architecture, name = described(config)
+    compact already. accepts: raises what speaks against a model, before its weights are downloaded."""
+    source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
     chosen = tasks.TASKS[name].of(family.topology)
     progress.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder)
@@ -151,12 +142,32 @@ def open_dense(
     )
 
 
+def find_dense(
+    model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions
+) -> tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]:
+    """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
+        if "comp" in config:
+            raise RefusedError(
+                f"{model} is a compact model already.",
+                hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
+            )
+        accepts(config, *found[:2])
+        return found
+
+    source = hub.resolve(model, progress=progress, accepts=described, **vars(hub_options))
+    config = read_config(source.folder)
+    return source, config, described(config)
+
+
 def collator(
     family: Family, processor: Any, max_text: int, task: tasks.Task, config: transformers.PretrainedConfig
 ) -> Collator:
     """What makes batches of a task for the models of a family, of texts of `max_text` tokens at most."""
     begin = family.topology.first_token(family, config.to_dict())
-    return Collator(processor, family.topology, max_text, task.labels, task.prompt, begin)
+    return Collator(processor, family.topology, max_text, task.labels, task.prompt, begin, task.has_answers)
 
 
 def longest_text(config: dict[str, Any], family: Family, processor: Any) -> int:

@@ -1,7 +1,7 @@
 """README.md of what comp writes: compact checkpoints, and graphs."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
+from ..checkpoint.runtimes import FILES
 from ..families import Family
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
@@ -19,14 +20,22 @@ from .prune_tables import in_words, metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
+TAGS = ("comp", "pruned", "structured-pruning", "token-pruning")
 FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
 
 
 def model_card(
-    document: dict[str, Any], family: Family, task: Task, source: Path, *, longest: int, facts: Mapping[str, float]
+    document: dict[str, Any],
+    family: Family,
+    task: Task,
+    source: Path,
+    *,
+    longest: int,
+    facts: Mapping[str, float],
+    stock: bool = False,
 ) -> str:
     """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
-    to one length; facts: see `Topology.facts`."""
+    to one length; facts: see `Topology.facts`; stock: whether the class is a stock one."""
     base = document["base_model"]
     license = metadata(document, source).license
     lines = [
@@ -37,7 +46,7 @@ def model_card(
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"{document['architecture']} for {task.name}, made by comp {document['comp_version']}: attention heads, feed-forward "
-        f"channels and tokens are removed for real. Parameters {millions(document['params']['dense'])} -> "
+        f"channels{'' if stock else ' and tokens'} are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
         f"{gflops(document['flops']['compact'])} for one sample{_at_own_texts(document)}.",
         "",
@@ -45,13 +54,10 @@ def model_card(
         document["command"],
         "```",
         "",
-        *_quality(document["quality"]),
+        *quality_lines(document["quality"]),
         "## Use",
         "",
-        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
-        "weights: the stock classes cannot express layers of unequal sizes.",
-        "",
-        card_code.for_checkpoint(family, task, longest, facts=facts),
+        *(_use_of_stock(family, task) if stock else _use(family, task, longest, facts)),
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
@@ -60,6 +66,28 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float]) -> list[str]:
+    """How a checkpoint is used whose layers are of unequal sizes."""
+    code = [f"`{name}`" for name in FILES[family.topology.runtime]]
+    lies = f"{' and '.join(code)}, which {'lie' if code[1:] else 'lies'} beside the weights"
+    return [
+        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
+        "layers of unequal sizes.",
+        "",
+        card_code.for_checkpoint(family, task, longest, facts=facts),
+    ]
+
+
+def _use_of_stock(family: Family, task: Task) -> list[str]:
+    """How a checkpoint is used whose layers are alike."""
+    return [
+        f"With transformers {LEAST_TRANSFORMERS} or newer, and with whatever else reads this class from config.json: "
+        "all layers of a tower are of one size, and no code lies beside the weights.",
+        "",
+        card_code.for_decoder(family, task, remote=False),
+    ]
 
 
 def _at_own_texts(document: dict[str, Any]) -> str:
@@ -72,7 +100,7 @@ def _at_own_texts(document: dict[str, Any]) -> str:
     return f" ({in_words(reference)}); at {mean}, {flops}, ratio {own['ratio']:.2f}"
 
 
-def _quality(quality: dict[str, Any]) -> list[str]:
+def quality_lines(quality: dict[str, Any]) -> list[str]:
     """What was lost, on which data."""
     rows = [
         [name, *(metric_value(name, value[side]) for side in ("dense", "compact"))]
@@ -91,7 +119,7 @@ def metadata_of(source: Path) -> dict[str, Any]:
         return {}
 
 
-def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
+def metadata(document: dict[str, Any], source: Path, tags: Sequence[str] = TAGS) -> ModelCardData:
     """The head of a model card: what the hub reads."""
     base = document["base_model"]
     known = metadata_of(source).items()
@@ -99,8 +127,8 @@ def metadata(document: dict[str, Any], source: Path) -> ModelCardData:
     return ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
-        metrics=list(document["quality"]["metrics"] or {}) or None,
-        tags=["comp", "pruned", "structured-pruning", "token-pruning"],
+        metrics=list((document.get("quality") or {}).get("metrics") or {}) or None,
+        tags=list(tags),
         **told,
     )
 
@@ -109,11 +137,13 @@ def prune_command(options: Any, **more: Any) -> str:
     """The command line of `comp prune` that was typed: model, ratio, and every option that is not at its default. Of a local
     path the name only: whoever reads it has other folders. `more`: options that are no part of `PruneOptions`."""
     options = without_places(options)
-    parts = ["comp prune", shlex.quote(options.model), f"--ratio {options.ratio}"]
+    parts = ["comp prune", shlex.quote(options.model), *([] if options.ratio is None else [f"--ratio {options.ratio}"])]
     for name, value in (*_changed(options), *((name, value) for name, value in more.items() if value not in (None, False))):
         if name in ("model", "ratio"):
             continue
         flag = name.replace("_", "-")
+        if isinstance(value, tuple):
+            value = ",".join(value)
         if isinstance(value, bool):
             parts.append(f"--{flag}" if value else f"--no-{flag}")
         else:

@@ -69,11 +69,13 @@ class PlanCompared:
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
         loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence
             had not seen; null where no plan of the ratio keeps so many tokens.
+        units: of a uniform plan, tower and part -> units that every layer keeps; left out for others.
     """
 
     tokens: dict[str, tuple[int, int]]
     ratio: float
     loss: float | None
+    units: dict[str, int] | None = if_known()
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,46 @@ class SearchCost:
     dense_passes: float
 
 
+@dataclass(frozen=True)
+class TokensLeft:
+    """A stage at which image tokens leave a decoder.
+
+    Attributes:
+        layer: before which layer of the language model.
+        rule: what chooses those that stay.
+        kept: tokens of the reference image that stay.
+        of: tokens of the reference image that come to the stage.
+        share: what stays of the tokens that an image has at first; null where it is a number, the same for all images.
+    """
+
+    layer: int
+    rule: str
+    kept: int
+    of: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What becomes of the image tokens of a decoder, and what it saves behind the reference input.
+
+    Attributes:
+        of: tokens of the reference image.
+        mean: image tokens that a layer of the language model sees, mean over its layers.
+        stages: where they leave.
+        step_flops: FLOPs of the first token that is written behind the reference input.
+        kv_cache_bytes: keys and values behind the reference input, bytes, in the precision of the checkpoint.
+        weights: how they lie in the folder: "copied" or "linked" (hard links to the dense model's); left out by a dry run.
+    """
+
+    of: int
+    mean: float
+    stages: tuple[TokensLeft, ...]
+    step_flops: Sizes
+    kv_cache_bytes: Sizes
+    weights: str | None = if_known()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneReport(Report):
     """What was pruned, and what it costs in accuracy. A dry run ends with the plan: what is measured on the compact model is
@@ -156,9 +198,10 @@ class PruneReport(Report):
         compared: the plans that were compared, in their order; the one of the lowest loss is taken.
         texts: texts that were truncated, by purpose.
         pairs: what became of the rows of the user's data, by purpose.
+        image_tokens: of a decoder that reads images; left out for other models.
         at_own_texts: FLOPs at texts as long as the user's; left out where they are as long as those of the reference input.
         command: the command line that does the same.
-        quality: dense against compact on pairs that calibration never saw.
+        quality: dense against compact on pairs that calibration never saw; left out where none were given for a decoder.
         size_bytes: size of the folders, bytes.
         seconds: duration of the whole run, s.
         cost: what the search took; left out after a resume.
@@ -183,6 +226,7 @@ class PruneReport(Report):
     compared: tuple[PlanCompared, ...]
     texts: dict[str, Texts]
     pairs: dict[str, PairCounts]
+    image_tokens: ImageTokens | None = if_known()
     at_own_texts: AtOwnTexts | None = if_known()
     command: str | None = if_known()
     quality: Quality | None = if_known()

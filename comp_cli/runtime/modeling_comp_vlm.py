@@ -36,6 +36,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, View, may_be_first, needs_of
@@ -333,6 +334,7 @@ class Images:
     class_attention: Tensor | None = None  # (images, n) fp32
     tower_keys: Tensor | None = None  # (images, n, width)
     labels: Tensor | None = None  # (images, n)
+    square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
 
     @property
     def rows(self) -> Tensor:
@@ -380,17 +382,19 @@ class Selection:
         return self.tokens if self.index is None else self.index.shape[1]
 
     def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go."""
+        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares
+        of small images may be the same number at two stages."""
         images = self.images
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]
         for count, have in zip(counts, images.counts, strict=True):
-            if not 0 < count < have:
+            if not 0 < count < have and (stage.share is None or self.index is None):
                 raise ValueError(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
-        choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
+        with torch.autocast(states.device.type, enabled=False):  # ranking is in fp32
+            choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
         place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
         flat = torch.where(images.valid & ~choice.kept, place, nowhere).flatten()
         goes = torch.zeros(nowhere + 1, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)[:-1].view_as(self.text)
@@ -418,9 +422,9 @@ class Selection:
         most = max(self.left)
         chosen = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.width - most :]
         same = all(left == most for left in self.left)
-        self.valid = None if same else stays.gather(1, chosen)
+        valid = stays.gather(1, chosen)
         assert self.text is not None
-        self.text = self.text.gather(1, chosen) if same else self.text.gather(1, chosen) & self.valid
+        self.valid, self.text = None if same else valid, self.text.gather(1, chosen) & valid
         self.index = chosen if self.index is None else self.index.gather(1, chosen)
         return chosen
 
@@ -430,6 +434,7 @@ class Selection:
         assert images is not None and self.text is not None
         rows = images.rows
         view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
+        view.grid = None if images.square else torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
         if "class" in needs:
             view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
         if "keys" in needs and heard is not None:
@@ -469,6 +474,7 @@ class Notes:
     asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
+    precision: torch.dtype | None = None  # of their features, and of the newlines among these
     payload: Tensor | None = None  # (image tokens, 1 + width) fp32: attention of [CLS], and keys of the vision tower
 
 
@@ -495,10 +501,11 @@ class ClassAttention:
 
     def payload(self) -> Tensor:
         """(images, patches, 1 + width), fp32: the attention summed over heads, and the keys, of the last pass."""
-        width = self.attention.head_dim
+        width: int = self.attention.head_dim
         query, keys = (states.float() for states in made_by(self.sources))
         q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query[:, :1], keys))
-        paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
+        with torch.autocast(keys.device.type, enabled=False):
+            paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
         return torch.cat([paid.unsqueeze(-1), keys[:, 1:]], -1)
 
 
@@ -546,7 +553,7 @@ class ImageFeatures:
         if encoded is None:
             return None
         encoded, features = shallow(encoded), encoded.pooler_output
-        notes.sizes[kind] = token_counts(features)
+        notes.sizes[kind], notes.precision = token_counts(features), features[0].dtype
         if self.comp_reader is not None and kind == "image":
             parts = [features] if isinstance(features, Tensor) else list(features)
             width = self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
@@ -562,10 +569,10 @@ class ImageFeatures:
         if not hasattr(encoded, "pooler_output"):
             raise TypeError("get_image_features(return_dict=False) has no room for what token pruning needs: leave it out.")
         payload = None if self.comp_reader is None or self.comp_kind != "image" else self.comp_arranged(encoded, arguments)
-        if self.comp_notes is not None:
-            self.comp_notes.sizes[self.comp_kind] = token_counts(encoded.pooler_output)
+        if (notes := self.comp_notes) is not None and self.comp_kind is not None:
+            notes.sizes[self.comp_kind], notes.precision = token_counts(encoded.pooler_output), encoded.pooler_output[0].dtype
             if payload is not None:
-                self.comp_notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
+                notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
         elif payload is not None:
             features = encoded.pooler_output
             pairs = zip([features] if isinstance(features, Tensor) else features, payload, strict=True)
@@ -625,6 +632,7 @@ class DroppingDecoder:
     """Mixed in before the text model."""
 
     comp_first: int  # the first layer with a stage
+    comp_square: bool  # whether the tokens of an image are the raster of a square
     comp_asks: bool  # whether a rule reads the text
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
     comp_notes: Notes | None = None
@@ -720,7 +728,8 @@ class DroppingDecoder:
         slots = begin + torch.minimum(place, count - 1)  # (images, n) into `where`
         valid = place < count
         if notes.newline is not None:
-            extra = (states.flatten(0, 1)[where] == notes.newline.to(states)).all(-1)
+            newline = notes.newline.to(states.device, notes.precision).to(states.dtype)
+            extra = (states.flatten(0, 1)[where] == newline).all(-1)
             valid = valid & ~extra[slots]
             flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device).index_copy(0, where, extra)
             selection.extra = selection.extra | flags.view(batch, tokens)
@@ -728,7 +737,7 @@ class DroppingDecoder:
             slots = slots.gather(1, first_ones(valid, max(sizes)))
         columns = where[slots] % tokens
         positions = torch.arange(columns.shape[1], device=device).expand_as(columns)
-        images = Images(samples, sizes, list(sizes), columns, positions)
+        images = Images(samples, sizes, list(sizes), columns, positions, square=self.comp_square)
         if notes.payload is not None:
             said = notes.payload.to(device)[slots]
             images.class_attention, images.tower_keys = said[..., 0], said[..., 1:]
@@ -744,7 +753,7 @@ class DroppingDecoder:
         """Features of deeper layers of the tower, added to the image tokens that are left (Qwen3-VL)."""
         selection = self.comp_current
         if selection is None or selection.index is None:
-            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc,no-any-return]
+            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc]
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
@@ -940,6 +949,17 @@ def read_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, kwargs
 
 
+def reading_as(stock: Any, made: type) -> type:
+    """The made class, which reads weights under the names of older releases as the stock class does. transformers knows these
+    names by class or by kind of model; of a class that is not its own it asks neither, unless it is told."""
+    known = get_checkpoint_conversion_mapping(stock.__name__)
+    if known is None and issubclass(made, CompactVLM):
+        known = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if known is not None:
+        register_checkpoint_conversion_mapping(made.__name__, known, overwrite=True)
+    return made
+
+
 @once
 def mixed(before: type, stock: Any) -> Any:
     """The stock class with another one before it."""
@@ -947,13 +967,15 @@ def mixed(before: type, stock: Any) -> Any:
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
-    return type(stock.__name__, (before, stock), members)  # its name: transformers asks by it which outputs can be recorded
+    # Under its name: transformers asks by it which outputs can be recorded.
+    return reading_as(stock, type(stock.__name__, (before, stock), members))
 
 
 def mix_in(before: type, module: nn.Module) -> Any:
     """Give a module of a stock class one before it, in place."""
     if not isinstance(module, before):
-        module.__class__ = mixed(before, type(module))
+        kind: Any = type(module)
+        module.__class__ = mixed(before, kind)
     return module
 
 
@@ -969,6 +991,7 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     mix_in(DroppingDecoder, text)
     text.comp_asks = bool(needs & {"text", "attention", "last"})
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None
+    text.comp_square = layout.get("square", False)
     inner.comp_newline = (layout["newline"] or "").rpartition(".")[2]
     at = {stage.layer: stage for stage in stages}
     for place, layer in enumerate(text.layers):
@@ -1009,7 +1032,7 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
 def resized(linear: Any, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer of another size, its weights left as they come."""
     kind = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)  # type: ignore[no-any-return]
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)
 
 
 def resize(layer: nn.Module, layout: dict[str, Any], sizes: dict[str, Any]) -> None:
@@ -1084,7 +1107,7 @@ def compact_class(architecture: str) -> type:
 
     # _auto_class: a compact model that was trained further takes the runtime along when it is saved.
     members = {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModelForImageTextToText"}
-    return type(f"Compact{architecture}", (CompactVLM, stock), members)
+    return reading_as(stock, type(f"Compact{architecture}", (CompactVLM, stock), members))
 
 
 def __getattr__(name: str) -> type:

@@ -36,7 +36,9 @@ class View:
     text_valid: Tensor | None = None  # (I, T) bool; the last True of a row is the last instruction token
     text_attention: Tensor | None = None  # (I, T, n): attention of the layer before, from text to image tokens, mean over heads
     last_attention: Tensor | None = None  # (I, n): the same of the last instruction token alone
-    grid: Tensor | None = None  # (I, 2) int: rows and columns of the image's first tokens; None: see `grid_of`
+    grid: Tensor | None = (
+        None  # (I, 2) int: rows and columns of the image's first tokens, 0 where not known; None: see `grid_of`
+    )
 
 
 @dataclass
@@ -52,8 +54,8 @@ class Choice:
 class StageRule:
     """A rule, and what has to be computed for it.
 
-    needs: "keys", "class" (class_attention and tower_keys), "text" (text_states), "attention" (text_attention), "last"
-    (last_attention). Settings may add one, see `needs_of`.
+    needs: "keys", "class" (class_attention and tower_keys), "text" (text_states and text_valid), "attention" (text_attention
+    and text_valid), "last" (last_attention). Settings may add one, see `needs_of`.
     """
 
     choose: Callable[..., Choice]  # (view, keep: list[int], **settings)
@@ -100,7 +102,7 @@ def grid_of(view: View) -> tuple[Tensor, Tensor, Tensor]:
     """
     if view.grid is not None:
         rows, columns = view.grid.long().split(1, dim=-1)
-        return rows, columns, torch.ones_like(rows, dtype=torch.bool)
+        return rows.clamp(min=1), columns.clamp(min=1), rows * columns > 0
     tokens = view.valid.sum(-1, keepdim=True)
     whole = view.positions.masked_fill(~view.valid, -1).amax(-1, keepdim=True) + 1 == tokens
     side = tokens.float().sqrt().round().long().clamp(min=1)
@@ -338,6 +340,12 @@ def key_norm(view: View, keep: list[int]) -> Choice:
 # Attention inside the language model
 
 
+def _of_texts(view: View) -> Tensor:
+    """(I, T, n): text_attention, nothing where either side is padding."""
+    real = _given(view.text_valid, "text_valid")[:, :, None] & view.valid[:, None]
+    return _given(view.text_attention, "text_attention").float().masked_fill(~real, 0)
+
+
 def last_attention(view: View, keep: list[int]) -> Choice:
     """FastV (arXiv 2403.06764): the highest attention, in the layer before, from the last token, mean over heads. PyramidDrop
     (arXiv 2410.17247) ranks alike, by the last instruction token.
@@ -354,19 +362,14 @@ def rater_attention(view: View, keep: list[int]) -> Choice:
     Departures: raters are chosen at every stage from the states that enter the layer, in the code once from embeddings.
     Tokens that leave are not recycled (as in SparseVLM+). Where no text token is above the average, all are raters.
     """
-    attention = _given(view.text_attention, "text_attention").float()
-    text = _given(view.text_states, "text_states").float()
-    real = view.valid[:, None]
-    sees = _given(view.text_valid, "text_valid") & (
-        attention.masked_fill(~real, 0).sum(-1) > 0
-    )  # causal: text behind the image
+    attention, text = _of_texts(view), _given(view.text_states, "text_states").float()
+    sees = attention.sum(-1) > 0  # text behind the image
     products = (view.states.float() @ text.transpose(1, 2)).masked_fill(~sees[:, None], torch.finfo(torch.float32).min)
     shares = products.softmax(-1).masked_fill(~(view.valid[:, :, None] & sees[:, None]), 0)
     relevance = shares.sum(1) / view.valid.sum(-1, keepdim=True).clamp(min=1)
-    raters = sees & (relevance > 1 / sees.sum(-1, keepdim=True).clamp(min=1))
+    raters = sees & (relevance * sees.sum(-1, keepdim=True) > 1 + TINY)  # the average of T shares is 1 / T
     raters = torch.where(raters.any(-1, keepdim=True), raters, sees).float()
-    scores = (raters[:, None] @ attention)[:, 0] / raters.sum(-1, keepdim=True).clamp(min=1)
-    return Choice(ranked(scores, view.valid, keep))
+    return Choice(ranked((raters[:, None] @ attention)[:, 0], view.valid, keep))
 
 
 # [CLS] of the vision tower
@@ -444,8 +447,8 @@ def tops(view: View, keep: list[int], relevance: str = "class", coverage: float 
     """TOPS (arXiv 2606.27161): first the most relevant token, then always argmax of r + coverage * c + diversity * d.
 
     Of tokens i against those chosen, S: c = sum over j outside S of max(0, sim(i, j) - max_{k in S} sim(j, k)), and
-    d = 1 - max_{k in S} sim(i, k); r and c are min-max normalised, c over the tokens that are left. sim is the cosine of states.
-    Both weights are 1 unless given.
+    d = 1 - max_{k in S} sim(i, k); r and c are min-max normalised, c over the tokens that are left. sim is the cosine of
+    states. Both weights are 1 unless given.
 
     Args:
         relevance: "class" (attention from [CLS]), "text" (cosine with the mean of the text's states, where there is no
@@ -469,7 +472,7 @@ def _relevance(view: View, kind: str) -> Tensor:
     if kind == "last":
         return _given(view.last_attention, "last_attention").float()
     if kind == "attention":
-        return _given(view.text_attention, "text_attention").float().sum(1)
+        return _of_texts(view).sum(1)
     if kind == "text":
         return text_relevance(view)
     raise ValueError(f'tops knows the relevance "class", "text", "last" and "attention", not {kind!r}.')

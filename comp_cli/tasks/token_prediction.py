@@ -53,7 +53,7 @@ class TokenPrediction(Task):
             model(**inputs)
         finally:
             hook.remove()
-        wanted = inputs[self.place.mask][:, 1:].bool()
+        wanted = self.place.predicted(inputs)
         return tuple(part[:, :-1][wanted].float() for part in captured)
 
     def subsample(self, parts: Outputs, samples: int) -> Outputs:
@@ -70,7 +70,7 @@ class TokenPrediction(Task):
         return [Ranking(outputs[0], labels)]
 
     def labels(self, pairs: Sequence[Pair], inputs: Mapping[str, Tensor]) -> Tensor:
-        return inputs[self.place.text][:, 1:][inputs[self.place.mask][:, 1:].bool()]
+        return inputs[self.place.text][:, 1:][self.place.predicted(inputs)]
 
     def predictions(self, outputs: Outputs) -> Tensor:
         return outputs[0].argmax(-1)

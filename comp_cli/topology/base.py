@@ -37,8 +37,20 @@ class Written(NamedTuple):
     """Where the texts are that a model writes."""
 
     text: str  # the input that holds their tokens
-    mask: str  # the one that says which of them are padding
+    mask: str | None  # the one that says which of them are padding; None where `text` is -100 for all others
     head: str  # path of the module that makes logits of their states
+
+    def predicted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens of `text` are predicted from those before them, (batch, tokens - 1) booleans: the first one is not."""
+        found = inputs[self.text] != -100 if self.mask is None else inputs[self.mask].bool()
+        return found[:, 1:]
+
+
+class Pixels(NamedTuple):
+    """What a model takes of an image processor."""
+
+    words: str  # its shape
+    fit: Callable[[Mapping[str, Any]], bool]  # whether what is made of one picture has it
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,18 @@ class Topology(ABC):
     were trained so, "max_length".
     """
 
+    drops_in: ClassVar[str] = (
+        "encoder"  # where image tokens leave: an encoder of images, or the "decoder" that writes about them
+    )
+
     inputs: tuple[str, ...] = INPUTS
     padding: str = "longest"
 
     AXES: ClassVar[dict[str, Axes]] = PAIRED
+    runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
+    pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
+    exports: ClassVar[bool] = True  # whether it has graphs
+    padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------
 
@@ -91,6 +111,11 @@ class Topology(ABC):
         """Pixels of the side of an image, for a model of images."""
         return family.sections(config)[IMAGE_TOWER]["image_size"]
 
+    def pixels_of(self, family: Family, config: Config) -> Pixels:
+        """What an image processor has to make of a picture of any size."""
+        shape = (3, self.image_side(family, config), self.image_side(family, config))
+        return Pixels(f"{shape} of any", lambda made: tuple(made[PIXELS].shape) == (1, *shape))
+
     def text_section(self, family: Family, config: Config) -> Config:
         """The part of a config that says how long texts are and of which words, for a model of texts."""
         return family.sections(config)[TEXT_TOWER]
@@ -115,6 +140,11 @@ class Topology(ABC):
         """Tokens that begin and end the texts that the model writes: place in the config -> (token, size of the vocabulary)."""
         return {}
 
+    @property
+    def images_of_one_size(self) -> bool:
+        """Whether every image becomes as many tokens as the reference image."""
+        return True
+
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
@@ -130,9 +160,27 @@ class Topology(ABC):
                     tokens[stream.name] = self.text_length(text_tokens, own["max_position_embeddings"])
         return tokens
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """FLOPs of a sample outside of all layers and matrices. shapes: of the weights."""
+    def uses(self, family: Family, config: Config, tokens: Mapping[str, int]) -> dict[str, int]:
+        """How often a sample goes through a matrix outside the towers, by what `Family.fixed` says of it. tokens: see
+        `lengths`."""
+        images = ((name, stream) for name, (_, stream) in family.streams.items() if stream.source == "image")
+        return {"once": 1, "patches": next((tokens[name] - stream.skips_first for name, stream in images), 0)}
+
+    def pairs(self, family: Family, config: Config) -> dict[str, tuple[int, ...]]:
+        """Pairs of a query and a key in the self-attention of each layer, of towers whose tokens do not all see each other."""
+        return {}
+
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
+        """FLOPs of a sample outside of all layers and of `Family.fixed`. shapes: of the weights; uses: see there."""
         return 0
+
+    def step_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """FLOPs outside the layers of a token that is written, and nothing before it computed again; 0 where none is."""
+        return 0
+
+    def image_tokens(self, config: Config) -> dict[str, Any]:
+        """Where image tokens enter a decoder, for the runtime: comp.image_tokens of config.json. Nothing for others."""
+        return {}
 
     # Batches -----------------------------------------------------------------------------------------------------------
 
@@ -152,12 +200,16 @@ class Topology(ABC):
             made[PIXELS] = collator.pixels(pairs)
         return made, cut
 
-    def count_tokens(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
         """Tokens of all texts of a batch, by stream, as the model reads each text by itself: without padding, unless it was
-        trained with padding to one length."""
+        trained with padding to one length. processor: what made them."""
         if not self.reads_texts:
             return {}
         return {TEXT_TOWER: int(inputs[MASK].sum()) if self.padding == "longest" else inputs[IDS].numel()}
+
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Of inputs of a batch that have not one row for each sample, how many rows each sample has."""
+        return {}
 
     def random_inputs(
         self, family: Family, config: Config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0

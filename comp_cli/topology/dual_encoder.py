@@ -33,7 +33,7 @@ class DualEncoder(Topology):
 
     AXES: ClassVar[dict[str, Axes]] = APART
 
-    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
         """The cosine of an image with a text."""
         return 2 * shapes[f"{self.text_embeds}.weight"][0]
 

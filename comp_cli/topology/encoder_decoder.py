@@ -58,7 +58,12 @@ class EncoderDecoder(Topology):
 
     @property
     def written(self) -> Written:
-        return Written(*((IDS, MASK) if self.question is None else ANSWER_INPUTS), self.head)
+        return Written(*self._written, self.head)
+
+    @property
+    def _written(self) -> tuple[str, str]:
+        """The inputs with the tokens of texts and their mask."""
+        return (IDS, MASK) if self.question is None else ANSWER_INPUTS
 
     @property
     def prompt(self) -> tuple[str, ...]:
@@ -92,8 +97,8 @@ class EncoderDecoder(Topology):
         made[self.written.text][:, 0] = collator.first_token
         return made, cut
 
-    def count_tokens(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        tokens = super().count_tokens(inputs)
+    def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
+        tokens = super().count_tokens(inputs, processor)
         return tokens if self.question is None else tokens | {ANSWER_TOWER: int(inputs[ANSWER_INPUTS[1]].sum())}
 
     def _random_texts(self, family: Family, config: Config, batch: int, tokens: int, padded: int, generator: Any) -> Tensors:
@@ -164,7 +169,7 @@ class EncoderDecoder(Topology):
         """The forward pass over texts that are there: the inputs of the family -> logits (batch, tokens, vocabulary)."""
 
         def forward(model: nn.Module, inputs: Tensors) -> tuple[Tensor]:
-            states, (text, mask, _) = self.encode(model, inputs), self.written
+            states, (text, mask) = self.encode(model, inputs), self._written
             return (self.decode(model, states, inputs[text], inputs[mask]),)
 
         return replace(super().full_graph(family, config, task), forward=forward)

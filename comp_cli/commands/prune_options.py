@@ -1,0 +1,106 @@
+"""What `comp prune` cannot be asked for: options that contradict one another, or change nothing. Nothing is read for it."""
+
+from dataclasses import fields
+
+from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
+from ..errors import UsageError
+from ..options import SALIENCIES, PruneOptions, TokenOptions, flag
+from ..search.trainer import check_training
+
+AMOUNTS = "--tokens, --tokens-share or --token-stages"
+# What image tokens of a decoder are removed by, and what of it is for measuring only.
+READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens")
+MEASURING = ("eval_samples", "batch_size")
+
+
+def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
+    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
+    method = find_method(options.method)
+    if ENCODER not in method.drops_in:
+        hint = f"Say how many image tokens stay: {AMOUNTS}."
+        raise UsageError(f"--ratio: --method {options.method} removes image tokens of a decoder, by number.", hint=hint)
+    if options.ratio is None:
+        other = " For an image-text decoder: --tokens." * (DECODER in method.drops_in)
+        raise UsageError("--ratio is missing.", hint=f"It is the FLOPs reduction: --ratio 0.5 removes half.{other}")
+    if not 0 < options.ratio < 1:
+        raise UsageError(
+            f"--ratio {options.ratio}: expected a number between 0 and 1.",
+            hint="It is the FLOPs reduction: 0.5 removes half.",
+        )
+    check_training(options.training)
+    if not options.cip and method.params not in ("cip", "obs"):
+        raise UsageError(f"--no-cip changes nothing for --method {options.method}.", hint="It is for comp and comp-paper.")
+    in_stages = method.phases is None and not method.compares_plans
+    if not in_stages and not (options.explore and options.history):
+        raise UsageError("--no-explore and --no-history are for --method comp-paper.")
+    if options.stages is not None and not in_stages and not (method.phases and options.training.stage_share):
+        raise UsageError(f"--stages: --method {options.method} has none.", hint="Use --method comp-paper.")
+    if method.compares_plans and options.training.stage_share:
+        hint = "Use --method comp-paper, or leave --stage-share out: the plan is trained when it is found."
+        raise UsageError(f"--stage-share: --method {options.method} has no stages.", hint=hint)
+    if not options.sequential and not options.recover:
+        raise UsageError("--no-sequential changes nothing with --no-recover.")
+    if not options.cit and not (options.training.stage_share and method.removes("tokens")):
+        hint = "CIT weighs heads that fade; without --stage-share heads go at once. Give --steps and --stage-share 0.5."
+        raise UsageError("--no-cit changes nothing here.", hint=hint)
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise UsageError(f"--max-drop {max_drop:g}: expected points from 0 to 100.")
+    if max_drop is not None and dry_run:
+        raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
+    if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
+        raise UsageError("--stage-samples are some of the --num-samples, not more.")
+
+
+def by_number(options: PruneOptions, link: bool) -> bool:
+    """Whether image tokens of a decoder are asked for, by their number or by a method that knows nothing else."""
+    known = METHODS.get(options.method)
+    nothing_else = known is not None and known.drops_in == (DECODER,) and options.ratio is None
+    return options.image_tokens is not None or link or nothing_else
+
+
+def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool) -> None:
+    """The same where image tokens of a decoder go, by number."""
+    method, wanted = find_method(options.method), options.image_tokens or TokenOptions()
+    if DECODER not in method.drops_in or not method.only_tokens:
+        given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
+        hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."
+        raise UsageError(
+            f"{given[0]} is for methods of image tokens in a decoder; --method {options.method} is none.", hint=hint
+        )
+    if options.ratio is not None:
+        said = f"--ratio is not for --method {options.method} in a decoder, which removes image tokens by number."
+        raise UsageError(said, hint=f"Leave it out, and say how many stay: {AMOUNTS}.")
+    if len(wanted.amounts) != 1:
+        found = f"found {' and '.join(wanted.amounts)}" if wanted.amounts else "found none"
+        raise UsageError(f"--method {options.method}: expected one of {AMOUNTS}; {found}.")
+    if wanted.tokens_share is not None and not 0 < wanted.tokens_share < 1:
+        hint = "It is a share of an image's tokens: 0.11 keeps one of nine."
+        raise UsageError(f"--tokens-share {wanted.tokens_share}: expected a number between 0 and 1.", hint=hint)
+    if wanted.saliency not in (None, *SALIENCIES):
+        raise UsageError(f"--saliency {wanted.saliency}: expected {' or '.join(SALIENCIES)}.")
+    for name in ("saliency", "compat"):
+        if getattr(wanted, name) and options.method != "vitcop":
+            raise UsageError(f"{flag(name)} is for --method vitcop.")
+    if idle := unused(options):
+        said = f"{', '.join(idle)}: nothing changes for --method {options.method}, which keeps the weights of the model."
+        raise UsageError(said, hint="Leave it out; --data measures the quality on pairs of yours.")
+    if options.data.data is None and max_drop is not None:
+        raise UsageError("--max-drop needs pairs to measure on.", hint="Name them with --data.")
+    if max_drop is not None and (dry_run or not 0 <= max_drop <= 100):
+        said = "needs a model to judge, which --dry-run does not make" if dry_run else "expected points from 0 to 100"
+        raise UsageError(f"--max-drop {max_drop:g}: {said}.")
+
+
+def unused(options: PruneOptions) -> list[str]:
+    """Options that were given, and that nothing of a decoder's image tokens depends on."""
+    read = (*READ, *MEASURING) if options.data.data is not None else READ
+    if options.method == "random-token":
+        read = (*read, "seed")
+    given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]
+    return [one for name in given for one in (_of_training(options) if name == "training" else [flag(name)])]
+
+
+def _of_training(options: PruneOptions) -> list[str]:
+    tuned = options.training
+    changed = (one.name for one in fields(tuned) if getattr(tuned, one.name) != one.default)
+    return [flag(tuned.NAMES.get(name, name)) for name in changed]

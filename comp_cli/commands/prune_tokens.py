@@ -1,0 +1,210 @@
+"""`comp prune` where image tokens leave a decoder: a folder with the dense model's own weights and a schedule, in seconds.
+
+Weights are loaded only where there are pairs to measure on.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..engine import flops, token_schedules
+from ..engine.methods import check_fits
+from ..errors import UsageError
+from ..families import Family
+from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
+from ..files.store import folder_size
+from ..models.compact import write_report
+from ..models.dense import open_dense
+from ..models.described import Described, ImageShape, describe_dense, image_shape
+from ..models.pairs import choose_pairs, pair_counts
+from ..models.token_folder import check_folder_loads, write_folder
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
+from ..plan import Plan, TokenStage
+from ..progress import Progress
+from ..report.base import Reference, Sizes
+from ..report.cards import prune_command, without_places
+from ..report.prune import ImageTokens, PruneReport, TokensLeft
+from ..report.prune_tables import layer_rows
+from ..search.trainer import process_device
+from .prune import check_drop, compare, kept_with_folder, resolve_defaults
+from .prune_options import check_tokens
+
+
+def prune_tokens(
+    options: PruneOptions,
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    link: bool = False,
+    max_drop: float | None = None,
+    hub_options: HubOptions = HUB_DEFAULTS,
+) -> PruneReport:
+    """Write a folder with the weights of a decoder and the stages at which image tokens leave it. With `dry_run` nothing is
+    written; with `link` the weights are hard links.
+
+    Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
+    on the pairs of `options.data`: then nothing is left."""
+    check_tokens(options, max_drop, dry_run, link)
+    process_device(options.device)
+    if dry_run:
+        return _report(options, progress, hub_options)[0]
+    started, typed, output = time.perf_counter(), output, resolve(output)
+    source = Path(options.model).expanduser()
+    with reserve(output, source=source if source.is_dir() else None):
+        check_replaceable(output, overwrite)
+        report, dense, plan = _report(options, progress, hub_options)
+        more = {"revision": hub_options.revision, "max_drop": max_drop, "link": link}
+        address = dense.source.address_from(output)
+        report = replace(report, command=prune_command(options, **more), base_address=address)
+        weights = folder_size(dense.source.folder)
+        if not link:
+            check_room(output, weights, "a copy of the weights (--link makes none)")
+        if options.data.data is not None:
+            report = measured(report, options, plan, progress, hub_options)
+            assert report.quality is not None  # just measured
+            check_drop(report, report.quality, max_drop, progress)
+        report = replace(report, image_tokens=_with_weights(report, "linked" if link else "copied"))
+        report = replace(report, size_bytes=Sizes(weights, weights))
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            progress.say("writing ...")
+            known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
+            check_folder_loads(folder, dense)
+            write_report(folder, kept_with_folder(report), plan, known)
+    return replace(report, output=typed, seconds=round(time.perf_counter() - started, 1))
+
+
+def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
+    """The plan, and what is known of it without weights."""
+    wanted = options.image_tokens or TokenOptions()
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=False)
+        try:
+            full = getattr(transformers, architecture).config_class.from_dict(config).to_dict()
+            images = image_shape(full, family)
+        except Exception:  # a broken config is refused, with its reason, when the model is opened
+            return
+        stages_of(images, options.method, wanted, options.seed, family.topology.images_of_one_size)
+
+    dense = describe_dense(
+        options.model,
+        progress,
+        text_tokens=options.text_tokens,
+        task=options.task,
+        accepts=accepts,
+        hub_options=hub_options,
+    )
+    one_size = dense.family.topology.images_of_one_size
+    plan = replace(dense.plan, stages=stages_of(dense.images, options.method, wanted, options.seed, one_size))
+    for said in warnings_of(dense, options, wanted):
+        progress.warn(said)
+    return describe(dense, plan, options), dense, plan
+
+
+def stages_of(images: ImageShape, method: str, wanted: TokenOptions, seed: int, one_size: bool) -> tuple[TokenStage, ...]:
+    """Where image tokens leave, by what was asked for. one_size: whether all images have as many tokens. Raises UsageError
+    where it cannot be."""
+    how: dict[str, Any] = {
+        "image_tokens": images.tokens,
+        "layers": images.layers,
+        "class_token": images.class_token,
+        "clip": images.clip,
+        "compat": wanted.compat,
+        "saliency": wanted.saliency,
+    }
+    if wanted.tokens is not None and wanted.tokens >= images.tokens:
+        hint = f"Use --tokens from 1 to {images.tokens - 1}."
+        raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {images.tokens} tokens.", hint=hint)
+    if wanted.token_stages is not None:
+        found = token_schedules.parse_stages(wanted.token_stages, method, **how)
+    else:
+        how |= {"tokens": wanted.tokens, "share": wanted.tokens_share}
+        found = token_schedules.stages(method, fixed_size=one_size, **how)
+    return tuple(replace(stage, settings={"seed": seed}) if stage.rule == "random" else stage for stage in found)
+
+
+def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -> list[str]:
+    """What the user should know of the method on this model."""
+    note = token_schedules.saliency_note(options.method, dense.images.class_token, wanted.saliency)
+    found = [] if note is None else [note]
+    if options.data.data is None:
+        found.append(
+            f"nothing was measured: what {options.method} costs in quality depends on the pictures, and text in them suffers "
+            "first (documents, charts). --data with labelled pairs of yours measures it."
+        )
+    return found
+
+
+def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport:
+    """The report of a plan: what leaves where, and what it saves at the reference input."""
+    before, after = (flops.count(each, dense.reference) for each in (dense.plan, plan))
+    return PruneReport(
+        comp_version=__version__,
+        torch_version=str(torch.__version__),
+        base_model=dense.source.name,
+        base_revision=dense.source.revision,
+        base_address=dense.source.address,
+        architecture=dense.architecture,
+        task=dense.task.name,
+        options=without_places(options),
+        ratio=round(1 - after.total / before.total, 5),
+        reference=Reference(dense.reference.tokens),
+        flops=Sizes(before.total, after.total),
+        params=Sizes(dense.params, dense.params),
+        layers=layer_rows(plan, dense.plan, dense.reference),
+        stages=(),
+        compared=(),
+        texts={},
+        pairs={},
+        image_tokens=image_tokens(dense, plan),
+        plan=plan,
+    )
+
+
+def image_tokens(dense: Described, plan: Plan) -> ImageTokens:
+    """What becomes of the tokens of the reference image."""
+    tokens, layers, *_ = dense.images
+    left = [tokens, *(stage.left(tokens) for stage in plan.stages)]
+    stages = (
+        TokensLeft(stage.layer, stage.rule, kept, of, stage.share)
+        for stage, kept, of in zip(plan.stages, left[1:], left, strict=False)
+    )
+    steps = (flops.decode_step(each, dense.reference).total for each in (dense.plan, plan))
+    caches = (sum(flops.kv_bytes(each, dense.reference, dense.bytes_of_a_number)) for each in (dense.plan, plan))
+    return ImageTokens(
+        of=tokens,
+        mean=round(token_schedules.mean_tokens(plan.stages, tokens, layers), 4),
+        stages=tuple(stages),
+        step_flops=Sizes(*steps),
+        kv_cache_bytes=Sizes(*caches),
+    )
+
+
+def measured(
+    report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
+) -> PruneReport:
+    """The report with the quality of both models on the user's pairs: the weights are loaded now."""
+    dense = open_dense(
+        options.model,
+        progress,
+        text_tokens=options.text_tokens,
+        device=process_device(options.device),
+        task=options.task,
+        hub_options=hub_options,
+    )
+    pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)
+    return replace(report, quality=quality, pairs=pair_counts(pairs))
+
+
+def _with_weights(report: PruneReport, how: str) -> ImageTokens:
+    assert report.image_tokens is not None  # every report of this command has them
+    return replace(report.image_tokens, weights=how)

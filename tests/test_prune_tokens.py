@@ -1,0 +1,478 @@
+"""Image tokens of a decoder leave on the way: `comp prune --method vitcop --tokens`, its folder, and what reads it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tiny
+import torch
+import transformers
+from PIL import Image
+from test_schema import strict
+from typer.testing import CliRunner
+
+import comp_cli
+from comp_cli.checkpoint import loading
+from comp_cli.cli.app import app
+from comp_cli.engine.methods import DECODER, ENCODER, METHODS, methods_for
+from comp_cli.engine.token_schedules import TOKEN_METHODS
+from comp_cli.errors import GateError, RefusedError, UsageError
+from comp_cli.models import token_folder
+from comp_cli.plan import PADDING, Plan, TokenStage
+
+TOKENS = 36  # of an image of the tiny LLaVA
+ASKED = "user <image> a red circle a"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A LLaVA in several files, as large models are."""
+    folder = tmp_path_factory.mktemp("llava") / "dense"
+    torch.manual_seed(0)
+    tiny.llava().eval().save_pretrained(folder, max_shard_size="200KB")
+    tiny.llava_processor().save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(dense) -> Path:
+    """The same, with three stages of vitcop."""
+    folder = dense.with_name("compact")
+    comp_cli.prune(dense, method="vitcop", tokens=9, output=folder)
+    return folder
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def prompt(folder: Path):
+    picture = Image.effect_noise((24, 24), 60).convert("RGB")
+    torch.manual_seed(0)
+    given = transformers.AutoProcessor.from_pretrained(folder)(images=picture, text=ASKED, return_tensors="pt")
+    return given | {"pixel_values": torch.randn(given["pixel_values"].shape)}
+
+
+def answer(model, given) -> list[int]:
+    with torch.inference_mode():
+        return model.generate(**given, max_new_tokens=8, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, ["prune", *map(str, words)])
+
+
+# The folder --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_those_of_the_dense_model_byte_for_byte(dense, pruned):
+    assert [path.name for path in shards(pruned)] == [path.name for path in shards(dense)]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(shards(dense), shards(pruned), strict=True))
+    for name in ("model.safetensors.index.json", "generation_config.json", "tokenizer.json", "processor_config.json"):
+        assert (pruned / name).read_bytes() == (dense / name).read_bytes()
+
+
+def test_the_compact_model_answers_otherwise_than_the_dense_one_and_as_its_plan_says(dense, pruned):
+    given, plan = prompt(pruned), Plan.from_json(json.loads((pruned / "comp_report.json").read_text())["plan"])
+    assert [stage.rule for stage in plan.stages] == ["cls-clusters", "cluster-merge", "key-norm"]
+    stock = transformers.LlavaForConditionalGeneration.from_pretrained(dense).eval()
+    compact = comp_cli.load(pruned).eval()
+    assert answer(compact, given) != answer(stock, given)
+    cache = compact(**given, use_cache=True).past_key_values
+    text = given["input_ids"].shape[1] - TOKENS
+    left = [TOKENS] * 5
+    for stage in plan.stages:
+        left[stage.layer :] = [stage.keep] * (5 - stage.layer)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [text + tokens for tokens in left]
+
+
+def test_every_way_to_load_it_answers_the_same_without_comp(pruned, tmp_path):
+    torch.save(dict(prompt(pruned)), tmp_path / "given.pt")
+    code = f"""
+import sys, json, torch, transformers
+sys.modules["comp_cli"] = None
+folder, given = {str(pruned)!r}, torch.load({str(tmp_path / "given.pt")!r})
+found = {{}}
+for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel"):
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+    written = model.generate(**given, max_new_tokens=8, do_sample=False)
+    found[name] = [type(model).__name__, written[0, given["input_ids"].shape[1]:].tolist()]
+pipe = transformers.pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+written = pipe.model.generate(**given, max_new_tokens=8, do_sample=False)
+found["pipeline"] = [type(pipe.model).__name__, written[0, given["input_ids"].shape[1]:].tolist()]
+from PIL import Image
+said = pipe(Image.new("RGB", (24, 24)), text={ASKED!r}, generate_kwargs={{"max_new_tokens": 3}})
+assert said[0]["generated_text"]
+print("FOUND" + json.dumps(found))
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "FOUND" in done.stdout, done.stderr[-2000:]
+    found = json.loads(done.stdout.split("FOUND")[1])
+    expected = ["CompactLlavaForConditionalGeneration", answer(comp_cli.load(pruned).eval(), prompt(pruned))]
+    assert len(found) == 4 and all(one == expected for one in found.values())
+
+
+def test_the_stock_classes_refuse_it(pruned):
+    for stock in (transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextToText):
+        with pytest.raises(RuntimeError, match="mismatched_sizes"):
+            stock.from_pretrained(pruned)
+    config = json.loads((pruned / "config.json").read_text())
+    assert config["text_config"]["intermediate_size"] == 64 + PADDING
+    assert config["comp"]["told_apart"] == {"section": "text_config", "name": "intermediate_size", "dense": 64}
+
+
+def test_a_config_that_leaves_out_what_is_usual_is_told_apart_as_well(dense, tmp_path):
+    """As that of LLaVA-1.5 on the hub, which names what is not Llama's default alone."""
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    torch.manual_seed(0)
+    usual = transformers.LlamaConfig().intermediate_size
+    tiny.llava(text={"intermediate_size": usual}).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    comp_cli.prune(folder, method="stride", tokens=9, output=tmp_path / "compact")
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "compact")
+    given = prompt(dense)
+    assert len(answer(comp_cli.load(tmp_path / "compact"), given)) == 8
+
+
+def test_no_weight_is_loaded_where_nothing_is_measured(dense, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(loading, "load_model", refuse)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    comp_cli.prune(dense, method="fastv", tokens=9, output=tmp_path / "compact", link=True)
+
+
+# Links -------------------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_second_names_that_outlive_the_dense_folder(dense, pruned, tmp_path):
+    source = shutil.copytree(dense, tmp_path / "source")
+    for path in shards(source):
+        path.chmod(0o400)
+    report = comp_cli.prune(source, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
+    assert report.image_tokens.weights == "linked"
+    for one, other in zip(shards(source), shards(tmp_path / "linked"), strict=True):
+        assert one.samefile(other) and one.stat().st_mode & 0o777 == 0o400
+    files = json.loads((tmp_path / "linked" / "comp_report.json").read_text())["files"]
+    weights = {path.name for path in shards(source)}
+    assert all(set(told) == {"bytes", "header_sha256"} for name, told in files.items() if name in weights)
+    assert all(set(told) == {"bytes", "sha256"} for name, told in files.items() if name not in weights)
+    shutil.rmtree(source)
+    given = prompt(pruned)
+    assert answer(comp_cli.load(tmp_path / "linked"), given) == answer(comp_cli.load(pruned), given)
+
+
+def test_a_linked_folder_is_replaced_and_the_dense_weights_stay(dense, tmp_path):
+    before = [path.read_bytes() for path in shards(dense)]
+    for tokens in (9, 12):
+        comp_cli.prune(dense, method="fastv", tokens=tokens, output=tmp_path / "linked", link=True, overwrite=tokens > 9)
+    assert [path.read_bytes() for path in shards(dense)] == before
+    assert json.loads((tmp_path / "linked" / "comp_report.json").read_text())["options"]["image_tokens"]["tokens"] == 12
+    assert not list(tmp_path.glob(".linked.[op]*"))  # nothing old, nothing partial
+
+
+def test_a_link_that_the_disk_does_not_allow_is_refused_and_nothing_is_left(dense, tmp_path, monkeypatch):
+    def across(*args, **options):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", across)
+    with pytest.raises(UsageError, match="different disks") as refused:
+        comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
+    assert "leave --link out" in refused.value.hint and not (tmp_path / "linked").exists()
+
+
+def test_of_a_snapshot_in_a_cache_of_the_hub_the_blobs_are_linked(dense, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for number, path in enumerate(sorted(dense.iterdir())):
+        shutil.copyfile(path, blobs / f"{number:064}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064}")
+    comp_cli.prune(snapshot, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
+    for path in shards(tmp_path / "linked"):
+        assert not path.is_symlink() and path.samefile(snapshot / path.name)
+
+
+# What is checked on loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(pruned, tmp_path) -> Path:
+    return shutil.copytree(pruned, tmp_path / "own")
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.unlink()  # not the other name of a link
+    path.write_bytes(data)
+
+
+def test_copies_are_compared_by_their_hash(own):
+    flip(shards(own)[0], -1)
+    with pytest.raises(RefusedError, match="not the bytes that comp wrote"):
+        comp_cli.load(own)
+
+
+def test_links_are_compared_by_size_and_header(dense, tmp_path):
+    comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
+    first, last = shards(tmp_path / "linked")[0], shards(tmp_path / "linked")[-1]
+    flip(last, -1)
+    comp_cli.load(tmp_path / "linked")  # one bit of a weight: nobody read it
+    header = int.from_bytes(first.read_bytes()[:8], "little")
+    text = first.read_bytes()[8 : 8 + header]
+    padded = first.read_bytes().replace(text, text.replace(b'"pt"', b'"PT"'))
+    first.unlink()
+    first.write_bytes(padded)
+    with pytest.raises(RefusedError, match="header"):
+        comp_cli.load(tmp_path / "linked")
+
+
+def edited(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["comp"])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "comp_report.json").unlink()  # else its hash would tell
+
+
+WRONG = {
+    "layer beyond": (lambda comp: comp["token_stages"][2].update(layer=5), "token_stages\\[2\\].layer"),
+    "layers that fall": (lambda comp: comp["token_stages"][1].update(layer=0), "token_stages\\[1\\].layer"),
+    "more than before": (lambda comp: comp["token_stages"][1].update(keep=16), "token_stages\\[1\\].keep"),
+    "none": (lambda comp: comp["token_stages"][2].update(keep=0), "token_stages\\[2\\].keep"),
+    "unknown rule": (lambda comp: comp["token_stages"][0].update(rule="best"), "token_stages\\[0\\].rule"),
+    "a rule that reads the layer before": (lambda comp: comp["token_stages"][0].update(rule="key-norm"), "settings|layer"),
+    "unknown setting": (lambda comp: comp["token_stages"][1]["settings"].update(loud=True), "settings"),
+    "keep and share": (lambda comp: comp["token_stages"][0].update(share=0.5), "token_stages\\[0\\]"),
+    "another place of [CLS]": (lambda comp: comp["image_tokens"].update(newline="model.image_newline"), "image_tokens"),
+    "another dense size": (lambda comp: comp["told_apart"].update(dense=56), "told_apart"),
+    "told apart by nothing": (lambda comp: comp.update(told_apart={}), "told_apart"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_block_that_lies_is_refused(name, own):
+    change, said = WRONG[name]
+    edited(own, change)
+    with pytest.raises(RefusedError, match=said):
+        comp_cli.load(own)
+
+
+def test_an_unchanged_block_loads_without_the_report(own):
+    edited(own, lambda comp: None)
+    comp_cli.load(own)
+
+
+def test_upgrade_replaces_both_files_of_the_runtime(dense, tmp_path):
+    comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
+    today = {name: (tmp_path / "linked" / name).read_text() for name in ("modeling_comp_vlm.py", "token_rules.py")}
+    for name in today:
+        (tmp_path / "linked" / name).write_text("# of an older comp\n")
+    result = CliRunner().invoke(app, ["upgrade", str(tmp_path / "linked"), "--json"])
+    assert result.exit_code == 0 and set(json.loads(result.stdout)["changed"]) == set(today)
+    assert {name: (tmp_path / "linked" / name).read_text() for name in today} == today
+    assert all(one.samefile(other) for one, other in zip(shards(dense), shards(tmp_path / "linked"), strict=True))
+    comp_cli.load(tmp_path / "linked")
+
+
+# The report --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_leaves_and_what_it_saves(dense, pruned, tmp_path):
+    report = comp_cli.prune(dense, token_stages="0:15,1:12,3:2", method="vitcop", dry_run=True)
+    found = report.image_tokens
+    assert [(stage.layer, stage.kept, stage.of) for stage in found.stages] == [(0, 15, 36), (1, 12, 15), (3, 2, 12)]
+    assert found.of == TOKENS and found.mean == (15 + 12 + 12 + 2 + 2) / 5 and found.weights is None
+    given = prompt(pruned)
+    text = report.reference.tokens["language"]
+    for folder, said in ((dense, found.kv_cache_bytes.dense), (pruned, found.kv_cache_bytes.compact)):
+        model = comp_cli.load(folder) if folder == pruned else transformers.LlavaForConditionalGeneration.from_pretrained(dense)
+        cache = model(**given, use_cache=True).past_key_values
+        more = text - (given["input_ids"].shape[1] - TOKENS)  # tokens of text at the reference input
+        held = sum(2 * layer.keys[..., :1, :].nbytes * (layer.keys.shape[2] + more) for layer in cache.layers)
+        assert held == said
+    assert report.flops.compact < report.flops.dense and found.step_flops.compact < found.step_flops.dense
+    assert report.params.dense == report.params.compact == sum(p.numel() for p in comp_cli.load(pruned).parameters())
+    assert report.quality is None and any("nothing was measured" in said for said in report.warnings)
+
+
+def test_the_published_presets(monkeypatch):
+    """LLaVA-1.5 of 576 tokens and 32 layers, from the schedule alone."""
+    from comp_cli.engine import token_schedules
+
+    how = {"share": None, "image_tokens": 576, "layers": 32, "class_token": True, "fixed_size": True}
+    for tokens, mean in ((192, 192.06), (128, 127.81), (64, 63.56)):
+        stages = token_schedules.stages("vitcop", tokens=tokens, **how)
+        assert token_schedules.mean_tokens(stages, 576, 32) == pytest.approx(mean, abs=0.005)
+
+
+def test_the_document_keeps_to_its_schema(dense, tmp_path):
+    for words in ((dense, "--dry-run"), (dense, "-o", tmp_path / "compact")):
+        result = run(*words, "--method", "vitcop", "--tokens-share", "0.25", "--json")
+        found = json.loads(result.stdout)
+        assert result.exit_code == 0
+        jsonschema.validate(found, strict("prune"))
+    assert found["options"]["image_tokens"]["tokens_share"] == 0.25 and found["options"]["ratio"] is None
+    assert found["command"].startswith("comp prune dense --method vitcop --tokens-share 0.25")
+
+
+def test_people_read_stages_and_savings(dense):
+    said = run(dense, "--method", "vitcop", "--tokens", "9", "--dry-run").stdout
+    assert all(word in said for word in ("before layer 0", "cls-clusters", "15 / 36", "KV cache", "Nothing was written"))
+
+
+def test_the_card_shows_how_it_is_used_and_what_it_cannot(pruned):
+    card = (pruned / "README.md").read_text()
+    for said in (
+        "AutoModelForImageTextToText",
+        "trust_remote_code=True",
+        "comp_cli.load",
+        'pipeline("image-text-to-text"',
+        "Limits",
+    ):
+        assert said in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+
+
+def test_quality_is_measured_on_pairs_of_the_user(dense, tmp_path):
+    data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "blue" if n % 2 else "red")
+    report = comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact", data=data, eval_samples=4)
+    assert report.quality.samples > 0 and 0 <= report.quality.agreement <= 1 and report.quality.metrics
+    assert not any("nothing was measured" in said for said in report.warnings)
+    assert json.loads((tmp_path / "compact" / "comp_report.json").read_text())["quality"]["samples"] == report.quality.samples
+
+
+def test_a_missed_max_drop_leaves_nothing(dense, tmp_path, monkeypatch):
+    from comp_cli.commands import prune_tokens
+    from comp_cli.report.base import Texts, Values
+    from comp_cli.report.prune import Quality
+
+    bad = Quality(100, "pairs", "accuracy", {"accuracy": Values(0.9, 0.5)}, 0.5, 1.0, Texts(0, 0, 0), 0)
+    monkeypatch.setattr(prune_tokens, "compare", lambda *args: (bad, 0.0))
+    data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "red")
+    with pytest.raises(GateError, match="max-drop"):
+        comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact", data=data, max_drop=1)
+    assert not (tmp_path / "compact").exists()
+
+
+# Methods and mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", methods_for(DECODER, only_tokens=True))
+def test_every_method_prunes_and_runs(method, dense, tmp_path):
+    report = comp_cli.prune(dense, method=method, tokens=18, output=tmp_path / "compact", link=True)
+    assert report.image_tokens.mean < TOKENS
+    assert answer(comp_cli.load(tmp_path / "compact"), prompt(dense))
+
+
+def test_methods_of_decoders_are_those_that_have_schedules():
+    assert set(methods_for(DECODER, only_tokens=True)) == set(TOKEN_METHODS)
+    assert all(
+        METHODS[name].description == TOKEN_METHODS[name] for name in TOKEN_METHODS if ENCODER not in METHODS[name].drops_in
+    )
+
+
+def test_random_tokens_follow_the_seed(dense):
+    plans = [comp_cli.prune(dense, method="random-token", tokens=9, seed=seed, dry_run=True).plan for seed in (0, 5)]
+    assert [plan.stages for plan in plans] == [(TokenStage(0, "random", 9, None, {"seed": seed}),) for seed in (0, 5)]
+
+
+MISTAKES = {
+    "no amount": (["--method", "vitcop"], "expected one of --tokens, --tokens-share or --token-stages; found none"),
+    "two amounts": (["--method", "vitcop", "--tokens", "9", "--tokens-share", "0.1"], "found --tokens and --tokens-share"),
+    "as many as there are": (["--method", "vitcop", "--tokens", "36"], "an image of this model has 36 tokens"),
+    "none": (["--method", "vitcop", "--tokens", "0"], "--tokens 0"),
+    "a share of all": (["--method", "vitcop", "--tokens-share", "1"], "between 0 and 1"),
+    "a share of none": (["--method", "vitcop", "--tokens-share", "0"], "between 0 and 1"),
+    "stages that fall": (["--method", "vitcop", "--token-stages", "2:20,0:12,3:2"], "layers must rise"),
+    "stages that grow": (["--method", "vitcop", "--token-stages", "0:12,1:20,3:2"], "fewer tokens"),
+    "stages beyond": (["--method", "vitcop", "--token-stages", "0:12,1:8,9:2"], "layers must rise, up to 4"),
+    "no stages": (["--method", "fastv", "--token-stages", "nine"], "LAYER:TOKENS"),
+    "ratio alone": (["--method", "vitcop", "--ratio", "0.5"], "removes image tokens of a decoder, by number"),
+    "ratio of both kinds": (["--method", "stride", "--ratio", "0.5"], "asked for a number of image tokens"),
+    "ratio and tokens": (["--method", "vitcop", "--ratio", "0.5", "--tokens", "9"], "--ratio is not for"),
+    "a method of encoders": (["--method", "joint", "--ratio", "0.5"], "--method joint is for models that encode"),
+    "tokens for comp": (["--tokens", "9"], "--tokens is for methods of image tokens in a decoder; --method comp is none"),
+    "link for comp": (["--ratio", "0.5", "--link"], "--link is for methods of image tokens"),
+    "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps: nothing changes"),
+    "precision": (["--method", "vitcop", "--tokens", "9", "--dtype", "bf16"], "--dtype: nothing changes"),
+    "calibration": (["--method", "vitcop", "--tokens", "9", "--num-samples", "5"], "--num-samples: nothing changes"),
+    "judged on nothing": (["--method", "vitcop", "--tokens", "9", "--max-drop", "1"], "needs pairs"),
+    "a choice of vitcop": (["--method", "fastv", "--tokens", "9", "--compat"], "--compat is for --method vitcop"),
+    "unknown saliency": (["--method", "vitcop", "--tokens", "9", "--saliency", "loud"], "key-norm or attention"),
+    "unknown method": (["--method", "best", "--tokens", "9"], "--method best: unknown"),
+    "another task": (["--method", "vitcop", "--tokens", "9", "--task", "retrieval"], "--task retrieval"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_sentences_and_nothing_is_left(name, dense, tmp_path):
+    words, said = MISTAKES[name]
+    result = run(dense, *words, "-o", tmp_path / "compact", "--json")
+    found = json.loads(result.stdout)["error"]
+    assert result.exit_code == 2 and said in found["message"], found
+    assert list(tmp_path.glob("compact*")) == []
+
+
+def test_an_encoder_is_refused_with_the_methods_for_it(tiny_folder, tmp_path):
+    for words, said in (
+        (["--method", "vitcop", "--tokens", "9"], "this model is a BlipForImageTextRetrieval"),
+        (["--method", "stride", "--tokens", "9"], "asked for --ratio"),
+    ):
+        result = run(tiny_folder, *words, "-o", tmp_path / "compact", "--json")
+        error = json.loads(result.stdout)["error"]
+        assert result.exit_code == 2 and said in error["message"], error
+    assert list(tmp_path.glob("compact*")) == []
+
+
+def test_outputs_that_would_destroy_something_are_refused(dense, pruned, tmp_path):
+    for output, said in (
+        (dense / "inside", "lies inside the input"),
+        (dense, "is the input"),
+        (pruned, "exists and is not empty"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            comp_cli.prune(dense, method="vitcop", tokens=9, output=output)
+    with pytest.raises(RefusedError, match="compact model already"):
+        comp_cli.prune(pruned, method="vitcop", tokens=9, output=tmp_path / "again")
+
+
+def test_an_interrupted_copy_leaves_nothing(dense, tmp_path, monkeypatch):
+    whole = token_folder.copy
+
+    def cut(source, target, advance):
+        whole(source, target, advance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_folder, "copy", cut)
+    with pytest.raises(KeyboardInterrupt):
+        comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact")
+    assert not (tmp_path / "compact").exists() and not list(tmp_path.glob(".compact.partial*"))
+    monkeypatch.undo()
+    comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact")
+    comp_cli.load(tmp_path / "compact")
+
+
+def test_missing_and_pickled_weights_are_refused(dense, tmp_path):
+    lacking = shutil.copytree(dense, tmp_path / "lacking")
+    index = json.loads((lacking / "model.safetensors.index.json").read_text())
+    lost = shards(lacking)[-1].name
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost}
+    (lacking / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RefusedError, match="missing keys|layers"):
+        comp_cli.prune(lacking, method="vitcop", tokens=9, output=tmp_path / "compact")
+    pickled = shutil.copytree(dense, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(transformers.LlavaForConditionalGeneration.from_pretrained(dense).state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="pickled"):
+        comp_cli.prune(pickled, method="vitcop", tokens=9, output=tmp_path / "compact", allow_pickle=True)
