@@ -191,7 +191,13 @@ def _vitcop(mean: float, total: float, layers: int) -> Amounts:
     least = layers * mean / weight
     first = round(0.2 + 0.9 * mean / total, 6) * total
     first = max(int(first), math.floor(least) + 1) if total > 1 else max(first, least * 1.001)
-    second = _whole((layers * mean - shallow * first) / (weight - shallow), total)
+
+    def behind(before: float) -> float:
+        return _whole((layers * mean - shallow * before) / (weight - shallow), total)
+
+    while total > 1 and behind(first) >= first and first < total:  # by rounding
+        first += 1
+    second = behind(first)
     third = max(round(DEEP * second), 1) if total > 1 else DEEP * second
     return (0, _digits(first)), (shallow, _digits(second)), (deep, _digits(third))
 
