@@ -46,8 +46,15 @@ class Leaving:
 
     def _of_method(self, tokens: int) -> tuple[TokenStage, ...]:
         assert self.method is not None
-        sizes = {"image_tokens": self.image_tokens, "layers": self.layers}
-        found = stages(self.method, tokens=tokens, share=None, class_token=self.class_token, fixed_size=True, **sizes)
+        found = stages(
+            self.method,
+            tokens=tokens,
+            share=None,
+            image_tokens=self.image_tokens,
+            layers=self.layers,
+            class_token=self.class_token,
+            fixed_size=True,
+        )
         return tuple(replace(stage, settings={"seed": self.seed}) if stage.rule == "random" else stage for stage in found)
 
     def _as_share(self, stage: TokenStage) -> TokenStage:

@@ -171,7 +171,8 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     if tower is None:
         return None
     topology, config = dense.family.topology, dense.hf_config.to_dict()
-    layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[topology.image_stream]
+    image = next(stream.name for stream in tower.streams if stream.source == "image")
+    layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[image]
     class_token = topology.image_tokens(config)["class_attention"] is not None
     if not any(mode.parts for mode in dense.family.modes.values()):
         hint = "Image tokens alone go by their number: --method pyramiddrop --tokens N, and others."
@@ -189,7 +190,7 @@ def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> d
     modes, whole = dense.family.modes, stages.mode_shares(counted, dense.reference)
     large = [mode for mode in whole if modes[mode].stream and whole[mode] >= allocation.LEAST_SHARE * counted.total]
     short = longest_text(batches) < dense.text_tokens
-    found = {}
+    found: dict[str, tuple[int, tuple[float, ...]]] = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if leaving is not None:

@@ -51,7 +51,6 @@ class ImageTextDecoder(Topology):
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
-    image_stream: ClassVar[str] = IMAGE_STREAM
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
     exports: ClassVar[bool] = False
