@@ -96,8 +96,7 @@ class TokenStage:
 
     def left(self, tokens: int) -> int:
         """How many of an image's tokens stay, of those that it had at first."""
-        wanted = math.ceil(tokens * (self.share or 0.0)) if self.keep is None else self.keep
-        return min(tokens, wanted)
+        return math.ceil(tokens * self.share) if self.share is not None else min(tokens, self.keep or 0)
 
     def to_json(self) -> dict[str, Any]:
         amount = {"share": self.share} if self.keep is None else {"keep": self.keep}

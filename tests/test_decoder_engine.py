@@ -154,21 +154,21 @@ def places(found):
 
 
 def test_three_stages_from_a_layer_on_as_published():
-    assert places(Leaving(None, 576, 32, True, True).stages(1, 288)) == [(2, 288), (8, 144), (16, 72)]
-    assert places(Leaving(None, 36, 10, True, True).stages(5, 20)) == [(6, 20), (7, 10), (8, 5)]
-    assert {stage.rule for stage in Leaving(None, 36, 5, True, True).stages(0, 20)} == {"last-attention"}
+    assert places(Leaving(None, 576, 32, True, True, True).stages(1, 288)) == [(2, 288), (8, 144), (16, 72)]
+    assert places(Leaving(None, 36, 10, True, True, True).stages(5, 20)) == [(6, 20), (7, 10), (8, 5)]
+    assert {stage.rule for stage in Leaving(None, 36, 5, True, True, True).stages(0, 20)} == {"last-attention"}
 
 
 def test_the_deepest_place_has_room_for_all_stages():
     for layers in (4, 5, 7, 28, 32, 36):
-        leaving = Leaving(None, 100, layers, False, True)
+        leaving = Leaving(None, 100, layers, False, True, True)
         for layer in range(leaving.depths):
             found = [stage.layer for stage in leaving.stages(layer, 40)]
             assert found == sorted(set(found)) and found[0] == layer + 1 and found[-1] < layers
 
 
 def test_models_whose_images_vary_keep_shares_of_as_many_tokens():
-    leaving = Leaving(None, 36, 5, False, False)
+    leaving = Leaving(None, 36, 5, False, True, False)
     for tokens in (5, 7, 20, 33):
         found = leaving.stages(0, tokens)
         assert [stage.keep for stage in found] == [None] * 3
@@ -178,9 +178,9 @@ def test_models_whose_images_vary_keep_shares_of_as_many_tokens():
 
 
 def test_possible_numbers_leave_some_and_drop_some_at_every_stage():
-    assert Leaving(None, 36, 5, True, True).possible == frozenset(range(3, 36))
+    assert Leaving(None, 36, 5, True, True, True).possible == frozenset(range(3, 36))
     for method in ("vitcop", "pyramiddrop", "visionzip", "tops"):
-        leaving = Leaving(method, 36, 5, True, True)
+        leaving = Leaving(method, 36, 5, True, True, True)
         assert leaving.possible
         for tokens in leaving.possible:
             counts = [36, *(stage.keep for stage in leaving.stages(0, tokens)), 0]
@@ -188,7 +188,7 @@ def test_possible_numbers_leave_some_and_drop_some_at_every_stage():
 
 
 def test_random_tokens_follow_the_seed():
-    (stage,) = Leaving("random-token", 36, 5, True, True, seed=3).stages(0, 9)
+    (stage,) = Leaving("random-token", 36, 5, True, True, True, seed=3).stages(0, 9)
     assert stage == TokenStage(0, "random", 9, settings={"seed": 3})
 
 
@@ -315,6 +315,8 @@ def test_nothing_removed_nothing_changed_though_every_layer_is_fitted(kind, open
 def test_layers_run_by_hand_say_what_the_model_says(kind, stages_of, opened):
     """Features of deeper layers of the tower (deepstack) go on to the tokens that are left."""
     dense = opened[kind]
+    most = dense.reference.tokens["image"]
+    stages_of = tuple(replace(stage, keep=min(stage.keep, most - 1 - place)) for place, stage in enumerate(stages_of))
     model = dense.runtime(replace(smaller(dense.plan, groups=((0, 1),) * 5), stages=stages_of))
     inputs, tower, seen = dense.random_inputs(2, 8, padded=3), dense.family.tower("language"), []
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..families import Family, Part, Tower
 from ..plan import Plan, TowerPlan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
-from ..runtime.modeling_comp_vlm import DroppingLayer, Selection
+from ..runtime.modeling_comp_vlm import DroppingLayer, Selection, Stage
 from .recover import ridge_fit
 from .scoring import reader_of, tower_layers
 
@@ -80,10 +80,10 @@ class Call:
             self.hidden = self.encoder._deepstack_process(self.hidden, self.around["visual_pos_masks"], deep[index])
             self.encoder.comp_current = None
 
-    def drop(self, layer: Any) -> None:
-        """Let image tokens leave, if there is a stage before the layer."""
+    def drop(self, stage: Stage) -> None:
+        """Let image tokens leave before a layer."""
         if self.selection is not None and self.selection.images is not None:
-            self.hidden = self.selection.drop(layer.comp_stage, self.hidden)
+            self.hidden = self.selection.drop(stage, self.hidden)
 
     def run(self, layer: nn.Module) -> Tensor:
         found: Tensor = layer(self.hidden, *self.rest, **self.options)
@@ -175,10 +175,10 @@ def _refit_tower(
             with watching(dense_layer, tower) as seen:
                 whole.step(dense_layer, index)
             behind.append({part.name: seen[part.name].stream for part in tower.parts})
-        stage = getattr(layer, "comp_stage", None)
-        if stage is not None:
+        stage = layer.comp_stage if isinstance(layer, DroppingLayer) else None
+        if isinstance(layer, DroppingLayer) and stage is not None:
             for _, own in pairs:
-                own.drop(layer)
+                own.drop(stage)
             layer.comp_stage = None  # once is enough, and the layer runs often
         for part in tower.parts if index >= first else ():
             fit = Fit(reader_of(layer, part))
@@ -195,7 +195,7 @@ def _refit_tower(
             fit.replace()
         for _, own in pairs:
             own.step(layer, index)
-        if stage is not None:
+        if isinstance(layer, DroppingLayer):
             layer.comp_stage = stage
         advance()
 

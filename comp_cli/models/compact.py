@@ -47,7 +47,7 @@ def write_checkpoint(
         ship(dense.family, folder)
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder), folder)
+        save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
     generation = dense.source.folder / GENERATION
     if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
         shutil.copyfile(generation, folder / GENERATION)

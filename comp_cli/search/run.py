@@ -15,6 +15,7 @@ from ..engine.scoring import Key
 from ..engine.token_ranking import with_score_rule
 from ..errors import UsageError
 from ..models.dense import Dense
+from ..models.described import image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -26,7 +27,7 @@ from .training_free import State, TrainingFree
 from .uniform_plans import check_uniform, compare_uniform
 from .with_training import Trained
 
-LEAVES_FROM = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
+LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
 
 
 def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
-    """The dense model with those modes on that were asked for; None for the usual ones. Raises UsageError for others."""
+    """The dense model with those modes on that were asked for, None for the usual ones. Raises UsageError for unknown ones."""
     if modes is None:
         return dense
     known = dense.family.every_mode
@@ -167,19 +168,16 @@ def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor
 def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
     cannot be pruned by."""
-    tower = next((tower for tower in dense.family.towers if tower.writes), None)
-    if tower is None:
+    if not any(tower.writes for tower in dense.family.towers):
         return None
-    topology, config = dense.family.topology, dense.hf_config.to_dict()
-    image = next(stream.name for stream in tower.streams if stream.source == "image")
-    layers, tokens = len(dense.plan.tower(tower.name).layers), dense.reference.tokens[image]
-    class_token = topology.image_tokens(config)["class_attention"] is not None
+    images, topology = image_shape(dense.hf_config.to_dict(), dense.family), dense.family.topology
     if not any(mode.parts for mode in dense.family.modes.values()):
         hint = "Image tokens alone go by their number: --method pyramiddrop --tokens N, and others."
         raise UsageError(f"--method {options.method} with --ratio removes parameters, and no mode of them is on.", hint=hint)
-    found = Leaving(options.tokens_method, tokens, layers, class_token, topology.images_of_one_size, options.seed)
+    one_size = topology.images_of_one_size
+    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=one_size, seed=options.seed)
     if options.tokens_method and not found.possible:
-        found.stages(0, tokens // 2)  # which says why
+        found.stages(0, images.tokens // 2)  # which says why
     return found
 
 
@@ -190,7 +188,7 @@ def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> d
     modes, whole = dense.family.modes, stages.mode_shares(counted, dense.reference)
     large = [mode for mode in whole if modes[mode].stream and whole[mode] >= allocation.LEAST_SHARE * counted.total]
     short = longest_text(batches) < dense.text_tokens
-    found: dict[str, tuple[int, tuple[float, ...]]] = {}
+    found = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
         if leaving is not None:

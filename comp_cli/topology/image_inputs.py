@@ -37,6 +37,7 @@ class Pictures(ABC):
     """How pictures go into a model."""
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
+    square: ClassVar[bool] = False  # whether its tokens are the raster of a square
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @property
@@ -93,6 +94,7 @@ class Tile(Pictures):
     ratio) before they are image tokens; None for a token of each patch.
     """
 
+    square: ClassVar[bool] = True
     merged: str | None = None
 
     @property
@@ -157,6 +159,7 @@ class AnyResolution(Tile):
     The reference image is of two by two tiles, if that is among the sizes; else of the largest of them.
     """
 
+    square: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 
     def reference(self, config: Config) -> tuple[int, int]:
