@@ -168,7 +168,7 @@ def _refit_tower(
     advance: Callable[[], None],
 ) -> None:
     pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
-    layers = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
+    layers: Iterator[tuple[Any, Any]] = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
     for index, (dense_layer, layer) in enumerate(layers):
         behind = []  # the dense stream behind each part, for each batch
         for whole, _ in pairs:
