@@ -440,7 +440,7 @@ def test_a_flat_config_of_older_releases_is_told_apart_too(tmp_path):
 # Methods and mistakes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", methods_for(DECODER))
+@pytest.mark.parametrize("method", methods_for(DECODER, only_tokens=True))
 def test_every_method_prunes_and_runs(method, dense, tmp_path):
     report = comp_cli.prune(dense, method=method, tokens=18, output=tmp_path / "compact", link=True)
     assert report.image_tokens.mean < TOKENS
@@ -448,7 +448,7 @@ def test_every_method_prunes_and_runs(method, dense, tmp_path):
 
 
 def test_methods_of_decoders_are_those_that_have_schedules():
-    assert set(methods_for(DECODER)) == set(TOKEN_METHODS)
+    assert set(methods_for(DECODER, only_tokens=True)) == set(TOKEN_METHODS)
     assert all(
         METHODS[name].description == TOKEN_METHODS[name] for name in TOKEN_METHODS if ENCODER not in METHODS[name].drops_in
     )
@@ -473,7 +473,7 @@ MISTAKES = {
     "ratio alone": (["--method", "vitcop", "--ratio", "0.5"], "removes image tokens of a decoder, by number"),
     "ratio of both kinds": (["--method", "stride", "--ratio", "0.5"], "asked for a number of image tokens"),
     "ratio and tokens": (["--method", "vitcop", "--ratio", "0.5", "--tokens", "9"], "--ratio is not for"),
-    "a method of encoders": (["--method", "wanda", "--ratio", "0.5"], "--method wanda is for models that encode"),
+    "a method of encoders": (["--method", "joint", "--ratio", "0.5"], "--method joint is for models that encode"),
     "tokens for comp": (["--tokens", "9"], "--tokens is for methods of image tokens in a decoder; --method comp is none"),
     "link for comp": (["--ratio", "0.5", "--link"], "--link is for methods of image tokens"),
     "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps: nothing changes"),

@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,8 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from comp_cli.checkpoint.loading import build_compact, describe, load_model, untied_state_dict
+from comp_cli import tasks
+from comp_cli.checkpoint.loading import (
+    build_compact,
+    describe,
+    load_model,
+    load_processor,
+    save_processor,
+    untied_state_dict,
+)
 from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.cli.output import Output
 from comp_cli.commands import export
@@ -23,7 +35,7 @@ from comp_cli.engine import flops
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import RefusedError
 from comp_cli.families import FAMILIES, Family, check_supported, find_family
-from comp_cli.models.dense import open_dense
+from comp_cli.models.dense import collator, open_dense
 from comp_cli.options import ExportOptions
 from comp_cli.plan import Plan, TokenStage, dense_plan
 from comp_cli.topology.prompts import with_answer, without_answers
@@ -64,7 +76,11 @@ class Made:
 @cache
 def made(name: str) -> Made:
     torch.manual_seed(0)
-    stock = tiny.DECODERS[name][0]().eval().requires_grad_(False)
+    return known(tiny.DECODERS[name][0]())
+
+
+def known(stock: nn.Module) -> Made:
+    stock.eval().requires_grad_(False)
     stock.set_attn_implementation("eager")
     stock.config.architectures = [type(stock).__name__]
     config = stock.config.to_dict()
@@ -139,6 +155,17 @@ def test_masked_is_sliced(model):
     assert size["sliced"] < 0.95 * size["dense"]
 
 
+@pytest.mark.parametrize("kind", FAMILIES["llava"].backbones["text_config"])
+def test_every_language_model_that_a_llava_may_have(kind):
+    """Biases in queries, keys and values, norms of queries and keys, another width of heads: one description."""
+    torch.manual_seed(0)
+    text = {"model_type": kind, "sliding_window": None} | ({"head_dim": 16} if kind in ("qwen3", "gemma") else {})
+    model = known(tiny.llava(text=text))
+    check_supported(model.config, model.family)
+    assert flops.count(model.plan, model.reference).total == counted(model.stock, model.inputs(), logits_to_keep=1)
+    test_masked_is_sliced(model)
+
+
 def test_nothing_pruned_says_what_the_stock_model_says(model):
     inputs = model.inputs(2, padded=3)
     torch.testing.assert_close(logits(model.compact(model.plan), inputs), logits(model.stock, inputs))
@@ -152,7 +179,8 @@ def test_several_images_in_a_prompt(model):
 
 
 def test_modes_and_which_of_them_are_on_unasked(model):
-    modes = model.family.modes
+    modes = model.family.every_mode
+    assert model.family.modes == {name: mode for name, mode in modes.items() if mode.unasked}
     assert {name: mode.unasked for name, mode in modes.items()} == {
         "vision_params": False,
         "language_params": True,
@@ -306,6 +334,18 @@ def test_the_reference_image_of_published_models(name):
     assert found == expected
 
 
+def test_many_tiles_are_read_as_fewer_patches():
+    """LLaVA-OneVision makes at most those of nine tiles of them: of 4 x 4 tiles of 36, 24 rows and columns become 18."""
+    stock = tiny.llava_onevision(pinpoints=[[96, 96]]).eval()
+    config = stock.config.to_dict() | {"architectures": [type(stock).__name__]}
+    config["text_config"]["max_position_embeddings"] = 512
+    family, _, _ = find_family(config)
+    found = family.topology.lengths(family, config, 12)
+    assert found == {"vision": 17 * 36, "image": 36 + 18 * 18, "language": 17, "newline": 18}
+    inputs = family.topology.random_inputs(family, config, 1, 12)
+    assert logits(stock, inputs).isfinite().all()  # which compares placeholders with features
+
+
 def test_windows_of_a_tower_at_the_reference_image():
     """Of 36 x 36 image tokens, windows of 4 x 4: 81 of 64 patches; full layers see all."""
     pictures = FAMILIES["qwen2_5_vl"].topology.pictures
@@ -398,6 +438,60 @@ def test_texts_are_written_as_one_by_one_and_as_by_hand(opened):
             assert scores.argmax() == token
             given |= {name: nn.functional.pad(given[name], (0, 1), value=name == "attention_mask") for name in rows}
             given["input_ids"][0, -1] = token
+
+
+def test_a_placeholder_in_the_data_is_not_a_second_image(opened):
+    token = opened.processor.image_token
+    expected, found = (opened.collate([replace(PAIRS[0], text=text)]).inputs for text in ("a red", f"{token}\na red"))
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize("place", ["a file of its own", "the processor's file"])
+def test_what_is_said_of_videos_is_handed_on(place, tmp_path):
+    folder = tiny.write("qwen2-vl", tmp_path / "dense")
+    said, path = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3}, folder / "processor_config.json"
+    if place == "a file of its own":
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(said))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"video_processor": said}))
+    save_processor(load_processor(folder), tmp_path / "compact", folder)
+    name = "video_preprocessor_config.json" if place == "a file of its own" else "processor_config.json"
+    found = json.loads((tmp_path / "compact" / name).read_text())
+    assert found.get("video_processor", found) == said
+
+
+class Still(transformers.SmolVLMProcessor):
+    """SmolVLM's processor without what needs torchvision and num2words, for videos."""
+
+    video_processor = SimpleNamespace(num_frames=1, fps=1)
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+def test_prompts_of_smolvlm(monkeypatch):
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    sizes = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}  # two by two tiles, and the whole
+    images, tokenizer = SmolVLMImageProcessorPil(**sizes), tiny.prompt_tokenizer()
+    processor = Still(images, tokenizer, None, image_seq_len=9, chat_template=tiny.chat())
+    model = made("smolvlm")
+    task = tasks.TASKS["vqa"].of(model.family.topology)
+    batch = collator(model.family, processor, 20, task, model.stock.config)(PAIRS)
+    assert batch.inputs["pixel_values"].shape[1:] == (5, 3, 24, 24)
+    assert (batch.inputs["input_ids"] == tiny.IMAGE).sum(1).tolist() == [5 * 9, 3 * 9]  # the other is narrow
+    with torch.no_grad():
+        read = task.forward(model.stock, batch.inputs)
+    assert len(read[0]) == len(batch.labels) == 5
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_processor_that_cannot_do_without_videos_says_what_it_needs(tmp_path):
+    made("smolvlm").stock.save_pretrained(tmp_path)
+    for part in (tiny.prompt_tokenizer(), SmolVLMImageProcessorPil(size={"longest_edge": 24})):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(RefusedError, match="needs a package that is missing: SmolVLMVideoProcessor requires the Torchvision"):
+        open_dense(str(tmp_path), QUIET)
 
 
 def test_a_block_of_sizes_is_checked(opened):

@@ -115,6 +115,7 @@ def stages_of(images: ImageShape, method: str, wanted: TokenOptions, seed: int, 
         "image_tokens": images.tokens,
         "layers": images.layers,
         "class_token": images.class_token,
+        "clip": images.clip,
         "compat": wanted.compat,
         "saliency": wanted.saliency,
     }
@@ -169,7 +170,7 @@ def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport
 
 def image_tokens(dense: Described, plan: Plan) -> ImageTokens:
     """What becomes of the tokens of the reference image."""
-    tokens, layers, _ = dense.images
+    tokens, layers, *_ = dense.images
     left = [tokens, *(stage.left(tokens) for stage in plan.stages)]
     stages = (
         TokensLeft(stage.layer, stage.rule, kept, of, stage.share)

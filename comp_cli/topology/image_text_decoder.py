@@ -65,7 +65,7 @@ class ImageTextDecoder(Topology):
 
     @property
     def images_of_one_size(self) -> bool:
-        return self.pictures.one_size
+        return self.pictures.one_size and self.shuffle is None  # processors of those cut pictures into tiles
 
     def pixels_of(self, family: Family, config: Config) -> Pixels:
         return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
@@ -81,6 +81,7 @@ class ImageTextDecoder(Topology):
             "shuffle": shuffle,
             "newline": self.newline,
             "features": self.features,
+            "square": self.pictures.square and self.shuffle is None,
         }
 
     def _class_attention(self, config: Config) -> dict[str, str] | None:
@@ -142,7 +143,9 @@ class ImageTextDecoder(Topology):
         predicted. Filled up at the right. Questions and answers are cut, not what the template puts around them."""
         processor, tokenizer = collator.processor, collator.processor.tokenizer
         asked = [(pair.text, pair.answer or "") if collator.answers else (DESCRIBE, pair.text) for pair in pairs]
-        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in asked]
+        # Questions of some data hold the placeholder, which the template puts.
+        plain = [[text.replace(processor.image_token, "").strip() for text in both] for both in asked]
+        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in plain]
         prompts = [as_asked(processor, question, self.plain) for (question, _), _ in texts]
         images = [[pair.image.convert("RGB")] for pair in pairs]
         made = dict(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
@@ -158,6 +161,9 @@ class ImageTextDecoder(Topology):
             rows.append(row | {MASK: [1] * len(row[IDS]), LABELS: [IGNORED] * asks + said})
         fill = {IDS: tokenizer.pad_token_id or 0, MASK: 0, LABELS: IGNORED} | dict.fromkeys(self.pictures.rows, 0)
         return made | side_by_side(rows, fill), [any(cut for _, cut in both) for both in texts]
+
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return self.pictures.apart(inputs)
 
     def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
         """Without placeholders."""
