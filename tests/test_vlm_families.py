@@ -110,7 +110,7 @@ def test_where_image_tokens_enter_is_there_in_the_model(name):
     assert (read and read["module"]) == CLASS_ATTENTION.get(name)
     if read:
         attention = model.get_submodule(read["module"])
-        assert all(isinstance(attention.get_submodule(read[part]), nn.Linear) for part in ("query", "key"))
+        assert all(isinstance(attention.get_submodule(read[part]), nn.Linear | nn.Identity) for part in ("query", "key"))
     assert found["shuffle"] == (0.5 if name == "internvl" else None)
     newline = "model.image_newline" if name in ("llava-next", "llava-onevision") else None
     assert found["newline"] == newline and (newline is None or model.get_parameter(newline).shape == (48,))

@@ -615,10 +615,13 @@ def noting(stock: Any, name: str) -> Callable[..., Any]:
         if self.comp_kind is not None:  # videos may be encoded as images are
             return encode(self, *args, **kwargs)
         self.comp_kind = kind
+        given = signature.bind_partial(self, *args, **kwargs).arguments
         if self.comp_reader is not None and kind == "image":
+            if given.get("vision_feature_layer") not in (None, getattr(self.config, "vision_feature_layer", None)):
+                raise ValueError("vision_feature_layer: images are ranked by [CLS] in the layer of config.json. Leave it out.")
             self.comp_reader.listen()
         try:
-            return self.comp_encoded(encode(self, *args, **kwargs), signature.bind_partial(self, *args, **kwargs).arguments)
+            return self.comp_encoded(encode(self, *args, **kwargs), given)
         finally:
             self.comp_kind = None
 
@@ -986,8 +989,10 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     needs: frozenset[str] = frozenset().union(*(stage.needs for stage in stages))
     inner = mix_in(ImageFeatures, model.get_submodule(layout["model"]))
     inner.comp_text, inner.comp_shuffle = layout["text"].rpartition(".")[2], layout["shuffle"]
-    asks = "class" in needs and layout["class_attention"] is not None
-    inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
+    asking = [stage.rule for stage in stages if "class" in stage.needs]
+    if asking and layout["class_attention"] is None:
+        raise ValueError(f"the rule {asking[0]} ranks by [CLS], and this model's vision tower has none.")
+    inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asking else None
     mix_in(DroppingDecoder, text)
     text.comp_asks = bool(needs & {"text", "attention", "last"})
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None

@@ -31,10 +31,11 @@ DESCRIBE = "Describe the image."  # what is asked for a caption
 @dataclass(frozen=True, kw_only=True)
 class ImageTextDecoder(Topology):
     """processor: its class. pictures: how they go in. model: path of the module that joins images and text. text, features:
-    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number.
-    head: makes logits. newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute
-    of the config by which patches that lie side by side become one token. plain: the prompt where the processor has no chat
-    template; behind: what the processor adds to it by itself. chats: whether models of the family have a template."""
+    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number;
+    ranking: what of it makes the queries and keys that it ranks by. head: makes logits. newline: path of what stands between
+    the rows of an image; None where nothing does. shuffle: attribute of the config by which patches that lie side by side
+    become one token. plain: the prompt where the processor has no chat template; behind: what the processor adds to it by
+    itself. chats: whether models of the family have a template."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -42,6 +43,7 @@ class ImageTextDecoder(Topology):
     text: str = "model.language_model"
     features: str = "model.vision_tower"
     attention: str = "encoder.layers.{}.self_attn"
+    ranking: tuple[str, str] = ("q_proj", "k_proj")
     head: str = "lm_head"
     newline: str | None = None
     shuffle: str | None = None
@@ -93,7 +95,7 @@ class ImageTextDecoder(Topology):
         read = config["vision_feature_layer"]  # an index of hidden states, of which the first is none of a layer's
         deepest = max(index % (depth + 1) for index in (read if isinstance(read, list | tuple) else [read]))
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
-        return {"module": module, "query": "q_proj", "key": "k_proj"}
+        return {"module": module, "query": self.ranking[0], "key": self.ranking[1]}
 
     # The reference input -----------------------------------------------------------------------------------------------
 
