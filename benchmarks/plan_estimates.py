@@ -18,7 +18,6 @@ from torch import Tensor
 from comp_cli.cli.output import Output
 from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import allocation
-from comp_cli.engine.schedule import Floors
 from comp_cli.engine.statistics import prices
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.models.pairs import batches_of
@@ -80,10 +79,11 @@ def main(arguments: argparse.Namespace) -> None:
     calibration = Calibration(dense, batches, found.grams, None, arguments.seed, priced)
     calibration.measure(dense.plan)
     tools = (found, priced, HeldOut(dense, batches, found.grams, True), calibration)
+    space = allocation.Space(dense.plan, dense.reference, priced)
     result: dict[str, dict[str, float]] = {}
     for ratio in RATIOS:
         cuts = [{}, *({"vision": allocation.Cut(*cut)} for cut in product(LAYERS, SHARES))]
-        plans = [allocation.candidate(dense.plan, dense.reference, ratio, each, priced, Floors()) for each in cuts]
+        plans = [space.candidate(ratio, each) for each in cuts]
         rows = [judged(dense, plan, batches, pairs, tools) for plan in plans if plan is not None]
         losses = [row["loss"] for row in rows]
         result[f"{ratio:g}"] = {"plans": len(rows)} | {

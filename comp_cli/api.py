@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CompError
-from .option_values import checked, default_output, parse_backends, parse_batches
+from .option_values import checked, default_output, parse_backends, parse_batches, parse_modes
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -144,6 +144,9 @@ def prune(
     num_samples: int | None = PruneOptions.num_samples,
     eval_samples: int | None = PruneOptions.eval_samples,
     text_tokens: int = PruneOptions.text_tokens,
+    modes: str | Sequence[str] | None = PruneOptions.modes,
+    tokens_method: str | None = PruneOptions.tokens_method,
+    uniform: bool = PruneOptions.uniform,
     stages: int | None = PruneOptions.stages,
     stage_samples: int | None = PruneOptions.stage_samples,
     batch_size: int = PruneOptions.batch_size,
@@ -198,6 +201,9 @@ def prune(
         num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
+        modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
+        tokens_method: how image tokens leave a decoder where parameters go too (default: attention, at three stages).
+        uniform: keep as many heads and channels in every layer of a decoder, and write a folder of the stock class.
         stages: stages of the method comp-paper.
         stage_samples: pairs that judge a plan or a stage.
         batch_size: pairs in one forward pass.
@@ -263,6 +269,9 @@ def prune(
         data=DataOptions(_text(data), split, *columns),
         task=task,
         training=Training(steps, epochs, lr, train_batch_size, stage_share, distill, mixed_precision),
+        modes=parse_modes(modes),
+        tokens_method=tokens_method,
+        uniform=uniform,
         cip=cip,
         cit=cit,
         explore=explore,

@@ -104,6 +104,17 @@ def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Modes as a text with commas, or several texts; which of them a model has, it says itself. Raises UsageError for none."""
+    if given is None:
+        return None
+    parts = given.split(",") if isinstance(given, str) else given
+    names = tuple(dict.fromkeys(str(name).strip() for name in parts if str(name).strip()))
+    if not names:
+        raise UsageError(f"--modes {_listed(given)}: expected names with commas, such as language_params,image_tokens.")
+    return names
+
+
 def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:
     """Batch sizes as a text with commas, a number, or several. Raises UsageError where one is none."""
     parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given

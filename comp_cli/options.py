@@ -271,6 +271,9 @@ class PruneOptions(Checked):
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
         training: fine-tuning of what is pruned.
+        modes: kinds of what is removed, for example language_params, image_tokens; None for the usual ones of the model.
+        tokens_method: how image tokens leave a decoder, beside the parameters that go; None for attention at three stages.
+        uniform: whether every layer of a tower keeps as many units, so that the folder is one of a stock class.
         cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4).
         cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
         explore: random exploration of modes (CoMP, RE, Eq. 9).
@@ -296,6 +299,9 @@ class PruneOptions(Checked):
     data: DataOptions = DataOptions()
     task: str | None = None
     training: Training = Training()
+    modes: tuple[str, ...] | None = None
+    tokens_method: str | None = None
+    uniform: bool = False
     cip: bool = True
     cit: bool = True
     explore: bool = True

@@ -96,8 +96,7 @@ class TokenStage:
 
     def left(self, tokens: int) -> int:
         """How many of an image's tokens stay, of those that it had at first."""
-        wanted = math.ceil(tokens * (self.share or 0.0)) if self.keep is None else self.keep
-        return min(tokens, wanted)
+        return math.ceil(tokens * self.share) if self.share is not None else min(tokens, self.keep or 0)
 
     def to_json(self) -> dict[str, Any]:
         amount = {"share": self.share} if self.keep is None else {"keep": self.keep}
@@ -181,15 +180,15 @@ class Plan:
 
         Where heads or channels went the shapes differ anyway. A tower that loses tokens only has the shapes of the dense one:
         a stock class would load it, and answer as the dense model, without a word. The feed-forward part of its first layer
-        gets channels of zeros: they add exactly nothing, and the stock class refuses the shape.
+        gets channels of zeros: they add exactly nothing, and the stock class refuses the shape. A decoder whose image tokens
+        leave is one class with its vision tower: there the last tower gets them, where no tower lost anything.
         """
+        if self.stages and all(map(_same_sizes, self.towers, dense.towers)):
+            return self.with_tower(_widened(self.towers[-1]))
 
         def tower(found: TowerPlan, before: TowerPlan) -> TowerPlan:
-            sizes = [[_part_sizes(layer) for layer in part.layers] for part in (found, before)]
-            if sizes[0] != sizes[1] or not any(layer.keep for layer in found.layers):
-                return found
-            first, *others = found.layers
-            return replace(found, layers=(replace(first, padding=PADDING), *others))
+            drops = any(layer.keep for layer in found.layers)
+            return _widened(found) if drops and _same_sizes(found, before) else found
 
         return replace(self, towers=tuple(map(tower, self.towers, dense.towers)))
 
@@ -250,6 +249,16 @@ class Plan:
         found = family.topology.image_tokens(config)
         images = {"image_tokens": found} if found else {}
         return {"schema_version": SCHEMA_VERSION, "family": family.name, **facts, "towers": towers, **images, **self._stages()}
+
+
+def _same_sizes(one: TowerPlan, other: TowerPlan) -> bool:
+    return [_part_sizes(layer) for layer in one.layers] == [_part_sizes(layer) for layer in other.layers]
+
+
+def _widened(tower: TowerPlan) -> TowerPlan:
+    """With channels of zeros in the first layer."""
+    first, *others = tower.layers
+    return replace(tower, layers=(replace(first, padding=PADDING), *others))
 
 
 def _part_sizes(layer: LayerPlan) -> dict[str, Any]:

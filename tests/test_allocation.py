@@ -7,17 +7,8 @@ import pytest
 import torch
 from test_engine import counted, one_pair
 
-from comp_cli.engine import allocation, flops
-from comp_cli.engine.allocation import (
-    AllocationState,
-    Cut,
-    Look,
-    candidate,
-    cut_tokens,
-    descend,
-    ranking_parts,
-    remove_cheapest,
-)
+from comp_cli.engine import flops
+from comp_cli.engine.allocation import AllocationState, Cut, Look, Space, descend
 from comp_cli.engine.schedule import Floors
 
 
@@ -33,12 +24,17 @@ def prices(dense):
     }
 
 
+@pytest.fixture(scope="module")
+def space(dense, prices):
+    return Space(dense.plan, dense.reference, prices)
+
+
 def total(dense, plan) -> int:
     return flops.count(plan, dense.reference).total
 
 
-def test_the_cheapest_per_flops_go_and_the_dearer_stay(dense, prices):
-    plan = remove_cheapest(dense.plan, dense.reference, prices, 0.6 * total(dense, dense.plan), Floors(), set())
+def test_the_cheapest_per_flops_go_and_the_dearer_stay(dense, prices, space):
+    plan = space.remove_cheapest(dense.plan, 0.6 * total(dense, dense.plan))
     rows = {(row.tower, row.layer): row for row in flops.count(dense.plan, dense.reference).layers}
     gone, kept = [], []
     for tower in plan.towers:
@@ -56,14 +52,14 @@ def test_the_cheapest_per_flops_go_and_the_dearer_stay(dense, prices):
     assert gone and kept and max(gone) <= min(kept)
 
 
-def test_as_little_goes_as_is_enough(dense, prices):
+def test_as_little_goes_as_is_enough(dense, space):
     target = 0.6 * total(dense, dense.plan)
-    plan = remove_cheapest(dense.plan, dense.reference, prices, target, Floors(), set())
+    plan = space.remove_cheapest(dense.plan, target)
     assert 0.98 * target < total(dense, plan) <= target
 
 
-def test_floors_hold_where_all_should_go(dense, prices):
-    plan = remove_cheapest(dense.plan, dense.reference, prices, 0, Floors(), set())
+def test_floors_hold_where_all_should_go(dense, space):
+    plan = space.remove_cheapest(dense.plan, 0)
     for tower in plan.towers:
         for layer in tower.layers:
             assert {part: len(units.units) for part, units in layer.parts.items()} == {
@@ -71,39 +67,52 @@ def test_floors_hold_where_all_should_go(dense, prices):
             }
 
 
-def test_heads_that_rank_tokens_stay(dense, prices):
-    plan = cut_tokens(dense.plan, dense.reference, "vision", 1, 0.7 * total(dense, dense.plan), Floors())
-    kept = ranking_parts(plan, dense.reference)
-    assert kept == {("vision", 1, "attention")}
-    smallest = remove_cheapest(plan, dense.reference, prices, 0, Floors(), kept)
+def test_heads_that_rank_tokens_stay(dense, space):
+    plan = space.cut_tokens(dense.plan, "vision", 1, 0.7 * total(dense, dense.plan))
+    assert space.ranking_parts(plan) == {("vision", 1, "attention")}
+    smallest = space.remove_cheapest(plan, 0)
     heads = [len(layer.kept("attention")) for layer in smallest.tower("vision").layers]
     assert heads == [1, 6, 1, 1, 1]
 
 
-def test_a_cut_keeps_as_many_tokens_as_the_flops_allow(dense):
+def test_a_cut_keeps_as_many_tokens_as_the_flops_allow(dense, space):
     target = 0.8 * total(dense, dense.plan)
-    plan = cut_tokens(dense.plan, dense.reference, "vision", 1, target, Floors())
+    plan = space.cut_tokens(dense.plan, "vision", 1, target)
     kept = [layer.keep.get("vision") for layer in plan.tower("vision").layers]
     assert [keep is None for keep in kept] == [True, False, True, True, True]
-    more = allocation.keeping(dense.plan, dense.reference, "vision", 1, kept[1] + 1)
+    assert space.kept(plan, "vision", 1) == kept[1]
+    more = space.keeping(dense.plan, "vision", 1, kept[1] + 1)
     assert total(dense, plan) <= target < total(dense, more)
 
 
-def test_a_cut_that_floors_forbid_is_none(dense):
-    assert cut_tokens(dense.plan, dense.reference, "vision", 4, 0.2 * total(dense, dense.plan), Floors()) is None
+def test_a_cut_that_floors_forbid_is_none(dense, space):
+    assert space.cut_tokens(dense.plan, "vision", 4, 0.2 * total(dense, dense.plan)) is None
+
+
+def test_parts_that_should_stay_stay(dense, space):
+    stay = frozenset({("vision", 0, "ffn"), ("language", 2, "attention")})
+    smallest = replace(space, stay=stay).remove_cheapest(dense.plan, 0)
+    whole = {
+        (tower.name, index, part)
+        for tower in smallest.towers
+        for index, layer in enumerate(tower.layers)
+        for part, units in layer.parts.items()
+        if units == dense.plan.tower(tower.name).layers[index].parts[part]
+    }
+    assert whole == stay
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize("cuts", [{}, {"vision": Cut(1, 0.5)}, {"vision": Cut(0, 0.35), "language": Cut(1, 0.5)}])
-def test_candidates_have_the_ratio_as_it_runs(dense, inputs, prices, ratio, cuts):
-    plan = candidate(dense.plan, dense.reference, ratio, cuts, prices, Floors())
+def test_candidates_have_the_ratio_as_it_runs(dense, inputs, space, ratio, cuts):
+    plan = space.candidate(ratio, cuts)
     before, after = (counted(dense.runtime(p), one_pair(inputs)) for p in (dense.plan, plan))
     assert 1 - after / before == pytest.approx(ratio, abs=0.01)
 
 
-def test_a_candidate_out_of_reach_is_none(dense, prices):
-    assert candidate(dense.plan, dense.reference, 0.99, {}, prices, Floors()) is None
-    assert candidate(dense.plan, dense.reference, 0.02, {"vision": Cut(0, 0.95)}, prices, replace(Floors(), tokens=36)) is None
+def test_a_candidate_out_of_reach_is_none(space):
+    assert space.candidate(0.99, {}) is None
+    assert replace(space, floors=Floors(tokens=36)).candidate(0.02, {"vision": Cut(0, 0.95)}) is None
 
 
 class Landscape:

@@ -87,6 +87,11 @@ def test_vic_finds_the_peaks_that_were_worked_out_by_hand():
     assert vic(VIC, PLACES, every, [3]).tolist() == [[0, 0, 0, 2, 2, 1]]  # token 4 is next: 2.6338 * 17
 
 
+def test_vic_tells_small_distances_of_large_features():
+    every = torch.ones(1, 6, dtype=torch.bool)
+    assert torch.equal(peaks(VIC + 2.0**20, PLACES, every)[1], peaks(VIC, PLACES, every)[1])
+
+
 def test_a_peak_that_is_no_centre_joins_the_nearest_centre():
     """One centre for two peaks without parents: the code would give token 5 the label of token 0."""
     every = torch.ones(1, 6, dtype=torch.bool)
@@ -107,11 +112,11 @@ def test_vic_may_take_its_cut_off_from_the_features():
 
 
 def test_cls_clusters_keep_what_cls_looks_at_and_cluster_only_that():
-    """Token 2 of lowest attention goes; int(0.4 * 5) = 2 centres among the keys 0, 4, 20, 22, 27. Six tokens are no square:
+    """Token 2 of lowest attention goes; int(0.55 * 5) = 2 centres among the keys 0, 4, 20, 22, 27. Six tokens are no square:
     there is no gate. Densities 1.78, 1.80, 2.41, 2.62, 2.14: token 4 is the densest; of the others, times the distance to the
     nearest denser one, token 1 has the most (1.80 * 16)."""
     seen = view(numbers(*range(6)), class_attention=[0.5, 0.6, 0.1, 0.7, 0.8, 0.9], tower_keys=VIC[0].tolist())
-    kept, choice = by("cls-clusters", seen, 5, centre_share=0.4)
+    kept, choice = by("cls-clusters", seen, 5, centre_share=0.55)
     assert kept == [0, 1, 3, 4, 5]
     assert choice.labels[0, kept].tolist() == [1, 1, 0, 0, 0]
     assert choice.states is None
@@ -126,6 +131,9 @@ def test_the_gate_of_clusters_goes_by_the_grid():
     assert together[0] == together[5] and len(together.unique()) == 5
     gated = by("cls-clusters", replace(seen, grid=torch.tensor([[2, 3]])), 6, centre_share=0.84)[1].labels[0]
     assert gated[0] != gated[5]
+    row = view(numbers(*range(4)), class_attention=[1.0] * 4, tower_keys=[[0.0], [0.1], [90], [200]])
+    labels = by("cls-clusters", replace(row, grid=torch.tensor([[1, 4]])), 4, centre_share=0.75)[1].labels[0]
+    assert labels[0] == labels[1]  # neighbours, a quarter of the longer side apart
 
 
 def test_only_a_whole_image_with_a_square_number_of_tokens_is_taken_for_a_square():
@@ -137,12 +145,14 @@ def test_only_a_whole_image_with_a_square_number_of_tokens_is_taken_for_a_square
 
 
 def test_diverse_clusters_need_no_cls():
-    """As in divprune below, tokens 1, 2, 3 stay, at 10, 90 and 200 degrees. Their distances are 1.286, 1.638 and 1.992, the
-    cut-off is half the mean, 0.819. Densities 1.088, 1.104, 1.021: token 2 is the first centre; then 1.088 * 1.286 = 1.40 is
-    less than 1.021 * 1.638 = 1.67, so token 3 is the second."""
-    kept, choice = by("diverse-clusters", view(at_angles(0, 10, 90, 200, 5)), 3, centre_share=0.7)
-    assert kept == [1, 2, 3]
-    assert choice.labels[0, kept].tolist() == [0, 0, 1]
+    """As in divprune below, those at 200, 90 and 10 degrees stay. Their distances are 1.638, 1.286 and 1.992 times the length,
+    the cut-off is half the mean, 0.819. Densities 1.021, 1.104, 1.088: token 1 is the first centre; then 1.088 * 1.286 = 1.40
+    is less than 1.021 * 1.638 = 1.67, so token 0 is the second."""
+    for length in (1, 1000):
+        states = [[length * x, length * y] for x, y in at_angles(200, 90, 10, 0, 5)]
+        kept, choice = by("diverse-clusters", view(states), 3, centre_share=0.7)
+        assert kept == [0, 1, 2]
+        assert choice.labels[0, kept].tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

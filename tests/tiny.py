@@ -216,8 +216,8 @@ def llava_next_processor():
     return transformers.LlavaNextProcessor(images, prompt_tokenizer(), chat_template=chat(), **options)
 
 
-def llava_onevision():
-    options = {"image_grid_pinpoints": PINPOINTS, "image_token_index": IMAGE, "video_token_index": VIDEO}
+def llava_onevision(pinpoints=PINPOINTS):
+    options = {"image_grid_pinpoints": pinpoints, "image_token_index": IMAGE, "video_token_index": VIDEO}
     text = DECODER | {"model_type": "qwen2"}
     config = transformers.LlavaOnevisionConfig(vision_config=SIGLIP_TOWER, text_config=text, vision_feature_layer=-1, **options)
     return decoder(transformers.LlavaOnevisionForConditionalGeneration, config)

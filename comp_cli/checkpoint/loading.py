@@ -1,7 +1,9 @@
 """Models from folders: dense ones through transformers, compact ones through the runtime. Nothing is half loaded."""
 
+import inspect
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -224,16 +226,24 @@ def load_processor(folder: Path) -> Any:
 def without_video(loader: Any) -> Any:
     """The class of a processor without the part that makes frames of a video, which comp does not ask: it needs torchvision,
     which nothing else here does."""
-    if "video_processor" not in getattr(loader, "get_attributes", list)():
+    made_of = inspect.signature(loader.__init__).parameters.get("video_processor")
+    if made_of is None or made_of.default is made_of.empty:  # SmolVLM's cannot be left out
         return loader
     others = [name for name in loader.get_attributes() if name != "video_processor"]
     members = {"get_attributes": classmethod(lambda own: others), "__module__": loader.__module__}
     return type(loader.__name__, (loader,), members)
 
 
-def save_processor(processor: Any, folder: Path) -> None:
-    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from."""
+def save_processor(processor: Any, folder: Path, source: Path | None = None) -> None:
+    """Write the files of a processor, without what a tokenizer remembers of the place that it was loaded from. source: where
+    that was; what is said there of videos is handed on, see `without_video`."""
     processor.save_pretrained(folder)
+    name, whole = "video_preprocessor_config.json", "processor_config.json"
+    if source is not None and (source / name).is_file():
+        shutil.copyfile(source / name, folder / name)
+    if source is not None and (source / whole).is_file() and "video_processor" in (found := read_json(source / whole)):
+        settings = read_json(folder / whole) | {"video_processor": found["video_processor"]}
+        (folder / whole).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}

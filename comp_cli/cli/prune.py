@@ -30,7 +30,9 @@ KINDS = {
     DECODER: "Methods for image-text decoders (LLaVA and its kin), which take a number of image tokens:",
 }
 EPILOG = "\n\n".join(
-    "\n\n".join([said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind))])
+    "\n\n".join(
+        [said, *(f"* `{name}`: {METHODS[name].description}" for name in methods_for(kind, only_tokens=kind == DECODER))]
+    )
     for kind, said in KINDS.items()
 )
 
@@ -77,6 +79,16 @@ def prune(
     split_column: given.SplitColumn = DataOptions.split_column,
     method: Annotated[str, option(SEARCH, "What is scored and removed; see Methods below.")] = PruneOptions.method,
     stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
+    modes: Annotated[
+        str | None, option(SEARCH, "What is removed, with commas: language_params,image_tokens (default: by the model).")
+    ] = None,
+    tokens_method: Annotated[
+        str | None, option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).")
+    ] = PruneOptions.tokens_method,
+    uniform: Annotated[
+        bool,
+        option(SEARCH, "As many heads and channels in every layer of a decoder: a folder of the stock class.", "--uniform"),
+    ] = PruneOptions.uniform,
     stage_samples: Annotated[
         int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {STAGE_SAMPLES}).")
     ] = PruneOptions.stage_samples,

@@ -14,6 +14,7 @@ from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
 from ..data.rows import Pair
+from ..engine.allocation import Look
 from ..engine.methods import check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..families import Family
@@ -155,7 +156,7 @@ def _prune(
         report = replace(
             describe(dense, plan, resolved),
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
-            compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in found.looks),
+            compared=tuple(_compared(look) for look in found.looks),
             texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
@@ -223,6 +224,10 @@ def early_settings(options: PruneOptions) -> dict[str, Any]:
     for name in ("stage_samples", "device"):  # still to be settled
         given.pop(name, None)
     return given | surroundings(options)
+
+
+def _compared(look: Look) -> PlanCompared:
+    return PlanCompared(look.tokens, round(look.ratio, 5), look.loss, look.units or None)
 
 
 def check_disk(dense: Dense, options: ResolvedOptions, dtype: torch.dtype, output: Path) -> None:

@@ -19,6 +19,8 @@ from .rows import Pair
 class Batch:
     """Model inputs, each (batch, ...), and the labels where they are known: integers, for each sample or token one or more.
 
+    rows: of inputs that have not one row for each sample, how many each has; see `Topology.rows`.
+
     cut: how many of the samples have a text, or an answer to it, that is longer than the inputs hold. text_tokens: tokens of
     all texts together, by stream; see `Topology.count_tokens`.
     """
@@ -27,6 +29,18 @@ class Batch:
     labels: Tensor | None
     cut: int = 0
     text_tokens: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    def piece(self, begin: int, end: int) -> "Batch":
+        """Some of the samples, without their labels."""
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            counts = self.rows.get(name)
+            return tensor[begin:end] if counts is None else tensor[sum(counts[:begin]) : sum(counts[:end])]
+
+        inputs = {name: part(name, tensor) for name, tensor in self.inputs.items()}
+        rows = {name: counts[begin:end] for name, counts in self.rows.items()}
+        return replace(self, inputs=inputs, labels=None, rows=rows)
 
     @property
     def samples(self) -> int:
@@ -58,7 +72,8 @@ class Collator:
         made, cut = self.topology.collate(self, pairs)
         inputs = {name: made[name] for name in self.topology.inputs}
         labels = self.labels(pairs, inputs) if all(pair.known for pair in pairs) else None
-        return Batch(inputs, labels, sum(cut), self.topology.count_tokens(inputs, self.processor))
+        tokens = self.topology.count_tokens(inputs, self.processor)
+        return Batch(inputs, labels, sum(cut), tokens, self.topology.rows(inputs))
 
     @property
     def limits(self) -> dict[str, Any]:

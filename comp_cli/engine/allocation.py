@@ -6,14 +6,16 @@ recovery, on pairs that the recovery has not seen. The best candidate is found b
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..plan import Channels, Plan
 from . import flops
+from .leaving import Leaving
 from .schedule import TOLERANCE, Floors
 from .scoring import Key
 
@@ -44,15 +46,18 @@ Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
 @dataclass(frozen=True)
 class Look:
     """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. loss: distance of the
-    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so."""
+    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. units: of a
+    uniform plan, tower and part -> units that every layer keeps."""
 
     cuts: dict[str, Cut]
     tokens: dict[str, tuple[int, int]]
     ratio: float
     loss: float | None
+    units: dict[str, int] = field(default_factory=dict)
 
     def in_words(self) -> str:
         where = [f"{kept} {stream} tokens from layer {layer} on" for stream, (layer, kept) in self.tokens.items()]
+        where += [f"{name} {count}" for name, count in self.units.items()]
         if self.loss is None:
             return "out of reach"
         return f"{', '.join(where) or 'all tokens'}: {self.loss:.4f}"
@@ -64,7 +69,7 @@ class Look:
     def from_json(cls, found: dict[str, Any]) -> "Look":
         cuts = {stream: Cut(**cut) for stream, cut in found["cuts"].items()}
         tokens = {stream: (layer, kept) for stream, (layer, kept) in found["tokens"].items()}
-        return cls(cuts, tokens, found["ratio"], found["loss"])
+        return cls(cuts, tokens, found["ratio"], found["loss"], found.get("units", {}))
 
 
 @dataclass
@@ -82,111 +87,129 @@ class AllocationState:
         return cls(Plan.from_json(found["plan"]), [Look.from_json(look) for look in found["looks"]])
 
 
-def candidate(
-    dense: Plan, ref: flops.Reference, ratio: float, cuts: Cuts, prices: Mapping[Key, Tensor], floors: Floors
-) -> Plan | None:
-    """The plan of a ratio with these cuts; None where it cannot be reached so."""
-    plan, total = nearest(dense, ref, ratio, cuts, prices, floors), flops.count(dense, ref).total
-    return plan if plan and abs(1 - flops.count(plan, ref).total / total - ratio) <= TOLERANCE else None
+@dataclass(frozen=True)
+class Space:
+    """What plans are made of: the dense plan, prices of its units in the order of their elimination (see statistics.prices),
+    what always stays, and for decoders that read images how their tokens leave (None: behind the attention of a layer)."""
 
+    dense: Plan
+    ref: flops.Reference
+    prices: Mapping[Key, Tensor]
+    floors: Floors = Floors()
+    stay: frozenset[Key] = frozenset()  # parts that keep all of their units
+    leaving: Leaving | None = None
 
-def nearest(
-    dense: Plan, ref: flops.Reference, ratio: float, cuts: Cuts, prices: Mapping[Key, Tensor], floors: Floors
-) -> Plan | None:
-    """The plan with these cuts that comes as near to the ratio as the floors allow; None where these tokens alone are too much
-    or cannot go."""
-    plan, total = dense, flops.count(dense, ref).total
-    for stream, cut in cuts.items():
-        before = flops.count(plan, ref).total
-        possible = before - flops.count(keeping(plan, ref, stream, 0, floors.tokens), ref).total
-        found = cut_tokens(plan, ref, stream, cut.layer, before - cut.share * min(ratio * total, possible), floors)
-        if found is None:
+    @property
+    def total(self) -> int:
+        """FLOPs of the dense model."""
+        return flops.count(self.dense, self.ref).total
+
+    def candidate(self, ratio: float, cuts: Cuts) -> Plan | None:
+        """The plan of a ratio with these cuts; None where it cannot be reached so."""
+        plan = self.nearest(ratio, cuts)
+        return plan if plan and abs(1 - flops.count(plan, self.ref).total / self.total - ratio) <= TOLERANCE else None
+
+    def nearest(self, ratio: float, cuts: Cuts) -> Plan | None:
+        """The plan with these cuts that comes as near to the ratio as the floors allow; None where these tokens alone are too
+        much or cannot go."""
+        plan, total = self.dense, self.total
+        for stream, cut in cuts.items():
+            before = flops.count(plan, self.ref).total
+            fewest = next(iter(self.choices(stream)), self.ref.tokens[stream])
+            possible = before - flops.count(self.keeping(plan, stream, 0, fewest), self.ref).total
+            found = self.cut_tokens(plan, stream, cut.layer, before - cut.share * min(ratio * total, possible))
+            if found is None:
+                return None
+            plan = found
+        if flops.count(plan, self.ref).total < total * (1 - ratio):
             return None
-        plan = found
-    if flops.count(plan, ref).total < total * (1 - ratio):
-        return None
-    return remove_cheapest(plan, ref, prices, total * (1 - ratio), floors, ranking_parts(plan, ref))
+        return self.remove_cheapest(plan, total * (1 - ratio))
 
+    def most(self, streams: Iterable[str]) -> float:
+        """The largest ratio that a descent over these streams can find."""
+        cuts: tuple[Cuts, ...] = ({}, {stream: Cut(0, SHARES[1]) for stream in streams})
+        plans = (self.nearest(1.0, each) for each in cuts)
+        return 1 - min(flops.count(plan, self.ref).total for plan in plans if plan) / self.total
 
-def most(dense: Plan, ref: flops.Reference, streams: Iterable[str], prices: Mapping[Key, Tensor], floors: Floors) -> float:
-    """The largest ratio that a descent over these streams can find."""
-    cuts: tuple[Cuts, ...] = ({}, {stream: Cut(0, SHARES[1]) for stream in streams})
-    plans = (nearest(dense, ref, 1.0, each, prices, floors) for each in cuts)
-    return 1 - min(flops.count(plan, ref).total for plan in plans if plan) / flops.count(dense, ref).total
+    def cut_tokens(self, plan: Plan, stream: str, layer: int, target: float) -> Plan | None:
+        """Keep as many tokens of a stream behind a layer as the FLOPs allow; None where the floors forbid it, or where it would
+        be too few to be worth scoring them."""
+        choices = self.choices(stream)
+        within = bisect_right(  # FLOPs rise with the tokens
+            choices, target, key=lambda tokens: flops.count(self.keeping(plan, stream, layer, tokens), self.ref).total
+        )
+        return self.keeping(plan, stream, layer, choices[within - 1]) if within else None
 
+    def choices(self, stream: str) -> Sequence[int]:
+        """How many tokens of a stream may be kept where some leave, rising."""
+        least, most = self.floors.tokens, math.floor(self.ref.tokens[stream] * (1 - self.floors.least_drop))
+        found = range(least, most + 1)
+        return found if self.leaving is None else [tokens for tokens in found if tokens in self.leaving.possible]
 
-def cut_tokens(plan: Plan, ref: flops.Reference, stream: str, layer: int, target: float, floors: Floors) -> Plan | None:
-    """Keep as many tokens of a stream behind a layer as the FLOPs allow; None where the floors forbid it, or where it would be
-    too few to be worth scoring them."""
-    low, high = floors.tokens, math.floor(ref.tokens[stream] * (1 - floors.least_drop))
-    if high < low or flops.count(keeping(plan, ref, stream, layer, low), ref).total > target:
-        return None
-    while low < high:  # the most tokens within the target
-        middle = (low + high + 1) // 2
-        if flops.count(keeping(plan, ref, stream, layer, middle), ref).total <= target:
-            low = middle
-        else:
-            high = middle - 1
-    return keeping(plan, ref, stream, layer, low)
+    def keeping(self, plan: Plan, stream: str, layer: int, tokens: int) -> Plan:
+        """The plan with so many tokens of a stream behind a layer."""
+        if self.leaving is not None:
+            return replace(plan, stages=self.leaving.stages(layer, tokens))
+        tower = self.ref.family.streams[stream][0].name
+        return plan.with_layer(tower, layer, plan.tower(tower).layers[layer].handing_on(stream, tokens))
 
+    def kept(self, plan: Plan, stream: str, layer: int) -> int:
+        """How many tokens of a stream a plan keeps behind a layer where some leave."""
+        if self.leaving is not None:
+            return plan.stages[0].left(self.ref.tokens[stream])
+        return plan.tower(self.ref.family.streams[stream][0].name).layers[layer].keep[stream]
 
-def keeping(plan: Plan, ref: flops.Reference, stream: str, layer: int, tokens: int) -> Plan:
-    """The plan with so many tokens of a stream behind a layer."""
-    tower = ref.family.streams[stream][0].name
-    return plan.with_layer(tower, layer, plan.tower(tower).layers[layer].handing_on(stream, tokens))
+    def ranking_parts(self, plan: Plan) -> set[Key]:
+        """The self-attentions that rank tokens. Their heads stay: without them others would be ranked high than the dense model
+        ranks (the finding behind CoMP's CIT)."""
+        found = set()
+        for tower in plan.towers:
+            part = self.ref.family.tower(tower.name).self_attention.name
+            found |= {(tower.name, index, part) for index, layer in enumerate(tower.layers) if layer.keep}
+            if self.ref.family.tower(tower.name).writes:  # a stage asks the layer before it
+                found |= {(tower.name, stage.layer - 1, part) for stage in plan.stages if stage.layer}
+        return found
 
+    def remove_cheapest(self, plan: Plan, target: float) -> Plan:
+        """Remove heads, and channels in groups of `floors.ffn_multiple`, of the lowest price per FLOPs, until the FLOPs are at
+        most `target`. The smallest plan where the floors forbid the target."""
+        counted, kept = flops.count(plan, self.ref), self.ranking_parts(plan) | self.stay
+        left: float = counted.total
+        gone: dict[Key, int] = {}
+        groups = sorted(
+            (price, key, number, size, cost)
+            for row in counted.layers
+            for key, number, size, price, cost in self._groups(row, plan, kept)
+        )
+        for _, key, _, size, cost in groups:
+            if left <= target:
+                break
+            left -= cost * size
+            gone[key] = gone.get(key, 0) + size
+        for (name, index, part), count in gone.items():
+            first = set(self.prices[name, index, part].argsort(stable=True)[:count].tolist())
+            layer = plan.tower(name).layers[index]
+            plan = plan.with_layer(name, index, layer.keeping(part, [unit for unit in layer.kept(part) if unit not in first]))
+        return plan
 
-def ranking_parts(plan: Plan, ref: flops.Reference) -> set[Key]:
-    """The self-attentions that rank tokens. Their heads stay: without them others would be ranked high than the dense model
-    ranks (the finding behind CoMP's CIT)."""
-    towers = ((tower, ref.family.tower(tower.name).self_attention.name) for tower in plan.towers)
-    return {(tower.name, index, part) for tower, part in towers for index, layer in enumerate(tower.layers) if layer.keep}
-
-
-def remove_cheapest(
-    plan: Plan, ref: flops.Reference, prices: Mapping[Key, Tensor], target: float, floors: Floors, kept: set[Key]
-) -> Plan:
-    """Remove heads, and channels in groups of `floors.ffn_multiple`, of the lowest price per FLOPs, until the FLOPs are at most
-    `target`. prices: of the units of a dense model, in the order of their elimination. kept: parts that stay whole. The
-    smallest plan where the floors forbid the target."""
-    counted = flops.count(plan, ref)
-    left: float = counted.total
-    gone: dict[Key, int] = {}
-    groups = sorted(
-        (price, key, number, size, cost)
-        for row in counted.layers
-        for key, number, size, price, cost in _groups(row, plan, prices, floors)
-        if key not in kept
-    )
-    for _, key, _, size, cost in groups:
-        if left <= target:
-            break
-        left -= cost * size
-        gone[key] = gone.get(key, 0) + size
-    for (name, index, part), count in gone.items():
-        first = set(prices[name, index, part].argsort(stable=True)[:count].tolist())
-        layer = plan.tower(name).layers[index]
-        plan = plan.with_layer(name, index, layer.keeping(part, [unit for unit in layer.kept(part) if unit not in first]))
-    return plan
-
-
-def _groups(
-    row: flops.LayerFlops, plan: Plan, prices: Mapping[Key, Tensor], floors: Floors
-) -> Iterator[tuple[Key, int, int, float, float]]:
-    """Units of a layer that may go, in their order: key, number of the group, units in it, price per FLOPs, FLOPs of a unit."""
-    for part, units in plan.tower(row.tower).layers[row.layer].parts.items():
-        key, width = (row.tower, row.layer, part), len(units.units)
-        ordered = prices[key].sort(stable=True).values
-        cost = row.parts[part] / width
-        step, least = 1, 1
-        if isinstance(units, Channels):
-            step = floors.ffn_multiple
-            least = min(width, math.ceil(floors.channels(width) / step) * step)
-        begin = number = 0
-        while begin < width - least:
-            end = begin + ((width - begin) % step or step)
-            yield key, number, end - begin, float(ordered[begin:end].mean()) / cost, cost
-            begin, number = end, number + 1
+    def _groups(self, row: flops.LayerFlops, plan: Plan, kept: set[Key]) -> Iterator[tuple[Key, int, int, float, float]]:
+        """Units of a layer that may go, in their order: key, number of the group, units in it, price per FLOPs, FLOPs of a
+        unit."""
+        for part, units in plan.tower(row.tower).layers[row.layer].parts.items():
+            key, width = (row.tower, row.layer, part), len(units.units)
+            if key in kept:
+                continue
+            ordered = self.prices[key].sort(stable=True).values
+            cost = row.parts[part] / width
+            step, least = 1, 1
+            if isinstance(units, Channels):
+                step = self.floors.ffn_multiple
+                least = min(width, math.ceil(self.floors.channels(width) / step) * step)
+            begin = number = 0
+            while begin < width - least:
+                end = begin + ((width - begin) % step or step)
+                yield key, number, end - begin, float(ordered[begin:end].mean()) / cost, cost
+                begin, number = end, number + 1
 
 
 def descend(

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..families import Family
 from .token_schedules import TOKEN_METHODS
 
-ENCODER, DECODER = "encoder", "decoder"  # where image tokens leave, see Topology.drops_in
+BOTH = ENCODER, DECODER = "encoder", "decoder"  # where image tokens leave, see Topology.drops_in
 KINDS = {ENCODER: "models that encode images and texts (CLIP, BLIP)", DECODER: "image-text decoders (LLaVA and its kin)"}
 
 
@@ -42,27 +42,29 @@ class Method:
         return self.phases is None or kind in self.phases
 
 
+PARAMETERS = ("parameters",)
 METHODS = {
     "comp": Method(
-        "tokens and parameters together: optimal brain surgeon with refit, whole plans compared", "obs", compares_plans=True
+        "tokens and parameters together: optimal brain surgeon with refit, whole plans compared",
+        "obs",
+        compares_plans=True,
+        drops_in=BOTH,
     ),
     "comp-paper": Method("CoMP as published: collaborative importance, one mode per stage by measured cost"),
     "joint": Method("collaborative importance, tokens then parameters", phases=("tokens", "parameters")),
     "sjp": Method("simple joint pruning, tokens first, parameters by wanda", "wanda", phases=("tokens", "parameters")),
     "sjp-obs": Method("simple joint pruning, parameters by optimal brain surgeon", "obs", phases=("tokens", "parameters")),
     "sjp-reversed": Method("simple joint pruning, parameters first", "wanda", phases=("parameters", "tokens")),
-    "obs": Method("parameters by optimal brain surgeon with refit", "obs", phases=("parameters",)),
-    "wanda": Method("parameters by weight magnitude times activation norm", "wanda", phases=("parameters",)),
-    "magnitude": Method("parameters by weight magnitude", "magnitude", phases=("parameters",)),
-    "taylor": Method("parameters by first-order Taylor expansion of the loss", "taylor", phases=("parameters",)),
-    "upop": Method("parameters by mask gradients, standardised over all layers", "upop", phases=("parameters",)),
-    "random": Method("random parameters", "random", phases=("parameters",)),
+    "obs": Method("parameters by optimal brain surgeon with refit", "obs", phases=PARAMETERS, drops_in=BOTH),
+    "wanda": Method("parameters by weight magnitude times activation norm", "wanda", phases=PARAMETERS, drops_in=BOTH),
+    "magnitude": Method("parameters by weight magnitude", "magnitude", phases=PARAMETERS, drops_in=BOTH),
+    "taylor": Method("parameters by first-order Taylor expansion of the loss", "taylor", phases=PARAMETERS, drops_in=BOTH),
+    "upop": Method("parameters by mask gradients, standardised over all layers", "upop", phases=PARAMETERS, drops_in=BOTH),
+    "random": Method("random parameters", "random", phases=PARAMETERS, drops_in=BOTH),
     "token": Method("tokens by attention received", tokens="attention", phases=("tokens",)),
     "cls": Method("tokens by attention from [CLS]", tokens="cls", phases=("tokens",)),
-    "stride": Method(
-        "tokens by uniform stride (image-agnostic)", tokens="stride", phases=("tokens",), drops_in=(ENCODER, DECODER)
-    ),
-    "random-token": Method("random tokens", tokens="random", phases=("tokens",), drops_in=(ENCODER, DECODER)),
+    "stride": Method("tokens by uniform stride (image-agnostic)", tokens="stride", phases=("tokens",), drops_in=BOTH),
+    "random-token": Method("random tokens", tokens="random", phases=("tokens",), drops_in=BOTH),
 }
 # Of models with a decoder those of token_schedules.py; two are for both kinds.
 METHODS |= {

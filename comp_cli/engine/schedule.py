@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import RefusedError
-from ..families import Mode
+from ..families import Family, Mode
 from ..plan import Channels, Plan
 from . import flops
 from .scoring import Key, Scores
@@ -28,6 +28,13 @@ class Floors:
     ffn_share: float = 0.1  # of the dense width
     tokens: int = 5  # [CLS] and four more; text: [CLS], [SEP] and more
     least_drop: float = 0.04  # a layer that would drop a smaller share of its tokens drops none: scoring is not free
+
+    @classmethod
+    def of(cls, family: Family, plan: Plan) -> "Floors":
+        """For a decoder of usual size widths that tensor cores like."""
+        decoders = (tower for tower in plan.towers if family.tower(tower.name).writes)
+        widest = max((len(units.units) for tower in decoders for units in tower.layers[0].parts.values()), default=0)
+        return cls(ffn_multiple=64) if widest >= 2048 else cls()
 
     def channels(self, width: int) -> int:
         """How many of so many channels of the dense model stay in every layer, before rounding."""

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import RefusedError
 from ..families import Family, Part, Stream, Tower
 from ..plan import Plan
 from ..runtime.modeling_comp import CompactAttention, TokenScores, kept_tokens, unmasked
-from . import importance
+from . import decoder_scores, importance
 
 Key = tuple[str, int, str]  # tower, layer, part
 
@@ -35,6 +35,7 @@ class Recorder:
 
     inputs: dict[Key, Tensor] = field(default_factory=dict)
     scores: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    prompts: decoder_scores.Prompts | None = None  # of a decoder that reads images
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
@@ -62,13 +63,14 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     """Record activations and token scores of every layer while the context is open.
 
     Layers score as they do at inference: with the rows and the rule that the plan gives their stream. Stock layers score
-    nothing: there, tokens of a stream that ranks them all alike ("even") have one score. Raises RefusedError for another rule.
+    nothing: there, tokens of a stream that ranks them all alike ("even") have one score, and those of a decoder what its last
+    instruction token pays them. Raises RefusedError for another rule.
     """
     recorder = Recorder()
     hooks, before = [], []
 
     def remember_input(key: Key) -> Callable[..., None]:
-        return lambda module, args: recorder.inputs.__setitem__(key, args[0].detach())
+        return lambda module, args: recorder.inputs.__setitem__(key, in_batches(args[0].detach()))
 
     def remember_scores(key: tuple[str, int]) -> Callable[..., None]:
         return lambda module, args, output: recorder.scores.__setitem__(key, output[1].detach())
@@ -76,9 +78,17 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
     def remember_valid(key: tuple[str, int]) -> Callable[..., None]:
         return lambda module, args, kwargs: recorder.scores.__setitem__(key, even_scores(args, kwargs))
 
+    def remember_paid(name: str) -> Callable[[int, Tensor], None]:
+        return lambda index, paid: recorder.scores.__setitem__((name, index), paid)
+
+    heard = ExitStack()
     try:
         for tower in family.towers:
-            for index, layer in enumerate(tower_layers(model, tower)):
+            layers = tower_layers(model, tower)
+            if tower.writes:
+                ears = decoder_scores.listening(model, tower, layers, remember_paid(tower.name))
+                recorder.prompts = heard.enter_context(ears)
+            for index, layer in enumerate(layers):
                 attention, key = layer.get_submodule(tower.self_attention.module), (tower.name, index)
                 if isinstance(attention, CompactAttention):
                     (ranked,) = plan.tower(tower.name).streams.values()
@@ -86,7 +96,7 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
                     skip_first = tower.streams[0].skips_first
                     attention.token_scores = TokenScores(ranked.score_rule, ranked.score_rows, skip_first)
                     hooks.append(attention.register_forward_hook(remember_scores(key)))
-                else:
+                elif not tower.writes:
                     _check_even(plan, tower)
                     hooks.append(layer.register_forward_pre_hook(remember_valid(key), with_kwargs=True))
                 for part in tower.parts:
@@ -94,16 +104,22 @@ def recording(model: nn.Module, family: Family, plan: Plan) -> Iterator[Recorder
                     hooks.append(reader_of(layer, part).register_forward_pre_hook(remember))
         yield recorder
     finally:
+        heard.close()
         for hook in hooks:
             hook.remove()
         for attention, token_scores in before:
             attention.token_scores = token_scores
 
 
+def in_batches(states: Tensor) -> Tensor:
+    """(batch, tokens, dim), also of a tower whose images stand one behind the other in one sequence (Qwen2-VL)."""
+    return states if states.dim() == 3 else states.unsqueeze(0)
+
+
 def even_scores(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """1 for every token that a stock layer is given, -1 for padding: (batch, tokens). Padding is what the last token does not
     see. Raises RefusedError for a mask that is not (batch, 1, tokens, tokens)."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = in_batches(args[0] if args else kwargs["hidden_states"])
     mask = kwargs.get("attention_mask")
     scores = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
     if mask is None:
@@ -171,8 +187,9 @@ def collect(
     with recording(model, family, plan) as recorder, differentiated as gates, torch.inference_mode(gates is None):
         for batch in batches:
             loss: Any = run(batch) if run else model(**batch)
-            if how and gates is not None:
-                for key, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+            if how and gates is not None:  # nothing reads what some layers say, see statistics.collect
+                slopes = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
+                for key, slope in zip(gates, slopes, strict=True):
                     found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())
             elif how:
                 for key, activations in recorder.inputs.items():
@@ -249,10 +266,15 @@ def weights_of(recorder: Recorder, tower: Tower, plan: Plan, key: Key, weighted:
     """Token weights of a part's activations, (batch, tokens); without `weighted` 1 for every token but padding.
 
     Attention is weighted by its own layer's token scores, the parts behind it by the next layer's (CoMP, Eq. 5); the last
-    layer has only its own. Streams that share a tower are of one weight each token.
+    layer has only its own. Streams that share an encoder are of one weight each token; of those of a decoder see
+    decoder_scores.py.
     """
     _, index, part = key
     scores = recorder.scores[tower.name, index]
+    if tower.writes and recorder.prompts is not None:
+        behind = index if part == tower.self_attention.name else index + 1
+        scores = recorder.scores.get((tower.name, behind), scores)
+        return decoder_scores.weights(scores, recorder.prompts.pictured, weighted)
     if len(tower.streams) > 1:
         valid = (scores >= 0).float()
         return importance.normalised(valid) if weighted else valid

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..families import Family, Part, Tower
 from ..plan import Plan, TowerPlan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
+from ..runtime.modeling_comp_vlm import DroppingLayer, Selection, Stage
 from .recover import ridge_fit
 from .scoring import reader_of, tower_layers
 
@@ -38,7 +39,7 @@ def refit_in_sequence(
     """Refit the output projections of `compact` in place (weights are replaced, not written into: some are the dense model's).
 
     batches: calibration pairs as model inputs. run: runs a model over one of them. Layers before the first one that the plan
-    changes stay as they are. `advance` hears of every layer.
+    changes stay as they are, and so do stock towers whose norms nobody described. `advance` hears of every layer.
     """
     changed: set[str] = set()  # streams whose tokens are no longer what they were
     with torch.inference_mode():
@@ -46,7 +47,10 @@ def refit_in_sequence(
             own, whole = plan.tower(tower.name), dense_plan.tower(tower.name)
             reads = {part.reads for part in tower.parts if part.reads}
             first = 0 if reads & changed else _first_difference(own, whole)
-            if first < len(own.layers):
+            if tower.writes and plan.stages:
+                first = min(first, plan.stages[0].layer)
+            described = tower.order != "stock" or tower.norms is not None
+            if described and first < len(own.layers):
                 _refit_tower(compact, dense, tower, first, batches, run, advance)
                 changed |= {stream.name for stream in tower.streams}
 
@@ -64,6 +68,22 @@ class Call:
     hidden: Tensor  # (batch, tokens, dim)
     rest: tuple[Any, ...]
     options: dict[str, Any]
+    encoder: Any  # the module that runs the layers
+    around: dict[str, Any]  # what it was called with itself
+
+    def step(self, layer: nn.Module, index: int) -> None:
+        """Behind a layer, with what the encoder adds there (Qwen3-VL: features of deeper layers of the vision tower)."""
+        self.hidden = self.run(layer)
+        deep = self.around.get("deepstack_visual_embeds") or ()
+        if index < len(deep):
+            self.encoder.comp_current = self.selection
+            self.hidden = self.encoder._deepstack_process(self.hidden, self.around["visual_pos_masks"], deep[index])
+            self.encoder.comp_current = None
+
+    def drop(self, stage: Stage) -> None:
+        """Let image tokens leave before a layer."""
+        if self.selection is not None and self.selection.images is not None:
+            self.hidden = self.selection.drop(stage, self.hidden)
 
     def run(self, layer: nn.Module) -> Tensor:
         found: Tensor = layer(self.hidden, *self.rest, **self.options)
@@ -74,6 +94,24 @@ class Call:
         found: TokenState | None = self.options.get("token_state")
         return found
 
+    @property
+    def selection(self) -> Selection | None:
+        found: Selection | None = self.options.get("selection")
+        return found
+
+    def kept_before(self, layer: int) -> Tensor | None:
+        """Which of the tokens that entered the tower are left before a layer, (batch, left); None for all."""
+        if self.selection is not None:
+            return self.selection.index
+        return None if self.token_state is None else self.token_state.positions(before=layer)
+
+    def valid(self, seen: dict[str, Any], index: int, entry: bool) -> Tensor | None:
+        """Which tokens that a part is given are no padding, (batch, tokens); None for all."""
+        mask: Tensor | None = seen["mask"]
+        if not entry and self.token_state is not None:
+            mask = self.token_state.mask_of(index + 1, mask, self.hidden.device)
+        return None if mask is None else unmasked(mask)[:, 0, -1]
+
 
 class _Reached(Exception):
     """A model has come as far as it is needed."""
@@ -83,15 +121,26 @@ def entering_calls(model: nn.Module, tower: Tower, batches: Sequence[dict[str, T
     """What the first layer of a tower is called with for each batch. Stock loops call all layers alike; without a cache,
     because a layer is run several times."""
     calls: list[Call] = []
+    encoder, layers = model.get_submodule(tower.encoder), tower_layers(model, tower)
+    around: dict[str, Any] = {}
 
     def remember(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         options = {name: value for name, value in options.items() if name not in CACHES}
         hidden = args[0] if args else options.pop("hidden_states")
         rest = tuple(None if _is_cache(value) else value for value in args[1:])
-        calls.append(Call(hidden, rest, options))
+        calls.append(Call(hidden, rest, options, encoder, dict(around)))
         raise _Reached
 
-    hook = tower_layers(model, tower)[0].register_forward_pre_hook(remember, with_kwargs=True)
+    def remember_around(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        around.update(options)
+
+    first = layers[0]
+    if isinstance(first, DroppingLayer):  # which would drop tokens before its hooks hear of it
+        layers[0] = nn.Identity()
+    hooks = [
+        layers[0].register_forward_pre_hook(remember, with_kwargs=True),
+        encoder.register_forward_pre_hook(remember_around, with_kwargs=True),
+    ]
     try:
         for batch in batches:
             try:
@@ -99,7 +148,9 @@ def entering_calls(model: nn.Module, tower: Tower, batches: Sequence[dict[str, T
             except _Reached:
                 pass
     finally:
-        hook.remove()
+        layers[0] = first
+        for hook in hooks:
+            hook.remove()
     return calls
 
 
@@ -117,13 +168,18 @@ def _refit_tower(
     advance: Callable[[], None],
 ) -> None:
     pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
-    layers = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
+    layers: Iterator[tuple[Any, Any]] = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
     for index, (dense_layer, layer) in enumerate(layers):
         behind = []  # the dense stream behind each part, for each batch
         for whole, _ in pairs:
             with watching(dense_layer, tower) as seen:
-                whole.hidden = whole.run(dense_layer)
+                whole.step(dense_layer, index)
             behind.append({part.name: seen[part.name].stream for part in tower.parts})
+        stage = layer.comp_stage if isinstance(layer, DroppingLayer) else None
+        if isinstance(layer, DroppingLayer) and stage is not None:
+            for _, own in pairs:
+                own.drop(stage)
+            layer.comp_stage = None  # once is enough, and the layer runs often
         for part in tower.parts if index >= first else ():
             fit = Fit(reader_of(layer, part))
             for (_, own), streams in zip(pairs, behind, strict=True):
@@ -133,13 +189,14 @@ def _refit_tower(
                     except _Reached:
                         pass
                 entry = part is tower.self_attention  # tokens go behind it
-                kept = _kept_before(own.token_state, index + (0 if entry else 1))
-                mask = _mask_before(own, seen, index, entry)
+                kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
                 found = seen[part.name]
-                fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, mask)
+                fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
             fit.replace()
         for _, own in pairs:
-            own.hidden = own.run(layer)
+            own.step(layer, index)
+        if isinstance(layer, DroppingLayer):
+            layer.comp_stage = stage
         advance()
 
 
@@ -183,7 +240,7 @@ def watching(layer: nn.Module, tower: Tower, last: Part | None = None) -> Iterat
 
     try:
         for part in tower.parts:
-            if tower.order == "pre_norm":  # the norm before the part reads the residual stream
+            if tower.order != "post_norm":  # the norm before the part reads the residual stream
                 norm = (tower.norms or LAYOUT_DEFAULTS["norms"])[0 if part.is_attention else 1]
                 hooks.append(layer.get_submodule(norm).register_forward_pre_hook(remember(part, "residual")))
             else:  # the module around the projection is given the stream, to add and to normalise
@@ -198,17 +255,6 @@ def watching(layer: nn.Module, tower: Tower, last: Part | None = None) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _kept_before(state: TokenState | None, layer: int) -> Tensor | None:
-    """Which of the tokens that entered the tower are left before a layer, (batch, left); None for all."""
-    return None if state is None else state.positions(before=layer)
-
-
-def _mask_before(call: Call, seen: dict[str, Any], index: int, entry: bool) -> Tensor | None:
-    """The attention mask of the tokens that a part is given."""
-    given: Tensor | None = seen["mask"]
-    return given if entry or call.token_state is None else call.token_state.mask_of(index + 1, given, call.hidden.device)
 
 
 def counterparts(stream: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
@@ -234,13 +280,13 @@ class Fit:
         self.gram: Any = 0  # (channels + 1, channels + 1); without bias (channels, channels)
         self.cross: Any = 0  # the same rows, (..., outputs)
 
-    def add(self, inner: Tensor, target: Tensor, mask: Tensor | None) -> None:
-        """(batch, tokens, channels), (batch, tokens, outputs), and the attention mask of these tokens: padding counts
-        nothing."""
+    def add(self, inner: Tensor, target: Tensor, valid: Tensor | None) -> None:
+        """(batch, tokens, channels), (batch, tokens, outputs), and which of these tokens are no padding, (batch or 1, tokens),
+        None for all."""
         rows, wanted = inner.flatten(0, 1).float(), target.flatten(0, 1).float()
-        if mask is not None:
-            valid = unmasked(mask)[:, 0, -1].expand(inner.shape[:2]).flatten()
-            rows, wanted = rows[valid], wanted[valid]
+        if valid is not None:
+            counts = valid.expand(inner.shape[:2]).flatten()
+            rows, wanted = rows[counts], wanted[counts]
         if self.reader.bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         self.gram = self.gram + (rows.T @ rows).double()

@@ -14,7 +14,7 @@ from ..families import Family
 from ..plan import Plan
 from . import brain_surgeon, flops
 from .recover import RIDGE, gram
-from .scoring import Key, reader_of, recording, tower_layers, weights_of
+from .scoring import Key, in_batches, reader_of, recording, tower_layers, weights_of
 
 
 @dataclass
@@ -51,15 +51,18 @@ def collect(
     with recording(model, family, plan) as recorder, torch.set_grad_enabled(back), _hearing(model, family, said, back):
         for batch in batches:
             read = run(batch)
-            slopes = dict(zip(said, torch.autograd.grad(draw(read), list(said.values())), strict=True)) if draw else {}
+            slopes: dict[Key, Tensor] = {}
+            if draw:  # nothing reads what some layers say: the last of a tower whose features are those of an earlier one
+                found_slopes = torch.autograd.grad(draw(read), list(said.values()), allow_unused=True, materialize_grads=True)
+                slopes = dict(zip(said, found_slopes, strict=True))
             pairs += len(next(iter(batch.values())))
             for key, inputs in recorder.inputs.items():
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)
                 found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights)
                 if not back:
                     continue
-                varied = _around_mean(said[key].detach().float(), weights)
-                rise = (slopes[key].float() * varied).sum((1, 2)).square().sum()
+                varied = _around_mean(in_batches(said[key].detach().float()), weights)
+                rise = (in_batches(slopes[key].float()) * varied).sum((1, 2)).square().sum()
                 found.rises[key] = found.rises.get(key, 0.0) + float(rise)
                 found.energies[key] = found.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
             advance()

@@ -55,6 +55,7 @@ def stages(
     image_tokens: int,
     layers: int,
     class_token: bool,
+    clip: bool = True,
     compat: bool = False,
     saliency: str | None = None,
     fixed_size: bool,
@@ -68,6 +69,7 @@ def stages(
         image_tokens: of an image, of the reference image where images are of several sizes.
         layers: of the decoder.
         class_token: whether the vision tower has [CLS].
+        clip: whether that tower is CLIP's, whose keys ViTCoP's density cut-off was published for.
         compat: ViTCoP's merge as in the authors' code.
         saliency: ViTCoP's inside the decoder, of SALIENCIES; None for what suits the tower.
         fixed_size: whether all images have image_tokens; where not, a share stays one.
@@ -83,7 +85,7 @@ def stages(
     amounts = _amounts(method, mean, total, layers)
     if not _drops(amounts, total, layers):
         raise _impossible(method, mean, total, layers)
-    return _with_rules(method, amounts, total, class_token, compat, saliency)
+    return _with_rules(method, amounts, total, class_token, clip, compat, saliency)
 
 
 def parse_stages(
@@ -93,6 +95,7 @@ def parse_stages(
     image_tokens: int,
     layers: int,
     class_token: bool,
+    clip: bool = True,
     compat: bool = False,
     saliency: str | None = None,
 ) -> tuple[TokenStage, ...]:
@@ -119,7 +122,7 @@ def parse_stages(
             f"from {'shares below 1' if shares else f'less than the image has ({image_tokens})'} to more than 0.",
             hint="Name fewer tokens, or other layers.",
         )
-    return _with_rules(method, amounts, total, class_token, compat, saliency)
+    return _with_rules(method, amounts, total, class_token, clip, compat, saliency)
 
 
 def mean_tokens(found: tuple[TokenStage, ...], image_tokens: int, layers: int) -> float:
@@ -138,11 +141,11 @@ def saliency_note(method: str, class_token: bool, saliency: str | None) -> str |
     if saliency == "key-norm":
         return (
             "this model's vision tower has no [CLS], and key norms are known to fail there (on Qwen2.5-VL 63 to 74 % of the "
-            "accuracy is left, less on documents): measure with comp bench, or leave --saliency out."
+            "accuracy is left, less on documents): measure with --data, or leave --saliency out."
         )
     return (
         "this model's vision tower has no [CLS], which vitcop asks: tokens are chosen by diversity of features before the LLM, "
-        "and by attention from the last instruction token inside it. This is comp's, not the paper's: measure with comp bench."
+        "and by attention from the last instruction token inside it. This is comp's, not the paper's: measure with --data."
     )
 
 
@@ -188,7 +191,13 @@ def _vitcop(mean: float, total: float, layers: int) -> Amounts:
     least = layers * mean / weight
     first = round(0.2 + 0.9 * mean / total, 6) * total
     first = max(int(first), math.floor(least) + 1) if total > 1 else max(first, least * 1.001)
-    second = _whole((layers * mean - shallow * first) / (weight - shallow), total)
+
+    def behind(before: float) -> float:
+        return _whole((layers * mean - shallow * before) / (weight - shallow), total)
+
+    while total > 1 and behind(first) >= first and first < total:  # by rounding
+        first += 1
+    second = behind(first)
     third = max(round(DEEP * second), 1) if total > 1 else DEEP * second
     return (0, _digits(first)), (shallow, _digits(second)), (deep, _digits(third))
 
@@ -252,7 +261,7 @@ def _impossible(method: str, mean: float, total: float, layers: int) -> UsageErr
 
 
 def _with_rules(
-    method: str, amounts: Amounts, total: float, class_token: bool, compat: bool, saliency: str | None
+    method: str, amounts: Amounts, total: float, class_token: bool, clip: bool, compat: bool, saliency: str | None
 ) -> tuple[TokenStage, ...]:
     """The stages of amounts, each with its rule. Raises UsageError where a rule cannot stand there."""
     layers = [layer for layer, _ in amounts]
@@ -261,6 +270,8 @@ def _with_rules(
         by_keys = saliency == "key-norm" or (saliency is None and class_token)
         # 0.18, 0.15, 0.12 of the kept tokens are centres where 0.5, 0.4, 0.3 of all were kept: on a line.
         centres: dict[str, object] = {"centre_share": round(0.03 + 0.3 * amounts[0][1] / total, 2)}
+        if class_token and not clip:
+            centres["cutoff"] = None  # half of the mean distance of each image's keys
         rules = [
             ("cls-clusters" if class_token else "diverse-clusters", centres),
             ("cluster-merge" if by_keys else "cluster-attention", {"compat": compat}),

@@ -128,6 +128,11 @@ class Tower:
         return own | {name: math.prod(own[factor] for factor in factors) for name, factors in self.sizes}
 
     @property
+    def writes(self) -> bool:
+        """Whether it is a decoder that reads a prompt and writes on, in stock layers."""
+        return self.order == "stock" and self.causal
+
+    @property
     def self_attention(self) -> Part:
         """The attention that ranks tokens; what it does not rank high goes between it and the parts behind it."""
         return next(part for part in self.parts if part.is_attention and part.reads is None)
@@ -160,6 +165,7 @@ class Family:
     # every token goes through. `*` in a path stands for any number.
     fixed: dict[str, str] = field(default_factory=dict)
     pooling: str | None = None  # path of an attention pooling head over the image tokens; never pruned
+    asked: tuple[str, ...] | None = None  # modes that are on; None for those that are unasked
     backbones: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # part of the config -> kinds (model_type) that fit
 
     def sections(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -184,6 +190,12 @@ class Family:
 
     @property
     def modes(self) -> dict[str, Mode]:
+        """What is to be removed, one mode at a time: of all modes those that are on."""
+        every = self.every_mode
+        return {name: mode for name, mode in every.items() if (mode.unasked if self.asked is None else name in self.asked)}
+
+    @property
+    def every_mode(self) -> dict[str, Mode]:
         """What can be removed, one mode at a time: parameters of each group, tokens of each stream."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for tower in self.towers:

@@ -25,6 +25,7 @@ INTERNVL = replace(
         processor="InternVLProcessor",
         pictures=Tile(merged="downsample_ratio"),
         attention="encoder.layer.{}.attention",
+        ranking=("q_norm", "k_norm"),  # which do nothing in most
         shuffle="downsample_ratio",
         inputs=INPUTS,
     ),

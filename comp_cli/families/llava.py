@@ -43,6 +43,7 @@ LANGUAGE = Tower(
     ),
     streams=(IMAGE, TEXT),
     causal=True,
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
 PROJECTOR = {"model.multi_modal_projector.linear_1": "features", "model.multi_modal_projector.linear_2": "features"}
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")

@@ -1,6 +1,7 @@
 """A compact checkpoint on disk: what `comp prune` writes, and the proof that it loads."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,30 +23,46 @@ from ..files.store import facts, save_tensors
 from ..plan import Plan
 from ..report.cards import model_card
 from .dense import Dense
+from .stock import stock_document
 
+GENERATION = "generation_config.json"
 ORIGIN = ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")  # of a report, for config.json
 
 
 def write_checkpoint(
     folder: Path, dense: Dense, compact: nn.Module, plan: Plan, document: dict[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """config.json, weights, runtime, processor files and model card. dtypes: of every floating-point tensor."""
-    origin = {key: document[key] for key in ORIGIN} | {"method": document["options"]["method"]}
-    block = plan.comp_block(dense.family, dense.hf_config.to_dict(), **origin, runtime=runtime_facts(dense.family))
+    """config.json, weights, runtime, processor files and model card; of a uniform plan those of a stock class, without runtime.
+    dtypes: of every floating-point tensor."""
+    stock = document["options"]["uniform"]
     state = untied_state_dict(compact)
     whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
-    config = dense.config | {"comp": block, "auto_map": auto_map(dense.family, dense.architecture), "dtype": whole}
+    config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
+    config |= {"dtype": whole}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
     save_tensors(tensors, folder / "model.safetensors")
-    ship(dense.family, folder)
+    if not stock:
+        ship(dense.family, folder)
     with quiet_libraries():
         # Afresh: a used tokenizer remembers how it cut texts.
-        save_processor(load_processor(dense.source.folder), folder)
+        save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
+    generation = dense.source.folder / GENERATION
+    if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
+        shutil.copyfile(generation, folder / GENERATION)
     numbers = dense.family.topology.facts(compact)
-    card = model_card(document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers)
+    card = model_card(
+        document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a class of the runtime."""
+    origin = {key: document[key] for key in ORIGIN} | {"method": document["options"]["method"]}
+    block = plan.comp_block(dense.family, dense.hf_config.to_dict(), **origin, runtime=runtime_facts(dense.family))
+    return dense.config | {"comp": block, "auto_map": auto_map(dense.family, dense.architecture)}
 
 
 def write_report(

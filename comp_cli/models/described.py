@@ -66,6 +66,7 @@ class ImageShape(NamedTuple):
     tokens: int  # of the reference image
     layers: int  # of the decoder
     class_token: bool  # whether the tower that sees the image has a [CLS] whose attention ranks patches
+    clip: bool  # whether that tower is CLIP's
 
 
 def image_shape(config: Mapping[str, Any], family: Family) -> ImageShape:
@@ -73,7 +74,8 @@ def image_shape(config: Mapping[str, Any], family: Family) -> ImageShape:
     name, tower = family.decoder_of_images
     tokens = family.topology.lengths(family, config, 1)[name]
     ranks = family.topology.image_tokens(config)["class_attention"] is not None
-    return ImageShape(tokens, family.sections(config)[tower.name][tower.depth], ranks)
+    clip = config["vision_config"]["model_type"] == "clip_vision_model"
+    return ImageShape(tokens, family.sections(config)[tower.name][tower.depth], ranks, clip)
 
 
 def describe_dense(

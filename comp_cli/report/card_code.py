@@ -146,6 +146,8 @@ def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], st
 def for_checkpoint(family: Family, task: Task, longest: int, *, facts: Mapping[str, float]) -> str:
     """The code for a compact checkpoint, with transformers and without comp. longest: tokens that texts are padded to where the
     model wants all of one length; facts: see `Topology.facts`."""
+    if family.topology.drops_in == "decoder":
+        return for_decoder(family, task)
     images, kind = family.topology.reads_images, family.topology.processor_class
     imports = ["import torch", f"from transformers import AutoModel, {kind}"]
     imports += ["from transformers.image_utils import load_image"] if images else []
@@ -156,6 +158,20 @@ def for_checkpoint(family: Family, task: Task, longest: int, *, facts: Mapping[s
         f"processor = {kind}.from_pretrained(folder)"
     )
     return block("\n".join(imports), places, opened, family.topology.checkpoint_code(task, longest, facts))
+
+
+def for_decoder(family: Family, task: Task, *, remote: bool = True) -> str:
+    """The code for a compact decoder that reads images, with transformers and without comp. remote: whether code lies beside
+    the weights."""
+    imports = (
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\nfrom transformers.image_utils import load_image"
+    )
+    trusts = ", trust_remote_code=True" * remote
+    opened = (
+        f'model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto"{trusts}).eval()\n'
+        "processor = AutoProcessor.from_pretrained(folder)"
+    )
+    return block(imports, PLACES, opened, family.topology.checkpoint_code(task, 0, {}))
 
 
 def for_generate(code: str) -> str:

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
+from ..checkpoint.runtimes import FILES
 from ..families import Family
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
@@ -24,10 +25,17 @@ FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not
 
 
 def model_card(
-    document: dict[str, Any], family: Family, task: Task, source: Path, *, longest: int, facts: Mapping[str, float]
+    document: dict[str, Any],
+    family: Family,
+    task: Task,
+    source: Path,
+    *,
+    longest: int,
+    facts: Mapping[str, float],
+    stock: bool = False,
 ) -> str:
     """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
-    to one length; facts: see `Topology.facts`."""
+    to one length; facts: see `Topology.facts`; stock: whether the class is a stock one."""
     base = document["base_model"]
     license = metadata(document, source).license
     lines = [
@@ -38,7 +46,7 @@ def model_card(
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"{document['architecture']} for {task.name}, made by comp {document['comp_version']}: attention heads, feed-forward "
-        f"channels and tokens are removed for real. Parameters {millions(document['params']['dense'])} -> "
+        f"channels{'' if stock else ' and tokens'} are removed for real. Parameters {millions(document['params']['dense'])} -> "
         f"{millions(document['params']['compact'])}, FLOPs {gflops(document['flops']['dense'])} -> "
         f"{gflops(document['flops']['compact'])} for one sample{_at_own_texts(document)}.",
         "",
@@ -49,10 +57,7 @@ def model_card(
         *quality_lines(document["quality"]),
         "## Use",
         "",
-        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp.py`, which lies beside the "
-        "weights: the stock classes cannot express layers of unequal sizes.",
-        "",
-        card_code.for_checkpoint(family, task, longest, facts=facts),
+        *(_use_of_stock(family, task) if stock else _use(family, task, longest, facts)),
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
@@ -61,6 +66,28 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float]) -> list[str]:
+    """How a checkpoint is used whose layers are of unequal sizes."""
+    code = [f"`{name}`" for name in FILES[family.topology.runtime]]
+    lies = f"{' and '.join(code)}, which {'lie' if code[1:] else 'lies'} beside the weights"
+    return [
+        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
+        "layers of unequal sizes.",
+        "",
+        card_code.for_checkpoint(family, task, longest, facts=facts),
+    ]
+
+
+def _use_of_stock(family: Family, task: Task) -> list[str]:
+    """How a checkpoint is used whose layers are alike."""
+    return [
+        f"With transformers {LEAST_TRANSFORMERS} or newer, and with whatever else reads this class from config.json: "
+        "all layers of a tower are of one size, and no code lies beside the weights.",
+        "",
+        card_code.for_decoder(family, task, remote=False),
+    ]
 
 
 def _at_own_texts(document: dict[str, Any]) -> str:
@@ -115,6 +142,8 @@ def prune_command(options: Any, **more: Any) -> str:
         if name in ("model", "ratio"):
             continue
         flag = name.replace("_", "-")
+        if isinstance(value, tuple):
+            value = ",".join(value)
         if isinstance(value, bool):
             parts.append(f"--{flag}" if value else f"--no-{flag}")
         else:

@@ -69,11 +69,13 @@ class PlanCompared:
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
         loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence
             had not seen; null where no plan of the ratio keeps so many tokens.
+        units: of a uniform plan, tower and part -> units that every layer keeps; left out for others.
     """
 
     tokens: dict[str, tuple[int, int]]
     ratio: float
     loss: float | None
+    units: dict[str, int] | None = if_known()
 
 
 @dataclass(frozen=True)

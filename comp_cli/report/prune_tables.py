@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from ..engine import flops
+from ..families import find_family
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .numbers import Printer, change, gflops, mib, millions, percent
@@ -73,8 +74,8 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
     if (own := report.at_own_texts) is not None:
         name = f"FLOPs per pair of {in_words(own.tokens, but=report.reference.tokens)}"
         rows.append([name, gflops(own.flops.dense), gflops(own.flops.compact), change(own.flops.dense, own.flops.compact)])
-    for tower, entering in report.reference.tokens.items():
-        outs = [row.tokens[0] for row in report.layers if row.tower == tower]
+    for tower in dict.fromkeys(row.tower for row in report.layers):
+        outs, (entering, *_) = zip(*(row.tokens for row in report.layers if row.tower == tower), strict=True)
         mean = sum(outs) / len(outs)
         rows.append([f"{tower} tokens, mean over layers", str(entering), f"{mean:.1f}", change(entering, mean)])
     if size is not None:
@@ -120,4 +121,14 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     _print_at_own_texts(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
-    out.line(f"Wrote {report.output}. Next: comp export {shlex.quote(str(report.output))} --onnx")
+    out.line(f"Wrote {report.output}. Next: {_next(report)}")
+
+
+def _next(report: PruneReport) -> str:
+    """What to do with the folder."""
+    place, (family, _, _) = shlex.quote(str(report.output)), find_family({"architectures": [report.architecture]})
+    if family.topology.drops_in != "decoder":
+        return f"comp export {place} --onnx"
+    if report.options.uniform:
+        return f'{report.architecture}.from_pretrained("{report.output}"), or what else reads this class'
+    return f"comp bench {place}"

@@ -6,7 +6,7 @@ from typing import Any
 from ..families import Family
 from ..runtime.modeling_comp_vlm import TESTED
 from ..tasks import Task
-from .card_code import PLACES, block
+from .card_code import for_decoder
 from .cards import metadata, quality_lines
 from .numbers import change, gflops, mib
 from .prune_tables import in_words
@@ -38,13 +38,6 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         for name, (sizes, spell) in saved.items()
     ]
     quality = document.get("quality")
-    opened = (
-        'model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()\n'
-        "processor = AutoProcessor.from_pretrained(folder)"
-    )
-    imports = (
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\nfrom transformers.image_utils import load_image"
-    )
     lines = [
         "---",
         head.to_yaml(),
@@ -73,7 +66,7 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp_vlm.py` and "
         "`token_rules.py`, which lie beside the weights.",
         "",
-        block(imports, PLACES, opened, family.topology.checkpoint_code(task, 0, {})),
+        for_decoder(family, task),
         "",
         '`pipeline("image-text-to-text", folder, trust_remote_code=True)` answers the same. So does `comp_cli.load(folder)`, '
         "which checks the folder and needs no remote code. `comp_report.json` holds the numbers, and what the files were.",

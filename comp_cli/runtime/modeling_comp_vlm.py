@@ -28,7 +28,7 @@ from copy import copy as shallow
 from dataclasses import dataclass, field
 from functools import cache as once
 from functools import wraps
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -135,9 +135,17 @@ class KeptLayer(KeptTokens, DynamicLayer):
         self.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.index is not None and self.held - abs(tokens_to_remove) < self.index.shape[1]:
-            said = f"{abs(tokens_to_remove)} tokens back would cut into a prompt with images, of which some tokens have gone"
-            raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+        """Forget the last tokens seen, as long as all of them are held. Raises ValueError where some have gone."""
+        left = self.held - abs(tokens_to_remove)
+        if self.index is not None and left < self.index.shape[1]:
+            first = self.seen - abs(tokens_to_remove)  # that is forgotten
+            held = left >= 0 and self.index[:, left] == first
+            if left >= 0 and self.valid is not None:
+                held = held & self.valid[:, left]
+            if not bool(torch.as_tensor(held).all()):
+                said = f"{abs(tokens_to_remove)} tokens back would cut into an image, of which some tokens have gone"
+                raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+            self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
         super().crop(tokens_to_remove)
 
 
@@ -201,6 +209,29 @@ def keep_count(cache: Any, first: int, layers: int) -> None:
                 f"{type(layer).__name__}: image tokens cannot leave with this kind of cache (sliding windows, recurrent "
                 "states and quantised keys count what they hold). Use the dynamic cache, or cache_implementation='static'."
             )
+
+
+# What modules make --------------------------------------------------------------------------------------------------------
+
+
+def listen_to(module: Any) -> None:
+    """Let a module remember what it makes next, where `comp_listens` says so. At the module itself: a copy of a model, whose
+    hooks are the same functions, has its own."""
+    module.comp_listens, module.comp_made = False, None
+    module.register_forward_hook(hold_on)
+
+
+def hold_on(module: Any, args: Any, output: Tensor) -> None:
+    if module.comp_listens:
+        module.comp_listens, module.comp_made = False, output.detach()
+
+
+def made_by(modules: Sequence[Any]) -> list[Tensor]:
+    """What they remembered, which they forget."""
+    found = [module.comp_made for module in modules]
+    for module in modules:
+        module.comp_made = None
+    return found
 
 
 # What is left of a forward pass's tokens --------------------------------------------------------------------------------
@@ -303,6 +334,7 @@ class Images:
     class_attention: Tensor | None = None  # (images, n) fp32
     tower_keys: Tensor | None = None  # (images, n, width)
     labels: Tensor | None = None  # (images, n)
+    square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
 
     @property
     def rows(self) -> Tensor:
@@ -339,7 +371,7 @@ class Selection:
     tokens: int
     images: Images | None = None  # None in a decoding step, and for texts without images
     text: Tensor | None = None
-    extra: Tensor | None = None  # (batch, tokens): neither text nor patches of an image, leave first (newline embeddings)
+    extra: Tensor | None = None  # (batch, tokens): padding and newline embeddings, which leave at the first stage
     left: list[int] = field(default_factory=list)  # of each sample
     index: Tensor | None = None
     valid: Tensor | None = None
@@ -350,12 +382,13 @@ class Selection:
         return self.tokens if self.index is None else self.index.shape[1]
 
     def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go."""
+        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares
+        of small images may be the same number at two stages."""
         images = self.images
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]
         for count, have in zip(counts, images.counts, strict=True):
-            if not 0 < count < have:
+            if not 0 < count < have and (stage.share is None or self.index is None):
                 raise ValueError(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
@@ -374,7 +407,7 @@ class Selection:
             self.left[sample] -= have - count
         if self.extra is not None:
             goes = goes | self.extra
-            self.left = [have - int(newlines) for have, newlines in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
+            self.left = [have - int(extra) for have, extra in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
             self.extra = None
         chosen = self._shrink(goes)
         moved = torch.zeros_like(goes, dtype=torch.long)
@@ -389,9 +422,9 @@ class Selection:
         most = max(self.left)
         chosen = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.width - most :]
         same = all(left == most for left in self.left)
-        self.valid = None if same else stays.gather(1, chosen)
+        valid = stays.gather(1, chosen)
         assert self.text is not None
-        self.text = self.text.gather(1, chosen) if same else self.text.gather(1, chosen) & self.valid
+        self.valid, self.text = None if same else valid, self.text.gather(1, chosen) & valid
         self.index = chosen if self.index is None else self.index.gather(1, chosen)
         return chosen
 
@@ -401,6 +434,7 @@ class Selection:
         assert images is not None and self.text is not None
         rows = images.rows
         view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
+        view.grid = None if images.square else torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
         if "class" in needs:
             view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
         if "keys" in needs and heard is not None:
@@ -436,6 +470,8 @@ class Notes:
 
     real: Tensor | None = None  # (batch, tokens): which are no padding, None for all
     answers: Tensor | None = None  # (batch, tokens): which are to be predicted, and so no part of what is asked
+    newline: Tensor | None = None  # (dim,): what stands behind the rows of an image
+    asked: int | None = None  # tokens that are asked, of all that were seen; what follows was written. None for all
     masks: dict[str, Tensor] = field(default_factory=dict)  # kind -> (batch, tokens)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # kind -> tokens of each image or video
     precision: torch.dtype | None = None  # of their features, and of the newlines among these
@@ -453,17 +489,21 @@ class ClassAttention:
     """What [CLS] of the vision tower pays to the patches, and their keys, from one query row of a layer: two hooks, no map."""
 
     def __init__(self, model: nn.Module, where: dict[str, Any]):
-        self.attention = model.get_submodule(where["module"])
-        self.made: dict[str, Tensor] = {}
-        for name, rows in (("query", slice(0, 1)), ("key", slice(None))):
-            module = self.attention.get_submodule(where[name])
-            module.register_forward_hook(lambda module, args, out, name=name, rows=rows: self.made.update({name: out[:, rows]}))
+        self.attention: Any = model.get_submodule(where["module"])
+        self.sources: list[Any] = [self.attention.get_submodule(where[name]) for name in ("query", "key")]
+        for source in self.sources:
+            listen_to(source)
+
+    def listen(self) -> None:
+        """To the pass that comes."""
+        for source in self.sources:
+            source.comp_listens = True
 
     def payload(self) -> Tensor:
         """(images, patches, 1 + width), fp32: the attention summed over heads, and the keys, of the last pass."""
-        width = self.attention.head_dim
-        query, keys = (self.made.pop(name).detach().float() for name in ("query", "key"))
-        q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query, keys))
+        width: int = self.attention.head_dim
+        query, keys = (states.float() for states in made_by(self.sources))
+        q, k = (states.unflatten(-1, (-1, width)).transpose(1, 2) for states in (query[:, :1], keys))
         with torch.autocast(keys.device.type, enabled=False):
             paid = ((q * width**-0.5) @ k.transpose(-1, -2)).softmax(-1)[:, :, 0, 1:].sum(1)
         return torch.cat([paid.unsqueeze(-1), keys[:, 1:]], -1)
@@ -474,9 +514,11 @@ class ImageFeatures:
 
     comp_reader: ClassAttention | None  # where a rule asks the vision tower
     comp_text: str  # name of the text model
+    comp_newline: str  # name of the embedding behind the rows of an image, empty where there is none
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
     comp_notes: Notes | None = None  # while a forward pass runs
     comp_answers: Tensor | None = None  # of the pass that comes, see Notes
+    comp_asked: int | None = None  # while a text is generated, see Notes
     comp_kind: str | None = None  # what is encoded just now
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
@@ -491,7 +533,8 @@ class ImageFeatures:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
         kwargs |= dict(zip(names, args, strict=False))
-        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers)
+        notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, asked=self.comp_asked)
+        notes.newline = getattr(self, self.comp_newline) if self.comp_newline else None
         self.comp_answers = None
         text: Any = getattr(self, self.comp_text)
         if encoded := kwargs.get("mm_encoder_outputs"):
@@ -526,7 +569,7 @@ class ImageFeatures:
         if not hasattr(encoded, "pooler_output"):
             raise TypeError("get_image_features(return_dict=False) has no room for what token pruning needs: leave it out.")
         payload = None if self.comp_reader is None or self.comp_kind != "image" else self.comp_arranged(encoded, arguments)
-        if (notes := self.comp_notes) is not None:
+        if (notes := self.comp_notes) is not None and self.comp_kind is not None:
             notes.sizes[self.comp_kind], notes.precision = token_counts(encoded.pooler_output), encoded.pooler_output[0].dtype
             if payload is not None:
                 notes.payload = torch.cat([part.flatten(0, -2) for part in payload])
@@ -572,8 +615,13 @@ def noting(stock: Any, name: str) -> Callable[..., Any]:
         if self.comp_kind is not None:  # videos may be encoded as images are
             return encode(self, *args, **kwargs)
         self.comp_kind = kind
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        if self.comp_reader is not None and kind == "image":
+            if given.get("vision_feature_layer") not in (None, getattr(self.config, "vision_feature_layer", None)):
+                raise ValueError("vision_feature_layer: images are ranked by [CLS] in the layer of config.json. Leave it out.")
+            self.comp_reader.listen()
         try:
-            return self.comp_encoded(encode(self, *args, **kwargs), signature.bind_partial(self, *args, **kwargs).arguments)
+            return self.comp_encoded(encode(self, *args, **kwargs), given)
         finally:
             self.comp_kind = None
 
@@ -587,8 +635,9 @@ class DroppingDecoder:
     """Mixed in before the text model."""
 
     comp_first: int  # the first layer with a stage
+    comp_square: bool  # whether the tokens of an image are the raster of a square
+    comp_asks: bool  # whether a rule reads the text
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
-    comp_newline: Callable[[], Tensor] | None
     comp_notes: Notes | None = None
     comp_current: Selection | None = None  # while a forward pass runs
 
@@ -605,13 +654,19 @@ class DroppingDecoder:
         notes, self.comp_notes = self.comp_notes, None
         states = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         pictured = notes is not None and bool(notes.masks)
+        if pictured and model.config._attn_implementation == "flex_attention":
+            raise ValueError(
+                "flex_attention makes BlockMasks, which cannot be cut to the image tokens that are left: load the model with "
+                "attn_implementation='sdpa'."
+            )
         if pictured:
             past_key_values = self.comp_cache(past_key_values, kwargs)
         counted = past_key_values is not None and any(isinstance(layer, KeptTokens) for layer in past_key_values.layers)
         if pictured or counted:
             selection = Selection(states.shape[1], left=[states.shape[1]] * len(states))
             if pictured and notes is not None:
-                self.comp_open(selection, notes, states)
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                self.comp_open(selection, notes, states, past)
             kwargs["selection"] = self.comp_current = selection
         try:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
@@ -637,15 +692,15 @@ class DroppingDecoder:
             keep_count(cache, self.comp_first, len(model.layers))
         return cache
 
-    def comp_open(self, selection: Selection, notes: Notes, states: Tensor) -> None:
-        """Find the tokens of each image."""
+    def comp_open(self, selection: Selection, notes: Notes, states: Tensor, past: int | Tensor) -> None:
+        """Find the tokens of each image, and those of what is asked. past: tokens seen before this pass."""
         batch, tokens = states.shape[:2]
         places, sizes = [], []
         for kind in KINDS:
             if kind in notes.masks:
-                own = notes.sizes[kind]
+                own = [size for size in notes.sizes[kind] if size]  # a list of samples has some without images
                 places.append(first_ones(notes.masks[kind].reshape(1, -1), sum(own))[0])
-                sizes += own
+                sizes += own if kind == "video" else apart(places[-1], own)
         where = torch.cat(places)
         ends = list(accumulate(sizes))
         begins = [end - size for end, size in zip(ends, sizes, strict=True)]
@@ -657,26 +712,35 @@ class DroppingDecoder:
         if self.comp_tiles:
             samples, sizes = joined(samples, sizes, heads, tails)
         selection.text = self.comp_real(notes.real, batch, tokens, states.device)
+        selection.extra = ~selection.text
         pictured = torch.zeros(batch * tokens, dtype=torch.bool, device=states.device).index_fill(0, where, True)
         selection.text = selection.text & ~pictured.view(batch, tokens)
         if notes.answers is not None:
             selection.text = selection.text & ~notes.answers.to(states.device)
+        if notes.asked is not None:
+            selection.text = selection.text & (torch.arange(tokens, device=states.device) + past < notes.asked)
+        if self.comp_asks and not bool(selection.text[samples].any(1).all()):
+            raise ValueError(
+                "images are ranked by what is asked, and a prompt has no word that asks, or labels say that all are answers. "
+                "Give labels of -100 for what is asked, or prune by a rule that does not read the text."
+            )
         most, device = max(sizes), states.device
         begin = torch.tensor(list(accumulate(sizes, initial=0))[:-1], device=device).unsqueeze(1)
         count = torch.tensor(sizes, device=device).unsqueeze(1)
         place = torch.arange(most, device=device)
         slots = begin + torch.minimum(place, count - 1)  # (images, n) into `where`
         valid = place < count
-        if self.comp_newline is not None:
-            extra = (states == self.comp_newline().to(notes.precision).to(states.dtype)).all(-1).flatten()[where]
+        if notes.newline is not None:
+            newline = notes.newline.to(states.device, notes.precision).to(states.dtype)
+            extra = (states.flatten(0, 1)[where] == newline).all(-1)
             valid = valid & ~extra[slots]
-            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device)
-            selection.extra = flags.index_copy(0, where, extra).view(batch, tokens)
+            flags = torch.zeros(batch * tokens, dtype=torch.bool, device=device).index_copy(0, where, extra)
+            selection.extra = selection.extra | flags.view(batch, tokens)
             sizes = valid.sum(1).tolist()
             slots = slots.gather(1, first_ones(valid, max(sizes)))
         columns = where[slots] % tokens
         positions = torch.arange(columns.shape[1], device=device).expand_as(columns)
-        images = Images(samples, sizes, list(sizes), columns, positions)
+        images = Images(samples, sizes, list(sizes), columns, positions, square=self.comp_square)
         if notes.payload is not None:
             said = notes.payload.to(device)[slots]
             images.class_attention, images.tower_keys = said[..., 0], said[..., 1:]
@@ -692,10 +756,19 @@ class DroppingDecoder:
         """Features of deeper layers of the tower, added to the image tokens that are left (Qwen3-VL)."""
         selection = self.comp_current
         if selection is None or selection.index is None:
-            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc,no-any-return]
+            return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc]
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
+
+
+def apart(places: Tensor, sizes: list[int]) -> list[int]:
+    """Tokens of each image, cut where words stand between them: SmolVLM hands over the images of a prompt as one.
+
+    places: (tokens,) int, rising, of all images one behind the other.
+    """
+    ends = {*accumulate(sizes), *(places.diff() != 1).nonzero()[:, 0].add(1).tolist()}
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]
 
 
 def joined(samples: list[int], sizes: list[int], heads: list[int], tails: list[int]) -> tuple[list[int], list[int]]:
@@ -716,7 +789,6 @@ class DroppingLayer:
 
     comp_stage: Stage | None = None
     comp_heard: frozenset[str] = frozenset()  # what the stage behind this layer asks of it
-    comp_listening: Heard | None = None
 
     def __call__(
         self,
@@ -749,27 +821,23 @@ class DroppingLayer:
             return call(hidden_states, **asked, **given)
         attention = layer.self_attn
         heard = Heard(attention.head_dim, attention.scaling, position_embeddings, attention_mask, before)
-        selection.heard = self.comp_listening = heard
         asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "position_ids": position_ids}
-        try:
-            return call(hidden_states, **asked, **given)
-        finally:
-            self.comp_listening = None
+        for source in self.comp_sources():
+            source.comp_listens = True
+        found = call(hidden_states, **asked, **given)
+        heard.query, heard.key = made_by(self.comp_sources())
+        selection.heard = heard
+        return found
+
+    def comp_sources(self) -> list[Any]:
+        """What makes queries and keys of the attention, before RoPE."""
+        attention: Any = self.self_attn  # type: ignore[attr-defined]
+        return [getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj") for letter in "qk"]
 
     def comp_listen(self) -> None:
-        """Remember queries and keys of each pass that asks for them."""
-        attention: Any = self.self_attn  # type: ignore[attr-defined]
-
-        def remember(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                if self.comp_listening is not None:
-                    setattr(self.comp_listening, name, output.detach())
-
-            return hook
-
-        for name, letter in (("query", "q"), ("key", "k")):
-            source = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
-            source.register_forward_hook(remember(name))
+        """Remember queries and keys, for the stage behind this layer."""
+        for source in self.comp_sources():
+            listen_to(source)
 
 
 def earlier_keys(held: Any) -> Tensor | None:
@@ -851,6 +919,21 @@ class CompactVLM:
     comp_inner_path: str  # of the multimodal model
     comp_placeholders: Sequence[int] = ()  # tokens that stand for those of an image or a video
 
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model, which without a cache, or where another model guesses ahead, reads what was written along with
+        the prompt: images are ranked by the prompt alone."""
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if not self.comp_placeholders:
+            return generate(inputs, *args, **kwargs)
+        inner: Any = self.get_submodule(self.comp_inner_path)  # type: ignore[attr-defined]
+        given = (inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")))
+        lengths = [tensor.shape[1] for tensor in given if isinstance(tensor, Tensor) and tensor.dim() > 1]
+        outer, inner.comp_asked = inner.comp_asked, max(lengths, default=None)
+        try:
+            return generate(inputs, *args, **kwargs)
+        finally:
+            inner.comp_asked = outer
+
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if self.comp_placeholders and generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size: an image cut into chunks would be ranked in parts. Leave it out.")
@@ -887,13 +970,15 @@ def mixed(before: type, stock: Any) -> Any:
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
-    return reading_as(stock, type(f"Dropping{stock.__name__}", (before, stock), members))
+    # Under its name: transformers asks by it which outputs can be recorded.
+    return reading_as(stock, type(stock.__name__, (before, stock), members))
 
 
 def mix_in(before: type, module: nn.Module) -> Any:
     """Give a module of a stock class one before it, in place."""
     if not isinstance(module, before):
-        module.__class__ = mixed(before, type(module))
+        kind: Any = type(module)
+        module.__class__ = mixed(before, kind)
     return module
 
 
@@ -904,12 +989,15 @@ def drop_tokens(model: Any, layout: dict[str, Any], stages: Sequence[Stage]) -> 
     needs: frozenset[str] = frozenset().union(*(stage.needs for stage in stages))
     inner = mix_in(ImageFeatures, model.get_submodule(layout["model"]))
     inner.comp_text, inner.comp_shuffle = layout["text"].rpartition(".")[2], layout["shuffle"]
-    asks = "class" in needs and layout["class_attention"] is not None
-    inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asks else None
+    asking = [stage.rule for stage in stages if "class" in stage.needs]
+    if asking and layout["class_attention"] is None:
+        raise ValueError(f"the rule {asking[0]} ranks by [CLS], and this model's vision tower has none.")
+    inner.comp_reader = ClassAttention(model, layout["class_attention"]) if asking else None
     mix_in(DroppingDecoder, text)
+    text.comp_asks = bool(needs & {"text", "attention", "last"})
     text.comp_first, text.comp_tiles = min(stage.layer for stage in stages), layout["shuffle"] is not None
-    owner, _, name = (layout["newline"] or "").rpartition(".")
-    text.comp_newline = (lambda: getattr(model.get_submodule(owner), name)) if name else None
+    text.comp_square = layout.get("square", False)
+    inner.comp_newline = (layout["newline"] or "").rpartition(".")[2]
     at = {stage.layer: stage for stage in stages}
     for place, layer in enumerate(text.layers):
         mix_in(DroppingLayer, layer)
@@ -935,6 +1023,11 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
     if places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < layers:
         raise ValueError(f"stages before layers {places} of {layers}: expected each before another layer, in their order.")
     for stage in stages:
+        if not (stage.share is None and (stage.keep or 0) > 0 or stage.keep is None and 0 < (stage.share or 0) < 1):
+            found = f"keep {stage.keep} and share {stage.share}"
+            raise ValueError(
+                f"the stage before layer {stage.layer} has {found}: expected a keep above 0, or a share between 0 and 1."
+            )
         if stage.rule not in STAGE_RULES:
             raise ValueError(f"the rule {stage.rule!r} is unknown; this runtime has {', '.join(STAGE_RULES)}.")
         if stage.layer == 0 and not may_be_first(stage.rule, stage.settings):
@@ -944,7 +1037,7 @@ def check_decoder(config: Any, stages: Sequence[Stage], layers: int) -> None:
 def resized(linear: Any, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer of another size, its weights left as they come."""
     kind = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)  # type: ignore[no-any-return]
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=linear.bias is not None, **kind)
 
 
 def resize(layer: nn.Module, layout: dict[str, Any], sizes: dict[str, Any]) -> None:

@@ -36,7 +36,9 @@ class View:
     text_valid: Tensor | None = None  # (I, T) bool; the last True of a row is the last instruction token
     text_attention: Tensor | None = None  # (I, T, n): attention of the layer before, from text to image tokens, mean over heads
     last_attention: Tensor | None = None  # (I, n): the same of the last instruction token alone
-    grid: Tensor | None = None  # (I, 2) int: rows and columns of the image's first tokens; None: see `grid_of`
+    grid: Tensor | None = (
+        None  # (I, 2) int: rows and columns of the image's first tokens, 0 where not known; None: see `grid_of`
+    )
 
 
 @dataclass
@@ -100,7 +102,7 @@ def grid_of(view: View) -> tuple[Tensor, Tensor, Tensor]:
     """
     if view.grid is not None:
         rows, columns = view.grid.long().split(1, dim=-1)
-        return rows, columns, torch.ones_like(rows, dtype=torch.bool)
+        return rows.clamp(min=1), columns.clamp(min=1), rows * columns > 0
     tokens = view.valid.sum(-1, keepdim=True)
     whole = view.positions.masked_fill(~view.valid, -1).amax(-1, keepdim=True) + 1 == tokens
     side = tokens.float().sqrt().round().long().clamp(min=1)

@@ -44,8 +44,7 @@ def gather_statistics(
 def split(batch: Batch, samples: int) -> Iterator[Batch]:
     """A batch in pieces of so many samples, without its labels."""
     for begin in range(0, batch.samples, samples):
-        inputs = {name: tensor[begin : begin + samples] for name, tensor in batch.inputs.items()}
-        yield replace(batch, inputs=inputs, labels=None)
+        yield batch.piece(begin, begin + samples)
 
 
 def probe(task: tasks.Task, random: torch.Generator, read: tasks.Outputs) -> Tensor:

@@ -1,17 +1,21 @@
 """From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Batch, fingerprint
 from ..engine import allocation, flops, schedule, stages
+from ..engine.leaving import Leaving
 from ..engine.methods import METHODS
+from ..engine.scoring import Key
 from ..engine.token_ranking import with_score_rule
+from ..errors import UsageError
 from ..models.dense import Dense
+from ..models.described import image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -20,7 +24,10 @@ from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
 from .training_free import State, TrainingFree
+from .uniform_plans import check_uniform, compare_uniform
 from .with_training import Trained
+
+LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     """The plan and the model of a method; goes on from the journal where there is one."""
     begin = time.perf_counter()
     method = METHODS[options.method]
+    dense = with_modes(dense, options.modes)
+    check_asked(dense, options)
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.text_tokens)
@@ -71,6 +80,33 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
 
 
+def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
+    """The dense model with those modes on that were asked for, None for the usual ones. Raises UsageError for unknown ones."""
+    if modes is None:
+        return dense
+    known = dense.family.every_mode
+    if unknown := [name for name in modes if name not in known]:
+        raise UsageError(f"--modes {','.join(modes)}: this model has no {unknown[0]}.", hint=f"Its modes: {', '.join(known)}.")
+    family = replace(dense.family, asked=modes)
+    return replace(dense, family=family, reference=replace(dense.reference, family=family))
+
+
+def check_asked(dense: Dense, options: ResolvedOptions) -> None:
+    """Raises UsageError where modes, or a way for image tokens to leave, do not fit the method or the model. Before data is
+    read."""
+    method = METHODS[options.method]
+    if not any(method.removes(mode.kind) for mode in dense.family.modes.values()):
+        raise UsageError(f"--method {options.method}: none of what it removes is among the modes that are on.")
+    if options.uniform:
+        check_uniform(dense, options, method.compares_plans)
+    leaves = leaving_of(dense, options) if method.compares_plans else None
+    if options.tokens_method and leaves is None:
+        said = (
+            f"image tokens by {options.tokens_method}: --method {options.method} of a {dense.architecture} knows no such way."
+        )
+        raise UsageError(said, hint="It is for --method comp of an image-text decoder.")
+
+
 def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | None) -> State:
     """What a journal holds, or where a method begins."""
     if METHODS[options.method].compares_plans:
@@ -88,21 +124,16 @@ def compare_plans(
 ) -> None:
     """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
     reach."""
-    ref, floors, prices = dense.reference, schedule.Floors(), way.prices or {}
-    total = flops.count(dense.plan, ref).total
-
-    def plan_of(cuts: allocation.Cuts) -> Plan | None:
-        return allocation.candidate(dense.plan, ref, options.ratio, cuts, prices, floors)
+    space = space_of(dense, options, way.prices or {})
+    if options.uniform:
+        return compare_uniform(dense, options, way, state, space, progress)
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
-        plan = plan_of(cuts)
+        plan = space.candidate(options.ratio, cuts)
         if plan is None:
             return allocation.Look(cuts, {}, 0.0, None)
-        kept = {
-            stream: (cut.layer, plan.tower(dense.family.streams[stream][0].name).layers[cut.layer].keep[stream])
-            for stream, cut in cuts.items()
-        }
-        ratio = 1 - flops.count(plan, ref).total / total
+        kept = {stream: (cut.layer, space.kept(plan, stream, cut.layer)) for stream, cut in cuts.items()}
+        ratio = 1 - flops.count(plan, space.ref).total / space.total
         return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan))
 
     with progress.track("comparing plans", allocation.EXPECTED) as bar:
@@ -115,18 +146,42 @@ def compare_plans(
             way.save(state)
             bar.advance(found.in_words())
 
-        streams = streams_of(dense, batches)
+        streams = streams_of(dense, batches, space.leaving)
         steps: Sequence[float] = allocation.STEPS
         if not way.thorough:  # looks are dear: one start, long steps
             streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
         best = allocation.descend(look, streams, tell, list(state.looks), steps)
-    plan = plan_of(best.cuts) if best else None
+    plan = space.candidate(options.ratio, best.cuts) if best else None
     if plan is None:
-        raise stages.out_of_reach(options.ratio, allocation.most(dense.plan, ref, streams, prices, floors))
+        raise stages.out_of_reach(options.ratio, space.most(streams))
     state.plan = plan
 
 
-def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple[float, ...]]]:
+def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
+    """What plans are made of: parts of no mode that is on stay whole."""
+    floors, modes = schedule.Floors.of(dense.family, dense.plan), dense.family.modes.values()
+    on = {part for mode in modes for part in mode.parts}
+    stay = {key for key in prices if (key[0], key[2]) not in on}
+    return allocation.Space(dense.plan, dense.reference, prices, floors, frozenset(stay), leaving_of(dense, options))
+
+
+def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
+    """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
+    cannot be pruned by."""
+    if not any(tower.writes for tower in dense.family.towers):
+        return None
+    images, topology = image_shape(dense.hf_config.to_dict(), dense.family), dense.family.topology
+    if not any(mode.parts for mode in dense.family.modes.values()):
+        hint = "Image tokens alone go by their number: --method pyramiddrop --tokens N, and others."
+        raise UsageError(f"--method {options.method} with --ratio removes parameters, and no mode of them is on.", hint=hint)
+    one_size = topology.images_of_one_size
+    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=one_size, seed=options.seed)
+    if options.tokens_method and not found.possible:
+        found.stages(0, images.tokens // 2)  # which says why
+    return found
+
+
+def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
     only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
@@ -136,7 +191,10 @@ def streams_of(dense: Dense, batches: list[Batch]) -> dict[str, tuple[int, tuple
     found = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]
-        if stream.source == "image" or not short:
+        if leaving is not None:
+            if leaving.depths > 0:
+                found[stream.name] = (leaving.depths, LEAVES_FROM)
+        elif stream.source == "image" or not short:
             begins = allocation.DEPTHS.get(stream.source, allocation.MIDDLE)
             found[stream.name] = (len(dense.plan.tower(tower.name).layers), begins)
     return found
@@ -163,7 +221,7 @@ def run_stages(
     progress: Progress,
 ) -> None:
     """The stages of a method, told as they pass."""
-    method, floors = METHODS[options.method], schedule.Floors()
+    method, floors = METHODS[options.method], schedule.Floors.of(dense.family, dense.plan)
     each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_steps else 1
     expected = each * len(method.phases) if method.phases else options.stages
     with progress.track("pruning", expected) as bar:

@@ -207,6 +207,10 @@ class Topology(ABC):
             return {}
         return {TEXT_TOWER: int(inputs[MASK].sum()) if self.padding == "longest" else inputs[IDS].numel()}
 
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Of inputs of a batch that have not one row for each sample, how many rows each sample has."""
+        return {}
+
     def random_inputs(
         self, family: Family, config: Config, batch: int, text_tokens: int, *, padded: int = 0, seed: int = 0
     ) -> Tensors:

@@ -37,6 +37,7 @@ class Pictures(ABC):
     """How pictures go into a model."""
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
+    square: ClassVar[bool] = False  # whether its tokens are the raster of a square
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @property
@@ -59,6 +60,10 @@ class Pictures(ABC):
     @abstractmethod
     def fit(self, config: Config, made: Mapping[str, Any]) -> bool:
         """Whether what an image processor makes of one picture has that shape."""
+
+    def apart(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Inputs that have not one row for each of the pictures, and how many rows each has."""
+        return {}
 
     def sequences(self, config: Config, layer: int) -> tuple[int, ...]:
         """Tokens that see each other in a layer of the vision tower."""
@@ -89,6 +94,7 @@ class Tile(Pictures):
     ratio) before they are image tokens; None for a token of each patch.
     """
 
+    square: ClassVar[bool] = True
     merged: str | None = None
 
     @property
@@ -153,6 +159,7 @@ class AnyResolution(Tile):
     The reference image is of two by two tiles, if that is among the sizes; else of the largest of them.
     """
 
+    square: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
 
     def reference(self, config: Config) -> tuple[int, int]:
@@ -200,6 +207,9 @@ class AnySize(Pictures):
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_grid_thw")
     rows: ClassVar[Mapping[str, int]] = {"mm_token_type_ids": 0}
+
+    def apart(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return {PIXELS: inputs["image_grid_thw"].prod(1).tolist()}
 
     def side(self, config: Config) -> int:
         """Image tokens along a side of the reference image."""

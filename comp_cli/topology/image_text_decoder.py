@@ -31,10 +31,11 @@ DESCRIBE = "Describe the image."  # what is asked for a caption
 @dataclass(frozen=True, kw_only=True)
 class ImageTextDecoder(Topology):
     """processor: its class. pictures: how they go in. model: path of the module that joins images and text. text, features:
-    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number.
-    head: makes logits. newline: path of what stands between the rows of an image; None where nothing does. shuffle: attribute
-    of the config by which patches that lie side by side become one token. plain: the prompt where the processor has no chat
-    template; behind: what the processor adds to it by itself. chats: whether models of the family have a template."""
+    of the language model and of the vision tower. attention: of a layer of a tower with [CLS], `{}` stands for its number;
+    ranking: what of it makes the queries and keys that it ranks by. head: makes logits. newline: path of what stands between
+    the rows of an image; None where nothing does. shuffle: attribute of the config by which patches that lie side by side
+    become one token. plain: the prompt where the processor has no chat template; behind: what the processor adds to it by
+    itself. chats: whether models of the family have a template."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -42,6 +43,7 @@ class ImageTextDecoder(Topology):
     text: str = "model.language_model"
     features: str = "model.vision_tower"
     attention: str = "encoder.layers.{}.self_attn"
+    ranking: tuple[str, str] = ("q_proj", "k_proj")
     head: str = "lm_head"
     newline: str | None = None
     shuffle: str | None = None
@@ -65,7 +67,7 @@ class ImageTextDecoder(Topology):
 
     @property
     def images_of_one_size(self) -> bool:
-        return self.pictures.one_size
+        return self.pictures.one_size and self.shuffle is None  # processors of those cut pictures into tiles
 
     def pixels_of(self, family: Family, config: Config) -> Pixels:
         return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
@@ -81,6 +83,7 @@ class ImageTextDecoder(Topology):
             "shuffle": shuffle,
             "newline": self.newline,
             "features": self.features,
+            "square": self.pictures.square and self.shuffle is None,
         }
 
     def _class_attention(self, config: Config) -> dict[str, str] | None:
@@ -92,7 +95,7 @@ class ImageTextDecoder(Topology):
         read = config["vision_feature_layer"]  # an index of hidden states, of which the first is none of a layer's
         deepest = max(index % (depth + 1) for index in (read if isinstance(read, list | tuple) else [read]))
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
-        return {"module": module, "query": "q_proj", "key": "k_proj"}
+        return {"module": module, "query": self.ranking[0], "key": self.ranking[1]}
 
     # The reference input -----------------------------------------------------------------------------------------------
 
@@ -142,7 +145,9 @@ class ImageTextDecoder(Topology):
         predicted. Filled up at the right. Questions and answers are cut, not what the template puts around them."""
         processor, tokenizer = collator.processor, collator.processor.tokenizer
         asked = [(pair.text, pair.answer or "") if collator.answers else (DESCRIBE, pair.text) for pair in pairs]
-        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in asked]
+        # Questions of some data hold the placeholder, which the template puts.
+        plain = [[text.replace(processor.image_token, "").strip() for text in both] for both in asked]
+        texts = [[shortened(tokenizer, text, collator.max_text) for text in both] for both in plain]
         prompts = [as_asked(processor, question, self.plain) for (question, _), _ in texts]
         images = [[pair.image.convert("RGB")] for pair in pairs]
         made = dict(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
@@ -158,6 +163,9 @@ class ImageTextDecoder(Topology):
             rows.append(row | {MASK: [1] * len(row[IDS]), LABELS: [IGNORED] * asks + said})
         fill = {IDS: tokenizer.pad_token_id or 0, MASK: 0, LABELS: IGNORED} | dict.fromkeys(self.pictures.rows, 0)
         return made | side_by_side(rows, fill), [any(cut for _, cut in both) for both in texts]
+
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return self.pictures.apart(inputs)
 
     def count_tokens(self, inputs: Mapping[str, Tensor], processor: Any) -> dict[str, int]:
         """Without placeholders."""

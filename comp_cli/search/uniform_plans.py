@@ -1,0 +1,71 @@
+"""The search of a plan that a stock class takes: the few uniform plans of a ratio are compared by what they lose."""
+
+import math
+
+from ..engine import allocation, flops
+from ..engine.stages import out_of_reach
+from ..engine.uniform import Sizes, Uniform, spread
+from ..errors import RefusedError, UsageError
+from ..models.dense import Dense
+from ..models.stock import class_refuses, config_refuses
+from ..options import ResolvedOptions
+from ..plan import Plan
+from ..progress import Progress
+from .training_free import TrainingFree
+from .with_training import Trained
+
+
+def check_uniform(dense: Dense, options: ResolvedOptions, compares_plans: bool) -> None:
+    """Raises UsageError where no uniform plan can be asked for."""
+    if not any(tower.writes for tower in dense.family.towers):
+        raise UsageError(f"--uniform is for image-text decoders, and this model is a {dense.architecture}.")
+    if not compares_plans:
+        raise UsageError(f"--uniform: --method {options.method} makes no such plans.", hint="Use --method comp.")
+    if options.tokens_method or any(mode.stream for mode in dense.family.modes.values() if options.modes):
+        said = "--uniform makes a folder that needs no code of its own, and image tokens leave by such code."
+        raise UsageError(said, hint="Leave image_tokens out of --modes, and --tokens-method out.")
+    parts = {part for mode in dense.family.modes.values() for part in mode.parts}
+    if not any(tower.writes and (tower.name, tower.self_attention.name) in parts for tower in dense.family.towers):
+        raise UsageError("--uniform prunes the language model.", hint="Name language_params in --modes.")
+
+
+def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[tuple[Sizes, Plan]]:
+    """The plans of a ratio that the stock class takes, a few of them. Raises DeadEnd where there are none of the ratio, and
+    RefusedError where the class takes none."""
+    uniform = Uniform(space)
+    every = [(sizes, uniform.plan(sizes)) for sizes in uniform.of_ratio(ratio)]
+    if not every:
+        raise out_of_reach(ratio, uniform.most)
+    said = [config_refuses(dense, plan) for _, plan in every]
+    some = spread([found for found, why in zip(every, said, strict=True) if why is None])
+    later = [class_refuses(dense, plan) for _, plan in some]
+    taken = [found for found, why in zip(some, later, strict=True) if why is None]
+    if not taken:
+        why = next(why for why in (*later, *said) if why is not None)
+        raise RefusedError(
+            f"--uniform: no plan of ratio {ratio} is one that {dense.architecture} takes: {why}.",
+            hint="Another --ratio may have one; without --uniform every layer has its own size, and the folder brings code.",
+        )
+    return taken
+
+
+def compare_uniform(
+    dense: Dense,
+    options: ResolvedOptions,
+    way: TrainingFree | Trained,
+    state: allocation.AllocationState,
+    space: allocation.Space,
+    progress: Progress,
+) -> None:
+    """All of them, told as they pass; `state` ends with the one that loses least."""
+    plans = uniform_plans(dense, space, options.ratio)
+    with progress.track("comparing plans", len(plans)) as bar:
+        for number, (sizes, plan) in enumerate(plans):
+            if number >= len(state.looks):
+                ratio = 1 - flops.count(plan, space.ref).total / space.total
+                units = {f"{tower} {part}": count for (tower, part), count in sizes.items()}
+                state.looks.append(allocation.Look({}, {}, ratio, way.held_out_loss(plan), units))
+                way.save(state)
+            bar.advance(state.looks[number].in_words())
+    losses = [math.inf if look.loss is None else look.loss for look in state.looks]
+    state.plan = plans[losses.index(min(losses))][1]
