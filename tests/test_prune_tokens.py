@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -22,8 +23,12 @@ from comp_cli.cli.app import app
 from comp_cli.engine.methods import DECODER, ENCODER, METHODS, methods_for
 from comp_cli.engine.token_schedules import TOKEN_METHODS
 from comp_cli.errors import GateError, RefusedError, UsageError
+from comp_cli.files.store import sha256
 from comp_cli.models import token_folder
+from comp_cli.models.dense import open_dense
+from comp_cli.models.described import describe_dense
 from comp_cli.plan import PADDING, Plan, TokenStage
+from comp_cli.progress import Silent
 
 TOKENS = 36  # of an image of the tiny LLaVA
 ASKED = "user <image> a red circle a"
@@ -203,6 +208,23 @@ def test_of_a_snapshot_in_a_cache_of_the_hub_the_blobs_are_linked(dense, tmp_pat
         assert not path.is_symlink() and path.samefile(snapshot / path.name)
 
 
+def test_of_blobs_whose_bytes_the_hub_announced_the_hash_is_known_without_reading_them(dense, tmp_path):
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(), blobs.mkdir(parents=True)
+    for path in dense.iterdir():
+        blob = blobs / sha256(path)
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(blob)
+    found = describe_dense(str(snapshot), Silent())
+    known = {}
+    for kind in ("folder", "hub"):
+        described = replace(found, source=replace(found.source, kind=kind))
+        (tmp_path / kind).mkdir()
+        known[kind] = token_folder.hand_on_weights(tmp_path / kind, described, True, Silent())
+    assert all("sha256" not in told for told in known["folder"].values())
+    assert {name: told["sha256"] for name, told in known["hub"].items()} == {path.name: sha256(path) for path in shards(dense)}
+
+
 # What is checked on loading ------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +388,55 @@ def test_a_missed_max_drop_leaves_nothing(dense, tmp_path, monkeypatch):
     assert not (tmp_path / "compact").exists()
 
 
+# Families ----------------------------------------------------------------------------------------------------------------
+
+
+def written(family: str, folder: Path) -> Path:
+    try:
+        return tiny.write(family, folder)
+    except ImportError as missing:  # the processor of SmolVLM wants torchvision
+        pytest.skip(str(missing).strip().splitlines()[0])
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_every_family_is_pruned_and_loads_with_comp_and_without(family, tmp_path):
+    dense = written(family, tmp_path / "dense")
+    report = comp_cli.prune(dense, method="vitcop", tokens_share=0.25, output=tmp_path / "compact", link=True)
+    has_class_token = report.image_tokens.stages[0].rule == "cls-clusters"
+    assert has_class_token != any("no [CLS]" in said for said in report.warnings)
+    described = open_dense(str(dense), Silent())
+    given = described.random_inputs(2, 12)
+    with torch.inference_mode():
+        expected = comp_cli.load(tmp_path / "compact")(**given).logits
+        remote = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "compact", trust_remote_code=True)
+        assert torch.equal(remote.eval()(**given).logits, expected)
+        assert not torch.allclose(described.whole(**given).logits, expected, atol=1e-2)
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        getattr(transformers, report.architecture).from_pretrained(tmp_path / "compact")
+
+
+def test_where_images_are_of_any_size_a_share_stays_one_and_a_number_is_the_same_for_all(tmp_path):
+    dense = written("llava-next", tmp_path / "dense")
+    for amount, kinds in (({"tokens_share": 0.25}, (float, type(None))), ({"tokens": 45}, (type(None), int))):
+        plan = comp_cli.prune(dense, method="vitcop", dry_run=True, **amount).plan
+        assert all((type(stage.share), type(stage.keep)) == kinds for stage in plan.stages)
+
+
+def test_a_flat_config_of_older_releases_is_told_apart_too(tmp_path):
+    """Qwen2-VL has the sizes of the language model among those of the whole on the hub."""
+    dense = written("qwen2-vl", tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    text = {name: value for name, value in config.pop("text_config").items() if name not in ("model_type", "architectures")}
+    (dense / "config.json").write_text(json.dumps(text | config))
+    report = comp_cli.prune(dense, method="vitcop", tokens_share=0.25, output=tmp_path / "compact")
+    assert "text_config" not in json.loads((tmp_path / "compact" / "config.json").read_text())
+    given = open_dense(str(dense), Silent()).random_inputs(2, 12)
+    with torch.inference_mode():
+        assert comp_cli.load(tmp_path / "compact")(**given).logits.isfinite().all()
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        getattr(transformers, report.architecture).from_pretrained(tmp_path / "compact")
+
+
 # Methods and mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +532,21 @@ def test_an_interrupted_copy_leaves_nothing(dense, tmp_path, monkeypatch):
     assert not (tmp_path / "compact").exists() and not list(tmp_path.glob(".compact.partial*"))
     monkeypatch.undo()
     comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact")
+    comp_cli.load(tmp_path / "compact")
+
+
+def test_a_killed_process_leaves_nothing_that_the_next_one_does_not_remove(dense, tmp_path):
+    code = f"""
+import os, comp_cli
+from comp_cli.files.store import sha256
+from comp_cli.models import token_folder
+token_folder.check_folder_loads = lambda *given: os.kill(os.getpid(), 9)
+comp_cli.prune({str(dense)!r}, method="vitcop", tokens=9, output={str(tmp_path / "compact")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    assert not (tmp_path / "compact").exists() and list(tmp_path.glob(".compact.partial*"))
+    comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "compact")
+    assert not list(tmp_path.glob(".compact.partial*"))
     comp_cli.load(tmp_path / "compact")
 
 

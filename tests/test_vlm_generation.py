@@ -248,3 +248,18 @@ def test_another_image_in_a_second_turn(name, rule):
         logits = model(**second.inputs, past_key_values=cache, use_cache=True, **positions).logits[0, -1]
     same_logits(logits, reference.read(second, tower, **positions)[-1])
     assert int(cache.get_seq_length()) == len(first.ids) + len(second.ids)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "internvl", "smolvlm"])
+def test_generate_takes_another_image_in_a_second_turn(name):
+    """Ranked by the question of that turn. Only the new image is given."""
+    rule, second = "last-attention", sample(name, "two")
+    model, inputs = pruned(name, rule), sample(name, "one").inputs
+    first = write(model, inputs)
+    reference, logits = read(name, rule, "one")
+    tokens, _ = greedy(reference, logits, STEPS, SUPPRESSED)
+    given = second.inputs | {"input_ids": torch.cat([first.sequences, second.inputs["input_ids"]], 1)}
+    found = write(model, given, past_key_values=first.past_key_values)
+    tokens, logits = greedy(reference, reference.read(second)[-1], STEPS, SUPPRESSED)
+    assert new(found, given)[0] == tokens
+    same_logits(torch.cat(found.logits), logits)

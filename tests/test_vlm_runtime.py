@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from vlm_models import (
     CASES,
@@ -494,14 +494,19 @@ def test_a_mixed_batch_holds_no_more_than_its_longest_sample(name):
         assert int(cache.get_seq_length(i)) == inputs["input_ids"].shape[1]
 
 
-def test_a_cache_that_is_reset_is_as_new():
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_is_reset_is_as_new(kind):
     model, inputs = compact("llava", STAGES["key-norm"]), sample("llava", "two").inputs
-    cache = DynamicCache(config=model.config)
+    n = inputs["input_ids"].shape[1]
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=n)
     run(model, sample("llava", "one").inputs, past_key_values=cache)
+    assert int(cache.get_seq_length(4)) == len(sample("llava", "one").ids)
     cache.reset()
-    assert cache.get_seq_length() == 0
+    assert int(cache.get_seq_length(4)) == 0
     logits = run(model, inputs, past_key_values=cache).logits
-    same_rows(logits, torch.ones(1, logits.shape[1]), "llava", STAGES["key-norm"], ["two"])
+    same_rows(logits, torch.ones(1, n), "llava", STAGES["key-norm"], ["two"])
+    reference, _ = read("llava", STAGES["key-norm"], "two")
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [int((~gone).sum()) for gone in reference.gone]
 
 
 # Training
@@ -696,7 +701,9 @@ def test_quantised_caches():
 
 def test_flex_attention():
     """Its masks are no tensors."""
-    refused("BlockMask", lambda: run(compact("llava", STAGES["key-norm"], "flex_attention"), sample("llava", "two").inputs))
+    model = compact("llava", STAGES["key-norm"])
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    refused("BlockMask", lambda: run(model, sample("llava", "two").inputs))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.initialization import no_init_weights
 
 from ..errors import RefusedError
@@ -73,13 +73,7 @@ def as_named_now(
         return headers
     model: Any = on_meta(model_class, config)
     changes = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-    state = model.state_dict()
-
-    def today(name: str) -> str:
-        found: str = rename_source_key(name, changes, [], model.base_model_prefix, state)[0]
-        return found
-
-    return {today(name): header for name, header in headers.items()}
+    return {apply_renamings(name, changes): header for name, header in headers.items()}
 
 
 def check_depth(headers: Mapping[str, TensorHeader], config: dict[str, Any], family: Family, folder: Path) -> None:

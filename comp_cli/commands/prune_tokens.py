@@ -30,7 +30,7 @@ from ..report.base import Reference, Sizes
 from ..report.cards import prune_command, without_places
 from ..report.prune import ImageTokens, PruneReport, TokensLeft
 from ..report.prune_tables import layer_rows
-from ..search.trainer import process_device
+from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
 
@@ -53,7 +53,7 @@ def prune_tokens(
     on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
     process_device(options.device)
-    if dry_run:
+    if dry_run or not is_main_process():  # of several processes one writes
         return _report(options, progress, hub_options)[0]
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()

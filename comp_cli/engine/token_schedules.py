@@ -141,11 +141,11 @@ def saliency_note(method: str, class_token: bool, saliency: str | None) -> str |
     if saliency == "key-norm":
         return (
             "this model's vision tower has no [CLS], and key norms are known to fail there (on Qwen2.5-VL 63 to 74 % of the "
-            "accuracy is left, less on documents): measure with comp bench, or leave --saliency out."
+            "accuracy is left, less on documents): measure with --data, or leave --saliency out."
         )
     return (
         "this model's vision tower has no [CLS], which vitcop asks: tokens are chosen by diversity of features before the LLM, "
-        "and by attention from the last instruction token inside it. This is comp's, not the paper's: measure with comp bench."
+        "and by attention from the last instruction token inside it. This is comp's, not the paper's: measure with --data."
     )
 
 

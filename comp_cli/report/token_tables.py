@@ -1,7 +1,5 @@
 """The tables of `comp prune` where image tokens leave a decoder."""
 
-import shlex
-
 from .numbers import Printer, change, gflops, mib, millions
 from .prune import ImageTokens, PruneReport
 from .prune_tables import in_words, quality_rows
@@ -46,5 +44,6 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
         return out.line("Nothing was written (--dry-run).")
     how = "hard links to those of the dense model" if found.weights == "linked" else "copies"
     out.line(f"Wrote {report.output} in {report.seconds or 0:.1f} s; its weights are {how}.")
-    code = f'AutoModelForImageTextToText.from_pretrained("{report.output}", trust_remote_code=True)'
-    out.line(f"Next: {code}, or comp bench {shlex.quote(str(report.output))}")
+    out.line(
+        f'Next: AutoModelForImageTextToText.from_pretrained("{report.output}", trust_remote_code=True); README.md says more.'
+    )

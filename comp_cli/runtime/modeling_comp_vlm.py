@@ -651,6 +651,11 @@ class DroppingDecoder:
         notes, self.comp_notes = self.comp_notes, None
         states = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         pictured = notes is not None and bool(notes.masks)
+        if pictured and model.config._attn_implementation == "flex_attention":
+            raise ValueError(
+                "flex_attention makes BlockMasks, which cannot be cut to the image tokens that are left: load the model with "
+                "attn_implementation='sdpa'."
+            )
         if pictured:
             past_key_values = self.comp_cache(past_key_values, kwargs)
         counted = past_key_values is not None and any(isinstance(layer, KeptTokens) for layer in past_key_values.layers)
