@@ -203,6 +203,13 @@ def test_the_command_line_says_what_was_made_and_what_to_do_with_it(case, wide, 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------
 
+
+def test_a_ratio_without_such_a_plan_is_refused_before_statistics_are_gathered(wide, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("comp_cli.search.training_free.gather_statistics", None)
+    with pytest.raises(DeadEnd, match="0.99 cannot be reached"):
+        prune(replace(options(wide, uniform=True), ratio=0.99), tmp_path / "compact", QUIET)
+
+
 REFUSED = {
     "a method without prices": ({"method": "wanda"}, "--method wanda makes no such plans"),
     "image tokens by a method": ({"tokens_method": "vitcop"}, "image tokens leave by such code"),
