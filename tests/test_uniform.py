@@ -9,7 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_decoder_engine import QUIET, options, wide  # noqa: F401  (a fixture)
+from typer.testing import CliRunner
 
+from comp_cli.cli.app import app
 from comp_cli.commands.prune import prune
 from comp_cli.engine import flops
 from comp_cli.engine.schedule import TOLERANCE
@@ -179,7 +181,34 @@ def test_the_folder_is_one_of_the_stock_class_and_says_what_the_compact_model_sa
     assert open_dense(str(folder), QUIET, text_tokens=8).params(report.plan.within(report.plan)) == report.params.compact
 
 
+NEXT = {
+    "uniform": (["--uniform"], 'LlavaForConditionalGeneration.from_pretrained("'),
+    "another size in every layer": (["--method", "random", "--no-recover"], "comp bench "),
+}
+
+
+@pytest.mark.parametrize("case", NEXT)
+def test_the_command_line_says_what_was_made_and_what_to_do_with_it(case, wide, tmp_path):  # noqa: F811
+    given, following = NEXT[case]
+    sizes = [f"--{name}-samples={count}" for name, count in (("num", 4), ("eval", 2), ("stage", 4))]
+    asked = ["prune", str(wide), "--ratio=0.4", "--modes=language_params", "--text-tokens=8", "--device=cpu", *sizes, *given]
+    done = CliRunner().invoke(app, [*asked, "-o", str(tmp_path / "compact")])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert f"Next: {following}" in said and "language tokens, mean over layers" in said
+    command = json.loads((tmp_path / "compact" / "comp_report.json").read_text())["command"]
+    assert "--modes language_params" in command and ("--uniform" in command) == (case == "uniform")
+    assert command in (tmp_path / "compact" / "README.md").read_text()
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_without_such_a_plan_is_refused_before_statistics_are_gathered(wide, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("comp_cli.search.training_free.gather_statistics", None)
+    with pytest.raises(DeadEnd, match="0.99 cannot be reached"):
+        prune(replace(options(wide, uniform=True), ratio=0.99), tmp_path / "compact", QUIET)
+
 
 REFUSED = {
     "a method without prices": ({"method": "wanda"}, "--method wanda makes no such plans"),

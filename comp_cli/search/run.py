@@ -24,7 +24,7 @@ from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
 from .training_free import State, TrainingFree
-from .uniform_plans import check_uniform, compare_uniform
+from .uniform_plans import check_uniform, compare_uniform, even_prices, uniform_plans
 from .with_training import Trained
 
 LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
@@ -99,6 +99,7 @@ def check_asked(dense: Dense, options: ResolvedOptions) -> None:
         raise UsageError(f"--method {options.method}: none of what it removes is among the modes that are on.")
     if options.uniform:
         check_uniform(dense, options, method.compares_plans)
+        uniform_plans(dense, space_of(dense, options, even_prices(dense.plan)), options.ratio)  # whether there are any
     leaves = leaving_of(dense, options) if method.compares_plans else None
     if options.tokens_method and leaves is None:
         said = (

@@ -2,7 +2,11 @@
 
 import math
 
+import torch
+from torch import Tensor
+
 from ..engine import allocation, flops
+from ..engine.scoring import Key
 from ..engine.stages import out_of_reach
 from ..engine.uniform import Sizes, Uniform, spread
 from ..errors import RefusedError, UsageError
@@ -27,6 +31,16 @@ def check_uniform(dense: Dense, options: ResolvedOptions, compares_plans: bool) 
     parts = {part for mode in dense.family.modes.values() for part in mode.parts}
     if not any(tower.writes and (tower.name, tower.self_attention.name) in parts for tower in dense.family.towers):
         raise UsageError("--uniform prunes the language model.", hint="Name language_params in --modes.")
+
+
+def even_prices(plan: Plan) -> dict[Key, Tensor]:
+    """One price for all units, for who asks for sizes alone."""
+    return {
+        (tower.name, index, part): torch.ones(len(units.units))
+        for tower in plan.towers
+        for index, layer in enumerate(tower.layers)
+        for part, units in layer.parts.items()
+    }
 
 
 def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[tuple[Sizes, Plan]]:
