@@ -57,7 +57,7 @@ def analyze_decoder(options: AnalyzeOptions, progress: Progress, hub_options: Hu
         pairs={},
         texts=Texts(0, 0, dense.family.topology.text_tokens(dense.reference.tokens)),
         decoder=DecoderCost(
-            image_tokens=dense.images.tokens,
+            image_tokens=dense.images.image_tokens,
             layers=dense.images.layers,
             class_token=dense.images.class_token,
             parts=parts(dense, counted, params),
@@ -119,8 +119,8 @@ def patch_flops(dense: Described) -> int:
 
 def saving(dense: Described, share: float) -> Saving | None:
     """What it saves if a share of the image tokens stays, mean over layers; None where no schedule reaches it."""
-    tokens, layers, class_token = dense.images
-    how: dict[str, Any] = {"image_tokens": tokens, "layers": layers, "class_token": class_token, "fixed_size": True}
+    tokens, layers, *_ = dense.images
+    how: dict[str, Any] = dense.images._asdict() | {"fixed_size": True}
     for method in SCHEDULES:
         try:
             stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, **how)

@@ -111,17 +111,10 @@ def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) 
 def stages_of(images: ImageShape, method: str, wanted: TokenOptions, seed: int, one_size: bool) -> tuple[TokenStage, ...]:
     """Where image tokens leave, by what was asked for. one_size: whether all images have as many tokens. Raises UsageError
     where it cannot be."""
-    how: dict[str, Any] = {
-        "image_tokens": images.tokens,
-        "layers": images.layers,
-        "class_token": images.class_token,
-        "clip": images.clip,
-        "compat": wanted.compat,
-        "saliency": wanted.saliency,
-    }
-    if wanted.tokens is not None and wanted.tokens >= images.tokens:
-        hint = f"Use --tokens from 1 to {images.tokens - 1}."
-        raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {images.tokens} tokens.", hint=hint)
+    how: dict[str, Any] = images._asdict() | {"compat": wanted.compat, "saliency": wanted.saliency}
+    if wanted.tokens is not None and wanted.tokens >= images.image_tokens:
+        hint = f"Use --tokens from 1 to {images.image_tokens - 1}."
+        raise UsageError(f"--tokens {wanted.tokens}: an image of this model has {images.image_tokens} tokens.", hint=hint)
     if wanted.token_stages is not None:
         found = token_schedules.parse_stages(wanted.token_stages, method, **how)
     else:

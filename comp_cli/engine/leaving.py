@@ -19,12 +19,12 @@ class Leaving:
 
     method: of token_schedules.TOKEN_METHODS, whose stages follow from a number of tokens alone; None for CoMP's own: three
     stages from a layer on, ranked by attention from the last instruction token (as PyramidDrop's, arXiv 2410.17247).
-    tokens: of the reference image. layers: of the decoder. class_token, clip: of the vision tower. fixed_size:
+    image_tokens: of the reference image. layers: of the decoder. class_token, clip: of the vision tower. fixed_size:
     whether all images have as many tokens as the reference image; where not, stages keep shares. seed: of random tokens.
     """
 
     method: str | None
-    tokens: int
+    image_tokens: int
     layers: int
     class_token: bool
     clip: bool
@@ -53,7 +53,7 @@ class Leaving:
             self.method,
             tokens=tokens,
             share=None,
-            image_tokens=self.tokens,
+            image_tokens=self.image_tokens,
             layers=self.layers,
             class_token=self.class_token,
             clip=self.clip,
@@ -63,17 +63,17 @@ class Leaving:
 
     def _as_share(self, stage: TokenStage) -> TokenStage:
         """Not more than the number, which rounding up makes of the share."""
-        return replace(stage, keep=None, share=math.floor(1e6 * (stage.keep or 0) / self.tokens) / 1e6)
+        return replace(stage, keep=None, share=math.floor(1e6 * (stage.keep or 0) / self.image_tokens) / 1e6)
 
     @cached_property
     def possible(self) -> frozenset[int]:
         """The numbers of tokens that the method has stages for."""
-        return frozenset(tokens for tokens in range(1, self.tokens) if self._has(tokens))
+        return frozenset(tokens for tokens in range(1, self.image_tokens) if self._has(tokens))
 
     def _has(self, tokens: int) -> bool:
         try:
             found = self.stages(0, tokens)
         except UsageError:
             return False
-        counts = [self.tokens, *(stage.left(self.tokens) for stage in found), 0]
+        counts = [self.image_tokens, *(stage.left(self.image_tokens) for stage in found), 0]
         return all(more > less for more, less in zip(counts, counts[1:], strict=False)) and found[-1].layer < self.layers

@@ -63,7 +63,7 @@ class Described:
 class ImageShape(NamedTuple):
     """What a schedule of token stages depends on."""
 
-    tokens: int  # of the reference image
+    image_tokens: int  # of the reference image
     layers: int  # of the decoder
     class_token: bool  # whether the tower that sees the image has a [CLS] whose attention ranks patches
     clip: bool  # whether that tower is CLIP's

@@ -513,6 +513,7 @@ class ImageFeatures:
     """Mixed in before the multimodal model."""
 
     comp_reader: ClassAttention | None  # where a rule asks the vision tower
+    comp_arguments: tuple[str, ...]  # of the stock forward pass, in their order
     comp_text: str  # name of the text model
     comp_newline: str  # name of the embedding behind the rows of an image, empty where there is none
     comp_shuffle: float | None  # how much patches are shuffled down (InternVL), None where they are not
@@ -531,8 +532,7 @@ class ImageFeatures:
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in inspect.signature(super().forward).parameters if name != "kwargs"]  # type: ignore[misc]
-        kwargs |= dict(zip(names, args, strict=False))
+        kwargs |= dict(zip(self.comp_arguments, args, strict=False))
         notes = self.comp_notes = Notes(kwargs.get("attention_mask"), self.comp_answers, asked=self.comp_asked)
         notes.newline = getattr(self, self.comp_newline) if self.comp_newline else None
         self.comp_answers = None
@@ -863,6 +863,8 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
     mask: of all tokens, (batch or 1, 1, tokens, seen), boolean or additive; (batch, seen) for flash attention; None where the
     kernel is causal by itself. Raises ValueError for any other.
     """
+    if mask is None and selection.index is None and isinstance(held, KeptLayer) and held.valid is None:
+        return None  # a decoding step: the kernel is right as it is
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
         raise ValueError(
             f"attention_mask is a {type(mask).__name__}: where image tokens leave, masks of sdpa, eager or flash attention are "
@@ -873,8 +875,6 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
     rows = torch.arange(selection.tokens, device=states.device).expand(batch, -1) if own is None else own
     valid = selection.valid
     past = 0 if held is None else held.seen
-    if held is not None and own is None and mask is None and held.valid is None and not isinstance(held, KeptStaticLayer):
-        return None  # a decoding step: the kernel is right as it is
     columns = rows + past
     if held is not None:
         before, known = held.positions(batch, columns.device)
@@ -970,6 +970,7 @@ def mixed(before: type, stock: Any) -> Any:
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
+        members["comp_arguments"] = tuple(inspect.signature(stock.forward).parameters)[1:]  # without self
     # Under its name: transformers asks by it which outputs can be recorded.
     return reading_as(stock, type(stock.__name__, (before, stock), members))
 

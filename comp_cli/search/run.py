@@ -178,7 +178,7 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     one_size = topology.images_of_one_size
     found = Leaving(options.tokens_method, **images._asdict(), fixed_size=one_size, seed=options.seed)
     if options.tokens_method and not found.possible:
-        found.stages(0, images.tokens // 2)  # which says why
+        found.stages(0, images.image_tokens // 2)  # which says why
     return found
 
 
