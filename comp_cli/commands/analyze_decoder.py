@@ -119,11 +119,11 @@ def patch_flops(dense: Described) -> int:
 
 def saving(dense: Described, share: float) -> Saving | None:
     """What it saves if a share of the image tokens stays, mean over layers; None where no schedule reaches it."""
-    tokens, layers, class_token = dense.images
-    how: dict[str, Any] = {"image_tokens": tokens, "layers": layers, "class_token": class_token, "fixed_size": True}
+    tokens, layers, class_token, clip = dense.images
+    how: dict[str, Any] = {"image_tokens": tokens, "layers": layers, "class_token": class_token, "clip": clip}
     for method in SCHEDULES:
         try:
-            stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, **how)
+            stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, fixed_size=True, **how)
         except UsageError:
             continue
         plan = replace(dense.plan, stages=stages)
