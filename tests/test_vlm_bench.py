@@ -10,6 +10,7 @@ import torch
 from test_schema import strict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CompileConfig
 
 import comp_cli
 from comp_cli.checkpoint import loading
@@ -135,6 +136,22 @@ def test_steps_leave_the_cache_as_it_was(compact):
     steps({})
     for layer, keys in zip(steps.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and layer.get_seq_length() == prompt["input_ids"].shape[1]
+
+
+def test_steps_on_a_static_cache_are_not_compiled(dense, compact):
+    """On a GPU `generate` would compile them; here it is asked to on any device."""
+    on_any = CompileConfig(backend="no such compiler")
+    on_any._compile_all_devices = True
+    for folder, compiles in ((compact, False), (dense, True)):
+        model = loading.load_model(folder, dtype=torch.float32)
+        described = loading.config_of(model)
+        prompt = decoding.prompt_of(random_inputs(described, find_family(described.to_dict())[0], 1, 12))
+        options = {"cache_implementation": "static", "max_new_tokens": 3, "min_new_tokens": 3, "compile_config": on_any}
+        if compiles:
+            with pytest.raises(Exception, match="no such compiler"):
+                model.generate(**prompt, **options)
+        else:
+            assert model.generate(**prompt, **options).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
 @pytest.mark.gpu

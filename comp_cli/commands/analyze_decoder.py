@@ -4,7 +4,6 @@ if image tokens left. From config.json and the headers of the weights alone, so 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import transformers
 
@@ -120,10 +119,9 @@ def patch_flops(dense: Described) -> int:
 def saving(dense: Described, share: float) -> Saving | None:
     """What it saves if a share of the image tokens stays, mean over layers; None where no schedule reaches it."""
     tokens, layers, *_ = dense.images
-    how: dict[str, Any] = dense.images._asdict() | {"fixed_size": True}
     for method in SCHEDULES:
         try:
-            stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, **how)
+            stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, fixed_size=True, **dense.images._asdict())
         except UsageError:
             continue
         plan = replace(dense.plan, stages=stages)

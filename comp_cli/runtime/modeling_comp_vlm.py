@@ -939,6 +939,11 @@ class CompactVLM:
             raise ValueError("prefill_chunk_size: an image cut into chunks would be ranked in parts. Leave it out.")
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
 
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """`generate` compiles steps on a static cache where there is a GPU; not where how much a layer holds is a number of
+        Python's: each step would be compiled anew."""
+        return not self.comp_placeholders and super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc]
+
 
 def read_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What is to be predicted is no instruction: images are ranked as if it were still to be written. And no loss for the token

@@ -211,9 +211,8 @@ def peaks(
     else:
         scale = torch.full_like(squared[:, :1, :1], cutoff**2)
     density = torch.exp(-squared / scale).masked_fill(~real, 0).sum(-1)
-    index = _places(density)
-    mine, other = density[:, :, None], density[:, None]
-    denser = (other > mine) | ((other == mine) & (index[:, None] < index[:, :, None]))
+    rank = _ranks(-density)
+    denser = rank[:, None] < rank[:, :, None]
     near = torch.cdist(places.float(), places.float(), compute_mode="donot_use_mm_for_euclid_dist") <= NEAR
     candidates = distance.masked_fill(~(denser & near & real), torch.inf)
     parent = candidates.argmin(-1)
@@ -302,7 +301,8 @@ def by_clusters(view: View, cost: Tensor, keep: list[int], doubled: bool) -> Cho
     quota = quotas(same.sum(-1) * head, sums.masked_fill(~head, torch.inf), wanted)
     speaker = same.byte().argmax(-1)
     quota = quota.gather(1, speaker)
-    lower = (cost[:, None] < cost[:, :, None]) | ((cost[:, None] == cost[:, :, None]) & (index[:, None] < index[:, :, None]))
+    rank = _ranks(cost)
+    lower = rank[:, None] < rank[:, :, None]
     alone = (same & lower).sum(-1) < quota
     few = same & ~alone[:, :, None] & ~alone[:, None]
     few = few | (torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device) & real)
