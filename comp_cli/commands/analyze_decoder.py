@@ -121,7 +121,9 @@ def saving(dense: Described, share: float) -> Saving | None:
     tokens, layers, *_ = dense.images
     for method in SCHEDULES:
         try:
-            stages = token_schedules.stages(method, tokens=round(share * tokens), share=None, fixed_size=True, **dense.images._asdict())
+            stages = token_schedules.stages(
+                method, tokens=round(share * tokens), share=None, fixed_size=True, **dense.images._asdict()
+            )
         except UsageError:
             continue
         plan = replace(dense.plan, stages=stages)

@@ -376,6 +376,22 @@ class Selection:
     index: Tensor | None = None
     valid: Tensor | None = None
     heard: Heard | None = None
+    made: dict[Any, Any] = field(default_factory=dict)  # what layers between two stages share, see `once_for`
+
+    def once_for(self, things: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What is made of the same objects and numbers is made once. They are kept, so that no other takes the place of one."""
+        key = tuple(thing if isinstance(thing, int | str) else id(thing) for thing in things)
+        if key not in self.made:
+            self.made[key] = (things, make())
+        return self.made[key][1]
+
+    def turned(self, position_embeddings: Any) -> tuple[Tensor, ...]:
+        """cos and sin of the tokens that are left, (batch, left, dim)."""
+        index = self.index
+        assert index is not None
+        make = lambda: tuple(picked(part, index) for part in position_embeddings)  # noqa: E731
+        found: tuple[Tensor, ...] = self.once_for(("turned", position_embeddings, index), make)
+        return found
 
     @property
     def width(self) -> int:
@@ -812,7 +828,7 @@ class DroppingLayer:
         before = earlier_keys(held) if self.comp_heard and selection.images is not None else None
         held = held if isinstance(held, KeptTokens) else None
         if selection.index is not None:
-            position_embeddings = tuple(picked(part, selection.index) for part in position_embeddings)
+            position_embeddings = selection.turned(position_embeddings)
             position_ids = None  # only flash attention reads it, and takes gaps for the ends of packed sequences
         if held is not None or selection.index is not None:
             attention_mask = layer_mask(attention_mask, hidden_states, selection, held)
@@ -870,39 +886,59 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
             f"attention_mask is a {type(mask).__name__}: where image tokens leave, masks of sdpa, eager or flash attention are "
             "known. Load the model with attn_implementation='sdpa'."
         )
-    batch = len(states)
-    own = selection.index
-    rows = torch.arange(selection.tokens, device=states.device).expand(batch, -1) if own is None else own
-    valid = selection.valid
+    own, room = selection.index, held.room if isinstance(held, KeptStaticLayer) else 0
+    what = (mask, own, selection.valid)
+    where = () if held is None else (held.held, held.gone, room, held.index, held.valid)
+    new = held is not None
+    found: LayerMask = selection.once_for(
+        ("mask", *what, *where, int(new)), lambda: masked(mask, len(states), states.device, selection, held)
+    )
+    if held is not None and own is not None:
+        held.index, held.valid = found.index, found.valid
+        held.gone += selection.tokens - own.shape[1]
+    return found.mask
+
+
+@dataclass
+class LayerMask:
+    """The mask of a layer; where what its cache holds then was, (batch, held), and which of it counts, None for all."""
+
+    mask: Tensor | None
+    index: Tensor
+    valid: Tensor | None
+
+
+def masked(mask: Tensor | None, batch: int, device: Any, selection: Selection, held: KeptTokens | None) -> LayerMask:
+    """Of a layer whose cache holds so much: see `layer_mask`."""
+    own, valid = selection.index, selection.valid
+    rows = torch.arange(selection.tokens, device=device).expand(batch, -1) if own is None else own
     past = 0 if held is None else held.seen
-    columns = rows + past
-    if held is not None:
-        before, known = held.positions(batch, columns.device)
-        columns = torch.cat([before, columns], 1)
+    index = rows + past if past else rows
+    if held is not None and held.held:
+        before, known = held.positions(batch, index.device)
+        index = torch.cat([before, index], 1)
         if valid is not None or known is not None:
             known = torch.ones_like(before, dtype=torch.bool) if known is None else known
             valid = torch.cat([known, torch.ones_like(rows, dtype=torch.bool) if valid is None else valid], 1)
-        if own is not None:
-            held.index, held.valid = columns, valid
-            held.gone += selection.tokens - own.shape[1]
     if mask is None and valid is None and not isinstance(held, KeptStaticLayer):
-        return None if past == 0 or states.shape[1] == 1 else causal(rows, columns, past)
+        return LayerMask(None if past == 0 or rows.shape[1] == 1 else causal(rows, index, past), index, None)
+    columns, counts = index, valid
     if isinstance(held, KeptStaticLayer):  # behind what it holds there is room, which nobody sees
-        free = held.room - columns.shape[1]
-        valid = F.pad(torch.ones_like(columns, dtype=torch.bool) if valid is None else valid, (0, free), value=False)
-        columns = F.pad(columns, (0, free))
+        free = held.room - index.shape[1] + (0 if own is None or held.is_initialized else own.shape[1] - selection.tokens)
+        counts = F.pad(torch.ones_like(index, dtype=torch.bool) if valid is None else valid, (0, free), value=False)
+        columns = F.pad(index, (0, free))
     if mask is None:
         found = causal(rows, columns, past)
     elif mask.dim() == 2:
         seen = mask.gather(1, columns)
-        return seen if valid is None else seen * valid.to(seen.dtype)
+        return LayerMask(seen if counts is None else seen * counts.to(seen.dtype), index, valid)
     else:
         sample = torch.arange(batch, device=rows.device).view(-1, 1, 1)
         found = mask.expand(batch, -1, -1, -1)[sample, 0, rows.unsqueeze(2), columns.unsqueeze(1)].unsqueeze(1)
-    if valid is not None:
+    if counts is not None:
         nothing = False if found.dtype == torch.bool else torch.finfo(found.dtype).min
-        found = found.masked_fill(~valid[:, None, None], nothing)
-    return found
+        found = found.masked_fill(~counts[:, None, None], nothing)
+    return LayerMask(found, index, valid)
 
 
 def causal(rows: Tensor, columns: Tensor, past: int) -> Tensor:

@@ -411,16 +411,21 @@ def visionzip(view: View, keep: list[int]) -> Choice:
 def divprune(view: View, keep: list[int]) -> Choice:
     """DivPrune (arXiv 2503.02175): greedy max-min of the cosine distance. First the token whose nearest neighbour is farthest,
     then always the one that is farthest from those chosen."""
-    distance = 1 - cosines(view.states)
-    real = view.valid[:, :, None] & view.valid[:, None]
-    apart = distance.masked_fill(~real, torch.inf)
+    distance, least = 1 - cosines(view.states), torch.finfo(torch.float32).min
+    apart = distance.masked_fill(~view.valid[:, None], torch.inf)
     apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    nearest, chosen = apart.amin(-1), torch.zeros_like(view.valid)
-    for step in range(_most(keep, view)):
-        pick, chosen = _picked(nearest, chosen, view.valid, keep, step)
-        row = _row(distance, pick)
+    nearest = apart.amin(-1).clamp(max=-least).masked_fill(~view.valid, -torch.inf)
+    # A token is farther than anything from nothing, and nearer than anything to itself: once chosen, never again.
+    distance = distance.masked_fill(~view.valid[:, None], -torch.inf)
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    picks = []
+    for step in range(_most(keep, view)):  # four kernels each
+        picks.append(nearest.argmax(-1, keepdim=True))
+        row = _row(distance, picks[-1])
         nearest = row if step == 0 else torch.minimum(nearest, row)
-    return Choice(chosen)
+    wanted = torch.arange(len(picks), device=nearest.device) < _column(keep, nearest)
+    order = torch.where(wanted, torch.cat(picks, 1), view.valid.shape[1])  # of images that want fewer the rest goes nowhere
+    return Choice(F.pad(view.valid & False, (0, 1)).scatter(1, order, True)[:, :-1] & view.valid)
 
 
 def cdpruner(view: View, keep: list[int]) -> Choice:
@@ -434,8 +439,9 @@ def cdpruner(view: View, keep: list[int]) -> Choice:
     kernel = relevance[:, :, None] * cosines(view.states) * relevance[:, None]
     gain, chosen = kernel.diagonal(dim1=1, dim2=2).clone(), torch.zeros_like(view.valid)
     basis = kernel.new_zeros(len(kernel), _most(keep, view), kernel.shape[-1])  # rows of the Cholesky factor
+    wanted = _column(keep, kernel)
     for step in range(basis.shape[1]):
-        pick, chosen = _picked(gain, chosen, view.valid, keep, step)
+        pick, chosen = _picked(gain, chosen, view.valid, wanted, step)
         known = basis.gather(2, pick[:, :, None].expand(-1, basis.shape[1], 1))  # (I, most, 1)
         row = (_row(kernel, pick) - (known * basis).sum(1)) / gain.gather(1, pick).clamp(min=TINY**2).sqrt()
         basis[:, step] = row
@@ -456,9 +462,9 @@ def tops(view: View, keep: list[int], relevance: str = "class", coverage: float 
     """
     worth, chosen = _min_max(_relevance(view, relevance), view.valid), torch.zeros_like(view.valid)
     likeness = cosines(view.states)
-    score, covered = worth, torch.full_like(worth, -1)
+    score, covered, wanted = worth, torch.full_like(worth, -1), _column(keep, worth)
     for step in range(_most(keep, view)):
-        pick, chosen = _picked(score, chosen, view.valid, keep, step)
+        pick, chosen = _picked(score, chosen, view.valid, wanted, step)
         covered = torch.maximum(covered, _row(likeness, pick))
         open_ = view.valid & ~chosen
         gains = (likeness - covered[:, None]).clamp(min=0).masked_fill(~open_[:, None], 0).sum(-1)
@@ -478,11 +484,11 @@ def _relevance(view: View, kind: str) -> Tensor:
     raise ValueError(f'tops knows the relevance "class", "text", "last" and "attention", not {kind!r}.')
 
 
-def _picked(score: Tensor, chosen: Tensor, valid: Tensor, keep: list[int], step: int) -> tuple[Tensor, Tensor]:
-    """(I, 1) the best token that is free, and (I, n) those chosen with it, in images that want one more."""
+def _picked(score: Tensor, chosen: Tensor, valid: Tensor, wanted: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """(I, 1) the best token that is free, and (I, n) those chosen with it, in images that want one more: wanted (I, 1)."""
     free = valid & ~chosen
     pick = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~free, -torch.inf).argmax(-1, keepdim=True)
-    more = (_places(valid) == pick) & free & (_column(keep, pick) > step)
+    more = (_places(valid) == pick) & free & (wanted > step)
     return pick, chosen | more
 
 
