@@ -676,6 +676,8 @@ def test_labels_everywhere_where_images_are_ranked_by_what_is_asked():
 
 def test_a_later_stage_at_which_nothing_is_dropped():
     refused("drop|leave|stay|keep", lambda: run(compact("llava", key_norm((1, 4), (3, 4))), sample("llava", "one").inputs))
+    more = [*key_norm((1, 4)), {"layer": 3, "rule": "key-norm", "share": 0.9, "settings": {}}]
+    refused("4 tokens.*keeps 15", lambda: run(compact("llava", more), sample("llava", "one").inputs))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

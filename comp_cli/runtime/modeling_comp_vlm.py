@@ -415,7 +415,8 @@ class Selection:
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]
         for count, have in zip(counts, images.counts, strict=True):
-            if not 0 < count < have and (stage.share is None or self.index is None):
+            same_share = count == have and stage.share is not None and self.index is not None
+            if not (0 < count < have or same_share):
                 raise ValueError(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
