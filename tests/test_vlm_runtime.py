@@ -724,6 +724,13 @@ def test_caches_of_an_unknown_kind():
     )
 
 
+def test_a_cache_made_where_checkpointing_is_on_counts_what_it_has_seen_or_there_is_none():
+    model, inputs = compact("llava", STAGES["key-norm"]).train(), sample("llava", "two").inputs
+    model.gradient_checkpointing_enable()
+    cache = run(model, inputs, use_cache=True).past_key_values
+    assert cache is None or {int(cache.get_seq_length(i)) for i in range(LAYERS)} == {inputs["input_ids"].shape[1]}
+
+
 def test_two_caches_and_a_class_that_takes_none():
     """transformers 5.24 has another name for the cache, and would leave out the one under the older name."""
     from comp_cli.runtime.modeling_comp_vlm import cache_name

@@ -709,7 +709,10 @@ class DroppingDecoder:
         model: Any = self
         wanted = arguments.get("use_cache")
         wanted = model.config.use_cache if wanted is None else wanted
-        if cache is None and wanted and not (model.training and model.gradient_checkpointing):
+        checkpointed = model.training and model.gradient_checkpointing
+        if self.comp_cache_name == CACHES[0]:  # since transformers 5.24 not without gradients
+            checkpointed = checkpointed and torch.is_grad_enabled()
+        if cache is None and wanted and not checkpointed:
             cache = DynamicCache(config=model.config)
         if cache is not None:
             keep_count(cache, self.comp_first, len(model.layers))
