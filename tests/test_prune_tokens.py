@@ -1,5 +1,6 @@
 """Image tokens of a decoder leave on the way: `comp prune --method vitcop --tokens`, its folder, and what reads it."""
 
+import inspect
 import json
 import os
 import shutil
@@ -275,6 +276,17 @@ WRONG = {
     "unknown rule": (lambda comp: comp["token_stages"][0].update(rule="best"), "token_stages\\[0\\].rule"),
     "a rule that reads the layer before": (lambda comp: comp["token_stages"][0].update(rule="key-norm"), "settings|layer"),
     "unknown setting": (lambda comp: comp["token_stages"][1]["settings"].update(loud=True), "settings"),
+    "a share that is none": (
+        lambda comp: comp["token_stages"][0]["settings"].update(centre_share=-1.0),
+        "centre_share is -1.0",
+    ),
+    "a word for a number": (lambda comp: comp["token_stages"][0]["settings"].update(centre_share="a"), "centre_share is 'a'"),
+    "a cut-off below nothing": (lambda comp: comp["token_stages"][0]["settings"].update(cutoff=-1), "cutoff is -1"),
+    "a word for yes": (lambda comp: comp["token_stages"][1]["settings"].update(compat="yes"), "compat is 'yes'"),
+    "shares behind numbers": (
+        lambda comp: comp["token_stages"].__setitem__(1, {"layer": 1, "rule": "key-norm", "share": 0.9, "settings": {}}),
+        "share in all",
+    ),
     "keep and share": (lambda comp: comp["token_stages"][0].update(share=0.5), "token_stages\\[0\\]"),
     "another place of [CLS]": (lambda comp: comp["image_tokens"].update(newline="model.image_newline"), "image_tokens"),
     "another dense size": (lambda comp: comp["told_apart"].update(dense=56), "told_apart"),
@@ -288,6 +300,17 @@ def test_a_block_that_lies_is_refused(name, own):
     edited(own, change)
     with pytest.raises(RefusedError, match=said):
         comp_cli.load(own)
+
+
+def test_every_setting_of_every_rule_is_checked():
+    from comp_cli.checkpoint.stage_check import SETTINGS
+    from comp_cli.runtime.token_rules import STAGE_RULES
+
+    known = [inspect.signature(rule.choose).parameters.values() for rule in STAGE_RULES.values()]
+    settings = {each.name: each.default for parameters in known for each in list(parameters)[2:]}
+    assert set(settings) == set(SETTINGS)
+    assert all(SETTINGS[name][0](default) for name, default in settings.items())
+    assert not any(fits(wrong) for fits, _ in SETTINGS.values() for wrong in (-1, "a", [], {}))
 
 
 def test_an_unchanged_block_loads_without_the_report(own):

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 from vlm_models import CASES, FAMILIES, STAGES, SUPPRESSED, batch, class_scores, compact, sample, stock
 from vlm_reference import Reference, beams, best, greedy
 
@@ -77,11 +78,13 @@ def test_without_a_cache_the_same_is_written(name, rule):
 
 
 @each_slowly
-def test_a_static_cache_changes_nothing(name, rule):
-    inputs = batch(name, [sample(name, prompt) for prompt in PROMPTS])
+@pytest.mark.parametrize("prompts", [PROMPTS, ("three",)])
+def test_a_static_cache_changes_nothing(name, rule, prompts):
+    """Alone there is no padding, and no mask of it."""
+    inputs = batch(name, [sample(name, prompt) for prompt in prompts])
     options = {"cache_implementation": "static", "disable_compile": True}
     for _ in range(2):  # the second time in the cache of the first, which is kept
-        same(write(pruned(name, rule), inputs, **options), inputs, name, rule)
+        same(write(pruned(name, rule), inputs, **options), inputs, name, rule, prompts)
 
 
 @each_slowly
@@ -218,6 +221,16 @@ def test_a_cache_can_forget_the_last_words_of_a_prompt(name, rule):
             same_logits(logits, reference.after(tokens))
             cache.crop(-len(tokens))
     assert int(cache.get_seq_length()) == len(sample(name, "one").ids) - 3
+
+
+@pytest.mark.skipif(not StaticLayer.is_croppable, reason="static caches forget nothing before transformers 5.24")
+@each_family
+def test_a_static_cache_forgets_guesses_that_were_wrong(name, rule):
+    inputs = sample(name, "three").inputs
+    options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "max_new_tokens": 3 * STEPS}
+    cache = StaticCache(config=pruned(name, rule).config, max_cache_len=400)
+    found = write(pruned(name, rule), inputs, **options, past_key_values=cache, disable_compile=True)
+    assert new(found, inputs)[0] == expected(name, rule, "three", 3 * STEPS)[0]
 
 
 @each_family

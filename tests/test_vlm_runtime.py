@@ -345,10 +345,8 @@ def every_rule():
     return list(STAGE_RULES)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen3_vl", "smolvlm", "paligemma"])
-@pytest.mark.parametrize("rule", every_rule())
-def test_no_rule_looks_at_the_samples_beside(name, rule):
-    """Every rule of the runtime, behind clusters where it needs them: a batch is its samples alone."""
+def stages_of(name, rule):
+    """A rule of the runtime, behind clusters where it may not be the first. Skips a test of one that asks for [CLS] in vain."""
     from comp_cli.runtime.token_rules import may_be_first, needs_of
 
     tower = FAMILIES[name].has_class_token
@@ -357,7 +355,14 @@ def test_no_rule_looks_at_the_samples_beside(name, rule):
         pytest.skip("no [CLS]")
     first = {"layer": 0, "rule": "cls-clusters" if tower else "diverse-clusters", "keep": 7, "settings": {}}
     stage = {"layer": 2, "rule": rule, "keep": 4, "settings": settings}
-    stages = [stage | {"layer": 0}] if may_be_first(rule, settings) else [first, stage]
+    return [stage | {"layer": 0}] if may_be_first(rule, settings) else [first, stage]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen3_vl", "smolvlm", "paligemma"])
+@pytest.mark.parametrize("rule", every_rule())
+def test_no_rule_looks_at_the_samples_beside(name, rule):
+    """Every rule of the runtime, behind clusters where it needs them: a batch is its samples alone."""
+    stages = stages_of(name, rule)
     model = compact(name, stages)
     inputs = batch(name, [sample(name, prompt) for prompt in PROMPTS])
     logits = run(model, inputs).logits
@@ -365,6 +370,35 @@ def test_no_rule_looks_at_the_samples_beside(name, rule):
         alone = run(model, sample(name, prompt).inputs).logits[0]
         same(logits[i, -1], alone[-1])
         assert ((alone - run(stock(name), sample(name, prompt).inputs).logits[0])[-1].abs().max() > 0.05) == (prompt != "none")
+
+
+@pytest.mark.parametrize("rule", every_rule())
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_text_in_a_mask_that_is_whole_already(rule, side):
+    """(batch, 1, queries, keys), boolean and additive: what does not see itself is padding."""
+    inputs = batch("llava", [sample("llava", prompt) for prompt in PROMPTS], side)
+    real = inputs["attention_mask"].bool()
+    n = real.shape[1]
+    whole = torch.ones(n, n, dtype=torch.bool).tril() & real[:, None, None]
+    model = compact("llava", stages_of("llava", rule))
+    expected = run(model, inputs).logits[real]
+    positions = {"position_ids": torch.arange(n).expand(len(real), -1)}  # which the stock model makes alike for all masks
+    same(run(model, inputs | {"attention_mask": whole}, **positions).logits[real], expected)
+    additive = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+    same(run(model, inputs | {"attention_mask": additive}, **positions).logits[real], expected)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl", "paligemma"])
+@pytest.mark.parametrize("rule", every_rule())
+def test_a_static_cache_lets_the_same_tokens_leave_by_every_rule(name, rule):
+    """`generate` makes the whole mask ahead for such a cache, and a rule that reads the text must not read padding."""
+    model = compact(name, stages_of(name, rule))
+    inputs = batch(name, [sample(name, prompt) for prompt in ("none", "three", "one")])
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": SUPPRESSED, "disable_compile": True}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **options).logits
+    found = model.generate(**inputs, **options, cache_implementation="static").logits
+    same(torch.stack(found), torch.stack(expected))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
@@ -647,6 +681,8 @@ def test_labels_everywhere_where_images_are_ranked_by_what_is_asked():
 
 def test_a_later_stage_at_which_nothing_is_dropped():
     refused("drop|leave|stay|keep", lambda: run(compact("llava", key_norm((1, 4), (3, 4))), sample("llava", "one").inputs))
+    more = [*key_norm((1, 4)), {"layer": 3, "rule": "key-norm", "share": 0.9, "settings": {}}]
+    refused("4 tokens.*keeps 15", lambda: run(compact("llava", more), sample("llava", "one").inputs))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
@@ -691,6 +727,24 @@ def test_caches_of_an_unknown_kind():
     refused(
         "Rounded", lambda: run(model, sample("llava", "two").inputs, past_key_values=Cache(layer_class_to_replicate=Rounded))
     )
+
+
+def test_a_cache_made_where_checkpointing_is_on_counts_what_it_has_seen_or_there_is_none():
+    model, inputs = compact("llava", STAGES["key-norm"]).train(), sample("llava", "two").inputs
+    model.gradient_checkpointing_enable()
+    cache = run(model, inputs, use_cache=True).past_key_values
+    assert cache is None or {int(cache.get_seq_length(i)) for i in range(LAYERS)} == {inputs["input_ids"].shape[1]}
+
+
+def test_two_caches_and_a_class_that_takes_none():
+    """transformers 5.24 has another name for the cache, and would leave out the one under the older name."""
+    from comp_cli.runtime.modeling_comp_vlm import cache_name
+
+    decoder = compact("llava", STAGES["key-norm"]).model.language_model
+    caches = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
+    with pytest.raises(TypeError, match="two caches"):
+        decoder(input_ids=torch.tensor([[5, 6]]), **caches)
+    refused("takes no cache", lambda: cache_name(torch.nn.Linear(1, 1).forward))
 
 
 def test_quantised_caches():

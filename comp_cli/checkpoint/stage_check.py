@@ -3,7 +3,7 @@ checked as plan_check.py checks its towers."""
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ..errors import RefusedError
@@ -12,6 +12,23 @@ from ..plan import PADDING
 from .folder_check import shown
 
 STAGE_KEYS = {"layer", "rule", "settings"}
+RELEVANCES = ("class", "text", "last", "attention")
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)  # a finite one: other numbers are refused when a config.json is read
+
+
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of rules: what may be, and that in words
+    "centre_share": (lambda value: _number(value) and 0 < value <= 1, "more than 0, 1 at most"),
+    "compat": (lambda value: type(value) is bool, "true or false"),
+    "coverage": (lambda value: _number(value) and value >= 0, "0 or more"),
+    "cutoff": (lambda value: value is None or _number(value) and value > 0, "more than 0, or null"),
+    "diversity": (lambda value: _number(value) and value >= 0, "0 or more"),
+    "pivots": (lambda value: type(value) is int and value > 0, "1 or more"),
+    "relevance": (lambda value: value in RELEVANCES, " or ".join(RELEVANCES)),
+    "seed": (lambda value: type(value) is int and value >= 0, "0 or more"),
+}
 
 
 def true_sizes(block: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -61,10 +78,16 @@ def _check_stage(place: str, stage: Any, before: Mapping[str, Any], depth: int) 
     known = list(inspect.signature(STAGE_RULES[rule].choose).parameters)[2:]  # behind what it sees and how many stay
     if not isinstance(settings, dict) or not set(settings) <= set(known):
         _refuse(f"{place}.settings", settings, f"some of {', '.join(known)}" if known else "none")
+    for name, value in settings.items():
+        fits, expected = SETTINGS[name]
+        if not fits(value):
+            _refuse(f"{place}.settings.{name}", value, expected)
     if layer == 0 and not may_be_first(rule, settings):
         _refuse(f"{place}.layer", layer, f"1 or more: {rule} reads the layer before")
     if not (type(kept) is int and kept > 0 if amount == "keep" else type(kept) in (int, float) and 0 < kept < 1):
         _refuse(f"{place}.{amount}", kept, "1 token or more" if amount == "keep" else "a share between 0 and 1")
+    if ({"keep", "share"} - {amount}) & set(before):
+        _refuse(place, stage, "keep in all stages, or share in all")
     if amount in before and not kept < before[amount]:
         _refuse(f"{place}.{amount}", kept, f"less than {before[amount]}, which the stage before keeps")
 

@@ -43,6 +43,7 @@ from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, View, may_be_first, n
 
 TESTED = ("5.23", "5.24")  # releases of transformers, the first and the last one that this file was tested with
 KINDS = ("image", "video")
+CACHES = ("cache", "past_key_values")  # what stock modules call keys and values, since transformers 5.24 and before
 
 
 @once
@@ -59,6 +60,21 @@ def warn_if_untested() -> None:
 
 
 # The cache ---------------------------------------------------------------------------------------------------------------
+
+
+def the_cache(cache: Any, past_key_values: Any) -> Any:
+    """The keys and values of earlier tokens, under whichever name they came. Raises TypeError for two of them."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise TypeError("two caches were given, as cache= and as past_key_values=: give one.")
+    return past_key_values if cache is None else cache
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a stock forward pass calls its cache. Raises ValueError where it is neither name: it would be lost."""
+    name = next((name for name in CACHES if name in inspect.signature(forward).parameters), None)
+    if name is None:
+        raise ValueError(f"transformers {transformers.__version__}: {forward.__qualname__} takes no cache that is known here.")
+    return name
 
 
 class KeptTokens:
@@ -107,6 +123,19 @@ class KeptTokens:
         self.index = None if self.index is None else change(self.index)
         self.valid = None if self.valid is None else change(self.valid)
 
+    def forget_last(self, count: int) -> None:
+        """Forget where the last tokens seen were, as long as all of them are held. Raises ValueError where some have gone."""
+        left = self.held - count
+        if self.index is None or left >= self.index.shape[1]:
+            return
+        held = left >= 0 and self.index[:, left] == self.seen - count  # the first that is forgotten
+        if left >= 0 and self.valid is not None:
+            held = held & self.valid[:, left]
+        if not bool(torch.as_tensor(held).all()):
+            said = f"{count} tokens back would cut into an image, of which some tokens have gone"
+            raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
+        self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.rearrange(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -135,17 +164,7 @@ class KeptLayer(KeptTokens, DynamicLayer):
         self.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens seen, as long as all of them are held. Raises ValueError where some have gone."""
-        left = self.held - abs(tokens_to_remove)
-        if self.index is not None and left < self.index.shape[1]:
-            first = self.seen - abs(tokens_to_remove)  # that is forgotten
-            held = left >= 0 and self.index[:, left] == first
-            if left >= 0 and self.valid is not None:
-                held = held & self.valid[:, left]
-            if not bool(torch.as_tensor(held).all()):
-                said = f"{abs(tokens_to_remove)} tokens back would cut into an image, of which some tokens have gone"
-                raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
-            self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
+        self.forget_last(abs(tokens_to_remove))
         super().crop(tokens_to_remove)
 
 
@@ -183,6 +202,12 @@ class KeptStaticLayer(KeptTokens, StaticLayer):
         self.count += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of a layer that grows. transformers crops static caches since 5.24."""
+        self.forget_last(abs(tokens_to_remove))
+        super().crop(-abs(tokens_to_remove))  # type: ignore[misc]
+        self.count -= abs(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         self.keys = self.values = None
@@ -191,8 +216,9 @@ class KeptStaticLayer(KeptTokens, StaticLayer):
 
 
 def keep_count(cache: Any, first: int, layers: int) -> None:
-    """Make the layers of a cache from the first stage on count what they have seen. Raises ValueError for kinds of caches in
-    which layers cannot hold different numbers of tokens."""
+    """Make the layers of a cache from the first stage on count what they have seen, and all that are of fixed size: for such
+    caches transformers makes a mask in every step, but not where one layer holds what it does not know. Raises ValueError for
+    kinds of caches in which layers cannot hold different numbers of tokens."""
     if not hasattr(cache, "layers"):
         raise ValueError(
             f"{type(cache).__name__}: image tokens cannot leave with this cache; use a DynamicCache or StaticCache."
@@ -200,8 +226,9 @@ def keep_count(cache: Any, first: int, layers: int) -> None:
     while cache.layer_class_to_replicate is not None and len(cache.layers) < layers:  # a DynamicCache without a config
         cache.layers.append(cache.layer_class_to_replicate())
     kinds: dict[type, type[KeptTokens]] = {DynamicLayer: KeptLayer, StaticLayer: KeptStaticLayer}
-    for place in range(first, layers):
-        layer = cache.layers[place]
+    for place, layer in enumerate(cache.layers[:layers]):
+        if place < first and type(layer) is not StaticLayer:
+            continue
         if type(layer) in kinds:
             cache.layers[place] = kinds[type(layer)].of(layer)
         elif not isinstance(layer, KeptTokens):
@@ -404,7 +431,8 @@ class Selection:
         assert images is not None and self.text is not None
         counts = [stage.left(first) for first in images.firsts]
         for count, have in zip(counts, images.counts, strict=True):
-            if not 0 < count < have and (stage.share is None or self.index is None):
+            same_share = count == have and stage.share is not None and self.index is not None
+            if not (0 < count < have or same_share):
                 raise ValueError(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
@@ -654,6 +682,7 @@ class DroppingDecoder:
     comp_square: bool  # whether the tokens of an image are the raster of a square
     comp_asks: bool  # whether a rule reads the text
     comp_tiles: bool  # whether images stand in tiles, which follow one another in the prompt
+    comp_cache_name: str  # of the stock class
     comp_notes: Notes | None = None
     comp_current: Selection | None = None  # while a forward pass runs
 
@@ -664,9 +693,11 @@ class DroppingDecoder:
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         model: Any = self
+        cache = the_cache(cache, past_key_values)
         notes, self.comp_notes = self.comp_notes, None
         states = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         pictured = notes is not None and bool(notes.masks)
@@ -676,16 +707,16 @@ class DroppingDecoder:
                 "attn_implementation='sdpa'."
             )
         if pictured:
-            past_key_values = self.comp_cache(past_key_values, kwargs)
-        counted = past_key_values is not None and any(isinstance(layer, KeptTokens) for layer in past_key_values.layers)
+            cache = self.comp_cache(cache, kwargs)
+        counted = cache is not None and any(isinstance(layer, KeptTokens) for layer in cache.layers)
         if pictured or counted:
             selection = Selection(states.shape[1], left=[states.shape[1]] * len(states))
             if pictured and notes is not None:
-                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                past = 0 if cache is None else cache.get_seq_length()
                 self.comp_open(selection, notes, states, past)
             kwargs["selection"] = self.comp_current = selection
         try:
-            given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, self.comp_cache_name: cache}
             found = super().forward(inputs_embeds=states, **given, **kwargs)  # type: ignore[misc]
         finally:
             selection, self.comp_current = self.comp_current, None  # type: ignore[assignment]
@@ -702,7 +733,10 @@ class DroppingDecoder:
         model: Any = self
         wanted = arguments.get("use_cache")
         wanted = model.config.use_cache if wanted is None else wanted
-        if cache is None and wanted and not (model.training and model.gradient_checkpointing):
+        checkpointed = model.training and model.gradient_checkpointing
+        if self.comp_cache_name == CACHES[0]:  # since transformers 5.24 not without gradients
+            checkpointed = checkpointed and torch.is_grad_enabled()
+        if cache is None and wanted and not checkpointed:
             cache = DynamicCache(config=model.config)
         if cache is not None:
             keep_count(cache, self.comp_first, len(model.layers))
@@ -727,7 +761,7 @@ class DroppingDecoder:
         samples = [head // tokens for head in heads]
         if self.comp_tiles:
             samples, sizes = joined(samples, sizes, heads, tails)
-        selection.text = self.comp_real(notes.real, batch, tokens, states.device)
+        selection.text = real_tokens(notes.real, batch, tokens, past, states.device)
         selection.extra = ~selection.text
         pictured = torch.zeros(batch * tokens, dtype=torch.bool, device=states.device).index_fill(0, where, True)
         selection.text = selection.text & ~pictured.view(batch, tokens)
@@ -762,12 +796,6 @@ class DroppingDecoder:
             images.class_attention, images.tower_keys = said[..., 0], said[..., 1:]
         selection.images = images
 
-    def comp_real(self, mask: Any, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """(batch, tokens): which of the tokens of this pass are no padding."""
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, -tokens:].bool().to(device)
-        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
-
     def _deepstack_process(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
         """Features of deeper layers of the tower, added to the image tokens that are left (Qwen3-VL)."""
         selection = self.comp_current
@@ -776,6 +804,21 @@ class DroppingDecoder:
         whole = hidden_states.new_zeros(*visual_pos_masks.shape, hidden_states.shape[-1])
         whole = whole.masked_scatter(visual_pos_masks.to(whole.device).unsqueeze(-1), visual_embeds.to(whole))
         return hidden_states + whole.gather(1, selection.index.unsqueeze(-1).expand_as(hidden_states))
+
+
+def real_tokens(mask: Any, batch: int, tokens: int, past: int | Tensor, device: torch.device) -> Tensor:
+    """(batch, tokens): which of the tokens of a pass are no padding. mask: (batch, seen); or as `generate` makes it ahead for
+    caches of fixed size, (batch or 1, 1, tokens, seen), a dict of such by kind of layer: what does not see itself is padding.
+    past: tokens seen before the pass."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -tokens:].bool().to(device)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        own = torch.arange(tokens, device=mask.device)
+        seen = mask[:, 0, own, own + past]
+        return (seen if seen.dtype == torch.bool else seen > -1.0).to(device).expand(batch, -1)
+    return torch.ones(batch, tokens, dtype=torch.bool, device=device)
 
 
 def apart(places: Tensor, sizes: list[int]) -> list[int]:
@@ -805,6 +848,7 @@ class DroppingLayer:
 
     comp_stage: Stage | None = None
     comp_heard: frozenset[str] = frozenset()  # what the stage behind this layer asks of it
+    comp_cache_name: str  # of the stock class
 
     def __call__(
         self,
@@ -814,17 +858,19 @@ class DroppingLayer:
         position_ids: Any = None,
         past_key_values: Any = None,
         selection: Selection | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         layer: Any = self
         call: Callable[..., Any] = super().__call__  # type: ignore[misc]
-        given = {"past_key_values": past_key_values, **kwargs}
+        cache = the_cache(cache, past_key_values)
+        given = {self.comp_cache_name: cache, **kwargs}
         if selection is None:
             asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "position_ids": position_ids}
             return call(hidden_states, **asked, **given)
         if self.comp_stage is not None and selection.images is not None:
             hidden_states = selection.drop(self.comp_stage, hidden_states)
-        held = None if past_key_values is None else past_key_values.layers[layer.self_attn.layer_idx]
+        held = None if cache is None else cache.layers[layer.self_attn.layer_idx]
         before = earlier_keys(held) if self.comp_heard and selection.images is not None else None
         held = held if isinstance(held, KeptTokens) else None
         if selection.index is not None:
@@ -1012,6 +1058,8 @@ def mixed(before: type, stock: Any) -> Any:
         names = (f"get_{kind}_features" for kind in KINDS)
         members |= {name: noting(stock, name) for name in names if hasattr(stock, name)}
         members["comp_arguments"] = tuple(inspect.signature(stock.forward).parameters)[1:]  # without self
+    elif before is not CompactVLM:
+        members["comp_cache_name"] = cache_name(stock.forward)
     # Under its name: transformers asks by it which outputs can be recorded.
     return reading_as(stock, type(stock.__name__, (before, stock), members))
 
