@@ -13,6 +13,7 @@ from .folder_check import shown
 
 STAGE_KEYS = {"layer", "rule", "settings"}
 RELEVANCES = ("class", "text", "last", "attention")
+CLUSTERING, CLUSTERED = ("cls-clusters", "diverse-clusters"), ("cluster-merge", "cluster-attention")  # and what reads them
 
 
 def _number(value: Any) -> bool:
@@ -52,7 +53,7 @@ def check_stages(block: Mapping[str, Any], config: dict[str, Any], family: Famil
     if block.get("image_tokens", {}) != expected:
         _refuse("image_tokens", block.get("image_tokens"), shown(expected) if expected else "none: no decoder reads images")
     stages = block.get("token_stages", [])
-    if not isinstance(stages, list) or (stages and not expected):
+    if not isinstance(stages, list) or (stages and not expected) or ("token_stages" in block and not stages):
         _refuse("token_stages", stages, "a list of stages" if expected else "none: no decoder reads images")
     if not stages:
         return
@@ -61,7 +62,13 @@ def check_stages(block: Mapping[str, Any], config: dict[str, Any], family: Famil
     before: dict[str, Any] = {"layer": -1}
     for index, stage in enumerate(stages):
         _check_stage(f"token_stages[{index}]", stage, before, depth)
+        if stage["rule"] in CLUSTERED and not any(earlier["rule"] in CLUSTERING for earlier in stages[:index]):
+            _refuse(f"token_stages[{index}].rule", stage["rule"], f"{' or '.join(CLUSTERING)} at a stage before it")
         before = stage
+    name, first = family.decoder_of_images[0], stages[0]
+    tokens = family.topology.lengths(family, config, 1)[name]
+    if family.topology.images_of_one_size and first.get("keep", 0) >= tokens:
+        _refuse("token_stages[0].keep", first["keep"], f"less than the {tokens} tokens of an image")
 
 
 def _check_stage(place: str, stage: Any, before: Mapping[str, Any], depth: int) -> None:

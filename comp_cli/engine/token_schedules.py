@@ -85,7 +85,14 @@ def stages(
     amounts = _amounts(method, mean, total, layers)
     if not _drops(amounts, total, layers):
         raise _impossible(method, mean, total, layers)
-    return _with_rules(method, amounts, total, class_token, clip, compat, saliency)
+    found = _with_rules(method, amounts, total, class_token, clip, compat, saliency)
+    counts = [image_tokens, *(stage.left(image_tokens) for stage in found)]
+    if any(after >= before for before, after in zip(counts, counts[1:], strict=False)):  # by rounding up
+        said = (
+            f"{method}: of the {image_tokens} tokens of the reference image {', then '.join(map(str, counts[1:]))} would stay"
+        )
+        raise UsageError(f"{said}: nothing goes at one of the stages.", hint="Use another share, or --token-stages.")
+    return found
 
 
 def parse_stages(

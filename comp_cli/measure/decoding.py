@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from ..runtime import modeling_comp
 from .timing import Inputs, Runner
 
 STEPS = 8  # tokens of one timed run of decoding
@@ -70,7 +72,8 @@ class Steps:
 
     def __init__(self, model: Any, prompt: Inputs):
         found = read(model, prompt)
-        self.model, self.cache = model, found.past_key_values
+        self.model, self.name = model, cache_name(model)
+        self.cache = found[self.name]
         self.token = found.logits[:, -1:].argmax(-1)
 
     def __call__(self, inputs: Inputs) -> None:
@@ -81,8 +84,16 @@ class Steps:
         token = self.token
         with torch.inference_mode():
             for _ in range(STEPS):
-                found = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                found = self.model(input_ids=token, **{self.name: self.cache}, use_cache=True, logits_to_keep=1)
                 token = found.logits[:, -1:].argmax(-1)
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls keys and values: another name since transformers 5.24."""
+    found = modeling_comp.cache_name(model.forward)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} of transformers {transformers.__version__} takes no cache that is known here")
+    return found
 
 
 def count_flops(model: Any, prompt: Inputs) -> tuple[int, int]:
@@ -96,7 +107,8 @@ def count_flops(model: Any, prompt: Inputs) -> tuple[int, int]:
             found = read(model, prompt)
         token = found.logits[:, -1:].argmax(-1)
         with FlopCounterMode(display=False) as step:
-            model(input_ids=token, past_key_values=found.past_key_values, use_cache=True, logits_to_keep=1)
+            name = cache_name(model)
+            model(input_ids=token, **{name: found[name]}, use_cache=True, logits_to_keep=1)
     return whole.get_total_flops(), step.get_total_flops()
 
 

@@ -1202,7 +1202,9 @@ def compact_class(architecture: str) -> type:
 
     # _auto_class: a compact model that was trained further takes the runtime along when it is saved.
     members = {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModelForImageTextToText"}
-    return reading_as(stock, type(f"Compact{architecture}", (CompactVLM, stock), members))
+    # Named once more, for Auto classes to see that it can generate: they would make a class of their own otherwise.
+    bases = (CompactVLM, stock, transformers.GenerationMixin)
+    return reading_as(stock, type(f"Compact{architecture}", bases, members))
 
 
 def __getattr__(name: str) -> type:
