@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import comp_cli
 from comp_cli.checkpoint import loading
+from comp_cli.checkpoint.runtimes import FILES
 from comp_cli.cli.app import app
 from comp_cli.engine.methods import DECODER, ENCODER, METHODS, methods_for
 from comp_cli.engine.token_schedules import TOKEN_METHODS
@@ -318,9 +319,9 @@ def test_an_unchanged_block_loads_without_the_report(own):
     comp_cli.load(own)
 
 
-def test_upgrade_replaces_both_files_of_the_runtime(dense, tmp_path):
+def test_upgrade_replaces_the_files_of_the_runtime(dense, tmp_path):
     comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
-    today = {name: (tmp_path / "linked" / name).read_text() for name in ("modeling_comp_vlm.py", "token_rules.py")}
+    today = {name: (tmp_path / "linked" / name).read_text() for name in FILES["modeling_comp_vlm"]}
     for name in today:
         (tmp_path / "linked" / name).write_text("# of an older comp\n")
     result = CliRunner().invoke(app, ["upgrade", str(tmp_path / "linked"), "--json"])

@@ -17,7 +17,8 @@ from comp_cli.data.batches import random_inputs
 from comp_cli.families import find_family
 from comp_cli.measure.decoding import cache_bytes, placed, prompt_of, read, weight_of
 from comp_cli.plan import Plan, TokenStage, dense_plan
-from comp_cli.runtime.modeling_comp_vlm import KeptLayer, make_compact
+from comp_cli.runtime.kept_cache import KeptLayer
+from comp_cli.runtime.modeling_comp_vlm import make_compact
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -738,7 +738,7 @@ def test_a_cache_made_where_checkpointing_is_on_counts_what_it_has_seen_or_there
 
 def test_two_caches_and_a_class_that_takes_none():
     """transformers 5.24 has another name for the cache, and would leave out the one under the older name."""
-    from comp_cli.runtime.modeling_comp_vlm import cache_name
+    from comp_cli.runtime.kept_cache import cache_name
 
     decoder = compact("llava", STAGES["key-norm"]).model.language_model
     caches = {"cache": DynamicCache(), "past_key_values": DynamicCache()}

@@ -10,7 +10,10 @@ from ..families import Family
 
 PLACE = Path(__file__).parent.parent / "runtime"
 # Module that makes and runs compact models -> what it is made of. A module beside a checkpoint finds the others there.
-FILES = {"modeling_comp": ("modeling_comp.py",), "modeling_comp_vlm": ("modeling_comp_vlm.py", "token_rules.py")}
+FILES = {
+    "modeling_comp": ("modeling_comp.py",),
+    "modeling_comp_vlm": ("modeling_comp_vlm.py", "kept_cache.py", "token_selection.py", "token_rules.py"),
+}
 ALL = frozenset(name for names in FILES.values() for name in names)
 
 

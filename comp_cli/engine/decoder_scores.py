@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Tower
-from ..runtime.modeling_comp_vlm import Heard
+from ..runtime.token_selection import Heard
 from .importance import normalised
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..families import Family, Part, Tower
 from ..plan import Plan, TowerPlan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
-from ..runtime.modeling_comp_vlm import DroppingLayer, Selection, Stage
+from ..runtime.modeling_comp_vlm import DroppingLayer
+from ..runtime.token_selection import Selection, Stage
 from .recover import ridge_fit
 from .scoring import reader_of, tower_layers
 

@@ -63,8 +63,8 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         *(quality_lines(quality) if quality else ["What it costs in quality was not measured.", ""]),
         "## Use",
         "",
-        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp_vlm.py` and "
-        "`token_rules.py`, which lie beside the weights.",
+        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp_vlm.py` and the other `.py` "
+        "files beside the weights.",
         "",
         for_decoder(family, task),
         "",

@@ -1,7 +1,7 @@
 """The runtime of compact large vision-language models: image tokens leave between the layers of a stock decoder.
 
-This file and token_rules.py ship beside every such checkpoint and need torch and transformers only. They know no model family:
-the block `comp` of config.json says where things are and how large they are.
+This file, kept_cache.py, token_selection.py and token_rules.py ship beside every such checkpoint and need torch and
+transformers only. They know no model family: the block `comp` of config.json says where things are and how large they are.
 
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
@@ -9,11 +9,12 @@ The forward passes are those of transformers, and so are the attention kernels; 
 Classes are mixed in before the stock ones, at three seams:
 
 * `ImageFeatures` before the multimodal model notes where image tokens are, and hands on what [CLS] of the vision tower says;
-* `DroppingDecoder` before the text model opens a `Selection` for a forward pass, and puts states back where they were;
+* `DroppingDecoder` before the text model opens a `Selection` for a forward pass, and puts states back where they were
+  (token_selection.py);
 * `DroppingLayer` before every decoder layer drops tokens at its stage, and hands the stock layer what belongs to those left.
 
-A layer of the cache holds what its layer has kept (`KeptTokens`), and its length is what it has seen: so positions, masks and
-slices that transformers derives from a cache are right. Original position ids stay, with gaps.
+A layer of the cache holds what its layer has kept, and its length is what it has seen (kept_cache.py). Original position ids
+stay, with gaps.
 
 With `output_hidden_states` the states of a layer are of the tokens that are left there; the last ones are put back in place,
 zero where a token has gone.
@@ -35,15 +36,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, View, may_be_first, needs_of
+from .kept_cache import CACHES, KeptTokens, cache_name, keep_count, the_cache
+from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, may_be_first
+from .token_selection import Heard, Images, Selection, Stage, first_ones, layer_mask
 
 TESTED = ("5.23", "5.24")  # releases of transformers, the first and the last one that this file was tested with
 KINDS = ("image", "video")
-CACHES = ("cache", "past_key_values")  # what stock modules call keys and values, since transformers 5.24 and before
 
 
 @once
@@ -57,185 +59,6 @@ def warn_if_untested() -> None:
             f"({TESTED[0]} to {TESTED[1]}): install one of those, or a newer comp, and `comp upgrade FOLDER`.",
             stacklevel=2,
         )
-
-
-# The cache ---------------------------------------------------------------------------------------------------------------
-
-
-def the_cache(cache: Any, past_key_values: Any) -> Any:
-    """The keys and values of earlier tokens, under whichever name they came. Raises TypeError for two of them."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError("two caches were given, as cache= and as past_key_values=: give one.")
-    return past_key_values if cache is None else cache
-
-
-def cache_name(forward: Callable[..., Any]) -> str:
-    """What a stock forward pass calls its cache. Raises ValueError where it is neither name: it would be lost."""
-    name = next((name for name in CACHES if name in inspect.signature(forward).parameters), None)
-    if name is None:
-        raise ValueError(f"transformers {transformers.__version__}: {forward.__qualname__} takes no cache that is known here.")
-    return name
-
-
-class KeptTokens:
-    """Mixed in before a layer of a cache: it holds fewer tokens than it has seen, and its length is what it has seen.
-
-    index, valid: (batch, known), where the first tokens that it holds were, and which of them count; those behind them are all
-    there. None where nothing went yet, or where all count.
-    """
-
-    gone: int
-    index: Tensor | None
-    valid: Tensor | None
-
-    @classmethod
-    def of(cls, layer: Any) -> Any:
-        """The layer with all that it holds."""
-        made = cls.__new__(cls)
-        vars(made).update(vars(layer))
-        made.forget()
-        return made
-
-    def forget(self) -> None:
-        self.gone, self.index, self.valid = 0, None, None
-
-    @property
-    def held(self) -> int:
-        """Tokens that it holds."""
-        raise NotImplementedError
-
-    @property
-    def seen(self) -> int:
-        return self.held + self.gone
-
-    def positions(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Where what it holds was, (batch, held), and which of it counts (None for all)."""
-        have = self.held
-        if self.index is None:
-            return torch.arange(have, device=device).expand(batch, -1), None
-        known = min(self.index.shape[1], have)
-        behind = torch.arange(known, have, device=device) + self.gone
-        index = torch.cat([self.index[:, :known], behind.expand(batch, -1)], 1)
-        return index, None if self.valid is None else F.pad(self.valid[:, :known], (0, have - known), value=True)
-
-    def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Samples change their places, as they do in `keys`."""
-        self.index = None if self.index is None else change(self.index)
-        self.valid = None if self.valid is None else change(self.valid)
-
-    def forget_last(self, count: int) -> None:
-        """Forget where the last tokens seen were, as long as all of them are held. Raises ValueError where some have gone."""
-        left = self.held - count
-        if self.index is None or left >= self.index.shape[1]:
-            return
-        held = left >= 0 and self.index[:, left] == self.seen - count  # the first that is forgotten
-        if left >= 0 and self.valid is not None:
-            held = held & self.valid[:, left]
-        if not bool(torch.as_tensor(held).all()):
-            said = f"{count} tokens back would cut into an image, of which some tokens have gone"
-            raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
-        self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.rearrange(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.rearrange(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self.rearrange(lambda tensor: tensor[indices])
-
-
-class KeptLayer(KeptTokens, DynamicLayer):
-    """A layer of a cache that grows."""
-
-    @property
-    def held(self) -> int:
-        return super().get_seq_length()
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def reset(self) -> None:
-        super().reset()
-        self.forget()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.forget_last(abs(tokens_to_remove))
-        super().crop(tokens_to_remove)
-
-
-class KeptStaticLayer(KeptTokens, StaticLayer):
-    """A layer of a cache of fixed size; what has gone before it was filled takes no room."""
-
-    is_compileable = False  # how much it holds is a number of Python's
-    count: int
-
-    @classmethod
-    def of(cls, layer: Any) -> Any:
-        made = super().of(layer)
-        made.count = int(layer.cumulative_length)
-        return made
-
-    @property
-    def held(self) -> int:
-        return self.count
-
-    def get_seq_length(self) -> Any:
-        return super().get_seq_length() + self.gone
-
-    @property
-    def room(self) -> int:
-        """Tokens that there is room for: the width of masks."""
-        return self.keys.shape[-2] if self.keys is not None else self.max_cache_len - self.gone
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        whole = self.max_cache_len
-        self.max_cache_len = whole - self.gone
-        super().lazy_initialization(key_states, value_states)
-        self.max_cache_len = whole
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.count += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """As of a layer that grows. transformers crops static caches since 5.24."""
-        self.forget_last(abs(tokens_to_remove))
-        super().crop(-abs(tokens_to_remove))  # type: ignore[misc]
-        self.count -= abs(tokens_to_remove)
-
-    def reset(self) -> None:
-        super().reset()
-        self.keys = self.values = None
-        self.is_initialized, self.count = False, 0
-        self.forget()
-
-
-def keep_count(cache: Any, first: int, layers: int) -> None:
-    """Make the layers of a cache from the first stage on count what they have seen, and all that are of fixed size: for such
-    caches transformers makes a mask in every step, but not where one layer holds what it does not know. Raises ValueError for
-    kinds of caches in which layers cannot hold different numbers of tokens."""
-    if not hasattr(cache, "layers"):
-        raise ValueError(
-            f"{type(cache).__name__}: image tokens cannot leave with this cache; use a DynamicCache or StaticCache."
-        )
-    while cache.layer_class_to_replicate is not None and len(cache.layers) < layers:  # a DynamicCache without a config
-        cache.layers.append(cache.layer_class_to_replicate())
-    kinds: dict[type, type[KeptTokens]] = {DynamicLayer: KeptLayer, StaticLayer: KeptStaticLayer}
-    for place, layer in enumerate(cache.layers[:layers]):
-        if place < first and type(layer) is not StaticLayer:
-            continue
-        if type(layer) in kinds:
-            cache.layers[place] = kinds[type(layer)].of(layer)
-        elif not isinstance(layer, KeptTokens):
-            raise ValueError(
-                f"{type(layer).__name__}: image tokens cannot leave with this kind of cache (sliding windows, recurrent "
-                "states and quantised keys count what they hold). Use the dynamic cache, or cache_implementation='static'."
-            )
 
 
 # What modules make --------------------------------------------------------------------------------------------------------
@@ -259,250 +82,6 @@ def made_by(modules: Sequence[Any]) -> list[Tensor]:
     for module in modules:
         module.comp_made = None
     return found
-
-
-# What is left of a forward pass's tokens --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Before a layer of the decoder: how image tokens are ranked, and how many of each image stay."""
-
-    layer: int
-    rule: str
-    keep: int | None = None
-    share: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What has to be computed for the rule, see token_rules.StageRule."""
-        return needs_of(self.rule, self.settings)
-
-    def left(self, tokens: int) -> int:
-        """How many stay of an image that had so many tokens at first."""
-        return math.ceil(tokens * self.share) if self.share is not None else self.keep or 0
-
-
-@dataclass
-class Heard:
-    """What a layer's attention was made of, for the stage behind it: queries and keys (batch, tokens, heads * head_dim) before
-    RoPE, and what they are turned and masked with."""
-
-    head_dim: int
-    scaling: float
-    position_embeddings: tuple[Tensor, Tensor]
-    mask: Tensor | None  # of the layer, as its kernel takes it
-    past: Tensor | None  # (batch, key-value heads, past, head_dim): keys of earlier tokens, behind RoPE
-    query: Tensor | None = None
-    key: Tensor | None = None
-
-    def heads(self, states: Tensor | None) -> Tensor:
-        """(batch, tokens, heads, head_dim)"""
-        assert states is not None  # the hooks have run
-        return states if states.dim() == 4 else states.unflatten(-1, (-1, self.head_dim))
-
-    def attention_from(self, rows: Tensor) -> Tensor:
-        """Attention that the tokens `rows`, (batch, r), pay to the tokens of this pass, softmax over all that they see, mean
-        over heads: (batch, r, tokens), fp32."""
-        cos, sin = (part.float() for part in self.position_embeddings)
-        if cos.shape[-1] != self.head_dim:
-            raise ValueError("a rotary embedding of a part of each head: attention cannot be ranked by, use another rule.")
-        query, key = self.heads(self.query).float(), self.heads(self.key).float()
-        batch, tokens, groups = key.shape[:3]
-        each = rows[:, :, None, None].expand(-1, -1, *query.shape[2:])
-        turned = rows[:, :, None].expand(-1, -1, self.head_dim)
-        own = (part.expand(batch, -1, -1).gather(1, turned) for part in (cos, sin))
-        query = rotated(query.gather(1, each), *own).unflatten(2, (groups, -1))
-        keys = rotated(key, cos, sin).transpose(1, 2)
-        if self.past is not None:
-            keys = torch.cat([self.past.float(), keys], 2)
-        logits = torch.einsum("brghd,bgkd->bghrk", query, keys) * self.scaling
-        logits = logits.masked_fill(~self.sees(rows, keys.shape[2]), torch.finfo(torch.float32).min)
-        return logits.softmax(-1).mean((1, 2))[..., -tokens:]
-
-    def sees(self, rows: Tensor, keys: int) -> Tensor:
-        """(batch, 1, 1, r, keys), True where a row looks."""
-        past = 0 if self.past is None else self.past.shape[2]
-        if self.mask is not None and self.mask.dim() == 4:
-            mask = self.mask[..., :keys].expand(len(rows), -1, -1, -1)[:, 0]
-            mask = mask.gather(1, rows.unsqueeze(-1).expand(-1, -1, mask.shape[-1]))
-            return (mask if mask.dtype == torch.bool else mask > -1.0)[:, None, None]
-        causal = torch.arange(keys, device=rows.device) <= rows.unsqueeze(-1) + past
-        if self.mask is not None:
-            causal = causal & self.mask[:, None, :keys].bool()
-        return causal[:, None, None]
-
-
-def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE by halves. states (batch, tokens, heads, dim); cos, sin (batch, tokens, dim)."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos.unsqueeze(2) + torch.cat([-second, first], -1) * sin.unsqueeze(2)
-
-
-def first_ones(chosen: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` columns of each row, those that are True before the others, in their order. (rows, count)"""
-    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-
-
-@dataclass
-class Images:
-    """The image tokens of a batch, one row an image, padded to the most tokens of one.
-
-    samples, firsts, counts: of each image its sample, its tokens at first and those that are left. columns (images, n): where
-    they are among the tokens that are left of the sample. positions (images, n): where they were in the image.
-    """
-
-    samples: list[int]
-    firsts: list[int]
-    counts: list[int]
-    columns: Tensor
-    positions: Tensor
-    class_attention: Tensor | None = None  # (images, n) fp32
-    tower_keys: Tensor | None = None  # (images, n, width)
-    labels: Tensor | None = None  # (images, n)
-    square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
-
-    @property
-    def rows(self) -> Tensor:
-        """(images, 1): the sample of each."""
-        return torch.tensor(self.samples, device=self.columns.device).unsqueeze(1)
-
-    @property
-    def valid(self) -> Tensor:
-        """(images, n) booleans."""
-        counts = torch.tensor(self.counts, device=self.columns.device)
-        return torch.arange(self.columns.shape[1], device=self.columns.device) < counts.unsqueeze(1)
-
-    def keep(self, kept: Tensor, counts: list[int], moved: Tensor) -> None:
-        """Only those that are kept, (images, n); moved (batch, tokens): new columns."""
-        order = first_ones(kept, max(counts))
-        self.columns = moved[self.rows, self.columns.gather(1, order)]
-        self.positions = self.positions.gather(1, order)
-        for name in ("class_attention", "labels"):
-            if (held := getattr(self, name)) is not None:
-                setattr(self, name, held.gather(1, order))
-        if self.tower_keys is not None:
-            self.tower_keys = self.tower_keys.gather(1, order.unsqueeze(-1).expand(-1, -1, self.tower_keys.shape[-1]))
-        self.counts = counts
-
-
-@dataclass
-class Selection:
-    """What is left of the tokens of one forward pass.
-
-    index: (batch, left) into those that entered, None while all are left. valid: which of them count, None for all: samples
-    that keep fewer are filled up in front. text: (batch, left), those of the prompt's words.
-    """
-
-    tokens: int
-    images: Images | None = None  # None in a decoding step, and for texts without images
-    text: Tensor | None = None
-    extra: Tensor | None = None  # (batch, tokens): padding and newline embeddings, which leave at the first stage
-    left: list[int] = field(default_factory=list)  # of each sample
-    index: Tensor | None = None
-    valid: Tensor | None = None
-    heard: Heard | None = None
-    made: dict[Any, Any] = field(default_factory=dict)  # what layers between two stages share, see `once_for`
-
-    def once_for(self, things: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What is made of the same objects and numbers is made once. They are kept, so that no other takes the place of one."""
-        key = tuple(thing if isinstance(thing, int | str) else id(thing) for thing in things)
-        if key not in self.made:
-            self.made[key] = (things, make())
-        return self.made[key][1]
-
-    def turned(self, position_embeddings: Any) -> tuple[Tensor, ...]:
-        """cos and sin of the tokens that are left, (batch, left, dim)."""
-        index = self.index
-        assert index is not None
-        make = lambda: tuple(picked(part, index) for part in position_embeddings)  # noqa: E731
-        found: tuple[Tensor, ...] = self.once_for(("turned", position_embeddings, index), make)
-        return found
-
-    @property
-    def width(self) -> int:
-        return self.tokens if self.index is None else self.index.shape[1]
-
-    def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares
-        of small images may be the same number at two stages."""
-        images = self.images
-        assert images is not None and self.text is not None
-        counts = [stage.left(first) for first in images.firsts]
-        for count, have in zip(counts, images.counts, strict=True):
-            same_share = count == have and stage.share is not None and self.index is not None
-            if not (0 < count < have or same_share):
-                raise ValueError(
-                    f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
-                    "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
-                )
-        with torch.autocast(states.device.type, enabled=False):  # ranking is in fp32
-            choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
-        place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
-        flat = torch.where(images.valid & ~choice.kept, place, nowhere).flatten()
-        goes = torch.zeros(nowhere + 1, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)[:-1].view_as(self.text)
-        if choice.states is not None:
-            flat = torch.where(choice.kept, place, nowhere).flatten()
-            room = F.pad(states.flatten(0, 1), (0, 0, 0, 1))
-            states = room.index_copy(0, flat, choice.states.to(states.dtype).flatten(0, 1))[:-1].view_as(states)
-        images.labels = images.labels if choice.labels is None else choice.labels
-        for sample, count, have in zip(images.samples, counts, images.counts, strict=True):
-            self.left[sample] -= have - count
-        if self.extra is not None:
-            goes = goes | self.extra
-            self.left = [have - int(extra) for have, extra in zip(self.left, self.extra.sum(1).tolist(), strict=True)]
-            self.extra = None
-        chosen = self._shrink(goes)
-        moved = torch.zeros_like(goes, dtype=torch.long)
-        moved.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen))
-        images.keep(choice.kept, counts, moved)
-        return states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-
-    def _shrink(self, goes: Tensor) -> Tensor:
-        """Indices into what is left, (batch, fewer), of those that stay, in their order; those that go in front where a sample
-        keeps fewer than another."""
-        stays = ~goes if self.valid is None else ~goes & self.valid
-        most = max(self.left)
-        chosen = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, self.width - most :]
-        same = all(left == most for left in self.left)
-        valid = stays.gather(1, chosen)
-        assert self.text is not None
-        self.valid, self.text = None if same else valid, self.text.gather(1, chosen) & valid
-        self.index = chosen if self.index is None else self.index.gather(1, chosen)
-        return chosen
-
-    def view(self, stage: Stage, states: Tensor) -> View:
-        """What the rule of a stage sees."""
-        images, needs, heard = self.images, stage.needs, self.heard
-        assert images is not None and self.text is not None
-        rows = images.rows
-        view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
-        view.grid = None if images.square else torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
-        if "class" in needs:
-            view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
-        if "keys" in needs and heard is not None:
-            view.keys = heard.heads(heard.key)[rows, images.columns]
-        if "last" in needs and heard is not None:
-            last = (self.text * torch.arange(1, self.width + 1, device=rows.device)).amax(1, keepdim=True) - 1
-            paid = heard.attention_from(last.clamp(min=0))[:, 0]
-            view.last_attention = paid[rows, images.columns]
-        return self._with_text(view, states, heard if "attention" in needs else None) if "text" in needs else view
-
-    def _with_text(self, view: View, states: Tensor, heard: Heard | None) -> View:
-        images = self.images
-        assert images is not None and self.text is not None
-        pictured = [sum(n for s, n in zip(images.samples, images.counts, strict=True) if s == b) for b in range(len(self.left))]
-        most = max(left - count for left, count in zip(self.left, pictured, strict=True))
-        words = first_ones(self.text, most)
-        rows = images.rows
-        view.text_states = states[rows, words[rows[:, 0]]]
-        view.text_valid = self.text.gather(1, words)[rows[:, 0]]
-        if heard is not None:
-            paid = heard.attention_from(words)[rows[:, 0]]
-            columns = images.columns.unsqueeze(1).expand(-1, most, -1)
-            view.text_attention = paid.gather(2, columns) * view.text_valid.unsqueeze(-1)
-        return view
 
 
 # Images, before the decoder ----------------------------------------------------------------------------------------------
@@ -908,88 +487,6 @@ def earlier_keys(held: Any) -> Tensor | None:
         return None
     count = held.held if isinstance(held, KeptTokens) else int(held.get_seq_length())
     return held.keys[:, :, :count] if count else None
-
-
-def picked(part: Tensor, index: Tensor) -> Tensor:
-    """cos or sin of the tokens that are left: (1 or batch, tokens, dim) -> (batch, left, dim)."""
-    if part.dim() != 3:
-        raise ValueError(
-            f"rotary embeddings of {part.dim()} axes: transformers {transformers.__version__} is not supported here."
-        )
-    return part.expand(index.shape[0], -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
-
-
-def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens | None) -> Tensor | None:
-    """The part of the stock mask that belongs to what a layer sees and holds; the layer of the cache learns what comes.
-
-    mask: of all tokens, (batch or 1, 1, tokens, seen), boolean or additive; (batch, seen) for flash attention; None where the
-    kernel is causal by itself. Raises ValueError for any other.
-    """
-    if mask is None and selection.index is None and isinstance(held, KeptLayer) and held.valid is None:
-        return None  # a decoding step: the kernel is right as it is
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
-        raise ValueError(
-            f"attention_mask is a {type(mask).__name__}: where image tokens leave, masks of sdpa, eager or flash attention are "
-            "known. Load the model with attn_implementation='sdpa'."
-        )
-    own, room = selection.index, held.room if isinstance(held, KeptStaticLayer) else 0
-    what = (mask, own, selection.valid)
-    where = () if held is None else (held.held, held.gone, room, held.index, held.valid)
-    new = held is not None
-    found: LayerMask = selection.once_for(
-        ("mask", *what, *where, int(new)), lambda: masked(mask, len(states), states.device, selection, held)
-    )
-    if held is not None and own is not None:
-        held.index, held.valid = found.index, found.valid
-        held.gone += selection.tokens - own.shape[1]
-    return found.mask
-
-
-@dataclass
-class LayerMask:
-    """The mask of a layer; where what its cache holds then was, (batch, held), and which of it counts, None for all."""
-
-    mask: Tensor | None
-    index: Tensor
-    valid: Tensor | None
-
-
-def masked(mask: Tensor | None, batch: int, device: Any, selection: Selection, held: KeptTokens | None) -> LayerMask:
-    """Of a layer whose cache holds so much: see `layer_mask`."""
-    own, valid = selection.index, selection.valid
-    rows = torch.arange(selection.tokens, device=device).expand(batch, -1) if own is None else own
-    past = 0 if held is None else held.seen
-    index = rows + past if past else rows
-    if held is not None and held.held:
-        before, known = held.positions(batch, index.device)
-        index = torch.cat([before, index], 1)
-        if valid is not None or known is not None:
-            known = torch.ones_like(before, dtype=torch.bool) if known is None else known
-            valid = torch.cat([known, torch.ones_like(rows, dtype=torch.bool) if valid is None else valid], 1)
-    if mask is None and valid is None and not isinstance(held, KeptStaticLayer):
-        return LayerMask(None if past == 0 or rows.shape[1] == 1 else causal(rows, index, past), index, None)
-    columns, counts = index, valid
-    if isinstance(held, KeptStaticLayer):  # behind what it holds there is room, which nobody sees
-        free = held.room - index.shape[1] + (0 if own is None or held.is_initialized else own.shape[1] - selection.tokens)
-        counts = F.pad(torch.ones_like(index, dtype=torch.bool) if valid is None else valid, (0, free), value=False)
-        columns = F.pad(index, (0, free))
-    if mask is None:
-        found = causal(rows, columns, past)
-    elif mask.dim() == 2:
-        seen = mask.gather(1, columns)
-        return LayerMask(seen if counts is None else seen * counts.to(seen.dtype), index, valid)
-    else:
-        sample = torch.arange(batch, device=rows.device).view(-1, 1, 1)
-        found = mask.expand(batch, -1, -1, -1)[sample, 0, rows.unsqueeze(2), columns.unsqueeze(1)].unsqueeze(1)
-    if counts is not None:
-        nothing = False if found.dtype == torch.bool else torch.finfo(found.dtype).min
-        found = found.masked_fill(~counts[:, None, None], nothing)
-    return LayerMask(found, index, valid)
-
-
-def causal(rows: Tensor, columns: Tensor, past: int) -> Tensor:
-    """(batch, 1, rows, columns): a token sees those that were not behind it."""
-    return (columns.unsqueeze(1) <= (rows + past).unsqueeze(2)).unsqueeze(1)
 
 
 # The model ---------------------------------------------------------------------------------------------------------------
