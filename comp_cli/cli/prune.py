@@ -159,7 +159,7 @@ def prune(
         from ..report.prune_tables import print_pruned
         from ..report.token_tables import print_tokens_pruned
 
-        if report.image_tokens is not None:
+        if report.image_tokens is not None and report.options.ratio is None:
             return print_tokens_pruned(report, report.image_tokens, out)
         print_pruned(report, out)
 

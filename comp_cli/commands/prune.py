@@ -15,7 +15,7 @@ from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole
 from ..checkpoint.weight_files import files_of
 from ..data.rows import Pair
 from ..engine.allocation import Look
-from ..engine.methods import check_fits
+from ..engine.methods import DECODER, check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
@@ -44,6 +44,7 @@ from ..report.base import PairCounts, Reference, Sizes, Texts, Values
 from ..report.cards import prune_command, without_places
 from ..report.prune import PlanCompared, PruneReport, Quality, SearchCost, StageTaken
 from ..report.prune_tables import layer_rows, metric_value
+from ..report.token_tables import image_tokens
 from ..search.journal import Journal
 from ..search.run import search
 from ..search.trainer import count_steps, is_main_process, precision, process_device, processes
@@ -153,8 +154,10 @@ def _prune(
     try:
         found = search(dense, pairs, resolved, journal, progress)
         plan = found.plan.told_apart(dense.plan)
+        held, decodes = wanted_dtype or of_the_whole(own, dense.state), dense.family.topology.drops_in == DECODER
         report = replace(
             describe(dense, plan, resolved),
+            image_tokens=image_tokens(plan, dense.plan, dense.reference, held.itemsize) if decodes else None,
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
             compared=tuple(_compared(look) for look in found.looks),
             texts={"calibration": found.texts},

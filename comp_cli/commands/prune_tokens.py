@@ -28,8 +28,9 @@ from ..plan import Plan, TokenStage
 from ..progress import Progress
 from ..report.base import Reference, Sizes
 from ..report.cards import prune_command, without_places
-from ..report.prune import ImageTokens, PruneReport, TokensLeft
+from ..report.prune import ImageTokens, PruneReport
 from ..report.prune_tables import layer_rows
+from ..report.token_tables import image_tokens
 from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
@@ -156,27 +157,8 @@ def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport
         compared=(),
         texts={},
         pairs={},
-        image_tokens=image_tokens(dense, plan),
+        image_tokens=image_tokens(plan, dense.plan, dense.reference, dense.bytes_of_a_number),
         plan=plan,
-    )
-
-
-def image_tokens(dense: Described, plan: Plan) -> ImageTokens:
-    """What becomes of the tokens of the reference image."""
-    tokens, layers, *_ = dense.images
-    left = [tokens, *(stage.left(tokens) for stage in plan.stages)]
-    stages = (
-        TokensLeft(stage.layer, stage.rule, kept, of, stage.share)
-        for stage, kept, of in zip(plan.stages, left[1:], left, strict=False)
-    )
-    steps = (flops.decode_step(each, dense.reference).total for each in (dense.plan, plan))
-    caches = (sum(flops.kv_bytes(each, dense.reference, dense.bytes_of_a_number)) for each in (dense.plan, plan))
-    return ImageTokens(
-        of=tokens,
-        mean=round(token_schedules.mean_tokens(plan.stages, tokens, layers), 4),
-        stages=tuple(stages),
-        step_flops=Sizes(*steps),
-        kv_cache_bytes=Sizes(*caches),
     )
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
-from ..checkpoint.runtimes import FILES
+from ..checkpoint.runtimes import FILES, runtime_of
 from ..families import Family
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
@@ -70,10 +70,10 @@ def model_card(
 
 def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float]) -> list[str]:
     """How a checkpoint is used whose layers are of unequal sizes."""
-    code = [f"`{name}`" for name in FILES[family.topology.runtime]]
-    lies = f"{' and '.join(code)}, which {'lie' if code[1:] else 'lies'} beside the weights"
+    module, *others = FILES[family.topology.runtime]
+    lies = f"`{module}`{' and the other `.py` files' if others else ''}, which {'lie' if others else 'lies'} beside the weights"
     return [
-        f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
+        f"With transformers {runtime_of(family).TESTED[0]} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
         "layers of unequal sizes.",
         "",
         card_code.for_checkpoint(family, task, longest, facts=facts),

@@ -8,7 +8,7 @@ from ..families import find_family
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .prune import LayerKept, PruneReport, Quality
+from .prune import ImageTokens, LayerKept, PruneReport, Quality
 
 KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
 
@@ -64,6 +64,25 @@ def print_plan(report: PruneReport, out: Printer) -> None:
     _print_at_own_texts(report, out)
 
 
+def stage_rows(found: ImageTokens) -> list[list[str]]:
+    """Before which layer, by which rule, how many of how many stay."""
+    return [
+        [f"before layer {stage.layer}", stage.rule, f"{stage.kept} / {stage.of}"]
+        + [f"{100 * stage.kept / found.of:.1f} %" + " of any image" * (stage.share is not None)]
+        for stage in found.stages
+    ]
+
+
+def writing_rows(found: ImageTokens) -> list[list[str]]:
+    """Of a decoder that reads images, in the same columns as `comparison_rows`: tokens, and what is written behind them."""
+    step, cache = found.step_flops, found.kv_cache_bytes
+    return [
+        ["image tokens, mean over layers", str(found.of), f"{found.mean:.2f}", change(found.of, found.mean)],
+        ["FLOPs of a written token", gflops(step.dense), gflops(step.compact), change(step.dense, step.compact)],
+        ["KV cache behind the prompt", mib(cache.dense), mib(cache.compact), change(cache.dense, cache.compact)],
+    ]
+
+
 def comparison_rows(report: PruneReport) -> list[list[str]]:
     """Measure, dense, compact, change: the table that ends `comp prune`."""
     flops, params, size, quality = report.flops, report.params, report.size_bytes, report.quality
@@ -74,7 +93,9 @@ def comparison_rows(report: PruneReport) -> list[list[str]]:
     if (own := report.at_own_texts) is not None:
         name = f"FLOPs per pair of {in_words(own.tokens, but=report.reference.tokens)}"
         rows.append([name, gflops(own.flops.dense), gflops(own.flops.compact), change(own.flops.dense, own.flops.compact)])
-    for tower in dict.fromkeys(row.tower for row in report.layers):
+    if (found := report.image_tokens) is not None:
+        rows += writing_rows(found)
+    for tower in dict.fromkeys(row.tower for row in report.layers) if found is None else ():
         outs, (entering, *_) = zip(*(row.tokens for row in report.layers if row.tower == tower), strict=True)
         mean = sum(outs) / len(outs)
         rows.append([f"{tower} tokens, mean over layers", str(entering), f"{mean:.1f}", change(entering, mean)])
@@ -112,6 +133,8 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     """Dense against compact, on what, and the next command; the plan of a dry run."""
     if report.quality is None:
         return print_plan(report, out)
+    if report.image_tokens is not None and report.image_tokens.stages:
+        out.table("Image tokens that stay", ["stage", "rule", "tokens", "of an image"], stage_rows(report.image_tokens))
     columns = ["", "dense", "compact", "change"]
     out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(

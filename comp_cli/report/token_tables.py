@@ -1,28 +1,39 @@
 """The tables of `comp prune` where image tokens leave a decoder."""
 
+from ..engine import flops, token_schedules
+from ..plan import Plan
+from .base import Sizes
 from .numbers import Printer, change, gflops, mib, millions
-from .prune import ImageTokens, PruneReport
-from .prune_tables import in_words, quality_rows
+from .prune import ImageTokens, PruneReport, TokensLeft
+from .prune_tables import in_words, quality_rows, stage_rows, writing_rows
 
 
-def stage_rows(found: ImageTokens) -> list[list[str]]:
-    """Before which layer, by which rule, how many of how many stay."""
-    return [
-        [f"before layer {stage.layer}", stage.rule, f"{stage.kept} / {stage.of}"]
-        + [f"{100 * stage.kept / found.of:.1f} %" + " of any image" * (stage.share is not None)]
-        for stage in found.stages
-    ]
+def image_tokens(plan: Plan, dense: Plan, reference: flops.Reference, bytes_of_a_number: int) -> ImageTokens:
+    """What becomes of the tokens of the reference image in a decoder, and what it saves behind it."""
+    stream, tower = reference.family.decoder_of_images
+    tokens, layers = reference.tokens[stream], len(plan.tower(tower.name).layers)
+    left = [tokens, *(stage.left(tokens) for stage in plan.stages)]
+    stages = (
+        TokensLeft(stage.layer, stage.rule, kept, of, stage.share)
+        for stage, kept, of in zip(plan.stages, left[1:], left, strict=False)
+    )
+    return ImageTokens(
+        of=tokens,
+        mean=round(token_schedules.mean_tokens(plan.stages, tokens, layers), 4),
+        stages=tuple(stages),
+        step_flops=Sizes(*(flops.decode_step(each, reference).total for each in (dense, plan))),
+        kv_cache_bytes=Sizes(*(sum(flops.kv_bytes(each, reference, bytes_of_a_number)) for each in (dense, plan))),
+    )
 
 
 def token_rows(report: PruneReport, found: ImageTokens) -> list[list[str]]:
     """Measure, dense, compact, change."""
-    flops, params, size = report.flops, report.params, report.size_bytes
-    step, cache = found.step_flops, found.kv_cache_bytes
+    prompt, params, size = report.flops, report.params, report.size_bytes
+    mean, *behind = writing_rows(found)
     rows = [
-        ["image tokens, mean over layers", str(found.of), f"{found.mean:.2f}", change(found.of, found.mean)],
-        ["FLOPs of the prompt", gflops(flops.dense), gflops(flops.compact), change(flops.dense, flops.compact)],
-        ["FLOPs of a written token", gflops(step.dense), gflops(step.compact), change(step.dense, step.compact)],
-        ["KV cache behind the prompt", mib(cache.dense), mib(cache.compact), change(cache.dense, cache.compact)],
+        mean,
+        ["FLOPs of the prompt", gflops(prompt.dense), gflops(prompt.compact), change(prompt.dense, prompt.compact)],
+        *behind,
         ["parameters", millions(params.dense), millions(params.compact), change(params.dense, params.compact)],
     ]
     if size is not None:
