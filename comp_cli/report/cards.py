@@ -72,8 +72,9 @@ def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float]) -
     """How a checkpoint is used whose layers are of unequal sizes."""
     module, *others = FILES[family.topology.runtime]
     lies = f"`{module}`{' and the other `.py` files' if others else ''}, which {'lie' if others else 'lies'} beside the weights"
+    least = runtime_of(family).TESTED[0]
     return [
-        f"With transformers {runtime_of(family).TESTED[0]} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
+        f"With transformers {least} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
         "layers of unequal sizes.",
         "",
         card_code.for_checkpoint(family, task, longest, facts=facts),
