@@ -195,7 +195,7 @@ def test_the_command_line_says_what_was_made_and_what_to_do_with_it(case, wide, 
     done = CliRunner().invoke(app, [*asked, "-o", str(tmp_path / "compact")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    assert f"Next: {following}" in said and "language tokens, mean over layers" in said
+    assert f"Next: {following}" in said and "image tokens, mean over layers" in said
     command = json.loads((tmp_path / "compact" / "comp_report.json").read_text())["command"]
     assert "--modes language_params" in command and ("--uniform" in command) == (case == "uniform")
     assert command in (tmp_path / "compact" / "README.md").read_text()
