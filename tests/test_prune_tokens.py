@@ -319,6 +319,16 @@ def test_an_unchanged_block_loads_without_the_report(own):
     comp_cli.load(own)
 
 
+def test_chat_templates_with_names_are_handed_on(dense, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    comp_cli.prune(source, method="stride", tokens=9, output=tmp_path / "compact")
+    assert (tmp_path / "compact" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    assert comp_cli.load(tmp_path / "compact") is not None
+
+
 def test_upgrade_replaces_the_files_of_the_runtime(dense, tmp_path):
     comp_cli.prune(dense, method="vitcop", tokens=9, output=tmp_path / "linked", link=True)
     today = {name: (tmp_path / "linked" / name).read_text() for name in FILES["modeling_comp_vlm"]}

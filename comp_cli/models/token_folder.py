@@ -39,6 +39,7 @@ BESIDE = (
     "merges.txt",
     "*.model",
 )
+TEMPLATES = "additional_chat_templates"
 
 
 def write_folder(
@@ -58,6 +59,9 @@ def write_folder(
     ship(dense.family, folder)
     for path in sorted({path for pattern in BESIDE for path in dense.source.folder.glob(pattern)}):
         shutil.copyfile(path, folder / path.name)
+    for path in sorted((dense.source.folder / TEMPLATES).glob("*.jinja")):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / TEMPLATES / path.name)
     card = token_card(document, dense.family, dense.task, dense.source.folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return known
