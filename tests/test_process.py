@@ -87,8 +87,10 @@ def test_other_processes_of_a_run_are_mute(monkeypatch):
 
 
 def test_the_document_says_what_the_parser_said():
+    done = comp("prune", "--json")
+    assert "Missing argument 'model'" in json.loads(done.stdout)["error"]["message"] and "model" in done.stderr
     done = comp("prune", "demo", "--json")
-    assert "Missing option '--ratio'" in json.loads(done.stdout)["error"]["message"] and "--ratio" in done.stderr
+    assert json.loads(done.stdout)["error"]["message"] == "--ratio is missing." and "--ratio" in done.stderr
 
 
 # Bad values

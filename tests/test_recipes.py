@@ -28,7 +28,7 @@ from comp_cli.commands import export, prune
 from comp_cli.models.compact import write_checkpoint
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
-from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, Training
+from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, TokenOptions, Training
 from comp_cli.plan import Channels, Plan
 from comp_cli.report import card_code, cards
 from comp_cli.topology import DualEncoder, EncoderDecoder, card_examples
@@ -305,10 +305,11 @@ def test_every_option_of_the_command_in_a_card_exists():
     from comp_cli.cli.app import app
 
     known = {flag for option in get_command(app).commands["prune"].params for flag in (*option.opts, *option.secondary_opts)}
-    for name in (field.name for field in fields(PruneOptions) if field.name not in ("model", "ratio", "data", "training")):
+    apart = ("model", "ratio", "data", "training", "image_tokens")
+    for name in (field.name for field in fields(PruneOptions) if field.name not in apart):
         assert f"--{name.replace('_', '-')}" in known, name
     nested = [cards.FLAGS.get(field.name, field.name) for field in fields(Training)]
-    for name in (*nested, *(field.name for field in fields(DataOptions))):
+    for name in (*nested, *(field.name for kind in (DataOptions, TokenOptions) for field in fields(kind))):
         assert f"--{name.replace('_', '-')}" in known, name
 
 
