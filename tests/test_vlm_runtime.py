@@ -779,6 +779,14 @@ def test_stages_that_cannot_be(stages, words):
     refused(words, lambda: compact("llava", stages))
 
 
+def test_another_layer_of_the_tower_is_refused_and_nothing_lingers():
+    """[CLS] is read in the layer of config.json; the next pass is as ever."""
+    model, inputs = compact("llava", STAGES["cls-clusters"]), sample("llava", "one").inputs
+    expected = run(model, inputs).logits
+    refused("vision_feature_layer", lambda: run(model, inputs, vision_feature_layer=-1))
+    assert torch.equal(run(model, inputs).logits, expected)
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm", "paligemma", "llava_onevision"])
 def test_class_attention_of_a_tower_without_a_class_token(name):
     refused("cls-clusters|class", lambda: run(compact(name, STAGES["cls-clusters"]), sample(name, "one").inputs))

@@ -237,12 +237,12 @@ def noting(stock: Any, name: str) -> Callable[..., Any]:
     def features(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.comp_kind is not None:  # videos may be encoded as images are
             return encode(self, *args, **kwargs)
-        self.comp_kind = kind
         given = signature.bind_partial(self, *args, **kwargs).arguments
         if self.comp_reader is not None and kind == "image":
             if given.get("vision_feature_layer") not in (None, getattr(self.config, "vision_feature_layer", None)):
                 raise ValueError("vision_feature_layer: images are ranked by [CLS] in the layer of config.json. Leave it out.")
             self.comp_reader.listen()
+        self.comp_kind = kind
         try:
             return self.comp_encoded(encode(self, *args, **kwargs), given)
         finally:
