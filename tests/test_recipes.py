@@ -31,6 +31,7 @@ from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, TokenOptions, Training
 from comp_cli.plan import Channels, Plan
 from comp_cli.report import card_code, cards
+from comp_cli.report.base import Sizes
 from comp_cli.topology import DualEncoder, EncoderDecoder, card_examples
 
 QUIET = Output("quiet")
@@ -108,6 +109,10 @@ class Written:
         return load_model(self.folder, family=self.dense.family, dtype=torch.float32)
 
 
+def sizes(dense: Dense, plan: Plan) -> Sizes:
+    return Sizes(dense.params(dense.plan), dense.params(plan))
+
+
 def smaller(dense: Dense) -> Plan:
     """Two heads of six and half of the channels gone, and image tokens. Those of texts stay: random weights rank them nearly
     alike, and rounding would decide."""
@@ -136,7 +141,10 @@ def write_compact(family: str, place: Path) -> Written:
     folder.mkdir()
     options = PruneOptions(str(place / "dense"), 0.4, method="joint")
     quality = {"samples": 8, "data": "table", "metric": "accuracy", "metrics": None, "agreement": 0.9}
-    document = prune.describe(dense, plan, options).to_json() | {"quality": quality, "command": cards.prune_command(options)}
+    document = prune.describe(dense, plan, options, sizes(dense, plan)).to_json() | {
+        "quality": quality,
+        "command": cards.prune_command(options),
+    }
     document["base_address"] = dense.source.address_from(folder)
     compact = dense.runtime(plan)
     write_checkpoint(folder, dense, compact, plan, document, dict.fromkeys(untied_state_dict(compact), torch.float32))
@@ -323,7 +331,8 @@ def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
     (tmp_path / "README.md").write_text(said)
     quality = {"samples": 64, "data": "mine.jsonl", "agreement": 0.95, "metric": "accuracy"}
     quality |= {"metrics": {"accuracy": {"dense": 0.9, "compact": 0.85}}}
-    document = prune.describe(dense, smaller(dense), PruneOptions("org/blip", 0.4)).to_json()
+    plan = smaller(dense)
+    document = prune.describe(dense, plan, PruneOptions("org/blip", 0.4), sizes(dense, plan)).to_json()
     document |= {"quality": quality, "command": "comp prune org/blip --ratio 0.4", "base_model": "org/blip"}
     card = cards.model_card(document, dense.family, dense.task, tmp_path, longest=0, facts={})
     (tmp_path / "README.md").write_text(card)

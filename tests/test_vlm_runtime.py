@@ -747,6 +747,19 @@ def test_two_caches_and_a_class_that_takes_none():
     refused("takes no cache", lambda: cache_name(torch.nn.Linear(1, 1).forward))
 
 
+@pytest.mark.parametrize("before", ["ImageFeatures", "DroppingDecoder", "DroppingLayer"])
+def test_a_stock_forward_pass_without_what_the_runtime_reads_is_refused(before):
+    from comp_cli.runtime import modeling_comp_vlm as runtime
+
+    class Newer(torch.nn.Module):
+        def forward(
+            self, hidden_states, position_ids=None, position_embeddings=None, mm_encoder_outputs=None, past_key_values=None
+        ):
+            return hidden_states
+
+    refused("Newer.forward takes no attention_mask", lambda: runtime.mixed(getattr(runtime, before), Newer))
+
+
 def test_quantised_caches():
     model = compact("llava", STAGES["key-norm"])
     with pytest.raises((ValueError, ImportError, NotImplementedError), match="(?i)quant"):

@@ -22,6 +22,7 @@ from ..files.outputs import atomic_folder, check_replaceable, check_room, reserv
 from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
 from ..models.dense import Dense, by_model_size, open_dense
+from ..models.described import Described
 from ..models.generated_texts import judge
 from ..models.own_texts import at_own_texts, saved, warn_less
 from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
@@ -156,7 +157,7 @@ def _prune(
         plan = found.plan.told_apart(dense.plan)
         held, decodes = wanted_dtype or of_the_whole(own, dense.state), dense.family.topology.drops_in == DECODER
         report = replace(
-            describe(dense, plan, resolved),
+            describe(dense, plan, resolved, Sizes(dense.params(dense.plan), dense.params(plan))),
             image_tokens=image_tokens(plan, dense.plan, dense.reference, held.itemsize) if decodes else None,
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
             compared=tuple(_compared(look) for look in found.looks),
@@ -243,7 +244,7 @@ def check_disk(dense: Dense, options: ResolvedOptions, dtype: torch.dtype, outpu
         check_room(output, left * dtype.itemsize, "the compact model")
 
 
-def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
+def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params: Sizes) -> PruneReport:
     """The report of a plan: what goes, at which reference input. Raises CompError where nothing does."""
     sizes, ratio = saved(dense, plan, dense.reference)
     if ratio <= 0:
@@ -260,7 +261,7 @@ def describe(dense: Dense, plan: Plan, options: PruneOptions) -> PruneReport:
         ratio=ratio,
         reference=Reference(dense.reference.tokens),
         flops=sizes,
-        params=Sizes(dense.params(dense.plan), dense.params(plan)),
+        params=params,
         layers=layer_rows(plan, dense.plan, dense.reference),
         stages=(),
         compared=(),

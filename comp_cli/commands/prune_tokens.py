@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from .. import __version__
-from ..engine import flops, token_schedules
+from ..engine import token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
 from ..families import Family
@@ -26,13 +24,12 @@ from ..models.token_folder import check_folder_loads, write_folder
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
 from ..plan import Plan, TokenStage
 from ..progress import Progress
-from ..report.base import Reference, Sizes
-from ..report.cards import prune_command, without_places
+from ..report.base import Sizes
+from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
-from ..report.prune_tables import layer_rows
 from ..report.token_tables import image_tokens
 from ..search.trainer import is_main_process, process_device
-from .prune import check_drop, compare, kept_with_folder, resolve_defaults
+from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
 
 
@@ -106,7 +103,9 @@ def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) 
     plan = replace(dense.plan, stages=stages_of(dense.images, options.method, wanted, options.seed, one_size))
     for said in warnings_of(dense, options, wanted):
         progress.warn(said)
-    return describe(dense, plan, options), dense, plan
+    report = describe(dense, plan, options, Sizes(dense.params, dense.params))
+    left = image_tokens(plan, dense.plan, dense.reference, dense.bytes_of_a_number)
+    return replace(report, image_tokens=left), dense, plan
 
 
 def stages_of(images: ImageShape, method: str, wanted: TokenOptions, seed: int, one_size: bool) -> tuple[TokenStage, ...]:
@@ -134,32 +133,6 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
             "first (documents, charts). --data with labelled pairs of yours measures it."
         )
     return found
-
-
-def describe(dense: Described, plan: Plan, options: PruneOptions) -> PruneReport:
-    """The report of a plan: what leaves where, and what it saves at the reference input."""
-    before, after = (flops.count(each, dense.reference) for each in (dense.plan, plan))
-    return PruneReport(
-        comp_version=__version__,
-        torch_version=str(torch.__version__),
-        base_model=dense.source.name,
-        base_revision=dense.source.revision,
-        base_address=dense.source.address,
-        architecture=dense.architecture,
-        task=dense.task.name,
-        options=without_places(options),
-        ratio=round(1 - after.total / before.total, 5),
-        reference=Reference(dense.reference.tokens),
-        flops=Sizes(before.total, after.total),
-        params=Sizes(dense.params, dense.params),
-        layers=layer_rows(plan, dense.plan, dense.reference),
-        stages=(),
-        compared=(),
-        texts={},
-        pairs={},
-        image_tokens=image_tokens(plan, dense.plan, dense.reference, dense.bytes_of_a_number),
-        plan=plan,
-    )
 
 
 def measured(

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -99,7 +100,7 @@ class Space:
     stay: frozenset[Key] = frozenset()  # parts that keep all of their units
     leaving: Leaving | None = None
 
-    @property
+    @cached_property
     def total(self) -> int:
         """FLOPs of the dense model."""
         return flops.count(self.dense, self.ref).total
@@ -186,11 +187,16 @@ class Space:
                 break
             left -= cost * size
             gone[key] = gone.get(key, 0) + size
-        for (name, index, part), count in gone.items():
-            first = set(self.prices[name, index, part].argsort(stable=True)[:count].tolist())
-            layer = plan.tower(name).layers[index]
-            plan = plan.with_layer(name, index, layer.keeping(part, [unit for unit in layer.kept(part) if unit not in first]))
+        for key, count in gone.items():
+            plan = self.without_cheapest(plan, key, count)
         return plan
+
+    def without_cheapest(self, plan: Plan, key: Key, count: int) -> Plan:
+        """The plan without so many units of the lowest price of a part."""
+        name, index, part = key
+        first = set(self.prices[key].argsort(stable=True)[:count].tolist())
+        layer = plan.tower(name).layers[index]
+        return plan.with_layer(name, index, layer.keeping(part, [unit for unit in layer.kept(part) if unit not in first]))
 
     def _groups(self, row: flops.LayerFlops, plan: Plan, kept: set[Key]) -> Iterator[tuple[Key, int, int, float, float]]:
         """Units of a layer that may go, in their order: key, number of the group, units in it, price per FLOPs, FLOPs of a

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Tower
-from ..runtime.token_selection import Heard
+from ..runtime.token_selection import Heard, sources_of
 from .importance import normalised
 
 
@@ -79,8 +79,7 @@ def listening(
             heard: dict[str, Any] = {}
             attention: Any = layer.get_submodule(module)
             hooks.append(layer.register_forward_pre_hook(before(heard), with_kwargs=True))
-            for name, letter in (("query", "q"), ("key", "k")):
-                source = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
+            for name, source in zip(("query", "key"), sources_of(attention), strict=True):
                 hooks.append(source.register_forward_hook(keep(heard, name)))
             hooks.append(layer.register_forward_hook(behind(heard, index)))
         yield prompts

@@ -165,7 +165,7 @@ def kv_bytes(plan: Plan, ref: Reference, dtype_bytes: int) -> tuple[int, ...]:
 
 def _writing(plan: Plan, ref: Reference) -> TowerPlan:
     """The tower that writes a text behind what it reads. Raises ValueError for models that have none."""
-    found = [tower.name for tower in ref.family.towers if tower.causal and tower.order == "stock"]
+    found = [tower.name for tower in ref.family.towers if tower.writes]
     if not found:
         raise ValueError(f"{ref.family.name}: no tower that reads a prompt and writes on")
     return plan.tower(found[0])
@@ -181,7 +181,7 @@ def _left(plan: Plan, tower: Tower, index: int, ref: Reference) -> dict[str, int
     """Tokens of the streams that a stage before a layer makes fewer. What stands between the rows of an image leaves at the
     first stage."""
     stages = [stage for stage in plan.stages if stage.layer == index]
-    kinds = {stream.name: stream.source for stream in tower.streams if tower.order == "stock" and tower.causal}
+    kinds = {stream.name: stream.source for stream in tower.streams if tower.writes}
     left = {name: stage.left(ref.tokens[name]) for stage in stages for name, source in kinds.items() if source == "image"}
     return left | {name: 0 for name, source in kinds.items() if stages and source == "newline"}
 

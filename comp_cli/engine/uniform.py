@@ -31,7 +31,7 @@ class Uniform:
 
     @property
     def decoder(self) -> Tower:
-        return next(tower for tower in self.space.ref.family.towers if tower.writes)
+        return self.space.ref.family.decoder_of_images[1]
 
     @cached_property
     def widths(self) -> dict[Place, int]:
@@ -104,12 +104,9 @@ class Uniform:
         """The plan with these sizes, of each layer's dearest units."""
         plan = self.space.dense
         for (name, part), count in sizes.items():
-            for index, layer in enumerate(plan.tower(name).layers):
-                gone = self.widths[name, part] - count
-                if gone:
-                    first = set(self.space.prices[name, index, part].argsort(stable=True)[:gone].tolist())
-                    left = [unit for unit in layer.kept(part) if unit not in first]
-                    plan = plan.with_layer(name, index, layer.keeping(part, left))
+            gone = self.widths[name, part] - count
+            for index in range(len(plan.tower(name).layers) if gone else 0):
+                plan = self.space.without_cheapest(plan, (name, index, part), gone)
         return plan
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from ..runtime import modeling_comp
+from ..runtime.kept_cache import cache_name
 from .timing import Inputs, Runner
 
 STEPS = 8  # tokens of one timed run of decoding
@@ -72,7 +71,7 @@ class Steps:
 
     def __init__(self, model: Any, prompt: Inputs):
         found = read(model, prompt)
-        self.model, self.name = model, cache_name(model)
+        self.model, self.name = model, cache_name(model.forward)
         self.cache = found[self.name]
         self.token = found.logits[:, -1:].argmax(-1)
 
@@ -88,14 +87,6 @@ class Steps:
                 token = found.logits[:, -1:].argmax(-1)
 
 
-def cache_name(model: Any) -> str:
-    """What a model calls keys and values: another name since transformers 5.24."""
-    found = modeling_comp.cache_name(model.forward)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} of transformers {transformers.__version__} takes no cache that is known here")
-    return found
-
-
 def count_flops(model: Any, prompt: Inputs) -> tuple[int, int]:
     """FLOPs of a prompt and of one token behind it, counted from what runs (the math attention kernel shows its matmuls to the
     counter, those of pairs that a causal mask hides among them)."""
@@ -107,7 +98,7 @@ def count_flops(model: Any, prompt: Inputs) -> tuple[int, int]:
             found = read(model, prompt)
         token = found.logits[:, -1:].argmax(-1)
         with FlopCounterMode(display=False) as step:
-            name = cache_name(model)
+            name = cache_name(model.forward)
             model(input_ids=token, **{name: found[name]}, use_cache=True, logits_to_keep=1)
     return whole.get_total_flops(), step.get_total_flops()
 

@@ -12,11 +12,12 @@ from ..report.base import Sizes, Texts
 from ..report.prune import AtOwnTexts
 from ..report.prune_tables import in_words
 from .dense import Dense
+from .described import Described
 
 TOLERANCE = 0.01  # that the ratio may lie under the wanted one before it is said
 
 
-def saved(dense: Dense, plan: Plan, reference: flops.Reference) -> tuple[Sizes, float]:
+def saved(dense: Dense | Described, plan: Plan, reference: flops.Reference) -> tuple[Sizes, float]:
     """FLOPs of one sample, dense and compact, and the ratio: the share of them that goes."""
     before, after = (flops.count(each, reference).total for each in (dense.plan, plan))
     return Sizes(before, after), round(1 - after / before, 5)

@@ -42,7 +42,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from .kept_cache import CACHES, KeptTokens, cache_name, keep_count, the_cache
 from .token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, may_be_first
-from .token_selection import Heard, Images, Selection, Stage, first_ones, layer_mask
+from .token_selection import Heard, Images, Selection, Stage, first_ones, layer_mask, sources_of
 
 TESTED = ("5.23", "5.24")  # releases of transformers, the first and the last one that this file was tested with
 KINDS = ("image", "video")
@@ -146,9 +146,11 @@ class ImageFeatures:
     comp_kind: str | None = None  # what is encoded just now
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().get_placeholder_mask(*args, **kwargs)  # type: ignore[misc]
+        stock: Any = super().get_placeholder_mask  # type: ignore[misc]
+        found = stock(*args, **kwargs)
         if (notes := self.comp_notes) is not None:
-            if kwargs.get("video_features") is not None:
+            given = inspect.signature(stock).bind(*args, **kwargs).arguments
+            if given.get("video_features") is not None:
                 notes.masks["video"] = (found[1] if isinstance(found, tuple) else found)[..., 0]
             else:
                 notes.masks["image"] = (found[0] if isinstance(found, tuple) else found)[..., 0]
@@ -463,21 +465,17 @@ class DroppingLayer:
         attention = layer.self_attn
         heard = Heard(attention.head_dim, attention.scaling, position_embeddings, attention_mask, before)
         asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "position_ids": position_ids}
-        for source in self.comp_sources():
+        sources = sources_of(attention)
+        for source in sources:
             source.comp_listens = True
         found = call(hidden_states, **asked, **given)
-        heard.query, heard.key = made_by(self.comp_sources())
+        heard.query, heard.key = made_by(sources)
         selection.heard = heard
         return found
 
-    def comp_sources(self) -> list[Any]:
-        """What makes queries and keys of the attention, before RoPE."""
-        attention: Any = self.self_attn  # type: ignore[attr-defined]
-        return [getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj") for letter in "qk"]
-
     def comp_listen(self) -> None:
         """Remember queries and keys, for the stage behind this layer."""
-        for source in self.comp_sources():
+        for source in sources_of(self.self_attn):  # type: ignore[attr-defined]
             listen_to(source)
 
 
@@ -547,9 +545,20 @@ def reading_as(stock: Any, made: type) -> type:
     return made
 
 
+# What is read of the arguments of a stock forward pass, the cache aside: see cache_name.
+READ: dict[type, frozenset[str]] = {
+    ImageFeatures: frozenset({"attention_mask", "mm_encoder_outputs"}),
+    DroppingDecoder: frozenset({"attention_mask", "position_ids"}),
+    DroppingLayer: frozenset({"attention_mask", "position_ids", "position_embeddings"}),
+}
+
+
 @once
 def mixed(before: type, stock: Any) -> Any:
-    """The stock class with another one before it."""
+    """The stock class with another one before it. Raises ValueError where its forward pass lacks what that one reads: it would
+    be None, without a word."""
+    if missing := sorted(READ.get(before, frozenset()) - set(inspect.signature(stock.forward).parameters)):
+        raise ValueError(f"transformers {transformers.__version__}: {stock.__name__}.forward takes no {', '.join(missing)}.")
     members: dict[str, Any] = {"__module__": stock.__module__}
     if before is ImageFeatures:
         names = (f"get_{kind}_features" for kind in KINDS)

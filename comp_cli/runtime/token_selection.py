@@ -7,6 +7,7 @@ Ships beside compact checkpoints, see modeling_comp_vlm.py.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ class Heard:
         return causal[:, None, None]
 
 
+def sources_of(attention: Any) -> list[Any]:
+    """What makes the queries and keys of an attention, before RoPE."""
+    return [getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj") for letter in "qk"]
+
+
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE by halves. states (batch, tokens, heads, dim); cos, sin (batch, tokens, dim)."""
     first, second = states.chunk(2, dim=-1)
@@ -117,7 +123,7 @@ class Images:
     labels: Tensor | None = None  # (images, n)
     square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """(images, 1): the sample of each."""
         return torch.tensor(self.samples, device=self.columns.device).unsqueeze(1)
@@ -192,9 +198,10 @@ class Selection:
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
         with torch.autocast(states.device.type, enabled=False):  # ranking is in fp32
-            choice = STAGE_RULES[stage.rule].choose(self.view(stage, states), counts, **stage.settings)
+            view = self.view(stage, states)
+            choice = STAGE_RULES[stage.rule].choose(view, counts, **stage.settings)
         place, nowhere = images.rows * self.width + images.columns, self.text.numel()  # padding of `images` goes nowhere
-        flat = torch.where(images.valid & ~choice.kept, place, nowhere).flatten()
+        flat = torch.where(view.valid & ~choice.kept, place, nowhere).flatten()
         goes = torch.zeros(nowhere + 1, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)[:-1].view_as(self.text)
         if choice.states is not None:
             flat = torch.where(choice.kept, place, nowhere).flatten()
@@ -287,9 +294,8 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
     own, room = selection.index, held.room if isinstance(held, KeptStaticLayer) else 0
     what = (mask, own, selection.valid)
     where = () if held is None else (held.held, held.gone, room, held.index, held.valid)
-    new = held is not None
     found: LayerMask = selection.once_for(
-        ("mask", *what, *where, int(new)), lambda: masked(mask, len(states), states.device, selection, held)
+        ("mask", *what, *where), lambda: masked(mask, len(states), states.device, selection, held)
     )
     if held is not None and own is not None:
         held.index, held.valid = found.index, found.valid

@@ -99,7 +99,7 @@ class Tile(Pictures):
 
     @property
     def one_size(self) -> bool:
-        return type(self) in (Tile, TileOfPrefix) and self.merged is None  # others read a large picture in several tiles
+        return self.merged is None  # processors of the others cut pictures into tiles
 
     def sizes(self, config: Config) -> Sizes:
         vision = config["vision_config"]
@@ -142,6 +142,10 @@ class TilesOfPrompts(Tile):
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "pixel_attention_mask")
 
+    @property
+    def one_size(self) -> bool:
+        return False  # a large picture is read in several tiles
+
     def random(self, config: Config, batch: int, images: int, generator: torch.Generator) -> dict[str, Tensor]:
         import torch
 
@@ -161,6 +165,10 @@ class AnyResolution(Tile):
 
     square: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = (PIXELS, "image_sizes")
+
+    @property
+    def one_size(self) -> bool:
+        return False  # a large picture is read in several tiles
 
     def reference(self, config: Config) -> tuple[int, int]:
         """Height and width of the reference image."""

@@ -67,7 +67,7 @@ class ImageTextDecoder(Topology):
 
     @property
     def images_of_one_size(self) -> bool:
-        return self.pictures.one_size and self.shuffle is None  # processors of those cut pictures into tiles
+        return self.pictures.one_size
 
     def pixels_of(self, family: Family, config: Config) -> Pixels:
         return Pixels(f"{self.pictures.shape(config)} of any", lambda made: self.pictures.fit(config, made))
