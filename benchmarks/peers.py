@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from comp_cli import tasks
-from comp_cli.checkpoint import loading
+from comp_cli.checkpoint import hub, loading
 from comp_cli.cli.output import Output
 from comp_cli.commands import bench
 from comp_cli.commands.prune import prune
@@ -40,7 +40,7 @@ from comp_cli.options import PruneOptions
 from comp_cli.plan import Channels
 
 SCENES = ScenePairs(labelled=True)
-DEMO = Path(loading.__file__).parent / "demo"
+DEMO = hub.DEMOS["demo"]
 ROUNDS = {1: 7, 8: 3}
 
 

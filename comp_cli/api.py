@@ -65,7 +65,7 @@ def analyze(
     """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
 
     Args:
-        model: Hub id, hf:// URI, folder, or "demo".
+        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         task: evaluation task (default: inferred from the architecture).
         num_samples: image-text pairs for calibration.
@@ -178,7 +178,7 @@ def prune(
     """Remove attention heads, feed-forward channels and tokens together, and write a compact checkpoint.
 
     Args:
-        model: Hub id, hf:// URI, folder, or "demo".
+        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input. Every method asks for it,
             but those of the image tokens of a decoder, which ask for exactly one of the next three.
         tokens: image tokens of an image: the mean over the layers of the language model, or what a one-shot rule keeps.

@@ -201,7 +201,7 @@ class AnalyzeOptions(Checked):
     """What `comp analyze` is asked for.
 
     Attributes:
-        model: Hub id, hf:// URI, folder, or "demo".
+        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         num_samples: image-text pairs for calibration.
         batch_size: pairs in one forward pass.
         text_tokens: text length of the reference input.
@@ -253,7 +253,7 @@ class PruneOptions(Checked):
     """What `comp prune` is asked for; goes into the report as it is.
 
     Attributes:
-        model: Hub id, hf:// URI, folder, or "demo".
+        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half); null where the number of image tokens is asked for.
         method: what is scored and removed, and how.
         recover: whether output projections are refitted in closed form.

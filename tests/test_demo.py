@@ -85,7 +85,7 @@ def test_pictures_are_repeatable():
 
 
 def test_it_is_an_ordinary_small_checkpoint():
-    files = {path.name: path.stat().st_size for path in hub.DEMO.iterdir()}
+    files = {path.name: path.stat().st_size for path in hub.DEMOS["demo"].iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= files.keys()
     assert sum(files.values()) < 16 * 2**20
 

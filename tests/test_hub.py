@@ -280,7 +280,7 @@ def test_names_that_mean_nothing(tmp_path):
 
 
 def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "DEMO", tmp_path / "demo")
+    monkeypatch.setitem(hub.DEMOS, "demo", tmp_path / "demo")
     assert "demo model is missing" in refusal("demo").message
     checkpoint(tmp_path / "demo", "model.safetensors")
     assert resolve("demo") == hub.Source(tmp_path / "demo", "demo", None, "demo")

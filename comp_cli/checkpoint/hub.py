@@ -17,7 +17,8 @@ from .download_check import check_downloads
 from .folder_check import shown
 from .weight_files import check_checkpoint, pick_weights, pickled, safe
 
-DEMO = Path(__file__).parent.parent / "demo"
+PACKAGE = Path(__file__).parent.parent
+DEMOS = {"demo": PACKAGE / "demo", "demo-vlm": PACKAGE / "demo_vlm"}  # models inside the package
 
 KNOWN_IDS = (
     "Salesforce/blip-itm-base-coco",
@@ -59,7 +60,7 @@ class NotFound(RefusedError, NotThere):
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder, what to call it in reports (hub id, folder name or "demo"), and a hub model's commit."""
+    """A checkpoint folder, what to call it in reports (hub id, folder, built-in model), and a hub model's commit."""
 
     folder: Path
     name: str
@@ -69,7 +70,7 @@ class Source:
     @property
     def address(self) -> str:
         """What to type to get the same model again, from any folder."""
-        return {"demo": "demo", "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
+        return {"demo": self.name, "folder": str(self.folder.absolute()), "hub": f"hf://{self.name}@{self.revision}"}[self.kind]
 
     def address_from(self, output: Path) -> str | None:
         """The same for what is written into `output`, and may go to other machines: of a folder the way to it from there, and
@@ -92,7 +93,7 @@ def resolve(
     accepts: Callable[[dict[str, Any]], object] = lambda config: None,
     progress: Progress,
 ) -> Source:
-    """Find `demo`, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
+    """Find a built-in model, a folder, `org/name`, `hf://org/name[@revision]` or a hub page's address; download what is needed.
 
     `accepts` gets config.json before weights are downloaded, and raises what speaks against it.
 
@@ -101,15 +102,16 @@ def resolve(
     be reached."""
     if "\0" in model:
         said = f"MODEL is {shown(model)}: no name holds a NUL."
-        raise UsageError(said, hint="MODEL is demo, a folder, or a hub id.")
+        raise UsageError(said, hint="MODEL is demo, demo-vlm, a folder, or a hub id.")
     typed = os.path.expanduser(model)
-    local = model == "demo" or os.path.isdir(typed)
+    demo = DEMOS.get(model)
+    local = demo is not None or os.path.isdir(typed)
     if local and revision is not None:
         raise UsageError(f"--revision {revision} needs a hub model; {model} is a folder.")
-    if model == "demo":
-        if not DEMO.is_dir():
-            raise CompError(f"The demo model is missing: no folder {DEMO}.", hint="Install comp again, from its wheel.")
-        source = Source(DEMO, "demo", None, "demo")
+    if demo is not None:
+        if not demo.is_dir():
+            raise CompError(f"The {model} model is missing: no folder {demo}.", hint="Install comp again, from its wheel.")
+        source = Source(demo, model, None, "demo")
     elif local:
         folder = Path(typed).resolve()
         source = Source(folder, folder.name, None, "folder")

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from ..checkpoint.hub import DEMOS
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
 from ..options import SALIENCIES, PruneOptions, TokenOptions, flag
@@ -58,6 +59,11 @@ def by_number(options: PruneOptions, link: bool) -> bool:
     return options.image_tokens is not None or link or nothing_else
 
 
+def has_pairs(options: PruneOptions) -> bool:
+    """Whether there is something to measure on: pairs of the user's, or the scenes that a built-in model was trained on."""
+    return options.data.data is not None or options.model in DEMOS
+
+
 def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool) -> None:
     """The same where image tokens of a decoder go, by number."""
     method, wanted = find_method(options.method), options.image_tokens or TokenOptions()
@@ -84,7 +90,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     if idle := unused(options):
         said = f"{', '.join(idle)}: nothing changes for --method {options.method}, which keeps the weights of the model."
         raise UsageError(said, hint="Leave it out; --data measures the quality on pairs of yours.")
-    if options.data.data is None and max_drop is not None:
+    if max_drop is not None and not has_pairs(options):
         raise UsageError("--max-drop needs pairs to measure on.", hint="Name them with --data.")
     if max_drop is not None and (dry_run or not 0 <= max_drop <= 100):
         said = "needs a model to judge, which --dry-run does not make" if dry_run else "expected points from 0 to 100"
@@ -93,7 +99,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
-    read = (*READ, *MEASURING) if options.data.data is not None else READ
+    read = (*READ, *MEASURING) if has_pairs(options) else READ
     if options.method == "random-token":
         read = (*read, "seed")
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]

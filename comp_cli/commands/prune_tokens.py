@@ -30,7 +30,7 @@ from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
 from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
-from .prune_options import check_tokens
+from .prune_options import check_tokens, has_pairs
 
 
 def prune_tokens(
@@ -64,7 +64,7 @@ def prune_tokens(
         weights = folder_size(dense.source.folder)
         if not link:
             check_room(output, weights, "a copy of the weights (--link makes none)")
-        if options.data.data is not None:
+        if has_pairs(options):
             report = measured(report, options, plan, progress, hub_options)
             assert report.quality is not None  # just measured
             check_drop(report, report.quality, max_drop, progress)
@@ -127,7 +127,7 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
     """What the user should know of the method on this model."""
     note = token_schedules.saliency_note(options.method, dense.images.class_token, wanted.saliency)
     found = [] if note is None else [note]
-    if options.data.data is None:
+    if not has_pairs(options):
         found.append(
             f"nothing was measured: what {options.method} costs in quality depends on the pictures, and text in them suffers "
             "first (documents, charts). --data with labelled pairs of yours measures it."

@@ -222,10 +222,38 @@ def ask(rng: random.Random, scene: Scene) -> tuple[str, str]:
     thing = rng.choice(scene)
     alike = len(Caption.matching(scene, (None, None, thing.shape)))
     if alike == 1 and rng.random() < 0.5:
-        return f"what colour is the {thing.shape}?", thing.colour
-    if rng.random() < 0.5:
-        return f"how many {plural(thing.shape)} are there?", NUMBERS[alike]
-    return f"how many {thing.colour} shapes are there?", NUMBERS[len(Caption.matching(scene, (None, thing.colour, None)))]
+        return ask_colour(thing)
+    return ask_number(scene, shape=thing.shape) if rng.random() < 0.5 else ask_number(scene, colour=thing.colour)
+
+
+def ask_colour(thing: Thing) -> tuple[str, str]:
+    """What colour the thing has, which is the only one of its shape."""
+    return f"what colour is the {thing.shape}?", thing.colour
+
+
+def ask_number(scene: Scene, colour: str | None = None, shape: str | None = None) -> tuple[str, str]:
+    """How many things of a colour or of a shape there are."""
+    noun = plural(shape) if shape else f"{colour} shapes"
+    return f"how many {noun} are there?", NUMBERS[len(Caption.matching(scene, (None, colour, shape)))]
+
+
+def ask_relation(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
+    """Whether a relation holds between two things, yes or no; None where a person might hesitate."""
+    caption = random_caption(rng, scene, "relation")
+    holds = caption.holds(scene)
+    (_, *a), (_, *b) = caption.things
+    question = f"is the {' '.join(map(str, a))} {caption.relation} the {' '.join(map(str, b))}?"
+    return None if holds is None else (question, "yes" if holds else "no")
+
+
+def ask_everything(rng: random.Random, scene: Scene, relations: int = 2) -> list[tuple[str, str]]:
+    """All questions that `ask` may ask about a scene, and up to `relations` of relations."""
+    shapes, colours = dict.fromkeys(t.shape for t in scene), dict.fromkeys(t.colour for t in scene)
+    alone = [t for t in scene if len(Caption.matching(scene, (None, None, t.shape))) == 1]
+    asked = [ask_colour(thing) for thing in alone]
+    asked += [ask_number(scene, shape=shape) for shape in shapes] + [ask_number(scene, colour=colour) for colour in colours]
+    related = (ask_relation(rng, scene) for _ in range(4 * relations))
+    return asked + list(dict.fromkeys(found for found in related if found))[:relations]
 
 
 def render(scene: Scene, background: int) -> Image.Image:

@@ -17,6 +17,7 @@ from ..tasks import Task
 from .dense import Dense
 
 Pairs = ScenePairs | PairSet
+TRAINED = {"demo": ("itm",), "demo-vlm": ("vqa", "caption")}  # tasks of the built-in models
 
 
 def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:
@@ -26,11 +27,12 @@ def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_d
         columns = Columns(*named)
         progress.say(f"{dense.task.name}: {dense.task.compares}")
         return open_pairs(options.data, progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
+    known = dense.source.kind == "demo" and dense.task.name in TRAINED[dense.source.name]
     if dense.source.kind != "demo":
         progress.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
-    elif not dense.task.has_negatives:
-        progress.warn(f"the demo model was never trained for {dense.task.name}: what it says is chance.")
-    return generated_pairs(dense.task, labelled=dense.source.kind == "demo" and dense.task.has_negatives)
+    elif not known:
+        progress.warn(f"the model {dense.source.name} was never trained for {dense.task.name}: what it says is chance.")
+    return generated_pairs(dense.task, labelled=known)
 
 
 def generated_pairs(task: Task, labelled: bool) -> ScenePairs:

@@ -182,7 +182,7 @@ class AnalyzeReport(Report):
 
     Attributes:
         comp_version: version of comp.
-        model: Hub id, name of the folder, or "demo".
+        model: Hub id, name of the folder, "demo" or "demo-vlm".
         revision: commit of a model from the Hub.
         architecture: transformers class.
         task: evaluation task.

@@ -183,7 +183,7 @@ class PruneReport(Report):
     Attributes:
         comp_version: version of comp.
         torch_version: version of PyTorch.
-        base_model: the dense model: Hub id, name of the folder, or "demo".
+        base_model: the dense model: Hub id, name of the folder, "demo" or "demo-vlm".
         base_revision: its commit, for a model from the Hub.
         base_address: where it is, as seen from the output; null for a folder that is far away.
         architecture: transformers class.
