@@ -32,6 +32,8 @@ from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens, has_pairs
 
+SCENES = 256  # that a built-in model is measured on, where nobody says how many
+
 
 def prune_tokens(
     options: PruneOptions,
@@ -138,7 +140,9 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
 def measured(
     report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
 ) -> PruneReport:
-    """The report with the quality of both models on the user's pairs: the weights are loaded now."""
+    """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now."""
+    if options.data.data is None:
+        options = replace(options, eval_samples=options.eval_samples or SCENES)
     dense = open_dense(
         options.model,
         progress,

@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..plan import TokenStage
 
 TOKEN_METHODS = {
+    "cover": "image tokens that cover the others best and stand for them, before the LLM (comp's own)",
     "vitcop": "image tokens by [CLS] attention, then clusters, then key norms, three stages (ViTCoP, arXiv 2601.17818)",
     "pyramiddrop": "image tokens by attention of the last instruction token, three stages (PyramidDrop, arXiv 2410.17247)",
     "sparsevlm": "image tokens by attention of text tokens that speak of the image, three stages (SparseVLM, arXiv 2410.04417)",

@@ -35,13 +35,15 @@ def cache_name(forward: Callable[..., Any]) -> str:
 class KeptTokens:
     """Mixed in before a layer of a cache: it holds fewer tokens than it has seen, and its length is what it has seen.
 
-    index, valid: (batch, known), where the first tokens that it holds were, and which of them count; those behind them are all
-    there. None where nothing went yet, or where all count.
+    index, valid, bias: (batch, known), where the first tokens that it holds were, which of them count, and what is added to
+    attention logits at them (log of how many tokens each stands for); those behind them are all there, and stand for
+    themselves. None where nothing went yet, where all count, or where nothing is added.
     """
 
     gone: int
     index: Tensor | None
     valid: Tensor | None
+    bias: Tensor | None
 
     @classmethod
     def of(cls, layer: Any) -> Any:
@@ -52,7 +54,7 @@ class KeptTokens:
         return made
 
     def forget(self) -> None:
-        self.gone, self.index, self.valid = 0, None, None
+        self.gone, self.index, self.valid, self.bias = 0, None, None, None
 
     @property
     def held(self) -> int:
@@ -73,10 +75,18 @@ class KeptTokens:
         index = torch.cat([self.index[:, :known], behind.expand(batch, -1)], 1)
         return index, None if self.valid is None else F.pad(self.valid[:, :known], (0, have - known), value=True)
 
+    def biases(self) -> Tensor | None:
+        """What is added to attention logits at what it holds, (batch, held); None for nothing."""
+        if self.bias is None:
+            return None
+        known = min(self.bias.shape[1], self.held)
+        return F.pad(self.bias[:, :known], (0, self.held - known))
+
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         """Samples change their places, as they do in `keys`."""
-        self.index = None if self.index is None else change(self.index)
-        self.valid = None if self.valid is None else change(self.valid)
+        for name in ("index", "valid", "bias"):
+            if (known := getattr(self, name)) is not None:
+                setattr(self, name, change(known))
 
     def forget_last(self, count: int) -> None:
         """Forget where the last tokens seen were, as long as all of them are held. Raises ValueError where some have gone."""
@@ -89,7 +99,9 @@ class KeptTokens:
         if not bool(torch.as_tensor(held).all()):
             said = f"{count} tokens back would cut into an image, of which some tokens have gone"
             raise ValueError(f"a cache cannot be cropped so far: {said}. Start again with an empty cache.")
-        self.index, self.valid = self.index[:, :left], None if self.valid is None else self.valid[:, :left]
+        for name in ("index", "valid", "bias"):
+            if (known := getattr(self, name)) is not None:
+                setattr(self, name, known[:, :left])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -32,6 +32,7 @@ class View:
     class_attention: Tensor | None = None  # (I, n): what [CLS] of the vision tower pays to each patch, summed over heads
     tower_keys: Tensor | None = None  # (I, n, d): keys of that tower layer, heads concatenated
     labels: Tensor | None = None  # (I, n) int: cluster of each token, from an earlier stage
+    weights: Tensor | None = None  # (I, n): how many tokens each stands for since an earlier stage; None: for itself
     text_states: Tensor | None = None  # (I, T, D): of the text tokens of the image's sample
     text_valid: Tensor | None = None  # (I, T) bool; the last True of a row is the last instruction token
     text_attention: Tensor | None = None  # (I, T, n): attention of the layer before, from text to image tokens, mean over heads
@@ -48,6 +49,7 @@ class Choice:
     kept: Tensor  # (I, n) bool: min(keep, tokens of the image) of each row, valid ones only
     states: Tensor | None = None  # (I, n, D): of kept tokens, where some were merged; None: as they were
     labels: Tensor | None = None  # (I, n) int, for later stages; None: as they were
+    weights: Tensor | None = None  # (I, n): how many tokens each kept one stands for, in attention; None: as it was
 
 
 @dataclass(frozen=True)
@@ -472,6 +474,34 @@ def tops(view: View, keep: list[int], relevance: str = "class", coverage: float 
     return Choice(chosen)
 
 
+def cover(view: View, keep: list[int]) -> Choice:
+    """comp's own: the tokens that cover the image best, each of which then stands for those that it covers.
+
+    Greedily the token i of largest gain sum_j w_j max(0, sim(i, j) - max_{k in S} sim(j, k)), j over all tokens and S those
+    chosen: facility location (submodular, so greedy reaches 1 - 1/e of the best). w_j is how many tokens j stands for already,
+    sim the cosine of states. Every other token then joins the chosen one that is most like it: states become means, weighted by
+    w, and w their sum. In attention a token of weight w gets log w added to its logits, as if it were there w times
+    (proportional attention, ToMe, arXiv 2210.09461, Eq. 1): without that, what is counted by shares of attention is lost.
+    """
+    weight = torch.ones(view.valid.shape, device=view.valid.device) if view.weights is None else view.weights.float()
+    weight = weight * view.valid
+    likeness = cosines(view.states)
+    chosen, wanted = torch.zeros_like(view.valid), _column(keep, weight)
+    covered = torch.full_like(weight, -1)
+    for step in range(_most(keep, view)):
+        gains = ((likeness - covered[:, None]).clamp(min=0) * weight[:, None]).sum(-1)
+        pick, chosen = _picked(gains, chosen, view.valid, wanted, step)
+        covered = torch.maximum(covered, _row(likeness, pick))
+    goes = likeness.masked_fill(~chosen[:, None], -torch.inf).argmax(-1)
+    goes = torch.where(chosen, _places(goes), goes)
+    at = gathered(chosen, _most(keep, view))
+    shares = ((goes[:, None] == at[:, :, None]) & view.valid[:, None]) * weight[:, None]  # (I, chosen, n)
+    total = shares.sum(-1).clamp(min=1)
+    weights = torch.ones_like(weight).scatter(1, at, total)
+    mean = shares @ view.states.float().masked_fill(~view.valid[:, :, None], 0) / total[:, :, None]
+    return Choice(chosen, view.states.scatter(1, at[:, :, None].expand_as(mean), mean.to(view.states.dtype)), weights=weights)
+
+
 def _relevance(view: View, kind: str) -> Tensor:
     if kind == "class":
         return _given(view.class_attention, "class_attention").float()
@@ -578,6 +608,7 @@ STAGE_RULES: dict[str, StageRule] = {
     "dart": StageRule(dart, frozenset({"keys"})),
     "cdpruner": StageRule(cdpruner, frozenset({"text"})),
     "tops": StageRule(tops),  # and its relevance
+    "cover": StageRule(cover),
     "random": StageRule(random),
     "stride": StageRule(stride),
     "pool": StageRule(pool),

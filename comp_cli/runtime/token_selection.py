@@ -73,6 +73,7 @@ class Heard:
         if self.past is not None:
             keys = torch.cat([self.past.float(), keys], 2)
         logits = torch.einsum("brghd,bgkd->bghrk", query, keys) * self.scaling
+        logits = logits + self.bias(rows, keys.shape[2])
         logits = logits.masked_fill(~self.sees(rows, keys.shape[2]), torch.finfo(torch.float32).min)
         return logits.softmax(-1).mean((1, 2))[..., -tokens:]
 
@@ -80,13 +81,24 @@ class Heard:
         """(batch, 1, 1, r, keys), True where a row looks."""
         past = 0 if self.past is None else self.past.shape[2]
         if self.mask is not None and self.mask.dim() == 4:
-            mask = self.mask[..., :keys].expand(len(rows), -1, -1, -1)[:, 0]
-            mask = mask.gather(1, rows.unsqueeze(-1).expand(-1, -1, mask.shape[-1]))
+            mask = self._mask_rows(rows, keys)
             return (mask if mask.dtype == torch.bool else mask > -1.0)[:, None, None]
         causal = torch.arange(keys, device=rows.device) <= rows.unsqueeze(-1) + past
         if self.mask is not None:
             causal = causal & self.mask[:, None, :keys].bool()
         return causal[:, None, None]
+
+    def bias(self, rows: Tensor, keys: int) -> Tensor | float:
+        """What the mask adds to logits of what is seen, (batch, 1, 1, r, keys)."""
+        if self.mask is None or self.mask.dim() != 4 or self.mask.dtype == torch.bool:
+            return 0.0
+        return self._mask_rows(rows, keys).float().clamp(min=0)[:, None, None]
+
+    def _mask_rows(self, rows: Tensor, keys: int) -> Tensor:
+        """(batch, r, keys) of a mask of four axes."""
+        assert self.mask is not None
+        mask = self.mask[..., :keys].expand(len(rows), -1, -1, -1)[:, 0]
+        return mask.gather(1, rows.unsqueeze(-1).expand(-1, -1, mask.shape[-1]))
 
 
 def sources_of(attention: Any) -> list[Any]:
@@ -110,7 +122,8 @@ class Images:
     """The image tokens of a batch, one row an image, padded to the most tokens of one.
 
     samples, firsts, counts: of each image its sample, its tokens at first and those that are left. columns (images, n): where
-    they are among the tokens that are left of the sample. positions (images, n): where they were in the image.
+    they are among the tokens that are left of the sample. positions (images, n): where they were in the image. weights (images,
+    n): how many tokens of the image each stands for, None for itself.
     """
 
     samples: list[int]
@@ -121,6 +134,7 @@ class Images:
     class_attention: Tensor | None = None  # (images, n) fp32
     tower_keys: Tensor | None = None  # (images, n, width)
     labels: Tensor | None = None  # (images, n)
+    weights: Tensor | None = None  # (images, n) fp32
     square: bool = False  # whether their tokens are rasters of squares; where not, no raster is known
 
     @cached_property
@@ -139,7 +153,7 @@ class Images:
         order = first_ones(kept, max(counts))
         self.columns = moved[self.rows, self.columns.gather(1, order)]
         self.positions = self.positions.gather(1, order)
-        for name in ("class_attention", "labels"):
+        for name in ("class_attention", "labels", "weights"):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held.gather(1, order))
         if self.tower_keys is not None:
@@ -152,7 +166,8 @@ class Selection:
     """What is left of the tokens of one forward pass.
 
     index: (batch, left) into those that entered, None while all are left. valid: which of them count, None for all: samples
-    that keep fewer are filled up in front. text: (batch, left), those of the prompt's words.
+    that keep fewer are filled up in front. bias: (batch, left) fp32, what is added to attention logits at them, None for
+    nothing. text: (batch, left), those of the prompt's words.
     """
 
     tokens: int
@@ -162,6 +177,7 @@ class Selection:
     left: list[int] = field(default_factory=list)  # of each sample
     index: Tensor | None = None
     valid: Tensor | None = None
+    bias: Tensor | None = None
     heard: Heard | None = None
     made: dict[Any, Any] = field(default_factory=dict)  # what layers between two stages share, see `once_for`
 
@@ -208,6 +224,7 @@ class Selection:
             room = F.pad(states.flatten(0, 1), (0, 0, 0, 1))
             states = room.index_copy(0, flat, choice.states.to(states.dtype).flatten(0, 1))[:-1].view_as(states)
         images.labels = images.labels if choice.labels is None else choice.labels
+        images.weights = images.weights if choice.weights is None else choice.weights
         for sample, count, have in zip(images.samples, counts, images.counts, strict=True):
             self.left[sample] -= have - count
         if self.extra is not None:
@@ -218,7 +235,16 @@ class Selection:
         moved = torch.zeros_like(goes, dtype=torch.long)
         moved.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen))
         images.keep(choice.kept, counts, moved)
+        self.bias = None if images.weights is None else self._bias(images, images.weights)
         return states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+    def _bias(self, images: Images, weights: Tensor) -> Tensor:
+        """log of the weights, where the tokens of images are; 0 elsewhere."""
+        assert self.text is not None
+        nowhere = self.text.numel()
+        place = torch.where(images.valid, images.rows * self.width + images.columns, nowhere).flatten()
+        room = torch.zeros(nowhere + 1, device=weights.device)
+        return room.index_copy(0, place, weights.clamp(min=1).log().flatten())[:-1].view_as(self.text)
 
     def _shrink(self, goes: Tensor) -> Tensor:
         """Indices into what is left, (batch, fewer), of those that stay, in their order; those that go in front where a sample
@@ -239,6 +265,7 @@ class Selection:
         assert images is not None and self.text is not None
         rows = images.rows
         view = View(valid=images.valid, states=states[rows, images.columns], positions=images.positions, labels=images.labels)
+        view.weights = images.weights
         view.grid = None if images.square else torch.zeros(len(rows), 2, dtype=torch.long, device=rows.device)
         if "class" in needs:
             view.class_attention, view.tower_keys = images.class_attention, images.tower_keys
@@ -284,7 +311,8 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
     mask: of all tokens, (batch or 1, 1, tokens, seen), boolean or additive; (batch, seen) for flash attention; None where the
     kernel is causal by itself. Raises ValueError for any other.
     """
-    if mask is None and selection.index is None and isinstance(held, KeptLayer) and held.valid is None:
+    nothing_known = isinstance(held, KeptLayer) and held.valid is None and held.bias is None
+    if mask is None and selection.index is None and nothing_known:
         return None  # a decoding step: the kernel is right as it is
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
         raise ValueError(
@@ -292,28 +320,29 @@ def layer_mask(mask: Any, states: Tensor, selection: Selection, held: KeptTokens
             "known. Load the model with attn_implementation='sdpa'."
         )
     own, room = selection.index, held.room if isinstance(held, KeptStaticLayer) else 0
-    what = (mask, own, selection.valid)
-    where = () if held is None else (held.held, held.gone, room, held.index, held.valid)
-    found: LayerMask = selection.once_for(
-        ("mask", *what, *where), lambda: masked(mask, len(states), states.device, selection, held)
-    )
+    what = (mask, own, selection.valid, selection.bias)
+    where = () if held is None else (held.held, held.gone, room, held.index, held.valid, held.bias)
+    found: LayerMask = selection.once_for(("mask", *what, *where), lambda: masked(mask, states, selection, held))
     if held is not None and own is not None:
-        held.index, held.valid = found.index, found.valid
+        held.index, held.valid, held.bias = found.index, found.valid, found.bias
         held.gone += selection.tokens - own.shape[1]
     return found.mask
 
 
 @dataclass
 class LayerMask:
-    """The mask of a layer; where what its cache holds then was, (batch, held), and which of it counts, None for all."""
+    """The mask of a layer; where what its cache holds then was, (batch, held), which of it counts, None for all, and what is
+    added to logits at it, None for nothing."""
 
     mask: Tensor | None
     index: Tensor
     valid: Tensor | None
+    bias: Tensor | None
 
 
-def masked(mask: Tensor | None, batch: int, device: Any, selection: Selection, held: KeptTokens | None) -> LayerMask:
+def masked(mask: Tensor | None, states: Tensor, selection: Selection, held: KeptTokens | None) -> LayerMask:
     """Of a layer whose cache holds so much: see `layer_mask`."""
+    batch, device = len(states), states.device
     own, valid = selection.index, selection.valid
     rows = torch.arange(selection.tokens, device=device).expand(batch, -1) if own is None else own
     past = 0 if held is None else held.seen
@@ -324,8 +353,9 @@ def masked(mask: Tensor | None, batch: int, device: Any, selection: Selection, h
         if valid is not None or known is not None:
             known = torch.ones_like(before, dtype=torch.bool) if known is None else known
             valid = torch.cat([known, torch.ones_like(rows, dtype=torch.bool) if valid is None else valid], 1)
-    if mask is None and valid is None and not isinstance(held, KeptStaticLayer):
-        return LayerMask(None if past == 0 or rows.shape[1] == 1 else causal(rows, index, past), index, None)
+    bias = biases(rows, selection, held)
+    if mask is None and valid is None and bias is None and not isinstance(held, KeptStaticLayer):
+        return LayerMask(None if past == 0 or rows.shape[1] == 1 else causal(rows, index, past), index, None, None)
     columns, counts = index, valid
     if isinstance(held, KeptStaticLayer):  # behind what it holds there is room, which nobody sees
         free = held.room - index.shape[1] + (0 if own is None or held.is_initialized else own.shape[1] - selection.tokens)
@@ -334,15 +364,40 @@ def masked(mask: Tensor | None, batch: int, device: Any, selection: Selection, h
     if mask is None:
         found = causal(rows, columns, past)
     elif mask.dim() == 2:
+        if bias is not None:
+            raise ValueError(
+                "flash attention takes no weights of tokens, and image tokens here stand for several: load the model with "
+                "attn_implementation='sdpa', or prune it by a method that does not merge with weights."
+            )
         seen = mask.gather(1, columns)
-        return LayerMask(seen if counts is None else seen * counts.to(seen.dtype), index, valid)
+        return LayerMask(seen if counts is None else seen * counts.to(seen.dtype), index, valid, None)
     else:
         sample = torch.arange(batch, device=rows.device).view(-1, 1, 1)
         found = mask.expand(batch, -1, -1, -1)[sample, 0, rows.unsqueeze(2), columns.unsqueeze(1)].unsqueeze(1)
     if counts is not None:
         nothing = False if found.dtype == torch.bool else torch.finfo(found.dtype).min
         found = found.masked_fill(~counts[:, None, None], nothing)
-    return LayerMask(found, index, valid)
+    return LayerMask(found if bias is None else added(found, bias, states.dtype), index, valid, bias)
+
+
+def biases(rows: Tensor, selection: Selection, held: KeptTokens | None) -> Tensor | None:
+    """What is added to logits at what a layer sees, (batch, held + rows); None for nothing."""
+    before = None if held is None else held.biases()
+    if before is None and selection.bias is None:
+        return None
+    own = torch.zeros(rows.shape, device=rows.device) if selection.bias is None else selection.bias
+    if held is None or not held.held:
+        return own
+    before = own.new_zeros(len(own), held.held) if before is None else before
+    return torch.cat([before, own], 1)
+
+
+def added(mask: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask, (batch, 1, rows, columns), with a number for each column that is seen. bias: (batch, columns or fewer)."""
+    bias = F.pad(bias, (0, mask.shape[-1] - bias.shape[1])).to(dtype)[:, None, None]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(dtype).min)
+    return torch.where(mask > -1.0, mask + bias, mask)
 
 
 def causal(rows: Tensor, columns: Tensor, past: int) -> Tensor:
