@@ -19,6 +19,7 @@ from torch.nn import functional as F
 CUTOFF = 8.0  # of densities in `vic`, for the keys of CLIP ViT-L (ViTCoP's code)
 NEAR = 0.6  # how far a parent may be in `vic`, of the side of the image (ViTCoP's code)
 TINY = 1e-6
+TIES = 2.0**16  # what differs by less than a part of so many is equal: two tokens that are alike cover one another equally
 
 
 @dataclass
@@ -490,6 +491,7 @@ def cover(view: View, keep: list[int]) -> Choice:
     covered = torch.full_like(weight, -1)
     for step in range(_most(keep, view)):
         gains = ((likeness - covered[:, None]).clamp(min=0) * weight[:, None]).sum(-1)
+        gains = (gains / gains.amax(-1, keepdim=True).clamp(min=TINY**2) * TIES).round()
         pick, chosen = _picked(gains, chosen, view.valid, wanted, step)
         covered = torch.maximum(covered, _row(likeness, pick))
     goes = likeness.masked_fill(~chosen[:, None], -torch.inf).argmax(-1)
