@@ -119,7 +119,7 @@ def test_compat_reaches_the_stage_that_merges():
         (dict(method="tops", compat=True), "Leave it out"),
         (dict(method="tops", saliency="key-norm"), "Leave it out"),
         (dict(saliency="norm"), "key-norm, attention"),
-        (dict(method="wanda"), "Use one of vitcop"),
+        (dict(method="wanda"), "Use one of cover, vitcop"),
         (dict(layers=2), "tops or divprune"),
         (dict(method="fastv", layers=1), "layer 1 or a later one"),
     ],

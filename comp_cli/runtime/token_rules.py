@@ -485,8 +485,9 @@ def cover(view: View, keep: list[int]) -> Choice:
     (proportional attention, ToMe, arXiv 2210.09461, Eq. 1): without that, what is counted by shares of attention is lost.
     """
     weight = torch.ones(view.valid.shape, device=view.valid.device) if view.weights is None else view.weights.float()
-    weight = weight * view.valid
-    likeness = cosines(view.states)
+    weight = weight.masked_fill(~view.valid, 0)
+    states = view.states.float().masked_fill(~view.valid[:, :, None], 0)
+    likeness = cosines(states)
     chosen, wanted = torch.zeros_like(view.valid), _column(keep, weight)
     covered = torch.full_like(weight, -1)
     for step in range(_most(keep, view)):
@@ -500,7 +501,7 @@ def cover(view: View, keep: list[int]) -> Choice:
     shares = ((goes[:, None] == at[:, :, None]) & view.valid[:, None]) * weight[:, None]  # (I, chosen, n)
     total = shares.sum(-1).clamp(min=1)
     weights = torch.ones_like(weight).scatter(1, at, total)
-    mean = shares @ view.states.float().masked_fill(~view.valid[:, :, None], 0) / total[:, :, None]
+    mean = shares @ states / total[:, :, None]
     return Choice(chosen, view.states.scatter(1, at[:, :, None].expand_as(mean), mean.to(view.states.dtype)), weights=weights)
 
 
