@@ -47,8 +47,9 @@ from ..report.prune import PlanCompared, PruneReport, Quality, SearchCost, Stage
 from ..report.prune_tables import layer_rows, metric_value
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
+from ..search.processes import check_launch, is_main_process, join, process_device, processes
 from ..search.run import search
-from ..search.trainer import count_steps, is_main_process, precision, process_device, processes
+from ..search.trainer import count_steps, precision
 from ..tasks import comparison
 from ..tasks.base import is_share
 from ..tasks.text_metrics import missing, references
@@ -91,13 +92,12 @@ def prune(
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
     into the folder."""
     check(options, max_drop, dry_run)
-    process_device(options.device)
+    check_launch()
+    join(process_device(options.device))
     pick_dtype(options.dtype)
-    if dry_run:
-        return _prune(options, output, None, progress, overwrite, max_drop, hub_options)
+    if dry_run or not is_main_process():  # of several processes one writes
+        return _prune(options, output, None, progress, overwrite, dry_run, max_drop, hub_options)
     typed, output = output, resolve(output)
-    if not is_main_process():  # of several processes one writes
-        return _prune(options, output, Journal(output, {}) if resume else None, progress, overwrite, max_drop, hub_options)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         journal = Journal(output, {})
@@ -109,7 +109,7 @@ def prune(
             raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
-        return replace(_prune(options, output, journal, progress, overwrite, max_drop, hub_options), output=typed)
+        return replace(_prune(options, output, journal, progress, overwrite, dry_run, max_drop, hub_options), output=typed)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -127,12 +127,12 @@ def _prune(
     journal: Journal | None,
     progress: Progress,
     overwrite: bool,
+    dry_run: bool,
     max_drop: float | None,
     hub_options: HubOptions,
 ) -> PruneReport:
     """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
     started = time.perf_counter()
-    dry_run = journal is None and is_main_process()
     sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = process_device(options.device)
 
@@ -177,10 +177,10 @@ def _prune(
         report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
         check_drop(report, quality, max_drop, progress)
     except (DeadEnd, GateError):
-        if journal and is_main_process():
+        if journal:
             journal.remove()
         raise
-    assert journal is not None  # the main process of what is no dry run has one
+    assert journal is not None  # the first process of what is no dry run has one
     with atomic_folder(output, overwrite=overwrite) as folder:
         progress.say("writing ...")
         write_checkpoint(folder, dense, compact, plan, report.to_json(), dtypes)

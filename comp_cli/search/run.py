@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
+from .processes import from_main
 from .training_free import State, TrainingFree
 from .uniform_plans import check_uniform, compare_uniform, even_prices, uniform_plans
 from .with_training import Trained
@@ -43,7 +44,8 @@ class SearchResult:
 
 
 def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:
-    """The plan and the model of a method; goes on from the journal where there is one."""
+    """The plan and the model of a method; goes on from the journal where there is one, which the first of several processes
+    has."""
     begin = time.perf_counter()
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
@@ -59,7 +61,7 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
         judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
-    saved = journal.load() if journal else None
+    saved = from_main(lambda: journal.load() if journal else None)
     state = state_of(dense, options, saved)
     way: Trained | TrainingFree
     if options.training.steps:

@@ -7,13 +7,14 @@ from torch import nn
 from ..data.batches import Batch
 from ..engine import allocation, stages
 from ..engine.methods import METHODS
-from ..engine.statistics import prices
+from ..engine.statistics import keys_of, prices
 from ..models.dense import Dense
 from ..options import PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from .calibration import Calibration, HeldOut, Tensors, gather_statistics, refit
 from .journal import Journal
+from .processes import gathered, share
 
 State = stages.SearchState | allocation.AllocationState
 
@@ -35,8 +36,8 @@ class TrainingFree:
         gathers: bool = True,
         recovers: bool = True,
     ):
-        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether this process looks at
-        the dense model. recovers: whether anything may be refitted."""
+        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether the dense model
+        is looked at. recovers: whether anything may be refitted."""
         self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
         method = METHODS[options.method]
         self.compares_plans = method.compares_plans
@@ -50,8 +51,10 @@ class TrainingFree:
             found = gather_statistics(dense, batches, progress, rises=priced, weighted=weighted, seed=options.seed)
             self.grams = found.grams if self.recovers else None
             if priced:
-                with progress.track("pricing what can be removed", len(found.grams)) as bar:
-                    self.prices = prices(dense.whole, dense.family, dense.plan, found, bar.advance)
+                keys = keys_of(dense.family, dense.plan)
+                with progress.track("pricing what can be removed", len(share(keys))) as bar:
+                    own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys))
+                self.prices = dict(zip(keys, gathered(list(own.values())), strict=True))
         rule = None if priced else method.params if options.cip else "wanda"
         self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
         self._held_out: HeldOut | None = None

@@ -1,0 +1,70 @@
+"""Runs that one process or several do: `python tests/process_runs.py PLACE OUTPUT CASE...`, alone or by accelerate launch.
+
+PLACE holds the dense models and a table, see `prepare`; every case writes OUTPUT/CASE, and OUTPUT/CASE.json with its report.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+TRAINED = {"steps": 3, "train_batch_size": 5, "lr": 1e-3}  # of five pairs: no number of processes divides them
+SIZES = {"num_samples": 7, "stage_samples": 7, "eval_samples": 4, "batch_size": 3, "text_tokens": 12, "device": "cpu"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked for
+    "matching": ("blip", {"ratio": 0.5}),
+    "matching, tuned": ("blip", {"ratio": 0.5, "label_column": "match", **TRAINED}),
+    "paper": ("blip", {"ratio": 0.4, "method": "comp-paper", "stages": 4}),
+    "paper, tuned in stages": ("blip", {"ratio": 0.4, "method": "comp-paper", "stages": 4, **TRAINED, "stage_share": 0.7}),
+    "taylor": ("blip", {"ratio": 0.3, "method": "taylor"}),
+    "retrieval, tuned": ("clip", {"ratio": 0.4, **TRAINED}),
+    "zero-shot, tuned": ("clip", {"ratio": 0.4, "task": "zero-shot", **TRAINED}),
+    "retrieval of blip, tuned": ("blip-contrastive", {"ratio": 0.4, "task": "retrieval", **TRAINED}),
+    "siglip": ("siglip", {"ratio": 0.4, **TRAINED}),
+    "images": ("clip-vision", {"ratio": 0.4, **TRAINED}),
+    "texts": ("clip-text", {"ratio": 0.4, **TRAINED}),
+    "caption, tuned": ("blip-caption", {"ratio": 0.4, **TRAINED}),
+    "vqa, tuned": ("blip-vqa", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
+    "llava": ("llava", {"ratio": 0.4, "answer_column": "answer"}),
+    "llava, tuned": ("llava", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
+    "llava-next, tuned": ("llava-next", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
+    "qwen2-vl, tuned": ("qwen2-vl", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
+    "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
+    "by number": ("llava", {"method": "vitcop", "tokens": 9}),
+}
+SCENES = {"matching", "paper", "paper, tuned in stages", "taylor", "uniform"}  # the others read the table
+WITHOUT_SIZES = {"by number"}
+
+
+def prepare(place: Path, *cases: str) -> None:
+    """Write what the cases need: texts and answers are of several lengths, and two images have one text."""
+    place.mkdir(exist_ok=True)
+    words = ["a red circle", "a blue square left of a red circle", "two small circle", "a large square above two circle"]
+    tiny.table(
+        place,
+        text=lambda n: words[n % 4] + " and a red square" * (n % 3),
+        match=lambda n: n % 2,
+        answer=lambda n: ["red", "two blue", "a large red circle"][n % 3],
+    )
+    for model in dict.fromkeys(CASES[case][0] for case in cases):
+        tiny.write(model, place / model)
+
+
+def run(place: Path, output: Path, case: str) -> None:
+    import comp_cli
+    from comp_cli.search.processes import is_main_process
+
+    model, asked = CASES[case]
+    given = {"task": tiny.TASKS[model]} if model in tiny.TASKS and "task" not in asked else {}
+    given |= {} if case in WITHOUT_SIZES else SIZES
+    if case not in SCENES | WITHOUT_SIZES:
+        given |= {"data": str(place / "table.jsonl"), "label_column": "", "answer_column": ""}
+    report = comp_cli.prune(place / model, output=output / case, **given | asked)
+    if is_main_process():
+        (output / f"{case}.json").write_text(json.dumps(report.to_json()))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[3:]:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), name)
