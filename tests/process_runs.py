@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked fo
     "llava": ("llava", {"ratio": 0.4, "answer_column": "answer"}),
     "llava, tuned": ("llava", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
     "llava-next, tuned": ("llava-next", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
-    "qwen2-vl, tuned": ("qwen2-vl", {"ratio": 0.4, "answer_column": "answer", **TRAINED}),
+    "qwen2-vl, tuned": ("qwen2-vl", {"ratio": 0.25, "answer_column": "answer", **TRAINED}),
     "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
     "by number": ("llava", {"method": "vitcop", "tokens": 9}),
 }

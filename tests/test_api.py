@@ -183,7 +183,7 @@ def test_a_progress_hears_all_in_order(pruned):
     kinds = [entry[0] for entry in told]
     assert [entry[1] for entry in told if entry[0] == "warn"] == list(report.warnings)
     titles = [entry[1] for entry in told if entry[0] == "begin"]
-    assert titles == ["gathering activations", "pruning", "recovering", "comparing dense and compact"]
+    assert titles == ["gathering activations", "pruning", "recovering", "judging the dense model", "judging the compact model"]
     assert kinds.count("begin") == kinds.count("end") == len(titles) and kinds.index("say") < kinds.index("begin")
     inside = 0
     for entry in told:

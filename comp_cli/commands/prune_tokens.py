@@ -29,7 +29,8 @@ from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
 from ..search.processes import is_main_process, process_device
-from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
+from .judging import check_drop, compare
+from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
 
 

@@ -7,6 +7,7 @@ effect: so the plan is that of a process alone. Where there is one process nothi
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -56,9 +57,10 @@ def check_launch() -> None:
 
 
 def join(device: torch.device) -> None:
-    """Meet the others, if there are any."""
+    """Meet the others, if there are any. They wait long for one another: the first one judges and writes alone. One that has
+    ended is noticed at once."""
     if processes() > 1:
-        PartialState(cpu=device.type == "cpu")
+        PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
 
 
 def share(items: Sequence[T]) -> list[T]:

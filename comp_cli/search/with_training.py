@@ -14,6 +14,7 @@ from ..plan import Plan
 from ..progress import Progress
 from .calibration import Tensors
 from .journal import Journal
+from .once import Once
 from .trainer import Trainer, training_batches
 from .training_free import State, TrainingFree
 
@@ -32,6 +33,7 @@ class Trained:
         journal: Journal | None,
         progress: Progress,
         saved: dict[str, Any] | None,
+        once: Once,
     ):
         """saved: what the journal holds. The others as in TrainingFree."""
         training = options.training
@@ -42,7 +44,7 @@ class Trained:
         self.is_over = saved is not None and saved.get("steps", 0) > self.stage_steps  # the plan is found, and only tuned
         gathers = not self.is_over
         recovers = gathers and not self.stage_steps
-        self.free = TrainingFree(dense, options, batches, judges, None, progress, gathers=gathers, recovers=recovers)
+        self.free = TrainingFree(dense, options, batches, judges, None, progress, once, gathers=gathers, recovers=recovers)
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
         """Go on from a journal, which the first process reads."""
