@@ -1,6 +1,7 @@
 """Runs that one process or several do: `python tests/process_runs.py PLACE OUTPUT CASE...`, alone or by accelerate launch.
 
 PLACE holds the dense models and a table, see `prepare`; every case writes OUTPUT/CASE, and OUTPUT/CASE.json with its report.
+A case "slopes of CASE" writes the gradient of its first step of tuning.
 """
 
 import json
@@ -47,24 +48,69 @@ def prepare(place: Path, *cases: str) -> None:
         match=lambda n: n % 2,
         answer=lambda n: ["red", "two blue", "a large red circle"][n % 3],
     )
-    for model in dict.fromkeys(CASES[case][0] for case in cases):
+    for model in dict.fromkeys(CASES[case.removeprefix("slopes of ")][0] for case in cases):
         tiny.write(model, place / model)
+
+
+def given_of(place: Path, case: str) -> dict[str, Any]:
+    """Arguments of `comp_cli.prune` for a case."""
+    model, asked = CASES[case]
+    given = {"task": tiny.TASKS[model]} if model in tiny.TASKS else {}
+    given |= {} if case in WITHOUT_SIZES else SIZES
+    if case not in SCENES | WITHOUT_SIZES:
+        given |= {"data": str(place / "table.jsonl"), "label_column": "", "answer_column": ""}
+    return given | asked
 
 
 def run(place: Path, output: Path, case: str) -> None:
     import comp_cli
     from comp_cli.search.processes import is_main_process
 
-    model, asked = CASES[case]
-    given = {"task": tiny.TASKS[model]} if model in tiny.TASKS and "task" not in asked else {}
-    given |= {} if case in WITHOUT_SIZES else SIZES
-    if case not in SCENES | WITHOUT_SIZES:
-        given |= {"data": str(place / "table.jsonl"), "label_column": "", "answer_column": ""}
-    report = comp_cli.prune(place / model, output=output / case, **given | asked)
+    report = comp_cli.prune(place / CASES[case][0], output=output / case, **given_of(place, case))
     if is_main_process():
         (output / f"{case}.json").write_text(json.dumps(report.to_json()))
 
 
+def write_slopes(place: Path, output: Path, case: str) -> None:
+    """What the optimizer of a process is given in the first step of tuning the dense model."""
+    import torch
+    from safetensors.torch import save_file
+
+    from comp_cli.cli.output import Output
+    from comp_cli.models.dense import open_dense
+    from comp_cli.models.pairs import choose_pairs
+    from comp_cli.options import DataOptions, ResolvedTraining
+    from comp_cli.search.processes import is_main_process, join
+    from comp_cli.search.trainer import Trainer, training_batches
+
+    join(torch.device("cpu"))
+    given, quiet = given_of(place, case), Output("quiet")
+    dense = open_dense(str(place / CASES[case][0]), quiet, text_tokens=12, task=given.get("task"))
+    # The features of an untouched model are at the minimum of their distance: what is trained is not the teacher.
+    training = ResolvedTraining(steps=1, batch_size=5, lr=1e-3)
+    columns = {name: given.get(name) for name in ("label_column", "answer_column")}
+    pairs = choose_pairs(dense, DataOptions(str(place / "table.jsonl"), **columns), quiet)
+    trainer = Trainer(dense, training, 0.5, lambda skip: training_batches(dense, pairs, training, 0, skip))
+    random = torch.Generator().manual_seed(0)
+    trainer.state = {name: w + 0.02 * torch.randn(w.shape, generator=random) for name, w in trainer.state.items()}
+    found = {}
+
+    def remember(parameters: list[torch.Tensor], limit: float) -> None:
+        found.update({str(number): p.grad.clone() for number, p in enumerate(parameters) if p.grad is not None})
+
+    trainer.accelerator.clip_grad_norm_ = remember
+    trainer.tune(quiet, lambda: None)
+    if is_main_process():
+        save_file(found, output / f"slopes of {case}.safetensors")
+
+
+def main(place: str, output: str, *cases: str) -> None:
+    for case in cases:
+        if case.startswith("slopes of "):
+            write_slopes(Path(place), Path(output), case.removeprefix("slopes of "))
+        else:
+            run(Path(place), Path(output), case)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), name)
+    main(*sys.argv[1:])

@@ -3,14 +3,11 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
@@ -209,27 +206,6 @@ def test_a_loss_that_is_no_number_is_an_error(dense):
 def test_settings_that_make_no_sense(tiny_folder, tmp_path, wrong, said):
     result = run("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *wrong)
     assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("more", [[], IN_STAGES], ids=["comp", "comp-paper in stages"])
-def test_two_processes_do_what_one_does(tiny_folder, tmp_path, more):
-    """Data-parallel on two CPU processes: the same plan, and weights that differ by rounding only."""
-    common = [str(a) for a in ("prune", tiny_folder, "--ratio", 0.5, *SIZES, *TRAIN, *more, "--json")]
-    one = run(*common, "-o", tmp_path / "one")
-    assert one.exit_code == 0, one.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "comp_cli"]
-    done = subprocess.run([*launch, *common, "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "two")  # one document, from one process
-    reports = [json.loads((tmp_path / name / "comp_report.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["plan"] == reports[1]["plan"] and len(reports[0]["compared"]) == len(reports[1]["compared"])
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    dense = load_file(tiny_folder / "model.safetensors")
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)
-    name = "vision_model.embeddings.class_embedding"
-    assert not torch.equal(weights[0][name], dense[name]) and math.isfinite(weights[0][name].sum())
 
 
 def test_epochs_are_steps(tiny_folder, tmp_path):
