@@ -69,7 +69,13 @@ def sweep(
             journal.remove()
         journal.compare(_settings(early_settings(options), ratios, max_drop))
         check_free(output, ratios, journal, overwrite)
-        return replace(Sweep(options, ratios, output, journal, progress, resume=resume, **how).run(), output=typed)
+        try:
+            report = Sweep(options, ratios, output, journal, progress, resume=resume, **how).run()
+        except Exception:
+            if not output.exists():  # nothing to go on from
+                journal.remove()
+            raise
+        return replace(report, output=typed)
 
 
 class Sweep:
@@ -119,7 +125,7 @@ class Sweep:
         )
         self.journal.settings = _settings(settings_of(opened.dense, opened.resolved), self.ratios, self.how["max_drop"])
         self.journal.settings["content of the calibration pairs"] = fingerprint(batches)
-        self.journal.load()
+        self.journal.save(self.journal.load() or {"written": {}})
         folders = {ratio: self.output / folder_name(ratio) for ratio in self.ratios}
         finished = {ratio: folder for ratio, folder in folders.items() if is_finished(folder, self.journal)}
         for folder in finished.values():
@@ -130,8 +136,7 @@ class Sweep:
     def _note(self, folder: Path) -> None:
         """A folder is written."""
         if self.journal is not None:
-            known = (self.journal.peek() or {}).get("written", {})
-            self.journal.save({"written": known | {folder.name: sha256(folder / MARKER)}})
+            self.journal.save({"written": written_by(self.journal) | {folder.name: sha256(folder / MARKER)}})
 
     def _attempt(self, ratio: float) -> Point:
         """Prune to a ratio. One that is missed or out of reach fails alone."""
@@ -179,13 +184,17 @@ def _settings(found: dict[str, Any], ratios: Sequence[float], max_drop: float | 
     return found | {"ratio": list(ratios), "max_drop": max_drop}
 
 
+def written_by(journal: Journal) -> dict[str, str]:
+    """Which folders the run of a sweep's journal has written, with the hashes of their reports."""
+    return dict((journal.peek() or {}).get("written", {}))
+
+
 def is_finished(folder: Path, journal: Journal) -> bool:
-    """Whether a folder is the one that the journal's run wrote, or that a run of its own wrote before it was killed."""
+    """Whether the run of a sweep's journal wrote a folder, or was killed when all was done but noting it."""
     report = folder / MARKER
-    if not report.is_file():
+    if journal.peek() is None or not report.is_file():
         return False
-    known = (journal.peek() or {}).get("written", {}).get(folder.name)
-    return sha256(report) in (known, Journal(folder, {}).finished())
+    return sha256(report) in (written_by(journal).get(folder.name), Journal(folder, {}).finished())
 
 
 def check_free(output: Path, ratios: Sequence[float], journal: Journal, overwrite: bool) -> None:
