@@ -109,10 +109,10 @@ def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
 def parse_ratios(given: str | float | Sequence[float] | None) -> float | tuple[float, ...] | None:
     """A ratio as a number or a text, or several as a text with commas or a list; whether each can be, the options say. Raises
     UsageError for what is no number, and for lists that make no sense."""
-    if given is None:
-        return None
-    single = isinstance(given, Real) or (isinstance(given, str) and "," not in given)
-    parts: Sequence[Any] = [given] if single else given.split(",") if isinstance(given, str) else list(given)  # type: ignore
+    if given is None or isinstance(given, int | float):
+        return given
+    single = isinstance(given, str) and "," not in given
+    parts = given.split(",") if isinstance(given, str) else given
     try:
         ratios = tuple(map(_real, parts))
     except (TypeError, ValueError):

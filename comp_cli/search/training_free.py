@@ -33,7 +33,7 @@ class TrainingFree:
         judges: list[Batch],
         journal: Journal | None,
         progress: Progress,
-        once: Once,
+        once: Once | None = None,
         *,
         gathers: bool = True,
         recovers: bool = True,
@@ -46,14 +46,14 @@ class TrainingFree:
         self.recovers = recovers and options.recover
         self.sequential = self.recovers and options.sequential
         priced = method.params == "obs"
+        self._once = once or Once()
         self.grams: Tensors | None = None
         self.prices: Tensors | None = None
         if gathers and (priced or (self.recovers and method.removes("parameters"))):
             weighted = options.cip or not priced
-            self.grams, self.prices = once("statistics", lambda: self._gather(priced, weighted, options.seed))
+            self.grams, self.prices = self._once("statistics", lambda: self._gather(priced, weighted, options.seed))
         rule = None if priced else method.params if options.cip else "wanda"
         self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
-        self._once = once
 
     def _gather(self, priced: bool, weighted: bool, seed: int) -> tuple[Tensors | None, Tensors | None]:
         """Gram matrices for who recovers, and prices: one pass of the dense model."""
