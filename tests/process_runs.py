@@ -33,9 +33,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked fo
     "qwen2-vl, tuned": ("qwen2-vl", {"ratio": 0.25, **TRAINED}),
     "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
     "by number": ("llava", {"method": "vitcop", "tokens": 9}),
+    "by number, measured": ("llava", {"method": "vitcop", "tokens": 9, "eval_samples": 5, "batch_size": 2}),
 }
 SCENES = {"matching", "paper", "paper, tuned in stages", "taylor", "qwen2-vl, tuned", "uniform"}  # others: the table
-WITHOUT_SIZES = {"by number"}
 
 
 def prepare(place: Path, *cases: str) -> None:
@@ -56,8 +56,8 @@ def given_of(place: Path, case: str) -> dict[str, Any]:
     """Arguments of `comp_cli.prune` for a case."""
     model, asked = CASES[case]
     given = {"task": tiny.TASKS[model]} if model in tiny.TASKS else {}
-    given |= {} if case in WITHOUT_SIZES else SIZES
-    if case not in SCENES | WITHOUT_SIZES:
+    given |= {} if case.startswith("by number") else SIZES
+    if case not in SCENES and case != "by number":
         given |= {"data": str(place / "table.jsonl"), "label_column": "", "answer_column": ""}
     return given | asked
 

@@ -18,7 +18,8 @@ from ..report.base import Texts, Values
 from ..report.prune import PruneReport, Quality
 from ..report.prune_tables import metric_value
 from ..search.once import Once
-from ..tasks import comparison
+from ..search.processes import gathered, processes, share
+from ..tasks import Task, comparison
 from ..tasks.base import is_share
 from ..tasks.text_metrics import missing, references
 
@@ -26,7 +27,7 @@ from ..tasks.text_metrics import missing, references
 @dataclass(frozen=True)
 class Judged:
     """What the dense model says on the pairs that calibration never saw. pairs: themselves, where texts are written about them.
-    seconds: that it took."""
+    seconds: that one process takes."""
 
     batches: list[Batch]
     texts: Texts
@@ -42,11 +43,17 @@ def judge_dense(dense: Dense, pairs: Pairs, options: ResolvedOptions, progress: 
         read = list(read)  # which are written about as well
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
-    with progress.track("judging the dense model", len(batches)) as bar:
-        begin = time.perf_counter()
-        found = comparison.evaluate(dense.runtime(dense.plan), task, batches, bar.advance)
-        seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    found = evaluate(dense.runtime(dense.plan), task, batches, progress, "judging the dense model")
+    seconds = (time.perf_counter() - begin) * processes()
     return Judged(batches, texts, list(read) if task.new_tokens else [], found, seconds)
+
+
+def evaluate(model: nn.Module, task: Task, batches: list[Batch], progress: Progress, title: str) -> comparison.Evaluation:
+    """Run a model over batches, each process over its share."""
+    own = share(batches)
+    with progress.track(title, len(own)) as bar:
+        return comparison.judged(task, gathered(comparison.read(model, task, own, bar.advance)))
 
 
 def compare(
@@ -58,8 +65,7 @@ def compare(
     judged = once("dense model judged", lambda: judge_dense(dense, pairs, options, progress))
     before, batches, texts = judged.found, judged.batches, judged.texts
     warn_cut_texts("evaluation", texts, progress, dense.longest)
-    with progress.track("judging the compact model", len(batches)) as bar:
-        after = comparison.evaluate(compact, task, batches, bar.advance)
+    after = evaluate(compact, task, batches, progress, "judging the compact model")
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
     metric = task.metric
@@ -92,7 +98,7 @@ def judge_texts(
 
     def written(model: nn.Module) -> dict[str, float]:
         with progress.track("writing texts", len(about)) as bar:
-            return judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done))
+            return judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done), share, gathered)
 
     before, after = once("texts judged", lambda: written(dense.runtime(dense.plan))), written(compact)
     return {name: Values(value, after[name]) for name, value in before.items()}

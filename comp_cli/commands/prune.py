@@ -203,8 +203,6 @@ def _prune(
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
         round_as_written(compact, dtypes)  # judged with the weights that are written
-        if not is_main_process():
-            return report
         quality, per_pair = compare(dense, compact, pairs, resolved, progress, once)
         address = dense.source.address_from(output)
         report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
@@ -214,7 +212,8 @@ def _prune(
         if journal:
             journal.remove()
         raise
-    assert journal is not None  # the first process of what is no dry run has one
+    if journal is None:
+        return report
     with atomic_folder(output, overwrite=overwrite) as folder:
         progress.say("writing ...")
         write_checkpoint(folder, dense, compact, plan, report.to_json(), dtypes)

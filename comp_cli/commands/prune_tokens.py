@@ -28,7 +28,7 @@ from ..report.base import Sizes
 from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
-from ..search.processes import is_main_process, process_device
+from ..search.processes import check_launch, is_main_process, join, process_device
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
@@ -51,9 +51,12 @@ def prune_tokens(
     Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
     on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
-    process_device(options.device)
-    if dry_run or not is_main_process():  # of several processes one writes
-        return _report(options, progress, hub_options)[0]
+    check_launch()
+    join(process_device(options.device))
+    if dry_run or not is_main_process():  # of several processes one writes, and all measure
+        report, _, plan = _report(options, progress, hub_options)
+        measures = options.data.data is not None and not dry_run
+        return measured(report, options, plan, progress, hub_options) if measures else report
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):

@@ -180,7 +180,7 @@ class HeldOut:
     def _features(self, model: nn.Module, batches: list[Batch]) -> Tensor:
         """Of the pairs of all processes, in their order."""
         task = self.dense.task
-        own = [task.features(comparison.evaluate(model, task, [batch]).outputs) for batch in share(batches)]
+        own = [task.features(part.outputs) for part in comparison.read(model, task, share(batches))]
         return torch.cat(gathered(own))
 
 
