@@ -156,6 +156,29 @@ def test_processes_end_together(end, tiny_folder, tmp_path):
         assert told["code"] in ((130,) if end == "Ctrl-C" else (1, 143))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_processes_go_on_where_they_were_killed(tiny_folder, tmp_path):
+    """In the midst of the tuning: the first one has the journal, the other one is told. The same bytes come out."""
+    given = ["prune", tiny_folder, *LONG[:2], *LONG[6:], "--steps", "40", "--train-batch-size", "5", "--eval-samples", "4"]
+    words = [*LAUNCH, "2", "-m", "comp_cli", *map(str, given), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(words, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: list(tmp_path.glob(".out.journal.*.safetensors")) or process.poll() is not None, 300)
+        os.kill(next(each for each in children(process.pid) if rank_of(each) == "1"), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    for name in ("out", "whole"):
+        done = launched(2, "-m", "comp_cli", *given, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert name == "whole" or "cost" not in json.loads(done.stdout)  # it did go on
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_a_launcher_that_shares_out_weights_is_refused(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "true")
