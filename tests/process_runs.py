@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked fo
     "qwen2-vl, tuned": ("qwen2-vl", {"ratio": 0.25, **TRAINED}),
     "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
     "by number": ("llava", {"method": "vitcop", "tokens": 9}),
-    "by number, measured": ("llava", {"method": "vitcop", "tokens": 9, "eval_samples": 5, "batch_size": 2}),
+    "by number, measured": ("llava", {"method": "vitcop", "tokens": 9, "answer_column": "answer", "eval_samples": 5}),
 }
 SCENES = {"matching", "paper", "paper, tuned in stages", "taylor", "qwen2-vl, tuned", "uniform"}  # others: the table
 
