@@ -16,6 +16,7 @@ SIZES = {"num_samples": 7, "stage_samples": 7, "eval_samples": 4, "batch_size": 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked for
     "matching": ("blip", {"ratio": 0.5}),
     "matching, tuned": ("blip", {"ratio": 0.5, "label_column": "match", **TRAINED}),
+    "two pairs, tuned": ("clip", {"ratio": 0.5, **TRAINED, "train_batch_size": 2}),  # one of three processes has none
     "paper": ("blip", {"ratio": 0.4, "method": "comp-paper", "stages": 4}),
     "paper, tuned in stages": ("blip", {"ratio": 0.4, "method": "comp-paper", "stages": 4, **TRAINED, "stage_share": 0.7}),
     "taylor": ("blip", {"ratio": 0.3, "method": "taylor"}),

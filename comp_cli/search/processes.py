@@ -50,15 +50,13 @@ def check_launch() -> None:
     """Raises UsageError where the launcher was asked to share out the weights of a model: comp shares out the pairs."""
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            hint = (
-                "Launch it data-parallel: accelerate launch --multi_gpu (or --cpu) --num_processes N, without a config of it."
-            )
+            hint = "Launch it data-parallel, without a config of it: accelerate launch --multi_gpu --num_processes N."
             raise UsageError(f"{name}: every process of comp holds the whole model, and shares out the pairs.", hint=hint)
 
 
 def join(device: torch.device) -> None:
-    """Meet the others, if there are any. They wait long for one another: the first one judges and writes alone. One that has
-    ended is noticed at once."""
+    """Meet the others, if there are any. They wait long for one another: the first one writes alone. One that has ended is
+    noticed at once."""
     if processes() > 1:
         PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
 
