@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .report.bench import BenchReport
     from .report.export import ExportReport
     from .report.prune import PruneReport
+    from .report.sweep import SweepReport
 
 __all__ = [
     "AnalyzeReport",
@@ -35,6 +36,7 @@ __all__ = [
     "Progress",
     "PruneReport",
     "RefusedError",
+    "SweepReport",
     "UsageError",
     "analyze",
     "bench",
@@ -53,6 +55,7 @@ _PLACES = {
     "report.bench": ("BenchReport",),
     "report.export": ("ExportReport",),
     "report.prune": ("PruneReport",),
+    "report.sweep": ("SweepReport",),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CompError
-from .option_values import checked, default_output, parse_backends, parse_batches, parse_modes
+from .option_values import checked, default_output, parse_backends, parse_batches, parse_modes, parse_ratios
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -30,6 +30,7 @@ from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
 from .report.prune import PruneReport
+from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def analyze(
 def prune(
     model: StrPath,
     *,
-    ratio: float | None = PruneOptions.ratio,
+    ratio: float | str | Sequence[float] | None = PruneOptions.ratio,
     tokens: int | None = TokenOptions.tokens,
     tokens_share: float | None = TokenOptions.tokens_share,
     token_stages: str | None = TokenOptions.token_stages,
@@ -174,20 +175,22 @@ def prune(
     resume: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> PruneReport:
+) -> PruneReport | SweepReport:
     """Remove attention heads, feed-forward channels and tokens together, and write a compact checkpoint.
 
     Args:
         model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input. Every method asks for it,
-            but those of the image tokens of a decoder, which ask for exactly one of the next three.
+            but those of the image tokens of a decoder, which ask for exactly one of the next three. Several, as a list or as
+            a text with commas, make a folder each, of one calibration.
         tokens: image tokens of an image: the mean over the layers of the language model, or what a one-shot rule keeps.
         tokens_share: the same as a share of an image's tokens, for images of any size.
         token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
         saliency: what the method vitcop ranks by inside the language model: "key-norm" or "attention" (default: by the model).
         compat: follow the authors' code where it departs from their formula.
         link: hard links to the model's weights in place of copies; both must be on one disk.
-        output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder).
+        output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
+            holds a folder each, such as ratio-0.5, and what each costs, comp_sweep.json and tradeoff.md.
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         max_drop: points that the metric may fall; more raises GateError, and nothing is written.
         task: evaluation task (default: inferred from the architecture).
@@ -233,7 +236,8 @@ def prune(
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
-        What was pruned and what it costs in accuracy. `report.quality` is None after a dry run.
+        What was pruned and what it costs in accuracy. `report.quality` is None after a dry run. Of several ratios a
+        `SweepReport`.
 
     Raises:
         UsageError: an argument that cannot be, an output that exists.
@@ -247,12 +251,15 @@ def prune(
         >>> report.flops.dense, report.flops.compact, report.quality.metrics["accuracy"].compact
         >>> report = comp_cli.prune("llava-hf/llava-1.5-7b-hf", method="vitcop", tokens=64, output="llava-64")
         >>> report.image_tokens.mean, report.image_tokens.kv_cache_bytes.compact
+        >>> sweep = comp_cli.prune("demo", ratio=[0.3, 0.5, 0.7], output="demo-sweep")
+        >>> [(point.ratio, point.metric.compact, point.folder) for point in sweep.points]
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
     image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency)
+    ratios = parse_ratios(ratio)
     options = PruneOptions(
         model=os.fspath(model),
-        ratio=ratio,
+        ratio=ratios[0] if isinstance(ratios, tuple) else ratios,
         method=method,
         recover=recover,
         sequential=sequential,
@@ -279,16 +286,19 @@ def prune(
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
-    folder = default_output(options.model, ratio, method, options.image_tokens) if output is None else Path(output)
+    folder = default_output(options.model, ratios, method, options.image_tokens) if output is None else Path(output)
 
-    def work(told: Progress) -> PruneReport:
+    def work(told: Progress) -> PruneReport | SweepReport:
         from .commands.prune import prune
         from .commands.prune_options import by_number
         from .commands.prune_tokens import prune_tokens
+        from .commands.sweep import sweep
 
         how = {"overwrite": overwrite, "dry_run": dry_run}
         if by_number(options, link):
             return prune_tokens(options, folder, told, link=link, max_drop=max_drop, hub_options=hub, **how)
+        if isinstance(ratios, tuple):
+            return sweep(options, ratios, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
         return prune(options, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
 
     return _reported(work, progress)

@@ -90,6 +90,10 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+# What gloo and NCCL say of a process that is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL", "Broken pipe")
+
+
 def explain(error: Exception) -> CompError:
     """What no command foresaw, as a sentence. What the machine lacks is no defect."""
     lines = str(error).strip().splitlines() or ["no message"]
@@ -100,6 +104,9 @@ def explain(error: Exception) -> CompError:
         )
     if isinstance(error, MemoryError) or "allocate memory" in lines[0] or type(error).__name__ == "OutOfMemoryError":
         return CompError(f"out of memory ({lines[0]}).", hint="A smaller --batch-size or a larger machine helps.")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+        hint = "What it said tells why. Start them together once more: the run goes on where it was."
+        return CompError("another process of this run has ended.", hint=hint)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return CompError(f"{where}{error.strerror}.", hint="COMP_DEBUG=1 shows where it happened.")

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 EMPTY_IS_NONE = ("label_column", "answer_column", "split_column")  # what '' says of them: there is none
+MOST_RATIOS = 20  # of a sweep: each is a folder
 POSITIONAL = ("model", "folder")
 EXPECTED: dict[Any, str] = {
     bool: "True or False",
@@ -85,10 +86,11 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float | None, method: str, tokens: TokenOptions | None) -> Path:
+def default_output(model: str, ratio: float | tuple[float, ...] | None, method: str, tokens: TokenOptions | None) -> Path:
     """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
     named = model.split("@")[0] if model.startswith("hf://") else model
-    amount = "comp" if ratio is None else f"comp-{ratio:g}"
+    ratios = ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,)
+    amount = "-".join(["comp", *(f"{each:g}" for each in ratios)])
     if tokens is not None:
         often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
         amount = f"{method}-{'stages' if often is None else often}"
@@ -102,6 +104,27 @@ def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:
     if not names or not set(names) <= set(BACKENDS):
         raise UsageError(f"--backend {_listed(given)}: expected some of {', '.join(BACKENDS)}, with commas.")
     return names
+
+
+def parse_ratios(given: str | float | Sequence[float] | None) -> float | tuple[float, ...] | None:
+    """A ratio as a number or a text, or several as a text with commas or a list; whether each can be, the options say. Raises
+    UsageError for what is no number, and for lists that make no sense."""
+    if given is None or isinstance(given, int | float):
+        return given
+    single = isinstance(given, str) and "," not in given
+    parts = given.split(",") if isinstance(given, str) else given
+    try:
+        ratios = tuple(map(_real, parts))
+    except (TypeError, ValueError):
+        raise UsageError(f"--ratio {_listed(given)}: expected a number, or several with commas, such as 0.3,0.5.") from None
+    if single:
+        return ratios[0]
+    names = [f"{ratio:g}" for ratio in ratios]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UsageError(f"--ratio {_listed(given)}: {twice[0]} is there twice.")
+    if not 1 <= len(ratios) <= MOST_RATIOS:
+        raise UsageError(f"--ratio: expected up to {MOST_RATIOS} numbers, found {len(ratios)}.")
+    return ratios
 
 
 def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -125,6 +148,12 @@ def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1 or max(sizes) > 10**5:
         raise UsageError(f"--batch {_listed(given)}: expected numbers from 1 to 100000, with commas, such as 1,8.")
     return sizes
+
+
+def _real(part: Any) -> float:
+    if isinstance(part, str) or _is_a(part, float):
+        return float(part)
+    raise TypeError("no number")
 
 
 def _whole(part: Any) -> int:

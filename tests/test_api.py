@@ -183,7 +183,7 @@ def test_a_progress_hears_all_in_order(pruned):
     kinds = [entry[0] for entry in told]
     assert [entry[1] for entry in told if entry[0] == "warn"] == list(report.warnings)
     titles = [entry[1] for entry in told if entry[0] == "begin"]
-    assert titles == ["gathering activations", "pruning", "recovering", "comparing dense and compact"]
+    assert titles == ["gathering activations", "pruning", "recovering", "judging the dense model", "judging the compact model"]
     assert kinds.count("begin") == kinds.count("end") == len(titles) and kinds.index("say") < kinds.index("begin")
     inside = 0
     for entry in told:
@@ -265,7 +265,7 @@ def test_an_unknown_keyword_is_a_type_error(tiny_folder):
 WRONG = [
     ("prune", {"ratio": 2}, "--ratio 2: expected a number between 0 and 1."),
     ("prune", {"ratio": float("nan")}, "--ratio nan: expected a number."),
-    ("prune", {"ratio": "0.5"}, "--ratio '0.5': expected a number or None."),
+    ("prune", {"ratio": "half"}, "--ratio half: expected a number, or several with commas, such as 0.3,0.5."),
     ("prune", {"ratio": None}, "--ratio is missing."),
     ("prune", {"ratio": 0.5, "seed": None}, "--seed None: expected a whole number."),
     ("prune", {"ratio": 0.5, "max_drop": True}, "--max-drop True: expected a number or None."),

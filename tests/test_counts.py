@@ -8,13 +8,12 @@ import torch
 from tiny import WORDS, table, write
 
 from comp_cli.cli.output import Output
-from comp_cli.commands import export
+from comp_cli.commands import export, judging
 from comp_cli.commands.analyze import analyze
 from comp_cli.commands.prune import prune
 from comp_cli.data.rows import Pair
 from comp_cli.models.dense import longest_text, open_dense
 from comp_cli.options import AnalyzeOptions, DataOptions, ExportOptions, PruneOptions, Training
-from comp_cli.tasks import comparison
 
 LONG = " ".join((WORDS * 2)[:17])  # 19 tokens with [CLS] and [SEP]; the tiny model takes 24
 TOO_LONG = " ".join((WORDS * 2)[:30])
@@ -91,13 +90,13 @@ def test_evaluation_reads_whole_texts(tiny_folder):
 
 def test_max_drop_judges_whole_texts(tiny_folder, tmp_path, monkeypatch):
     """The batches that dense and compact are compared on hold every token."""
-    widths, evaluate = [], comparison.evaluate
+    widths, evaluate = [], judging.evaluate
 
-    def spy(model, task, batches, advance):
+    def spy(model, task, batches, *rest):
         widths.extend(batch.inputs["input_ids"].shape[1] for batch in batches)
-        return evaluate(model, task, batches, advance)
+        return evaluate(model, task, batches, *rest)
 
-    monkeypatch.setattr(comparison, "evaluate", spy)
+    monkeypatch.setattr(judging, "evaluate", spy)
     data = DataOptions(table(tmp_path, caption=lambda number: LONG))
     prune(
         PruneOptions(str(tiny_folder), 0.5, data=data, task="retrieval", **SIZES),

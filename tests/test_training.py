@@ -3,14 +3,11 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
@@ -89,15 +86,12 @@ def test_without_cit_faded_heads_vote_on(dense, uneven_plan, inputs):
     assert ("vision", 0) in changed or ("vision", 1) in changed
 
 
-def test_batches_go_on_after_what_was_skipped_and_processes_share_them(dense):
+def test_batches_go_on_after_what_was_skipped(dense):
     training = Training(steps=4, batch_size=6)
-    whole = list(itertools.islice(training_batches(dense, SCENES, training, 0, 0, slice(None)), 4))
-    rest = list(itertools.islice(training_batches(dense, SCENES, training, 0, 2, slice(None)), 2))
+    whole = list(itertools.islice(training_batches(dense, SCENES, training, 0, 0), 4))
+    rest = list(itertools.islice(training_batches(dense, SCENES, training, 0, 2), 2))
     for a, b in zip(whole[2:], rest, strict=True):
         assert torch.equal(a.inputs["pixel_values"], b.inputs["pixel_values"])
-    halves = [next(training_batches(dense, SCENES, training, 0, 0, slice(index, None, 2))) for index in range(2)]
-    together = torch.stack([half.inputs["pixel_values"] for half in halves], dim=1).flatten(0, 1)
-    assert torch.equal(together, whole[0].inputs["pixel_values"])
 
 
 class Few:
@@ -110,7 +104,7 @@ class Few:
 @pytest.mark.parametrize(("batch", "sizes"), [(2, [2, 2, 2, 2]), (8, [5, 5, 5]), (5, [5, 5])])
 def test_a_small_set_is_read_again_and_again(dense, batch, sizes):
     """Epoch after epoch; the rest of an epoch that makes no whole batch is left out, but never all of it."""
-    found = itertools.islice(training_batches(dense, Few(), Training(batch_size=batch), 0, 0, slice(None)), len(sizes))
+    found = itertools.islice(training_batches(dense, Few(), Training(batch_size=batch), 0, 0), len(sizes))
     assert [len(one.inputs["input_ids"]) for one in found] == sizes
 
 
@@ -143,8 +137,8 @@ def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
     chosen = options(training={"stage_share": 0.5})
     taken = []
 
-    def read(skip, part):
-        for batch in training_batches(dense, SCENES, chosen.training, 0, skip, part):
+    def read(skip):
+        for batch in training_batches(dense, SCENES, chosen.training, 0, skip):
             taken.append(batch)
             yield batch
 
@@ -165,7 +159,7 @@ def test_every_step_is_taken_and_the_dense_model_stays_as_it_is(dense):
 
 
 def taken_inputs(dense):
-    return next(training_batches(dense, SCENES, Training(batch_size=4), 5, 0, slice(None))).inputs
+    return next(training_batches(dense, SCENES, Training(batch_size=4), 5, 0)).inputs
 
 
 @pytest.mark.parametrize(("steps", "share", "done"), [(1, 0.0, 0), (3, 1.0, 2), (25, 0.5, 12)])
@@ -212,27 +206,6 @@ def test_a_loss_that_is_no_number_is_an_error(dense):
 def test_settings_that_make_no_sense(tiny_folder, tmp_path, wrong, said):
     result = run("prune", tiny_folder, "--ratio", 0.5, "-o", tmp_path / "c", *wrong)
     assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("more", [[], IN_STAGES], ids=["comp", "comp-paper in stages"])
-def test_two_processes_do_what_one_does(tiny_folder, tmp_path, more):
-    """Data-parallel on two CPU processes: the same plan, and weights that differ by rounding only."""
-    common = [str(a) for a in ("prune", tiny_folder, "--ratio", 0.5, *SIZES, *TRAIN, *more, "--json")]
-    one = run(*common, "-o", tmp_path / "one")
-    assert one.exit_code == 0, one.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "comp_cli"]
-    done = subprocess.run([*launch, *common, "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "two")  # one document, from one process
-    reports = [json.loads((tmp_path / name / "comp_report.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["plan"] == reports[1]["plan"] and len(reports[0]["compared"]) == len(reports[1]["compared"])
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    dense = load_file(tiny_folder / "model.safetensors")
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)
-    name = "vision_model.embeddings.class_embedding"
-    assert not torch.equal(weights[0][name], dense[name]) and math.isfinite(weights[0][name].sum())
 
 
 def test_epochs_are_steps(tiny_folder, tmp_path):

@@ -80,8 +80,12 @@ def trace() -> None:
 
 
 def interruption(end: BaseException, resumes: bool) -> CompError:
-    """With the command line that goes on."""
+    """With the command line that goes on; how several processes were started, they do not know."""
     end = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
+    if resumes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return CompError(
+            f"{end.said}.", exit_code=end.code, hint="The same launch, of as many processes, goes on where it was."
+        )
     again = " ".join(word for word in Output.command.split(" ") if word != "--no-resume")
     hint = f"The same command goes on where it was: {again}" if resumes else f"Start it again: {again}"
     return CompError(f"{end.said}.", exit_code=end.code, hint=hint)

@@ -7,6 +7,7 @@ import typer
 
 from .. import api
 from ..engine.methods import DECODER, ENCODER, METHODS, methods_for
+from ..errors import CompError
 from ..options import (
     EVAL_SAMPLES,
     LEARNING_RATE,
@@ -41,8 +42,14 @@ def prune(
     context: typer.Context,
     model: given.Model,
     ratio: Annotated[
-        float | None, option(MAIN, "FLOPs reduction, 0 to 1 (0.5 removes half); not for --tokens.", show_default=False)
-    ] = PruneOptions.ratio,
+        str | None,
+        option(
+            MAIN,
+            "FLOPs reduction, 0 to 1 (0.5 removes half); several (0.3,0.5,0.7) share the calibration; not for --tokens.",
+            metavar="FLOAT[,FLOAT...]",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, option(TOKENS, "Of an image: the mean over the layers, or what a one-shot rule keeps.")
     ] = TokenOptions.tokens,
@@ -146,6 +153,8 @@ def prune(
 
     `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
 
+    `comp prune ./my-blip --ratio 0.3,0.5,0.7 --data pairs/ -o sweep` (a folder each, and what each costs)
+
     `comp prune llava-hf/llava-1.5-7b-hf --method vitcop --tokens 64 --link`
 
     `comp prune openai/clip-vit-base-patch32 --ratio 0.5 --data pairs.jsonl --max-drop 1.0`
@@ -157,15 +166,27 @@ def prune(
 
     def show(report: Any, out: Output) -> None:
         from ..report.prune_tables import print_pruned
+        from ..report.sweep import SweepReport
+        from ..report.sweep_tables import print_sweep
         from ..report.token_tables import print_tokens_pruned
 
+        if isinstance(report, SweepReport):
+            return print_sweep(report, out)
         if report.image_tokens is not None and report.options.ratio is None:
             return print_tokens_pruned(report, report.image_tokens, out)
         print_pruned(report, out)
 
+    def call(options: dict[str, Any], out: Output) -> Any:
+        try:
+            return api.prune(**options, progress=out)
+        except CompError as missed:
+            if hasattr(missed.report, "points"):  # of a sweep: what did not fail is there
+                show(missed.report, out)
+            raise
+
     perform(
         context,
-        lambda options, out: api.prune(**options, progress=out),
+        call,
         show,
         lambda report: report.output,
         resumes=not (dry_run or link or tokens or tokens_share or token_stages),

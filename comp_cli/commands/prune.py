@@ -1,19 +1,17 @@
 """`comp prune`: from a dense model to a folder with a compact one."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
-from ..data.rows import Pair
 from ..engine.allocation import Look
 from ..engine.methods import DECODER, check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
@@ -23,9 +21,8 @@ from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
 from ..models.dense import Dense, by_model_size, open_dense
 from ..models.described import Described
-from ..models.generated_texts import judge
 from ..models.own_texts import at_own_texts, saved, warn_less
-from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
+from ..models.pairs import Pairs, choose_pairs, pair_counts
 from ..options import (
     EVAL_SAMPLES,
     HUB_DEFAULTS,
@@ -41,17 +38,17 @@ from ..options import (
 )
 from ..plan import Plan
 from ..progress import Progress
-from ..report.base import PairCounts, Reference, Sizes, Texts, Values
+from ..report.base import PairCounts, Reference, Sizes, Texts
 from ..report.cards import prune_command, without_places
-from ..report.prune import PlanCompared, PruneReport, Quality, SearchCost, StageTaken
-from ..report.prune_tables import layer_rows, metric_value
+from ..report.prune import PlanCompared, PruneReport, SearchCost, StageTaken
+from ..report.prune_tables import layer_rows
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
+from ..search.once import Once
+from ..search.processes import check_launch, is_main_process, join, process_device, processes
 from ..search.run import search
-from ..search.trainer import count_steps, is_main_process, precision, process_device, processes
-from ..tasks import comparison
-from ..tasks.base import is_share
-from ..tasks.text_metrics import missing, references
+from ..search.trainer import count_steps, precision
+from .judging import check_drop, compare
 from .prune_options import check
 
 
@@ -91,13 +88,32 @@ def prune(
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
     into the folder."""
     check(options, max_drop, dry_run)
-    process_device(options.device)
+    check_launch()
+    join(process_device(options.device))
     pick_dtype(options.dtype)
-    if dry_run:
-        return _prune(options, output, None, progress, overwrite, max_drop, hub_options)
+    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
+    return prune_once(options, output, progress, Once(), resume=resume, **how)
+
+
+def prune_once(
+    options: PruneOptions,
+    output: Path,
+    progress: Progress,
+    once: Once,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    resume: bool,
+    max_drop: float | None,
+    hub_options: HubOptions,
+    written: Callable[[], None] = lambda: None,
+) -> PruneReport:
+    """What `prune` does with options that are checked. once: what runs of other ratios have made. written: hears that the
+    folder is in its place, before the journal goes."""
+    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
+    if dry_run or not is_main_process():  # of several processes one writes
+        return _prune(options, output, None, progress, once, **how, written=written)
     typed, output = output, resolve(output)
-    if not is_main_process():  # of several processes one writes
-        return _prune(options, output, Journal(output, {}) if resume else None, progress, overwrite, max_drop, hub_options)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         journal = Journal(output, {})
@@ -109,7 +125,7 @@ def prune(
             raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
-        return replace(_prune(options, output, journal, progress, overwrite, max_drop, hub_options), output=typed)
+        return replace(_prune(options, output, journal, progress, once, **how, written=written), output=typed)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -121,31 +137,49 @@ def drop_finished(journal: Journal, output: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What runs of all ratios begin with. ratio: of none of them."""
+
+    dense: Dense
+    pairs: Pairs
+    resolved: ResolvedOptions
+
+
+def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> Opened:
+    """The dense model, its pairs, and the options with all numbers."""
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
+    device = process_device(options.device)
+    dense = open_dense(
+        options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
+    )
+    pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
+    return Opened(dense, pairs, resolve_defaults(dense, pairs, options, progress))
+
+
 def _prune(
     options: PruneOptions,
     output: Path,
     journal: Journal | None,
     progress: Progress,
+    once: Once,
+    *,
     overwrite: bool,
+    dry_run: bool,
     max_drop: float | None,
     hub_options: HubOptions,
+    written: Callable[[], None],
 ) -> PruneReport:
     """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
     started = time.perf_counter()
-    dry_run = journal is None and is_main_process()
-    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
-    device = process_device(options.device)
-
-    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
-        check_fits(options.method, family, architecture, by_ratio=True)
-
-    dense = open_dense(
-        options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
-    )
+    opened = once("dense model", lambda: open_all(options, progress, hub_options))
+    dense, pairs, resolved = opened.dense, opened.pairs, replace(opened.resolved, ratio=options.ratio or 0.0)
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
-    pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
-    resolved = resolve_defaults(dense, pairs, options, progress)
     if dry_run and resolved.training.steps:
         progress.say("--dry-run: without the training.")
         resolved = replace(resolved, training=ResolvedTraining())
@@ -153,7 +187,7 @@ def _prune(
         journal.settings = settings_of(dense, resolved)
         check_disk(dense, resolved, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
-        found = search(dense, pairs, resolved, journal, progress)
+        found = search(dense, pairs, resolved, journal, progress, once)
         plan = found.plan.told_apart(dense.plan)
         held, decodes = wanted_dtype or of_the_whole(own, dense.state), dense.family.topology.drops_in == DECODER
         report = replace(
@@ -169,18 +203,17 @@ def _prune(
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
         round_as_written(compact, dtypes)  # judged with the weights that are written
-        if not is_main_process():
-            return report
-        quality, per_pair = compare(dense, compact, pairs, resolved, progress)
+        quality, per_pair = compare(dense, compact, pairs, resolved, progress, once)
         address = dense.source.address_from(output)
         report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
         report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
         check_drop(report, quality, max_drop, progress)
     except (DeadEnd, GateError):
-        if journal and is_main_process():
+        if journal:
             journal.remove()
         raise
-    assert journal is not None  # the main process of what is no dry run has one
+    if journal is None:
+        return report
     with atomic_folder(output, overwrite=overwrite) as folder:
         progress.say("writing ...")
         write_checkpoint(folder, dense, compact, plan, report.to_json(), dtypes)
@@ -189,6 +222,7 @@ def _prune(
         report = replace(report, size_bytes=size)
         write_report(folder, kept_with_folder(report), plan)
         journal.finish(folder / "comp_report.json")
+    written()
     journal.remove()
     seconds = round(time.perf_counter() - started, 1)
     cost = search_cost(found.seconds, per_pair * resolved.num_samples) if found.seconds else None
@@ -286,77 +320,6 @@ def counts(pairs: Pairs, options: PruneOptions) -> dict[str, PairCounts]:
     """What became of the rows of the user's pairs, by purpose. Of the training only where it went through all of them."""
     found = pair_counts(pairs)
     return {purpose: rows for purpose, rows in found.items() if purpose != "training" or options.training.epochs}
-
-
-def compare(
-    dense: Dense, compact: nn.Module, pairs: Pairs, options: ResolvedOptions, progress: Progress
-) -> tuple[Quality, float]:
-    """Dense against compact on pairs that calibration never saw: the task's metrics where there are labels, and agreement.
-    And the seconds that the dense model took for a pair."""
-    found, seconds, task = {}, {}, dense.task
-    models = {"dense": dense.runtime(dense.plan), "compact": compact}
-    collate = dense.collate_whole
-    read: Iterable[Pair] = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
-    if task.new_tokens:
-        read = list(read)  # which are written about as well
-    batches = list(collate.batches(read, options.batch_size))
-    texts = cut_texts(batches, collate.max_text)
-    warn_cut_texts("evaluation", texts, progress, dense.longest)
-    with progress.track("comparing dense and compact", 2 * len(batches)) as bar:
-        for name, model in models.items():
-            begin = time.perf_counter()
-            found[name] = comparison.evaluate(model, task, batches, bar.advance)
-            seconds[name] = time.perf_counter() - begin
-    before, after = found["dense"], found["compact"]
-    both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
-    metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
-    metric = task.metric
-    if task.new_tokens and before.metrics:
-        written = judge_texts(dense, models, list(read), options.batch_size, progress)
-        metric, metrics = next(iter(written), metric), written | metrics
-    quality = Quality(
-        samples=before.samples,
-        data=pairs.describe("evaluation"),
-        metric=metric,
-        metrics=metrics or None,
-        agreement=comparison.agreements(*both),
-        divergence=comparison.divergence(*both).item(),
-        texts=texts,
-        shared_texts=task.shared(before.labels),
-    )
-    if shared := quality.shared_texts:
-        progress.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
-    return quality, seconds["dense"] / before.samples
-
-
-def judge_texts(
-    dense: Dense, models: dict[str, nn.Module], pairs: list[Pair], batch_size: int, progress: Progress
-) -> dict[str, Values]:
-    """Metrics of the captions or answers that the models write on the pairs; the one that counts first."""
-    about, known = references(dense.task, pairs)
-    if why := missing(dense.task, about):
-        progress.warn(f"{why}; {dense.task.metric} is what counts")
-        return {}
-    found = {}
-    with progress.track("writing texts", 2 * len(about)) as bar:
-        for name, model in models.items():
-            found[name] = judge(model, dense, about, known, batch_size, lambda done: bar.advance(by=done))
-    return {name: Values(**{side: values[name] for side, values in found.items()}) for name in found["dense"]}
-
-
-def check_drop(report: PruneReport, quality: Quality, allowed: float | None, progress: Progress) -> None:
-    """Raises GateError where the metric (without labels the agreement) fell by more points than allowed."""
-    if allowed is None:
-        return
-    name, metrics = quality.metric, quality.metrics
-    if allowed < 100 / quality.samples and is_share(name):
-        progress.warn(f"--max-drop {allowed:g} is less than one of {quality.samples} pairs: --eval-samples gives it more.")
-    fell = metrics[name] if metrics else Values(1.0, quality.agreement)
-    if not 100 * (fell.dense - fell.compact) <= allowed:
-        name = name if metrics else "agreement"
-        said = f"{name} falls from {metric_value(name, fell.dense)} to {metric_value(name, fell.compact)}"
-        hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
-        raise GateError(f"{said}; --max-drop allows {allowed:g} points.", hint=hint, report=report)
 
 
 def search_cost(searched: float, dense_pass: float) -> SearchCost:

@@ -28,8 +28,9 @@ from ..report.base import Sizes
 from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
-from ..search.trainer import is_main_process, process_device
-from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
+from ..search.processes import check_launch, is_main_process, join, process_device
+from .judging import check_drop, compare
+from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens, has_pairs
 
 SCENES = 256  # that a built-in model is measured on, where nobody says how many
@@ -52,9 +53,12 @@ def prune_tokens(
     Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
     on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
-    process_device(options.device)
-    if dry_run or not is_main_process():  # of several processes one writes
-        return _report(options, progress, hub_options)[0]
+    check_launch()
+    join(process_device(options.device))
+    if dry_run or not is_main_process():  # of several processes one writes, and all measure
+        report, _, plan = _report(options, progress, hub_options)
+        measures = has_pairs(options) and not dry_run
+        return measured(report, options, plan, progress, hub_options) if measures else report
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):

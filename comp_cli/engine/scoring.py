@@ -16,6 +16,7 @@ from ..runtime.modeling_comp import CompactAttention, TokenScores, kept_tokens, 
 from . import decoder_scores, importance
 
 Key = tuple[str, int, str]  # tower, layer, part
+ByStream = dict[tuple[str, int], Tensor]  # stream and layer -> token scores of a batch
 
 
 @dataclass
@@ -172,15 +173,18 @@ def collect(
     seed: int = 0,
     run: Callable[[dict[str, Tensor]], Tensor | None] | None = None,
     advance: Callable[[], None] = lambda: None,
+    summed: Callable[[dict[Key, Tensor]], dict[Key, Tensor]] = dict,
+    gathered: Callable[[list[ByStream]], list[ByStream]] = list,
 ) -> Scores:
     """Importance of heads, channels and tokens on calibration batches of model inputs.
 
     `rule` is one of PARAMETER_RULES; None scores tokens only. `run` runs the model over a batch in place of the model itself;
-    for rules that read gradients it returns the loss.
+    for rules that read gradients it returns the loss. Where the batches are some of those that several processes share,
+    `summed` makes the sums of all, and `gathered` the token scores of all, batch by batch.
     """
     how = PARAMETER_RULES[rule] if rule else None
     found: dict[Key, Tensor] = {}
-    tokens: dict[tuple[str, int], list[Tensor]] = {}
+    heard: list[ByStream] = []
     model.eval()
     differentiated = gated(model, family) if how and how.reads in ("gradient", "squared gradient") else nullcontext()
     # The recorder's hooks come first: what they see is not gated.
@@ -190,25 +194,36 @@ def collect(
             if how and gates is not None:  # nothing reads what some layers say, see statistics.collect
                 slopes = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
                 for key, slope in zip(gates, slopes, strict=True):
-                    found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square())
+                    found[key] = found.get(key, 0) + (slope if how.reads == "gradient" else slope.square()).double()
             elif how:
                 for key, activations in recorder.inputs.items():
                     weights = weights_of(recorder, family.tower(key[0]), plan, key, how.reads == "weighted energy")
-                    found[key] = found.get(key, 0) + importance.energy(activations, weights)
-            for (name, index), scores in recorder.scores.items():
-                streams = family.tower(name).streams
-                if len(streams) == 1:
-                    tokens.setdefault((streams[0].name, index), []).extend(_relative(scores, streams[0]).cpu())
+                    found[key] = found.get(key, 0) + importance.energy(activations, weights).double()
+            heard.append(_of_streams(recorder, family))
             advance()
     units: dict[Key, Tensor] = {}
     if how:
-        for key, statistic in found.items():
+        for key, statistic in summed(found).items():
             name, index, part = key
-            scores = how.score(output_weight(model, family, key), statistic, _seed(seed, key)).cpu()
+            scores = how.score(output_weight(model, family, key), statistic.float(), _seed(seed, key)).cpu()
             units[key] = how.pool(scores, plan.tower(name).layers[index].parts[part].width)
         units = how.compare(units, family)
+    tokens: dict[tuple[str, int], list[Tensor]] = {}
+    for batch_scores in gathered(heard):
+        for stream, scores in batch_scores.items():
+            tokens.setdefault(stream, []).extend(scores)
     padded = {key: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) for key, rows in tokens.items()}
     return Scores(units, padded)
+
+
+def _of_streams(recorder: Recorder, family: Family) -> ByStream:
+    """What one forward pass says of tokens, see Scores, on the CPU."""
+    found: ByStream = {}
+    for (name, index), scores in recorder.scores.items():
+        streams = family.tower(name).streams
+        if len(streams) == 1:
+            found[streams[0].name, index] = _relative(scores, streams[0]).cpu()
+    return found
 
 
 def _within_layers(units: dict[Key, Tensor], family: Family) -> dict[Key, Tensor]:

@@ -25,6 +25,7 @@ from .scoring import reader_of, tower_layers
 # Times the mean of the Gram matrix's diagonal. Larger than in `recover`: targets hold what no channel of the part can say.
 RIDGE = 3e-2
 Run = Callable[[nn.Module, dict[str, Tensor]], Any]
+Sums = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def refit_in_sequence(
@@ -36,11 +37,13 @@ def refit_in_sequence(
     batches: Sequence[dict[str, Tensor]],
     run: Run,
     advance: Callable[[], None] = lambda: None,
+    summed: Sums = dict,
 ) -> None:
     """Refit the output projections of `compact` in place (weights are replaced, not written into: some are the dense model's).
 
     batches: calibration pairs as model inputs. run: runs a model over one of them. Layers before the first one that the plan
     changes stay as they are, and so do stock towers whose norms nobody described. `advance` hears of every layer.
+    `summed`: where the batches are some of those that several processes share, the sums over all of them.
     """
     changed: set[str] = set()  # streams whose tokens are no longer what they were
     with torch.inference_mode():
@@ -52,7 +55,7 @@ def refit_in_sequence(
                 first = min(first, plan.stages[0].layer)
             described = tower.order != "stock" or tower.norms is not None
             if described and first < len(own.layers):
-                _refit_tower(compact, dense, tower, first, batches, run, advance)
+                _refit_tower(compact, dense, tower, first, batches, run, advance, summed)
                 changed |= {stream.name for stream in tower.streams}
 
 
@@ -167,6 +170,7 @@ def _refit_tower(
     batches: Sequence[dict[str, Tensor]],
     run: Run,
     advance: Callable[[], None],
+    summed: Sums,
 ) -> None:
     pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
     layers: Iterator[tuple[Any, Any]] = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
@@ -193,7 +197,7 @@ def _refit_tower(
                 kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
                 found = seen[part.name]
                 fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
-            fit.replace()
+            fit.replace(summed)
         for _, own in pairs:
             own.step(layer, index)
         if isinstance(layer, DroppingLayer):
@@ -278,8 +282,9 @@ class Fit:
 
     def __init__(self, reader: nn.Linear):
         self.reader = reader
-        self.gram: Any = 0  # (channels + 1, channels + 1); without bias (channels, channels)
-        self.cross: Any = 0  # the same rows, (..., outputs)
+        # "gram", (channels + 1, channels + 1), without bias (channels, channels), and "cross", the same rows, (..., outputs):
+        # fp64, of products in fp32; empty where no pair was seen.
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, inner: Tensor, target: Tensor, valid: Tensor | None) -> None:
         """(batch, tokens, channels), (batch, tokens, outputs), and which of these tokens are no padding, (batch or 1, tokens),
@@ -290,14 +295,14 @@ class Fit:
             rows, wanted = rows[counts], wanted[counts]
         if self.reader.bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-        self.gram = self.gram + (rows.T @ rows).double()
-        self.cross = self.cross + (rows.T @ wanted).double()
+        for name, product in ("gram", rows.T @ rows), ("cross", rows.T @ wanted):
+            self.sums[name] = self.sums.get(name, 0) + product.double()
 
-    def replace(self) -> None:
+    def replace(self, summed: Sums) -> None:
         """Give the projection the weights that fit."""
-        reader, channels = self.reader, self.reader.in_features
+        reader, channels, sums = self.reader, self.reader.in_features, summed(self.sums)
         now = reader.weight if reader.bias is None else torch.cat([reader.weight, reader.bias.unsqueeze(1)], dim=1)
-        found = ridge_fit(self.gram, self.cross, now.double(), RIDGE)
+        found = ridge_fit(sums["gram"], sums["cross"], now.double(), RIDGE)
         with torch.inference_mode(False):  # what is made under it could not be trained
             found = found.clone().to(reader.weight.dtype)
             reader.weight = nn.Parameter(found[:, :channels].contiguous(), requires_grad=False)

@@ -19,9 +19,9 @@ from .scoring import Key, in_batches, reader_of, recording, tower_layers, weight
 
 @dataclass
 class Statistics:
-    """grams: sum_n w_n [x_n; 1][x_n; 1]^T of the channels of a part over all tokens n of all pairs, (channels + 1, channels +
-    1). rises: the loss, in nats a pair, that it would cost to first order in the error, squared, if all that a part says were
-    replaced by its mean. energies: sum_n w_n ||o_n - mean||^2 of what it says."""
+    """Sums over all pairs. grams: sum_n w_n [x_n; 1][x_n; 1]^T of the channels of a part over all tokens n, (channels + 1,
+    channels + 1), fp64. rises: the loss, in nats, that it would cost to first order in the error, squared, if all that a part
+    says were replaced by its mean. energies: sum_n w_n ||o_n - mean||^2 of what it says."""
 
     grams: dict[Key, Tensor] = field(default_factory=dict)
     rises: dict[Key, float] = field(default_factory=dict)
@@ -47,7 +47,7 @@ def collect(
     """
     found = Statistics()
     said: dict[Key, Tensor] = {}  # with `draw`, what every output projection says
-    pairs, back = 0, draw is not None
+    back = draw is not None
     with recording(model, family, plan) as recorder, torch.set_grad_enabled(back), _hearing(model, family, said, back):
         for batch in batches:
             read = run(batch)
@@ -55,10 +55,9 @@ def collect(
             if draw:  # nothing reads what some layers say: the last of a tower whose features are those of an earlier one
                 found_slopes = torch.autograd.grad(draw(read), list(said.values()), allow_unused=True, materialize_grads=True)
                 slopes = dict(zip(said, found_slopes, strict=True))
-            pairs += len(next(iter(batch.values())))
             for key, inputs in recorder.inputs.items():
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)
-                found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights)
+                found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights).double()
                 if not back:
                     continue
                 varied = _around_mean(in_batches(said[key].detach().float()), weights)
@@ -66,7 +65,6 @@ def collect(
                 found.rises[key] = found.rises.get(key, 0.0) + float(rise)
                 found.energies[key] = found.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
             advance()
-    found.rises = {key: rise / max(pairs, 1) for key, rise in found.rises.items()}
     return found
 
 
@@ -101,21 +99,36 @@ def _around_mean(output: Tensor, weights: Tensor) -> Tensor:
     return (output - mean) * (weights > 0).unsqueeze(-1)
 
 
+def keys_of(family: Family, plan: Plan) -> list[Key]:
+    """All parts of all layers."""
+    return [
+        (tower.name, index, part.name)
+        for tower in plan.towers
+        for index in range(len(tower.layers))
+        for part in family.tower(tower.name).parts
+    ]
+
+
 def prices(
-    model: nn.Module, family: Family, plan: Plan, found: Statistics, advance: Callable[[], None] = lambda: None
+    model: nn.Module,
+    family: Family,
+    plan: Plan,
+    found: Statistics,
+    advance: Callable[[], None] = lambda: None,
+    keys: Iterable[Key] | None = None,
 ) -> dict[Key, Tensor]:
     """The price of every unit of a dense model, (units,): what its removal adds to the loss by what it adds to the squared
-    error of its part (see `brain_surgeon.removal_prices`), refit included. Comparable between parts."""
+    error of its part (see `brain_surgeon.removal_prices`), refit included. Comparable between parts. keys: of some parts
+    only."""
     result = {}
-    for tower in plan.towers:
-        for index, layer in enumerate(tower.layers):
-            for part in family.tower(tower.name).parts:
-                key = (tower.name, index, part.name)
-                reader = reader_of(tower_layers(model, family.tower(tower.name))[index], part)
-                hessian = brain_surgeon.hessian(found.grams[key], reader.bias is not None, RIDGE)
-                price = brain_surgeon.removal_prices(reader.weight.detach(), hessian, layer.parts[part.name].width)
-                result[key] = price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
-                advance()
+    for key in keys_of(family, plan) if keys is None else keys:
+        name, index, part = key
+        tower = family.tower(name)
+        reader = reader_of(tower_layers(model, tower)[index], tower.part(part))
+        hessian = brain_surgeon.hessian(found.grams[key], reader.bias is not None, RIDGE)
+        price = brain_surgeon.removal_prices(reader.weight.detach(), hessian, plan.tower(name).layers[index].parts[part].width)
+        result[key] = price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
+        advance()
     return result
 
 

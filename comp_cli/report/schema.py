@@ -16,13 +16,16 @@ from .base import Report, written
 from .bench import BenchReport
 from .export import ExportReport
 from .prune import PruneReport
+from .sweep import SweepReport
 
 REPORTS: dict[str, type[Report]] = {
     "analyze": AnalyzeReport,
     "prune": PruneReport,
+    "sweep": SweepReport,
     "export": ExportReport,
     "bench": BenchReport,
 }
+TITLES = {"sweep": "prune --ratio A,B"}
 NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", Path: "string", type(None): "null"}
 ERROR = {
     "type": "object",
@@ -48,7 +51,7 @@ def schema(name: str) -> dict[str, Any]:
     always = ["schema_version", "warnings"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"comp {name} --json",
+        "title": f"comp {TITLES.get(name, name)} --json",
         "description": found["description"],
         "type": "object",
         "properties": properties,

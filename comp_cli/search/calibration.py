@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..models.dense import Dense
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import comparison
+from .processes import from_main, gathered, share, summed, summed_numbers
 
 Tensors = dict[scoring.Key, Tensor]
 
@@ -26,19 +27,36 @@ PROBED = 8  # pairs that are differentiated at once: all that their layers hold 
 def gather_statistics(
     dense: Dense, batches: list[Batch], progress: Progress, *, rises: bool, weighted: bool = True, seed: int = 0
 ) -> Statistics:
-    """What the dense model shows of its parts; `rises`: also how much the loss rises where they err, which takes a pass
-    back."""
+    """What the dense model shows of its parts, Gram matrices in fp32; `rises`: also how much the loss rises where they err, in
+    nats a pair, which takes a pass back."""
     task = dense.task
     ready = [piece for batch in batches for piece in (split(batch, PROBED) if rises else [batch])]
-    random = torch.Generator().manual_seed(seed)
+    numbers = iter(share(range(len(ready))))
 
     def run(inputs: dict[str, Tensor]) -> tasks.Outputs:
         return task.subsample(task.forward(dense.whole, inputs), len(next(iter(inputs.values()))))
 
-    draw = partial(probe, task, random) if rises else None
-    with progress.track("gathering activations", len(ready)) as bar:
-        inputs = dense.on_device(ready)
-        return collect(dense.whole, dense.family, dense.plan, inputs, run, draw=draw, weighted=weighted, advance=bar.advance)
+    def draw(read: tasks.Outputs) -> Tensor:
+        return probe(task, torch.Generator().manual_seed(seed * 1_000_003 + next(numbers)), read)  # whoever draws it
+
+    own = share(ready)
+    with progress.track("gathering activations", len(own)) as bar:
+        found = collect(
+            dense.whole,
+            dense.family,
+            dense.plan,
+            dense.on_device(own),
+            run,
+            draw=draw if rises else None,
+            weighted=weighted,
+            advance=bar.advance,
+        )
+    total, grams = summed(found.grams), {}
+    for key in list(total):
+        grams[key] = total.pop(key).float()
+    pairs = sum(batch.samples for batch in batches)
+    each = {key: rise / pairs for key, rise in summed_numbers(found.rises).items()}
+    return Statistics(grams, each, summed_numbers(found.energies))
 
 
 def split(batch: Batch, samples: int) -> Iterator[Batch]:
@@ -96,20 +114,28 @@ class Calibration:
     def judge(self, model: nn.Module, plan: Plan) -> stages.Measurement:
         """What any model of a plan shows. The first one is taken for the dense model."""
         task = self.dense.task
+        numbers = share(range(len(self.batches)))
         captured: list[tasks.Outputs] = []
 
         def run(inputs: dict[str, Tensor]) -> Tensor:
-            number = len(captured)
+            number = numbers[len(captured)]
             read = task.subsample(task.forward(model, inputs), self.batches[number].samples)
             captured.append(tuple(part.detach().cpu() for part in read))
             return comparison.loss(task.rankings(read, self._right(number, captured[-1]).to(read[0].device)))
 
-        batches = self.dense.on_device(self.batches)
-        scores = scoring.collect(model, self.dense.family, plan, batches, rule=self.rule, seed=self.seed, run=run)
+        batches = self.dense.on_device(share(self.batches))
+        how: dict[str, Any] = {"rule": self.rule, "seed": self.seed, "run": run}
+        scores = scoring.collect(model, self.dense.family, plan, batches, **how, summed=summed, gathered=gathered)
         if self.prices is not None:
             scores = replace(scores, units=per_flops(self.prices, plan, self.dense.plan, self.dense.reference))
-        self.expected = self.expected or captured
-        dense, found = comparison.concatenate(self.expected), comparison.concatenate(captured)
+        every = gathered(captured)
+        self.expected = self.expected or every
+        dense, found = comparison.concatenate(self.expected), comparison.concatenate(every)
+        return from_main(lambda: self._measured(scores, dense, found))
+
+    def _measured(self, scores: scoring.Scores, dense: tasks.Outputs, found: tasks.Outputs) -> stages.Measurement:
+        """What was read of the dense model, and of the one that is judged, as numbers."""
+        task = self.dense.task
         distance = comparison.feature_distance(task.features(dense), task.features(found)).item()
         rankings = task.rankings(found, self.labels)
         if self.labels is not None:
@@ -149,11 +175,13 @@ class HeldOut:
                 refit(self.dense, model, plan, fitted_on)
             expected = self.expected[1 - number]
             found.append(comparison.feature_distance(expected, self._features(model, judged_on)).item())
-        return sum(found) / len(found)
+        return from_main(lambda: sum(found) / len(found))
 
     def _features(self, model: nn.Module, batches: list[Batch]) -> Tensor:
-        evaluation = comparison.evaluate(model, self.dense.task, batches)
-        return self.dense.task.features(evaluation.outputs)
+        """Of the pairs of all processes, in their order."""
+        task = self.dense.task
+        own = [task.features(part.outputs) for part in comparison.read(model, task, share(batches))]
+        return torch.cat(gathered(own))
 
 
 def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -169,6 +197,7 @@ def refit(
     batches: Sequence[Batch],
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place."""
-    inputs = list(dense.on_device(list(batches)))
-    refit_in_sequence(model, dense.whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance)
+    """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place. `batches`: those of all
+    processes."""
+    inputs = list(dense.on_device(share(batches)))
+    refit_in_sequence(model, dense.whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance, summed)

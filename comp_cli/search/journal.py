@@ -57,6 +57,11 @@ class Journal:
         found = self._read()
         return None if found is None else found["finished"]
 
+    def peek(self) -> dict[str, Any] | None:
+        """The state that was saved last, whatever its settings; None where there is none."""
+        found = self._read()
+        return None if found is None else found["state"]
+
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Replace the file; a kill leaves the old one or the new one, each with its own weights. Raises CompError on a full
         disk."""

@@ -23,6 +23,8 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
+from .once import Once
+from .processes import from_main
 from .training_free import State, TrainingFree
 from .uniform_plans import check_uniform, compare_uniform, even_prices, uniform_plans
 from .with_training import Trained
@@ -42,30 +44,34 @@ class SearchResult:
     texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
 
 
-def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress) -> SearchResult:
-    """The plan and the model of a method; goes on from the journal where there is one."""
+def search(
+    dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once | None = None
+) -> SearchResult:
+    """The plan and the model of a method; goes on from the journal where there is one, which the first of several processes
+    has. once: what searches of other ratios have made, with options that are the same but for the ratio."""
     begin = time.perf_counter()
+    once = once or Once()
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
     check_asked(dense, options)
     dense = replace(dense, plan=with_score_rule(dense.plan, method.tokens, dense.family))
-    batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    batches = once("calibration pairs", lambda: calibration_pairs(dense, pairs, options, options.num_samples))
     texts = cut_texts(batches, dense.text_tokens)
     warn_cut_texts("calibration", texts, progress, dense.longest)
     if method.removes("tokens"):
         warn_short_texts(dense, batches, progress)
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
-        judges = batches_of(dense, pairs, "calibration", options.stage_samples, options.batch_size, options.seed)
+        judges = once("pairs that judge", lambda: calibration_pairs(dense, pairs, options, options.stage_samples))
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
-    saved = journal.load() if journal else None
+    saved = from_main(lambda: journal.load() if journal else None)
     state = state_of(dense, options, saved)
     way: Trained | TrainingFree
     if options.training.steps:
-        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved)
+        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once)
     else:
-        way = TrainingFree(dense, options, batches, judges, journal, progress)
+        way = TrainingFree(dense, options, batches, judges, journal, progress, once)
     if saved:
         way.restore(saved, state.plan)
     if not way.is_over:
@@ -78,6 +84,11 @@ def search(dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journa
     taken = state.stages if isinstance(state, stages.SearchState) else []
     looks = state.looks if isinstance(state, allocation.AllocationState) else []
     return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
+
+
+def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samples: int) -> list[Batch]:
+    """So many of the calibration pairs, in batches."""
+    return batches_of(dense, pairs, "calibration", samples, options.batch_size, options.seed)
 
 
 def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:

@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, islice
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import tasks
-from ..checkpoint.loading import pick_device, untied_state_dict
+from ..checkpoint.loading import untied_state_dict
 from ..data.batches import Batch
 from ..data.scene_pairs import ScenePairs
 from ..engine import flops, stages
@@ -38,29 +36,12 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..tasks import comparison
 from .calibration import Calibration
+from .processes import joined, own_rows, processes, rank, tensors_from_main
 
 WARM_UP = 0.05  # of the steps
 CHECKPOINTS = 10  # of the tuning, in the journal
 WEIGHT_DECAY = 0.01
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
-
-
-def processes() -> int:
-    """How many processes `accelerate launch` (or torchrun) started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def process_device(name: str) -> torch.device:
-    """The device of this process: each of several has a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and processes() > 1:
-        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return device
 
 
 def check_training(training: Training) -> None:
@@ -78,11 +59,6 @@ def check_training(training: Training) -> None:
         raise UsageError(f"--lr {training.lr}: expected a number between 0 and 1.")
     if training.mixed_precision not in (None, "no", "fp16", "bf16"):
         raise UsageError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.")
-    if processes() > 1 and not training.steps and training.epochs is None:
-        raise UsageError("pruning without --steps or --epochs runs in one process.", hint="Start comp directly.")
-    if training.batch_size % processes():
-        several = f"--train-batch-size {training.batch_size} does not divide into {processes()} processes"
-        raise UsageError(f"{several}: a pair would count more in one than in another.")
 
 
 def precision(training: Training) -> str:
@@ -101,10 +77,8 @@ def count_steps(training: Training, task: tasks.Task, pairs: Pairs, progress: Pr
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
 
 
-def training_batches(
-    dense: Dense, pairs: Pairs, training: ResolvedTraining, seed: int, skip: int, part: slice
-) -> Iterator[Batch]:
-    """Batches without end, in an order that the seed decides, from step `skip` on. `part`: the rows of this process."""
+def training_batches(dense: Dense, pairs: Pairs, training: ResolvedTraining, seed: int, skip: int) -> Iterator[Batch]:
+    """Batches without end, in an order that the seed decides, from step `skip` on; the same in all processes."""
     passed, collate = 0, dense.collate
     for epoch in count(1):
         found = pairs.read("calibration", None, seed + epoch, dense.task.accepts)
@@ -116,7 +90,7 @@ def training_batches(
             first = False
             passed += 1
             if passed > skip:
-                yield collate(chunk[part] or chunk)
+                yield collate(chunk)
 
 
 class Trainer:
@@ -128,42 +102,39 @@ class Trainer:
         dense: Dense,
         training: ResolvedTraining,
         ratio: float,
-        batches: Callable[[int, slice], Iterator[Batch]],
+        batches: Callable[[int], Iterator[Batch]],
         *,
         cit: bool = True,
         seed: int = 0,
     ):
-        """batches: (steps to skip, rows of this process) -> batches without end."""
+        """batches: steps to skip -> batches without end."""
         self.dense, self.training, self.cit, self.seed = dense, training, cit, seed
         self.plan, self.done = dense.plan, 0
         self.state = {name: tensor.clone() for name, tensor in dense.state.items()}
         self.moments: dict[str, dict[str, Tensor]] = {}
         self.total = flops.count(dense.plan, dense.reference).total
         self.ratio, self.batches = ratio, batches
-        device = next(iter(dense.state.values())).device
+        self.device = next(iter(dense.state.values())).device
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads of other tasks get no gradient
-        self.accelerator = Accelerator(mixed_precision=precision(training), cpu=device.type == "cpu", kwargs_handlers=[unused])
+        self.accelerator = Accelerator(
+            mixed_precision=precision(training), cpu=self.device.type == "cpu", kwargs_handlers=[unused]
+        )
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[Batch] | None = None
         self.texts = Texts(cut=0, of=0, at=dense.text_tokens)  # that were read
 
     # The search ------------------------------------------------------------------------------------------------------
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """All processes go on with what the first one made."""
-        return broadcast_object_list([make() if is_main_process() else None])[0]
-
     def measure(self, calibration: Calibration, plan: Plan) -> stages.Measurement:
         """Train into the plan, unless it is the present one; then what it shows on the calibration pairs."""
         if plan != self.plan:
             self._fade_into(plan)
-        found: stages.Measurement = self.from_main(lambda: calibration.judge(self.dense.build(plan, self.state), plan))
-        return found
+        return calibration.judge(self.dense.build(plan, self.state), plan)
 
     def take(self, plan: Plan, model: nn.Module) -> None:
         """Go on with a plan and a model that were found without training."""
         state = {name: tensor.detach().clone() for name, tensor in untied_state_dict(model).items()}
-        self.plan, self.state = plan, broadcast(state)
+        self.plan, self.state = plan, tensors_from_main(state, self.device)
 
     def _fade_into(self, plan: Plan) -> None:
         removed = 1 - flops.count(plan, self.dense.reference).total / self.total
@@ -198,7 +169,6 @@ class Trainer:
                 loss = self._train(model, steps, rate, lambda step: bar.advance())
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
-        self.accelerator.end_training()
         warn_cut_texts("fine-tuning", self.texts, progress, self.dense.longest)
         return self.dense.build(self.plan, self.state).requires_grad_(False)
 
@@ -209,8 +179,7 @@ class Trainer:
         if not steps:
             return math.nan
         if self._stream is None:
-            mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-            self._stream = self.batches(self.done, mine)
+            self._stream = self.batches(self.done)
         model.train().requires_grad_(True)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         matrices = [p for p in names if p.ndim > 1]
@@ -230,11 +199,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = warm * rate(self.done)
             before(self.done)
-            torch.manual_seed(self.seed * 1_000_003 + self.done)  # dropout does the same after a resume
+            torch.manual_seed((self.seed * 1_000_003 + self.done) * processes() + rank())  # dropout, the same after a resume
             batch = next(self._stream)
             self.texts = replace(self.texts, cut=self.texts.cut + batch.cut, of=self.texts.of + batch.samples)
             loss = self._loss(prepared, batch)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * processes())  # whose slopes are averaged, and are parts of one sum
             self.accelerator.clip_grad_norm_(list(names), 1.0)
             driver.step()
             driver.zero_grad()
@@ -248,15 +217,20 @@ class Trainer:
         return loss.item()
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of the whole batch, of which each process runs its rows; one without any runs a row that does not count."""
         weight = next(iter(self.state.values()))
         batch = batch.to(weight.device, weight.dtype)
+        own = own_rows(batch.samples)
+        none = own.start == own.stop
+        inputs = batch.inputs if processes() == 1 else batch.piece(0 if none else own.start, 1 if none else own.stop).inputs
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
         task = self.dense.task
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
-            read = task.forward(model, batch.inputs)
+            here = task.forward(model, inputs)
             with torch.no_grad(), self.accelerator.autocast():
-                wanted = task.forward(self.teacher, batch.inputs)
+                there = task.forward(self.teacher, inputs)
+        read, wanted = (joined(tuple(part[:0] if none else part for part in parts)) for parts in (here, there))
         rankings = task.rankings(read, batch.labels)
         decisions = comparison.divergence(task.rankings(wanted, batch.labels), rankings)
         features = comparison.feature_distance(task.features(wanted), task.features(read))
@@ -273,11 +247,10 @@ class Trainer:
         return {f"{kind}/{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
 
     def restore(self, plan: Plan, done: int, tensors: dict[str, Tensor]) -> None:
-        """Go on from a journal."""
-        device = next(iter(self.dense.state.values())).device
+        """Go on from a journal; `tensors`: what the first process read of it."""
         kinds: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in tensors_from_main(tensors, self.device).items():
             kind, _, rest = name.partition("/")
-            kinds.setdefault(kind, {})[rest] = tensor.to(device)
+            kinds.setdefault(kind, {})[rest] = tensor
         self.state, self.plan, self.done = kinds.pop("weight"), plan, done
         self.moments = kinds

@@ -7,13 +7,15 @@ from torch import nn
 from ..data.batches import Batch
 from ..engine import allocation, stages
 from ..engine.methods import METHODS
-from ..engine.statistics import prices
+from ..engine.statistics import keys_of, prices
 from ..models.dense import Dense
 from ..options import PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from .calibration import Calibration, HeldOut, Tensors, gather_statistics, refit
 from .journal import Journal
+from .once import Once
+from .processes import gathered, share
 
 State = stages.SearchState | allocation.AllocationState
 
@@ -31,30 +33,38 @@ class TrainingFree:
         judges: list[Batch],
         journal: Journal | None,
         progress: Progress,
+        once: Once | None = None,
         *,
         gathers: bool = True,
         recovers: bool = True,
     ):
-        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether this process looks at
-        the dense model. recovers: whether anything may be refitted."""
+        """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether the dense model
+        is looked at. recovers: whether anything may be refitted. once: what runs of other ratios share."""
         self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
         method = METHODS[options.method]
         self.compares_plans = method.compares_plans
         self.recovers = recovers and options.recover
         self.sequential = self.recovers and options.sequential
         priced = method.params == "obs"
+        self._once = once or Once()
         self.grams: Tensors | None = None
         self.prices: Tensors | None = None
         if gathers and (priced or (self.recovers and method.removes("parameters"))):
             weighted = options.cip or not priced
-            found = gather_statistics(dense, batches, progress, rises=priced, weighted=weighted, seed=options.seed)
-            self.grams = found.grams if self.recovers else None
-            if priced:
-                with progress.track("pricing what can be removed", len(found.grams)) as bar:
-                    self.prices = prices(dense.whole, dense.family, dense.plan, found, bar.advance)
+            self.grams, self.prices = self._once("statistics", lambda: self._gather(priced, weighted, options.seed))
         rule = None if priced else method.params if options.cip else "wanda"
         self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
-        self._held_out: HeldOut | None = None
+
+    def _gather(self, priced: bool, weighted: bool, seed: int) -> tuple[Tensors | None, Tensors | None]:
+        """Gram matrices for who recovers, and prices: one pass of the dense model."""
+        dense = self.dense
+        found = gather_statistics(dense, self.batches, self.progress, rises=priced, weighted=weighted, seed=seed)
+        grams, keys = found.grams if self.recovers else None, keys_of(dense.family, dense.plan)
+        if not priced:
+            return grams, None
+        with self.progress.track("pricing what can be removed", len(share(keys))) as bar:
+            own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys))
+        return grams, dict(zip(keys, gathered(list(own.values())), strict=True))
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
         """Go on from a journal: in stages what the dense model says is what divergence is measured from."""
@@ -72,9 +82,9 @@ class TrainingFree:
 
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen."""
-        if self._held_out is None:
-            self._held_out = HeldOut(self.dense, self.judges, self.grams, self.sequential, folds=2 if self.thorough else 1)
-        return self._held_out.loss(plan)
+        folds = 2 if self.thorough else 1
+        judge = self._once("judge", lambda: HeldOut(self.dense, self.judges, self.grams, self.sequential, folds))
+        return judge.loss(plan)
 
     def save(self, state: State) -> None:
         """A stage is done, or a plan was looked at."""

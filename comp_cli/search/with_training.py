@@ -1,6 +1,6 @@
 """Search with fine-tuning: inside the stages, while units fade, or after a training-free search (see trainer.py)."""
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from ..plan import Plan
 from ..progress import Progress
 from .calibration import Tensors
 from .journal import Journal
-from .trainer import Trainer, is_main_process, training_batches
+from .once import Once
+from .trainer import Trainer, training_batches
 from .training_free import State, TrainingFree
 
 
@@ -32,6 +33,7 @@ class Trained:
         journal: Journal | None,
         progress: Progress,
         saved: dict[str, Any] | None,
+        once: Once,
     ):
         """saved: what the journal holds. The others as in TrainingFree."""
         training = options.training
@@ -40,29 +42,25 @@ class Trained:
         read = partial(training_batches, dense, pairs, training, options.seed)
         self.trainer = Trainer(dense, training, options.ratio, read, cit=options.cit, seed=options.seed)
         self.is_over = saved is not None and saved.get("steps", 0) > self.stage_steps  # the plan is found, and only tuned
-        gathers = is_main_process() and not self.is_over
+        gathers = not self.is_over
         recovers = gathers and not self.stage_steps
-        self.free = TrainingFree(dense, options, batches, judges, None, progress, gathers=gathers, recovers=recovers)
+        self.free = TrainingFree(dense, options, batches, judges, None, progress, once, gathers=gathers, recovers=recovers)
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
-        """Go on from a journal."""
-        if self.is_trained and self.journal is not None:
-            self.trainer.restore(plan, saved["steps"], self.journal.tensors(saved))
-        if not self.is_over and is_main_process():
+        """Go on from a journal, which the first process reads."""
+        if self.is_trained:
+            self.trainer.restore(plan, saved["steps"], self.journal.tensors(saved) if self.journal is not None else {})
+        if not self.is_over:
             self.free.restore(saved, plan)
 
     def measure(self, plan: Plan) -> stages.Measurement:
-        """What a plan shows on the calibration pairs, the same in all processes."""
-        if self.stage_steps:
-            return self.trainer.measure(self.free.calibration, plan)
-        found: stages.Measurement = self.trainer.from_main(lambda: self.free.measure(plan))
-        return found
+        """What a plan shows on the calibration pairs."""
+        return self.trainer.measure(self.free.calibration, plan) if self.stage_steps else self.free.measure(plan)
 
-    @cached_property
+    @property
     def prices(self) -> Tensors | None:
-        """Of what can be removed, the same in all processes."""
-        found: Tensors | None = self.trainer.from_main(lambda: self.free.prices)
-        return found
+        """Of what can be removed."""
+        return self.free.prices
 
     @property
     def thorough(self) -> bool:
@@ -70,12 +68,12 @@ class Trained:
         return self.free.thorough
 
     def held_out_loss(self, plan: Plan) -> float:
-        """What a whole plan loses on pairs that its recovery has not seen, the same in all processes."""
-        return float(self.trainer.from_main(lambda: self.free.held_out_loss(plan)))
+        """What a whole plan loses on pairs that its recovery has not seen."""
+        return self.free.held_out_loss(plan)
 
     def save(self, state: State) -> None:
         """A stage is done, or a part of the tuning."""
-        if self.journal is None or not is_main_process():
+        if self.journal is None:
             return
         if self.trainer.done or self.stage_steps:
             self.journal.save(state.to_json() | {"steps": self.trainer.done}, self.trainer.to_tensors())

@@ -19,6 +19,15 @@ def concatenate(collected: Sequence[Outputs]) -> Outputs:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Of a batch: the outputs that a task reads, the labels, and how many samples it has."""
+
+    outputs: Outputs
+    labels: Tensor | None
+    samples: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Over `samples` samples: the outputs, the labels, the task's metrics and mean surprise (None without labels)."""
 
@@ -35,19 +44,28 @@ class Evaluation:
 
 def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None) -> Evaluation:
     """Run a model over batches. Deterministic for a given order of the batches."""
+    return judged(task, read(model, task, batches, advance))
+
+
+def read(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callable[[], None] = lambda: None) -> list[Read]:
+    """What a task reads of a model, batch by batch, on the CPU."""
     weight = next(model.parameters())
-    collected, labels, samples = [], [], 0
+    found = []
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(weight.device, weight.dtype)
-            samples += batch.samples
-            collected.append(tuple(part.cpu() for part in task.subsample(task.forward(model, batch.inputs), batch.samples)))
-            labels.append(subsampled_labels(task, batch))
+            outputs = tuple(part.cpu() for part in task.subsample(task.forward(model, batch.inputs), batch.samples))
+            found.append(Read(outputs, subsampled_labels(task, batch), batch.samples))
             advance()
-    outputs = concatenate(collected)
-    known = [label for label in labels if label is not None]
-    if len(known) < len(labels):
+    return found
+
+
+def judged(task: Task, parts: Sequence[Read]) -> Evaluation:
+    """Several batches as one."""
+    outputs, samples = concatenate([part.outputs for part in parts]), sum(part.samples for part in parts)
+    known = [part.labels for part in parts if part.labels is not None]
+    if len(known) < len(parts):
         return Evaluation(outputs, None, samples, None, None)
     target = torch.cat(known)
     rankings = task.rankings(outputs, target)

@@ -1,0 +1,87 @@
+"""The report of `comp prune` with several ratios."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..options import PruneOptions
+from .base import Report, Sizes, Values, if_known
+
+
+@dataclass(frozen=True)
+class Point:
+    """One ratio of a sweep. What no model was made to measure is null.
+
+    Attributes:
+        ratio: FLOPs reduction that was asked for.
+        reached: FLOPs reduction of the compact model.
+        flops: FLOPs of one sample at the reference input.
+        params: parameters; shared ones count once.
+        size_bytes: size of the folders, bytes.
+        metric: the metric that counts, of both models, on pairs that calibration never saw; null where nothing is labelled.
+        agreement: share of these samples on which both predict the same.
+        folder: the folder that was written, in that of the sweep.
+        failed: why none was written.
+    """
+
+    ratio: float
+    reached: float | None = None
+    flops: Sizes | None = None
+    params: Sizes | None = None
+    size_bytes: Sizes | None = None
+    metric: Values | None = None
+    agreement: float | None = None
+    folder: str | None = None
+    failed: str | None = None
+
+    @classmethod
+    def of(cls, ratio: float, document: dict[str, Any], folder: str | None, failed: str | None = None) -> "Point":
+        """Of the report of `comp prune` as JSON has it; an empty one where it came to none."""
+        sizes = {name: Sizes(**document[name]) for name in ("flops", "params", "size_bytes") if name in document}
+        quality = document.get("quality") or {}
+        metrics = quality.get("metrics")
+        return cls(
+            ratio=ratio,
+            reached=document.get("ratio"),
+            **sizes,
+            metric=Values(**metrics[quality["metric"]]) if metrics else None,
+            agreement=quality.get("agreement"),
+            folder=folder,
+            failed=failed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport(Report):
+    """What several ratios cost in accuracy: one compact model each, of one calibration.
+
+    Attributes:
+        comp_version: version of comp.
+        torch_version: version of PyTorch.
+        base_model: the dense model: Hub id, name of the folder, or "demo".
+        base_revision: its commit, for a model from the Hub.
+        architecture: transformers class.
+        task: evaluation task.
+        options: what was asked for, with the defaults of the model's size filled in, of the first ratio; local paths as names
+            only.
+        metric: name of the metric that counts; left out after a dry run.
+        samples: pairs that were judged on; left out after a dry run.
+        data: where they come from; left out after a dry run.
+        points: one for each ratio, in the order that was asked for.
+        seconds: duration of the whole run, s.
+        output: the folder that holds the folders; null after a dry run.
+    """
+
+    comp_version: str
+    torch_version: str
+    base_model: str
+    base_revision: str | None
+    architecture: str
+    task: str
+    options: PruneOptions
+    metric: str | None = if_known()
+    samples: int | None = if_known()
+    data: str | None = if_known()
+    points: tuple[Point, ...]
+    seconds: float | None = if_known()
+    output: Path | None = None
