@@ -30,7 +30,7 @@ from ..data.pairset import PairSet
 from ..data.rows import Columns, Pair
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
-from ..families import find_family
+from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
@@ -39,7 +39,7 @@ from ..onnx import parity, rewrite
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
 from ..onnx.write import check_target, write_graphs
-from ..options import TARGETS, TEXT_TOKENS, ExportOptions
+from ..options import OPSET, TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import Texts
 from ..report.cards import graphs_card
@@ -95,6 +95,7 @@ def _export(
         said = f"{folder}: {architecture} {family.topology.why_whole}; comp exports no graphs of such a decoder."
         raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
     task = tasks.TASKS[name]
+    opset = opset_of(family, architecture, options.opset)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and family.topology.why_whole:
         raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
@@ -112,7 +113,7 @@ def _export(
         texts = count_texts(pairs, collate)
         warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.topology.run)
+        check = Check(cases, task, options.device, tolerance, family.topology.runner(family, described.to_dict()))
         progress.say("exporting (this takes a minute for a full-size model) ...")
         names = write_graphs(
             cast(model, DTYPES[options.dtype]),
@@ -120,7 +121,7 @@ def _export(
             family,
             partial,
             split=options.split,
-            opset=options.opset,
+            opset=opset,
             target=options.target,
         )
         fused = optimize(partial, names, check, options, progress) if options.optimize else {}
@@ -132,7 +133,7 @@ def _export(
         problem = parity.problem(rows, tolerance)
         save_cutting(processor, partial, family.topology.padding, longest)
         shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = family.topology.generation_config(family, described.to_dict())
+        generation = family.topology.generation_config(family, model)
         if generation:
             generation.save_pretrained(partial)
         numbers = family.topology.facts(model)
@@ -142,7 +143,7 @@ def _export(
             min_onnxruntime=least,
             source=facts(config),
             architecture=architecture,
-            opset=options.opset,
+            opset=opset,
             target=options.target,
             dtype=options.dtype,
             quantization=Quantization(options.quantize, True, left_out) if options.quantize else None,
@@ -168,6 +169,14 @@ def _export(
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
     return replace(report, seconds=round(perf_counter() - started, 1))
+
+
+def opset_of(family: Family, architecture: str, wanted: int) -> int:
+    """The opset of the graphs. Raises UsageError for one that these graphs cannot have."""
+    needed = family.topology.opset
+    if needed is not None and wanted not in (OPSET, needed):
+        raise UsageError(f"--opset {wanted}: graphs of a {architecture} need opset {needed}.", hint="Leave --opset out.")
+    return needed or wanted
 
 
 def count_texts(pairs: Sequence[Pair], collate: Collator) -> Texts:

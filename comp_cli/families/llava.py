@@ -7,6 +7,7 @@ stay as they are. The last layer of a LLaVA's tower runs for nothing, for the fe
 from dataclasses import replace
 
 from ..topology import AnyResolution, ImageTextDecoder
+from ..topology.image_features import through_projector
 from .base import Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
@@ -61,7 +62,7 @@ LLAVA = Family(
     model_type="llava",
     architectures={"LlavaForConditionalGeneration": ("vqa", "caption")},
     towers=(VISION, LANGUAGE),
-    topology=ImageTextDecoder(processor="LlavaProcessor", inputs=INPUTS),
+    topology=ImageTextDecoder(processor="LlavaProcessor", inputs=INPUTS, encode=through_projector),
     fixed={"model.vision_tower.embeddings.patch_embedding": "patches"} | PROJECTOR,
     backbones={"vision_config": ("clip_vision_model", "siglip_vision_model"), "text_config": DECODERS},
 )

@@ -80,7 +80,7 @@ class Heard:
         """(batch, 1, 1, r, keys), True where a row looks."""
         past = 0 if self.past is None else self.past.shape[2]
         if self.mask is not None and self.mask.dim() == 4:
-            mask = self.mask[..., :keys].expand(len(rows), -1, -1, -1)[:, 0]
+            mask = self.mask[..., :keys].expand(rows.shape[0], -1, -1, -1)[:, 0]
             mask = mask.gather(1, rows.unsqueeze(-1).expand(-1, -1, mask.shape[-1]))
             return (mask if mask.dtype == torch.bool else mask > -1.0)[:, None, None]
         causal = torch.arange(keys, device=rows.device) <= rows.unsqueeze(-1) + past

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
+from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Run, Signature, Step, Values, in_turn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +83,7 @@ class Topology(ABC):
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
+    opset: ClassVar[int | None] = None  # of its graphs, where it has to be this one
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------
@@ -284,9 +285,17 @@ class Topology(ABC):
         """What torch says, by the names of the outputs of the graphs: what an export is compared with."""
         return named_outputs(task.outputs, model, inputs)
 
+    def case(self, family: Family, model: Any, task: Task, inputs: Tensors, split: bool) -> tuple[Tensors, Tensors]:
+        """What an export is compared on, made of a batch: inputs of the graphs, and what torch says."""
+        return inputs, self.expected(model, task, inputs, split)
+
     def run(self, step: Step, names: Iterable[str], values: Values) -> Values:
         """What the exported graphs make of the inputs of the model. step: runs one of them."""
         return in_turn(step, names, values)
+
+    def runner(self, family: Family, config: Config) -> Run:
+        """`run`, for a model of this config."""
+        return self.run
 
     # Generated texts ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +313,7 @@ class Topology(ABC):
         """What each of the `text_graphs` takes and hands out."""
         return {}
 
-    def generation_config(self, family: Family, config: Config) -> GenerationConfig | None:
+    def generation_config(self, family: Family, model: Any) -> GenerationConfig | None:
         """How texts begin and end, for `generate`; None where the model writes none."""
         return None
 

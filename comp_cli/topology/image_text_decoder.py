@@ -3,12 +3,15 @@ reads them where a prompt has placeholders, and writes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
+from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
+from .decoder_graphs import GRAPHS, DecoderGraphs
+from .graph_specs import GraphSpec, Run, Signature
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
 
@@ -25,6 +28,7 @@ LABELS = "labels"
 IMAGE_STREAM, NEWLINE_STREAM = "image", "newline"
 FRAME_TOKENS = 5  # that a chat template puts around a question, in the reference input
 ANSWER_TOKENS = 4  # that are predicted in a random text
+CHECKED_TOKENS = 8  # that are written to compare graphs with torch
 DESCRIBE = "Describe the image."  # what is asked for a caption
 
 
@@ -35,7 +39,8 @@ class ImageTextDecoder(Topology):
     ranking: what of it makes the queries and keys that it ranks by. head: makes logits. newline: path of what stands between
     the rows of an image; None where nothing does. shuffle: attribute of the config by which patches that lie side by side
     become one token. plain: the prompt where the processor has no chat template; behind: what the processor adds to it by
-    itself. chats: whether models of the family have a template."""
+    itself. chats: whether models of the family have a template. encode: image features as a graph makes them; None where there
+    are no graphs, for the reason that `no_graphs` says, as the end of a sentence."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -50,12 +55,18 @@ class ImageTextDecoder(Topology):
     plain: str = "USER: <image>\n{} ASSISTANT:"
     behind: str = ""
     chats: bool = True
+    encode: Callable[[Any, Tensor], Tensor] | None = None
+    no_graphs: str = ""
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
-    exports: ClassVar[bool] = False
+    opset: ClassVar[int] = 23  # the first with attention as one node
+
+    @property
+    def exports(self) -> bool:  # type: ignore[override]
+        return self.encode is not None
 
     @property
     def processor_class(self) -> str:
@@ -213,7 +224,64 @@ class ImageTextDecoder(Topology):
         written: Tensor = model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=new_tokens)
         return written[:, prompts[IDS].shape[1] :]
 
-    # Graphs and code ---------------------------------------------------------------------------------------------------
+    # Graphs ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def text_graphs(self) -> tuple[str, ...]:
+        return GRAPHS
+
+    def decoder_graphs(self, family: Family, config: Config) -> DecoderGraphs:
+        """What the graphs of a model of this config are."""
+        from ..runtime.token_selection import Stage
+
+        assert self.encode is not None  # checked before: see no_graphs
+        comp, text = config.get("comp", {}), self.text_section(family, config)
+        return DecoderGraphs(
+            layout=self.image_tokens(config),
+            encode=self.encode,
+            head=self.head,
+            stages=tuple(Stage(**stage) for stage in comp.get("token_stages", ())),
+            tokens=self.pictures.sizes(config).tokens,
+            placeholder=image_token(config),
+            side=family.sections(config)["vision"]["image_size"],
+            width=text["hidden_size"],
+            vocabulary=text["vocab_size"],
+            heads=heads_of_groups(config, family.tower("language"), text),
+        )
+
+    def graphs(self, family: Family, config: Config, task: Task, split: bool) -> list[GraphSpec]:
+        return self.decoder_graphs(family, config).specs()
+
+    def signatures(self, family: Family, config: Config) -> dict[str, Signature]:
+        return self.decoder_graphs(family, config).signatures()
+
+    def case(self, family: Family, model: Any, task: Task, inputs: Tensors, split: bool) -> tuple[Tensors, Tensors]:
+        """Prompts that are filled up at the left, with what torch writes behind them, greedily: the logits of every token."""
+        import torch
+
+        prompts = without_answers(inputs, inputs[LABELS], (IDS, MASK, *self.pictures.rows))
+        given = prompts | {name: inputs[name] for name in self.pictures.inputs}
+        found = model.generate(
+            **given,
+            num_beams=1,
+            do_sample=False,
+            min_new_tokens=CHECKED_TOKENS,
+            max_new_tokens=CHECKED_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        written = found.sequences[:, prompts[IDS].shape[1] :]
+        return given | {LABELS: written}, {"logits": torch.stack(found.logits, 1).float()}
+
+    def generation_config(self, family: Family, model: Any) -> GenerationConfig:
+        found: GenerationConfig = model.generation_config
+        return found
+
+    def runner(self, family: Family, config: Config) -> Run:
+        graphs = self.decoder_graphs(family, config)
+        return lambda step, names, values: graphs.logits(step, values)
+
+    # Code for cards ----------------------------------------------------------------------------------------------------
 
     @property
     def why_whole(self) -> str:
@@ -236,7 +304,7 @@ class ImageTextDecoder(Topology):
         )
 
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        raise NotImplementedError("decoders that read images are not exported")
+        return "# TODO"
 
 
 def image_token(config: Config) -> int:

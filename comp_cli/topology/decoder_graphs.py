@@ -1,0 +1,227 @@
+"""The three graphs of a decoder that reads images, with the names that optimum and transformers.js have for them.
+
+vision_encoder: pixel_values -> image_features, and, where image tokens are chosen before the first layer by what images are,
+image_kept and image_labels. embed_tokens: input_ids -> inputs_embeds, into which the features are put where the placeholders
+are. decoder_model_merged: a prompt or a step, see merged_decoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .base import IDS, MASK, PIXELS, Config, Tensors
+from .caches import Heads, keys_of
+from .graph_specs import Axes, GraphSpec, Shape, Signature, Step, Values
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from ..runtime.token_selection import Stage
+    from ..tasks import Task
+
+VISION_ENCODER, EMBED, MERGED = GRAPHS = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
+FEATURES, EMBEDS, POSITIONS = "image_features", "inputs_embeds", "position_ids"
+PAST, PRESENT = "past_key_values", "present"
+WHERE, KEPT, LABELS = "image_positions", "image_kept", "image_labels"
+CLUSTERING = ("cls-clusters", "diverse-clusters")  # rules that say which cluster each token is in
+IMAGES, TEXT, SEEN = 3, 7, 5  # of the example: images of a prompt, words around them, tokens of the past
+
+
+@dataclass(frozen=True)
+class DecoderGraphs:
+    """What is to be known of a model for its graphs.
+
+    layout: comp.image_tokens of config.json. encode: (multimodal model, pixels) -> features. head: path of what makes logits.
+    stages: at which image tokens leave. tokens: of an image. placeholder: its id in input_ids. side: of an image, pixels.
+    heads: of each layer.
+    """
+
+    layout: Mapping[str, Any]
+    encode: Callable[[Any, Tensor], Tensor]
+    head: str
+    stages: tuple[Stage, ...]
+    tokens: int
+    placeholder: int
+    side: int
+    width: int
+    vocabulary: int
+    heads: tuple[Heads, ...]
+
+    @property
+    def ahead(self) -> Stage | None:
+        """The stage that needs nothing but the image, and so is the vision encoder's; None where there is none."""
+        first = self.stages[0] if self.stages else None
+        return first if first and first.layer == 0 and not first.needs & {"text"} else None
+
+    @property
+    def handed_on(self) -> tuple[str, ...]:
+        """What the vision encoder says of images, beside their features."""
+        if self.ahead is None:
+            return ()
+        return (KEPT, LABELS) if self.ahead.rule in CLUSTERING else (KEPT,)
+
+    # The graphs --------------------------------------------------------------------------------------------------------
+
+    def specs(self) -> list[GraphSpec]:
+        free: Axes = {0: "batch", 1: "tokens"}
+        known = keys_of(len(self.heads), PAST)
+        past = {name: {0: "batch", 2: f"past_tokens_{place // 2}"} for place, name in enumerate(known)}
+        images: dict[str, Axes] = {WHERE: {0: "batch", 1: "image_tokens"}} if self.stages else {}
+        images |= {name: {0: "batch", 1: "kept_tokens"} for name in self.handed_on}
+        read: dict[str, Axes] = {EMBEDS: free, MASK: {0: "batch", 1: "seen_tokens"}, POSITIONS: free}
+        return [
+            GraphSpec(VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels),
+            GraphSpec(EMBED, self._embed, (EMBEDS,), {IDS: free}, self._ids),
+            GraphSpec(MERGED, self._decode, ("logits", *keys_of(len(self.heads), PRESENT)), read | images | past, self._go_on),
+        ]
+
+    def _see(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:
+        import torch
+
+        from ..runtime.token_rules import View
+        from .merged_decoder import attention_nodes, chosen_by
+
+        inner: Any = model.get_submodule(self.layout["model"])
+        asks = self.ahead is not None and "class" in self.ahead.needs
+        if asks:
+            inner.comp_reader.listen()
+        with attention_nodes(model.get_submodule(self.layout["features"]).config):
+            features = self.encode(inner, inputs[PIXELS])
+        if self.ahead is None:
+            return (features,)
+        places = torch.arange(self.tokens, device=features.device).expand(features.shape[0], -1)
+        view = View(torch.ones_like(places, dtype=torch.bool), features, places)
+        view.grid = None if self.layout["square"] else places.new_zeros(places.shape[0], 2)
+        if asks:
+            said = inner.comp_reader.payload()
+            view.class_attention, view.tower_keys = said[..., 0], said[..., 1:]
+        choice, kept = chosen_by(self.ahead, view, self.tokens)
+        features = features if choice.states is None else choice.states
+        labels = () if choice.labels is None else (choice.labels.gather(1, kept),)
+        return (features, kept, *labels)
+
+    def _embed(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor]:
+        text: Any = model.get_submodule(self.layout["text"])
+        return (text.embed_tokens(inputs[IDS]),)
+
+    def _decode(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:
+        from .merged_decoder import decode
+
+        return decode(model, self, inputs, [inputs[name] for name in keys_of(len(self.heads), PAST)])
+
+    # Examples: of sizes that are nothing else's, for equal sizes could be taken for the same one
+
+    def _pixels(self, model: nn.Module) -> Tensors:
+        import torch
+
+        return {PIXELS: torch.randn(IMAGES, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))}
+
+    def _ids(self, model: nn.Module) -> Tensors:
+        import torch
+
+        return {IDS: torch.arange(2 * TEXT).view(2, TEXT) % self.vocabulary}
+
+    def _go_on(self, model: nn.Module) -> Tensors:
+        """A prompt with images behind tokens of before, as many in the first layer and one more in each that follows."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        count = IMAGES * self.tokens
+        length = count + TEXT
+        made: Tensors = {
+            EMBEDS: torch.randn(2, length, self.width, generator=generator),
+            MASK: torch.ones(2, SEEN + length, dtype=torch.long),
+            POSITIONS: (torch.arange(length) + SEEN).expand(2, -1).contiguous(),
+            WHERE: (torch.arange(count) + 2).expand(2, -1).contiguous(),
+        }
+        if self.ahead:
+            kept = self.ahead.left(self.tokens)
+            made[KEPT] = torch.arange(kept).repeat(2, IMAGES)
+            made[LABELS] = (torch.arange(kept) // 2).repeat(2, IMAGES)
+        names = keys_of(len(self.heads), PAST)
+        sizes = ((2, heads, SEEN + layer, width) for layer, (heads, width) in enumerate(self.heads) for _ in "kv")
+        made |= {name: torch.randn(*size, generator=generator) for name, size in zip(names, sizes, strict=True)}
+        return {name: made[name] for name in self.specs()[2].inputs}
+
+    def signatures(self) -> dict[str, Signature]:
+        """What each graph takes and hands out."""
+        embeds: dict[str, Shape] = {EMBEDS: (None, None, self.width)}
+        said: dict[str, Shape] = dict.fromkeys(self.handed_on, (None, None))
+        read: dict[str, Shape] = dict.fromkeys((MASK, POSITIONS, *((WHERE,) if self.stages else ())), (None, None))
+
+        def cache(prefix: str) -> dict[str, Shape]:
+            sizes = [(None, heads, None, width) for heads, width in self.heads for _ in "kv"]
+            return dict(zip(keys_of(len(self.heads), prefix), sizes, strict=True))
+
+        chosen: dict[str, Shape] = {name: (None, self.ahead.left(self.tokens)) for name in self.handed_on if self.ahead}
+        return {
+            VISION_ENCODER: Signature(
+                {PIXELS: (None, 3, self.side, self.side)}, {FEATURES: (None, self.tokens, self.width)} | chosen
+            ),
+            EMBED: Signature({IDS: (None, None)}, embeds),
+            MERGED: Signature(embeds | read | said | cache(PAST), {"logits": (None, 1, self.vocabulary)} | cache(PRESENT)),
+        }
+
+    # Running them ------------------------------------------------------------------------------------------------------
+
+    def begin(self, step: Step, input_ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None) -> Values:
+        """Logits (batch, 1, vocabulary) behind prompts that are filled up at the left, and their keys and values. Raises
+        UsageError where images and placeholders are not as many, or prompts have not the same number of images."""
+        names, heads = keys_of(len(self.heads), PAST), (one for one in self.heads for _ in "kv")
+        empty = {name: empty_cache(len(input_ids), one) for name, one in zip(names, heads, strict=True)}
+        return self.read(step, input_ids, mask, pixels, empty)
+
+    def read(self, step: Step, input_ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None, past: Values) -> Values:
+        """The same behind what was read before: mask is of all tokens, past of those before."""
+        import numpy as np
+
+        embeds = step(EMBED, {IDS: input_ids})[EMBEDS]
+        given: Values = {WHERE: np.zeros((len(input_ids), 0), np.int64)}
+        given |= {name: np.zeros((len(input_ids), 0), np.int64) for name in self.handed_on}
+        if pixels is not None:
+            found = step(VISION_ENCODER, {PIXELS: pixels})
+            given[WHERE] = self.places(input_ids, len(pixels))
+            features = found[FEATURES].reshape(len(input_ids), -1, self.width)
+            np.put_along_axis(embeds, given[WHERE][:, :, None], features, 1)
+            given |= {name: found[name].reshape(len(input_ids), -1) for name in self.handed_on}
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
+        made = step(MERGED, given | {EMBEDS: embeds, MASK: mask, POSITIONS: positions} | past)
+        return {name.replace(PRESENT, PAST): value for name, value in made.items()}
+
+    def places(self, input_ids: np.ndarray, images: int) -> np.ndarray:
+        """(batch, image tokens): where the placeholders are."""
+        import numpy as np
+
+        holds = input_ids == self.placeholder
+        counts = holds.sum(1)
+        if len({*counts.tolist()}) != 1 or counts[0] % self.tokens or counts.sum() != images * self.tokens:
+            raise UsageError(
+                f"{images} images, and prompts with {', '.join(map(str, counts.tolist()))} tokens for them: the graphs take "
+                f"prompts with as many images each, of {self.tokens} tokens.",
+                hint="Put prompts with another number of images into a batch of their own.",
+            )
+        return np.nonzero(holds)[1].reshape(len(input_ids), -1)
+
+    def logits(self, step: Step, values: Values) -> Values:
+        """Logits (batch, tokens, vocabulary) behind a prompt and behind every token that is written but the last."""
+        import numpy as np
+
+        mask, written = values[MASK], values["labels"]
+        made = self.begin(step, values[IDS], mask, values.get(PIXELS))
+        logits = [made.pop("logits")]
+        for place in range(written.shape[1] - 1):
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+            made = self.read(step, written[:, place : place + 1], mask, None, made)
+            logits.append(made.pop("logits"))
+        return {"logits": np.concatenate(logits, 1)}
+
+
+def empty_cache(batch: int, heads: Heads) -> np.ndarray:
+    """Keys or values before the first token."""
+    import numpy as np
+
+    return np.zeros((batch, heads.count, 0, heads.width), np.float32)
