@@ -7,12 +7,12 @@ are. decoder_model_merged: a prompt or a step, see merged_decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .base import IDS, MASK, PIXELS, Config, Tensors
+from .base import IDS, MASK, PIXELS, Tensors
 from .caches import Heads, keys_of
 from .graph_specs import Axes, GraphSpec, Shape, Signature, Step, Values
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..runtime.token_selection import Stage
-    from ..tasks import Task
 
 VISION_ENCODER, EMBED, MERGED = GRAPHS = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 FEATURES, EMBEDS, POSITIONS = "image_features", "inputs_embeds", "position_ids"
 PAST, PRESENT = "past_key_values", "present"
 WHERE, KEPT, LABELS = "image_positions", "image_kept", "image_labels"
 CLUSTERING = ("cls-clusters", "diverse-clusters")  # rules that say which cluster each token is in
+WRITTEN = "labels"  # what torch wrote behind prompts, where graphs are compared with it
+APART = "Put prompts with another number of images into a batch of their own."
 IMAGES, TEXT, SEEN = 3, 7, 5  # of the example: images of a prompt, words around them, tokens of the past
 
 
@@ -168,41 +169,55 @@ class DecoderGraphs:
 
     # Running them ------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: Step, input_ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None) -> Values:
-        """Logits (batch, 1, vocabulary) behind prompts that are filled up at the left, and their keys and values. Raises
-        UsageError where images and placeholders are not as many, or prompts have not the same number of images."""
-        names, heads = keys_of(len(self.heads), PAST), (one for one in self.heads for _ in "kv")
-        empty = {name: empty_cache(len(input_ids), one) for name, one in zip(names, heads, strict=True)}
-        return self.read(step, input_ids, mask, pixels, empty)
+    def see(self, step: Step, pixels: np.ndarray, batch: int) -> Values:
+        """What the vision encoder makes of the images of so many prompts, as many of each: image_features (batch, image tokens,
+        dim), and what it hands on besides, (batch, kept tokens)."""
+        if len(pixels) % batch:
+            raise UsageError(f"{len(pixels)} images for {batch} prompts: the graphs take as many for each.", hint=APART)
+        found = step(VISION_ENCODER, {PIXELS: pixels})
+        shaped = {FEATURES: found.pop(FEATURES).reshape(batch, -1, self.width)}
+        return shaped | {name: value.reshape(batch, -1) for name, value in found.items()}
 
-    def read(self, step: Step, input_ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None, past: Values) -> Values:
-        """The same behind what was read before: mask is of all tokens, past of those before."""
+    def read(
+        self,
+        step: Step,
+        input_ids: np.ndarray,
+        mask: np.ndarray,
+        images: Values,
+        past: Sequence[np.ndarray] = (),
+        positions: np.ndarray | None = None,
+    ) -> Values:
+        """Logits (batch, 1, vocabulary) behind some tokens, and keys and values of each layer, present.0.key, ...
+
+        mask: (batch, seen + tokens), zeros where prompts are filled up, at the left. images: as `see` makes them, nothing where
+        the tokens have none. past: keys and values of the tokens before, in their order; none for a prompt. positions: of the
+        tokens, as the mask says unless given. Raises UsageError where images and placeholders are not as many.
+        """
         import numpy as np
 
+        batch, nothing = len(input_ids), np.zeros((len(input_ids), 0), np.int64)
         embeds = step(EMBED, {IDS: input_ids})[EMBEDS]
-        given: Values = {WHERE: np.zeros((len(input_ids), 0), np.int64)}
-        given |= {name: np.zeros((len(input_ids), 0), np.int64) for name in self.handed_on}
-        if pixels is not None:
-            found = step(VISION_ENCODER, {PIXELS: pixels})
-            given[WHERE] = self.places(input_ids, len(pixels))
-            features = found[FEATURES].reshape(len(input_ids), -1, self.width)
-            np.put_along_axis(embeds, given[WHERE][:, :, None], features, 1)
-            given |= {name: found[name].reshape(len(input_ids), -1) for name in self.handed_on}
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
-        made = step(MERGED, given | {EMBEDS: embeds, MASK: mask, POSITIONS: positions} | past)
-        return {name.replace(PRESENT, PAST): value for name, value in made.items()}
+        given: Values = dict.fromkeys((WHERE, *self.handed_on), nothing) | images
+        if not past:
+            past = [np.zeros((batch, count, 0, width), np.float32) for count, width in self.heads for _ in "kv"]
+        if features := [given.pop(name) for name in (FEATURES,) if name in given]:
+            given[WHERE] = self.places(input_ids, features[0].shape[1])
+            np.put_along_axis(embeds, given[WHERE][:, :, None], features[0], 1)
+        if positions is None:
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
+        named = dict(zip(keys_of(len(self.heads), PAST), past, strict=True))
+        return step(MERGED, given | named | {EMBEDS: embeds, MASK: mask, POSITIONS: positions})
 
-    def places(self, input_ids: np.ndarray, images: int) -> np.ndarray:
-        """(batch, image tokens): where the placeholders are."""
+    def places(self, input_ids: np.ndarray, tokens: int) -> np.ndarray:
+        """(batch, image tokens): where the placeholders are, as many in each prompt as its images have tokens."""
         import numpy as np
 
         holds = input_ids == self.placeholder
-        counts = holds.sum(1)
-        if len({*counts.tolist()}) != 1 or counts[0] % self.tokens or counts.sum() != images * self.tokens:
+        if (counts := holds.sum(1).tolist()) != [tokens] * len(input_ids):
             raise UsageError(
-                f"{images} images, and prompts with {', '.join(map(str, counts.tolist()))} tokens for them: the graphs take "
-                f"prompts with as many images each, of {self.tokens} tokens.",
-                hint="Put prompts with another number of images into a batch of their own.",
+                f"prompts with {', '.join(map(str, counts))} placeholders, and images of {tokens} tokens for each: the graphs "
+                f"take prompts with as many images each, {self.tokens} placeholders an image.",
+                hint=APART,
             )
         return np.nonzero(holds)[1].reshape(len(input_ids), -1)
 
@@ -210,18 +225,11 @@ class DecoderGraphs:
         """Logits (batch, tokens, vocabulary) behind a prompt and behind every token that is written but the last."""
         import numpy as np
 
-        mask, written = values[MASK], values["labels"]
-        made = self.begin(step, values[IDS], mask, values.get(PIXELS))
-        logits = [made.pop("logits")]
-        for place in range(written.shape[1] - 1):
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-            made = self.read(step, written[:, place : place + 1], mask, None, made)
-            logits.append(made.pop("logits"))
-        return {"logits": np.concatenate(logits, 1)}
-
-
-def empty_cache(batch: int, heads: Heads) -> np.ndarray:
-    """Keys or values before the first token."""
-    import numpy as np
-
-    return np.zeros((batch, heads.count, 0, heads.width), np.float32)
+        ids, mask, written, found = values[IDS], values[MASK], values[WRITTEN], []
+        images, past = self.see(step, values[PIXELS], len(ids)), ()
+        for place in range(written.shape[1]):
+            made = self.read(step, ids, mask, images, past)
+            found.append(made.pop("logits"))
+            ids, images, past = written[:, place : place + 1], {}, tuple(made.values())
+            mask = np.concatenate([mask, np.ones_like(ids)], 1)
+        return {"logits": np.concatenate(found, 1)}
