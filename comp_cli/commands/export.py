@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -99,6 +99,8 @@ def _export(
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and family.topology.why_whole:
         raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
+    if options.quantize == "int4" and not family.topology.weight_only:
+        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
     source = open_source(options, progress)
     processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
@@ -125,7 +127,8 @@ def _export(
             target=options.target,
         )
         fused = optimize(partial, names, check, options, progress) if options.optimize else {}
-        left_out = quantize(partial, names, check, progress) if options.quantize else []
+        chosen = {"int8": names, "int4": list(family.topology.weight_only)}
+        left_out = quantize(partial, names, chosen[kind], kind, check, progress) if (kind := options.quantize) else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
         graphs = check.open(partial, names)
@@ -146,7 +149,7 @@ def _export(
             opset=opset,
             target=options.target,
             dtype=options.dtype,
-            quantization=Quantization(options.quantize, True, left_out) if options.quantize else None,
+            quantization=quantization(options.quantize, left_out),
             fused=fused,
             graphs={name: signature(found) for name, found in graphs.signature().items()},
             keep=_keeps(config),
@@ -219,8 +222,8 @@ def check_options(options: ExportOptions) -> None:
     """Raises UsageError for options that make no sense, DeviceError for graphs that nothing here can run."""
     check_target(options.target, options.opset)
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
-    if options.quantize not in (None, "int8"):
-        raise UsageError(f"--quantize {options.quantize}: unknown.", hint="Use int8.")
+    if options.quantize not in (None, *rewrite.QUANTIZERS):
+        raise UsageError(f"--quantize {options.quantize}: unknown.", hint=f"Use {' or '.join(rewrite.QUANTIZERS)}.")
     if options.quantize and dtype != torch.float32:
         raise UsageError("--quantize starts from fp32.", hint=f"Leave --dtype {options.dtype} out.")
     if options.optimize and options.target != TARGETS[0]:
@@ -253,25 +256,39 @@ def optimize(folder: Path, names: list[str], check: Check, options: ExportOption
     return dict(fused)
 
 
-def quantize(folder: Path, names: list[str], check: Check, progress: Progress) -> list[str]:
-    """Make the matrices int8; returns the nodes left out, which are those that lose most, as few as the decisions allow."""
+def quantization(kind: str | None, left_out: list[str]) -> Quantization | None:
+    """What the report says of it."""
+    if kind is None:
+        return None
+    return Quantization(kind, True, left_out, rewrite.BLOCK if kind == "int4" else None)
+
+
+def quantize(
+    folder: Path, names: list[str], chosen: Collection[str], kind: str, check: Check, progress: Progress
+) -> list[str]:
+    """Make the matrices of the chosen graphs int8 or int4; returns the nodes left out, which are those that lose most, as few as
+    the decisions allow."""
     floats = folder / "float"
     floats.mkdir()
     _move(folder, floats)
+    for path in floats.iterdir():
+        if not any(path.name.startswith(name) for name in chosen):
+            path.replace(folder / path.name)
     noise: dict[str, float] = {}
     left_out: list[str] = []
     for share in LEFT_OUT:
         if share and not noise:
-            graphs = check.open(floats, names)
+            graphs = check.open(folder, names)
             graphs.run(check.cases[0].inputs)
-            noise = {n: error for name in names for n, error in rewrite.int8_noise(floats / name, graphs.given[name]).items()}
+            for name in chosen:
+                noise |= rewrite.noise(floats / name, graphs.given[name], kind)
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
-        for name in names:
-            rewrite.quantize(floats / name, folder / name, left_out)
+        for name in chosen:
+            rewrite.QUANTIZERS[kind](floats / name, folder / name, left_out)
         problem = parity.problem(check.rows(check.open(folder, names), progress), check.tolerance)
         if not problem:
             break
-        progress.say(f"int8 with {len(left_out)} matrices left out: {problem}")
+        progress.say(f"{kind} with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
 

@@ -45,6 +45,7 @@ RELATIVE = {
     "fp16": Tolerance(0.02, 0.98),
     "bf16": Tolerance(0.1, 0.95),
     "int8": Tolerance(0.2, 0.95),
+    "int4": Tolerance(0.4, 0.9),
 }
 
 

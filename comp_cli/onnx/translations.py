@@ -8,20 +8,38 @@ from onnxscript import opset18 as op
 
 
 def stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
-    """sort(stable=True) as TopK, of which ONNX says that the lower index comes first among equal values. Whole numbers are made
-    different first: so that nothing depends on whether a kernel knows."""
-    size = op.Shape(values, start=dim, end=dim + 1 if dim != -1 else None)
-    if values.dtype in (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE):
-        return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+    """sort(stable=True) along the last dimension as TopK, of which ONNX says that the lower index comes first among equal values.
+    Whole numbers are made different first: so that nothing depends on whether a kernel knows."""
     if dim not in (-1, len(values.shape) - 1):
-        raise NotImplementedError("a stable sort of whole numbers along another dimension than the last")
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    place = op.Range(zero, op.Squeeze(size), one)
+        raise NotImplementedError("a stable sort along another dimension than the last")
+    size = op.Shape(values, start=len(values.shape) - 1)
+    if values.dtype in (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE):
+        return top(values, size, descending)
+    place = op.Range(op.Constant(value_int=0), op.Squeeze(size), op.Constant(value_int=1))
     if descending:
         place = op.Neg(place)
     keys = op.Add(op.Mul(op.Cast(values, to=onnx_ir.DataType.INT64), size), place)
-    _, index = op.TopK(keys, size, axis=dim, largest=int(descending), sorted=1)
-    return op.GatherElements(values, index, axis=dim), index
+    _, index = top(keys, size, descending)
+    return op.GatherElements(values, index, axis=-1), index
+
+
+def topk(values: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Any, Any]:
+    """topk along the last dimension."""
+    if dim not in (-1, len(values.shape) - 1):
+        raise NotImplementedError("topk along another dimension than the last")
+    count = op.Constant(value_ints=[k]) if isinstance(k, int) else op.Reshape(k, op.Constant(value_ints=[1]))
+    return top(values, count, largest)
+
+
+def top(values: Any, count: Any, largest: bool) -> tuple[Any, Any]:
+    """TopK of values that may have no rows, of which ONNX Runtime dies before 1.31: with a row of zeros more."""
+    rows = op.Shape(values, start=0, end=1)
+    row = op.Concat(op.Constant(value_ints=[1]), op.Shape(values, start=1), axis=0)
+    zeros = op.Expand(op.CastLike(op.Constant(value_int=0), values), row)
+    found = op.TopK(op.Concat(values, zeros, axis=0), count, axis=-1, largest=int(largest), sorted=1)
+    first, axis = op.Constant(value_ints=[0]), op.Constant(value_ints=[0])
+    best, index = (op.Slice(part, first, rows, axis) for part in found)
+    return best, index
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
@@ -41,6 +59,7 @@ def distances(left: Any, right: Any, p: float, compute_mode: int | None = None) 
 
 TRANSLATIONS = {
     torch.ops.aten.sort.stable: stable_sort,
+    torch.ops.aten.topk.default: topk,
     torch.ops.aten.where.self: where,
     torch.ops.aten._cdist_forward.default: distances,
 }

@@ -65,9 +65,10 @@ def write(model: nn.Module, spec: GraphSpec, path: Path, *, opset: int, target: 
             dynamic_shapes={"tensors": tuple(spec.dynamic.values())},
             opset_version=opset,
             verbose=False,
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS if spec.may_be_empty else None,
         )
-    count_axes_from_the_front(program.model)
+    if spec.may_be_empty:
+        count_axes_from_the_front(program.model)
     tidy(program.model, graph)
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)

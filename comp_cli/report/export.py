@@ -35,17 +35,19 @@ class Signature:
 
 @dataclass(frozen=True)
 class Quantization:
-    """int8 dynamic quantization.
+    """int8 dynamic quantization, or int4 weights.
 
     Attributes:
         weights: type of the weights.
         per_channel: whether every output channel has its own scale.
         left_out: layers that stay in float.
+        block_size: weights of a channel that have a scale in common, where they are not all of it.
     """
 
     weights: str
     per_channel: bool
     left_out: list[str]
+    block_size: int | None = if_known()
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Topology(ABC):
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
+    weight_only: ClassVar[tuple[str, ...]] = ()  # graphs whose matrices may be int4
     opset: ClassVar[int | None] = None  # of its graphs, where it has to be this one
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VISION_ENCODER, EMBED, MERGED = GRAPHS = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 FEATURES, EMBEDS, POSITIONS = "image_features", "inputs_embeds", "position_ids"
+BATCH = "batch_size"  # as transformers.js looks for it
 PAST, PRESENT = "past_key_values", "present"
 WHERE, KEPT, LABELS = "image_positions", "image_kept", "image_labels"
 CLUSTERING = ("cls-clusters", "diverse-clusters")  # rules that say which cluster each token is in
@@ -68,16 +69,16 @@ class DecoderGraphs:
     # The graphs --------------------------------------------------------------------------------------------------------
 
     def specs(self) -> list[GraphSpec]:
-        free: Axes = {0: "batch", 1: "tokens"}
+        free: Axes = {0: BATCH, 1: "tokens"}
         known = keys_of(len(self.heads), PAST)
-        past = {name: {0: "batch", 2: f"past_tokens_{place // 2}"} for place, name in enumerate(known)}
-        images: dict[str, Axes] = {WHERE: {0: "batch", 1: "image_tokens"}} if self.stages else {}
-        images |= {name: {0: "batch", 1: "kept_tokens"} for name in self.handed_on}
-        read: dict[str, Axes] = {EMBEDS: free, MASK: {0: "batch", 1: "seen_tokens"}, POSITIONS: free}
+        past = {name: {0: BATCH, 2: f"past_tokens_{place // 2}"} for place, name in enumerate(known)}
+        images: dict[str, Axes] = {WHERE: {0: BATCH, 1: "image_tokens"}} if self.stages else {}
+        images |= {name: {0: BATCH, 1: "kept_tokens"} for name in self.handed_on}
+        read: dict[str, Axes] = {EMBEDS: free, MASK: {0: BATCH, 1: "seen_tokens"}, POSITIONS: free}
         return [
-            GraphSpec(VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels),
+            GraphSpec(VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels, may_be_empty=True),
             GraphSpec(EMBED, self._embed, (EMBEDS,), {IDS: free}, self._ids),
-            GraphSpec(MERGED, self._decode, ("logits", *keys_of(len(self.heads), PRESENT)), read | images | past, self._go_on),
+            GraphSpec(MERGED, self._decode, ("logits", *keys_of(len(self.heads), PRESENT)), read | images | past, self._go_on, may_be_empty=True),
         ]
 
     def _see(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
-from .decoder_graphs import GRAPHS, DecoderGraphs
+from .decoder_graphs import GRAPHS, MERGED, DecoderGraphs
 from .graph_specs import GraphSpec, Run, Signature
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
@@ -62,6 +62,7 @@ class ImageTextDecoder(Topology):
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
+    weight_only: ClassVar[tuple[str, ...]] = (MERGED,)
     opset: ClassVar[int] = 23  # the first with attention as one node
 
     @property

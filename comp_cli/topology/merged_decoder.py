@@ -194,7 +194,8 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
 
     inputs: inputs_embeds (batch, tokens, dim), attention_mask (batch, seen + tokens), position_ids (batch, tokens); with stages
     image_positions (batch, images * n); where the vision encoder has chosen, image_kept (batch, images * kept), and
-    image_labels. past: keys and values of the tokens seen before, layer by layer.
+    image_labels. past: keys and values of the tokens seen before, layer by layer. Where a sample is not filled up at the left,
+    its logits are NaN.
     """
     text = model.get_submodule(graphs.layout["text"])
     at = {stage.layer: stage for stage in graphs.stages}
@@ -231,4 +232,6 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
             states = layer(states, **given)
             heard.query, heard.key = made_by(sources_of(attention))
     logits = model.get_submodule(graphs.head)(text.norm(states[:, -1:]))
-    return (logits, *cache.present)
+    # A mask of another kind would be taken for one of this kind: better no logits than wrong ones.
+    at_left = ((mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= pads)).all(1)
+    return (logits.masked_fill(~at_left[:, None, None], torch.nan), *cache.present)
