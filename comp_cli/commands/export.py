@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial as partial_of
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,11 +36,11 @@ from ..files.outputs import atomic_folder, check_output, check_replaceable, chec
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
 from ..models.pairs import pair_counts, warn_cut_texts
-from ..onnx import parity, rewrite
+from ..onnx import parity, rewrite, transformers_js
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
 from ..onnx.write import check_target, write_graphs
-from ..options import OPSET, TARGETS, TEXT_TOKENS, ExportOptions
+from ..options import LAYOUTS, OPSET, TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import Texts
 from ..report.cards import graphs_card
@@ -92,8 +93,11 @@ def _export(
     config = read_config(folder)
     family, architecture, name = find_family(config)
     if not family.topology.exports:
-        said = f"{folder}: {architecture} {family.topology.why_whole}; comp exports no graphs of such a decoder."
+        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.no_graphs}."
         raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
+    if options.layout not in family.topology.layouts:
+        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
+        raise UsageError(said, hint=f"Use {' or '.join(family.topology.layouts)}.")
     task = tasks.TASKS[name]
     opset = opset_of(family, architecture, options.opset)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
@@ -131,11 +135,15 @@ def _export(
         left_out = quantize(partial, names, chosen[kind], kind, check, progress) if (kind := options.quantize) else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
+        save_cutting(processor, partial, family, longest)
+        shutil.copyfile(folder / "config.json", partial / "config.json")
+        if options.layout == LAYOUTS[1]:
+            decoder = family.topology.decoder_graphs(family, described.to_dict())
+            names = transformers_js.lay_out(partial, decoder)
+            check = replace(check, run=partial_of(transformers_js.logits, decoder))
         graphs = check.open(partial, names)
         rows = check.rows(graphs, progress)
         problem = parity.problem(rows, tolerance)
-        save_cutting(processor, partial, family.topology.padding, longest)
-        shutil.copyfile(folder / "config.json", partial / "config.json")
         generation = family.topology.generation_config(family, model)
         if generation:
             generation.save_pretrained(partial)
@@ -148,6 +156,7 @@ def _export(
             architecture=architecture,
             opset=opset,
             target=options.target,
+            layout=options.layout,
             dtype=options.dtype,
             quantization=quantization(options.quantize, left_out),
             fused=fused,
@@ -163,11 +172,12 @@ def _export(
             allowed=Allowed(**asdict(tolerance)),
             agreement=parity.agreement(rows),
             parity=tuple(rows),
-            size_bytes=folder_size(partial),
+            size_bytes=folder_size((partial / names[0]).parent),
         )
         card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        report = replace(report, files={p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()})
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        report = replace(report, files={path.relative_to(partial).as_posix(): sha256(path) for path in paths})
         (partial / "export.json").write_text(json.dumps(kept_with_folder(report), indent=1) + "\n")
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
@@ -188,13 +198,16 @@ def count_texts(pairs: Sequence[Pair], collate: Collator) -> Texts:
     return Texts(cut=sum(collate.are_cut(known)), of=len(known), at=collate.max_text)
 
 
-def save_cutting(processor: Any, folder: Path, padding: str, longest: int) -> None:
+def save_cutting(processor: Any, folder: Path, family: Family, longest: int) -> None:
     """Save a processor whose tokenizer, if it has one, cuts at `longest` tokens and pads as the model does: tokenizer.json asks
-    for what was called last."""
+    for what was called last. Prompts of decoders are never cut, for images stand in them, and filled up at the left."""
     with quiet_libraries():
         if longest:
             tokenizer = getattr(processor, "tokenizer", processor)
-            tokenizer(["a"], padding=padding, truncation=True, max_length=longest)
+            cut = {"truncation": True, "max_length": longest}
+            if family.topology.drops_in == "decoder":
+                tokenizer.padding_side, cut = "left", {"truncation": False}
+            tokenizer(["a"], padding=family.topology.padding, **cut)
         save_processor(processor, folder)
 
 
@@ -221,6 +234,8 @@ def signature(graph: dict[str, Any]) -> Signature:
 def check_options(options: ExportOptions) -> None:
     """Raises UsageError for options that make no sense, DeviceError for graphs that nothing here can run."""
     check_target(options.target, options.opset)
+    if options.layout not in LAYOUTS:
+        raise UsageError(f"--layout {options.layout}: unknown.", hint=f"Use {' or '.join(LAYOUTS)}.")
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
     if options.quantize not in (None, *rewrite.QUANTIZERS):
         raise UsageError(f"--quantize {options.quantize}: unknown.", hint=f"Use {' or '.join(rewrite.QUANTIZERS)}.")
@@ -263,9 +278,7 @@ def quantization(kind: str | None, left_out: list[str]) -> Quantization | None:
     return Quantization(kind, True, left_out, rewrite.BLOCK if kind == "int4" else None)
 
 
-def quantize(
-    folder: Path, names: list[str], chosen: Collection[str], kind: str, check: Check, progress: Progress
-) -> list[str]:
+def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str, check: Check, progress: Progress) -> list[str]:
     """Make the matrices of the chosen graphs int8 or int4; returns the nodes left out, which are those that lose most, as few as
     the decisions allow."""
     floats = folder / "float"
@@ -298,7 +311,8 @@ def refuse(problem: str, partial: Path, failed: Path | None, report: ExportRepor
     hint = "Nothing was written. --atol sets the tolerance, --keep-failed leaves the graphs for a look."
     if failed is not None:
         with atomic_folder(failed, overwrite=True) as kept:
-            _move(partial, kept)
+            for path in partial.iterdir():
+                path.replace(kept / path.name)
         hint = f"{failed} holds the graphs for a look; export.json says where they differ."
     raise GateError(problem, hint=hint, report=report)
 

@@ -69,7 +69,12 @@ def quantize_weights(source: Path, target: Path, left_out: Collection[str] = ())
     _data(target).unlink(missing_ok=True)
     with _silent():
         quantizer = MatMulNBitsQuantizer(
-            model, bits=4, block_size=BLOCK, is_symmetric=True, nodes_to_exclude=list(left_out), op_types_to_quantize=("MatMul",)
+            model,
+            bits=4,
+            block_size=BLOCK,
+            is_symmetric=True,
+            nodes_to_exclude=list(left_out),
+            op_types_to_quantize=("MatMul",),
         )
         quantizer.process()
         quantizer.model.save_model_to_file(str(target), use_external_data_format=_is_large(source))

@@ -11,8 +11,8 @@ the length of its first entry, and in a step it hands over a mask of ones. So in
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,14 @@ from ..files.store import read_json
 from ..topology.base import IDS, MASK, PIXELS
 from ..topology.decoder_graphs import (
     BATCH,
-    EMBED,
     EMBEDS,
     FEATURES,
     GRAPHS,
     KEPT,
     LABELS,
-    MERGED,
     PAST,
     POSITIONS,
     PRESENT,
-    VISION_ENCODER,
     WHERE,
     WRITTEN,
     DecoderGraphs,
@@ -72,8 +69,9 @@ def columns(graphs: DecoderGraphs) -> tuple[str, ...]:
     return COLUMNS[: 1 + len(graphs.handed_on)]
 
 
-def lay_out(folder: Path, graphs: DecoderGraphs) -> None:
-    """Move the graphs of a folder into `onnx`, rewritten; config.json and processor files as the client reads them."""
+def lay_out(folder: Path, graphs: DecoderGraphs) -> list[str]:
+    """Move the graphs of a folder into `onnx`, rewritten; config.json and processor files as the client reads them. Returns
+    their names."""
     (folder / FOLDER).mkdir()
     for name, widen in zip(GRAPHS, (widen_features, widen_embeddings, read_wide), strict=True):
         model = onnx.load(folder / name, load_external_data=False)
@@ -82,6 +80,8 @@ def lay_out(folder: Path, graphs: DecoderGraphs) -> None:
         onnx.save(model, folder / FOLDER / name)
         if (weights := folder / f"{name}.data").exists():
             weights.replace(folder / FOLDER / weights.name)
+    client_files(folder)
+    return [f"{FOLDER}/{name}" for name in GRAPHS]
 
 
 def widen_features(model: onnx.ModelProto, graphs: DecoderGraphs) -> None:
@@ -114,7 +114,10 @@ def read_wide(model: onnx.ModelProto, graphs: DecoderGraphs) -> None:
     counter, counted = f"{PAST}.{layer}.key", f"{PRESENT}.{layer}.key"
     replace_reads(model, {EMBEDS: "narrow_embeds", MASK: "whole_mask"})
     add("Slice", EMBEDS, [0], [width], [2], out="narrow_embeds")
-    read = {name: add("Squeeze", add("Slice", EMBEDS, [width + i], [width + i + 1], [2]), [2]) for i, name in enumerate(columns(graphs))}
+    read = {
+        name: add("Squeeze", add("Slice", EMBEDS, [width + i], [width + i + 1], [2]), [2])
+        for i, name in enumerate(columns(graphs))
+    }
     batch = add("Shape", EMBEDS, start=0, end=1)
 
     def found(flags: str) -> tuple[str, str]:
@@ -152,7 +155,10 @@ def read_wide(model: onnx.ModelProto, graphs: DecoderGraphs) -> None:
     caches = [value for value in inputs if value.name.startswith(PAST)]
     logits, *presents = model.graph.output
     sizes = ([BATCH, 1, "seen", 1], [BATCH, 1, "seen_with_these", 1])
-    first, last = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in zip((counter, counted), sizes, strict=True))
+    first, last = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, size)
+        for name, size in zip((counter, counted), sizes, strict=True)
+    )
     for values, wanted in ((model.graph.input, [*kept, first, *caches]), (model.graph.output, [logits, last, *presents])):
         wanted = [type(value).FromString(value.SerializeToString()) for value in wanted]
         del values[:]
@@ -181,7 +187,7 @@ def replace_reads(model: onnx.ModelProto, names: dict[str, str]) -> None:
         node.input[:] = [names.get(value, value) for value in node.input]
 
 
-def client_files(folder: Path, processor: Any) -> None:
+def client_files(folder: Path) -> None:
     """config.json, processor_config.json and preprocessor_config.json as the client reads them."""
     config = read_json(folder / "config.json")
     config["text_config"]["num_hidden_layers"] += 1
@@ -197,20 +203,21 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def logits(graphs: DecoderGraphs, step: Step, values: Values) -> Values:
+def logits(graphs: DecoderGraphs, step: Step, names: Iterable[str], values: Values) -> Values:
     """Logits (batch, tokens, vocabulary) behind a prompt and every token that is written but the last, by the steps that the
-    client takes."""
+    client takes. names: of the three graphs, see `lay_out`."""
+    see, embed, decode = (partial(step, name) for name in names)
     ids, mask, written, found = values[IDS], values[MASK], values[WRITTEN], []
-    embeds = step(EMBED, {IDS: ids})[EMBEDS]
-    features = step(VISION_ENCODER, {PIXELS: values[PIXELS]})[FEATURES]
+    embeds = embed({IDS: ids})[EMBEDS]
+    features = see({PIXELS: values[PIXELS]})[FEATURES]
     embeds[ids == graphs.placeholder] = features.reshape(-1, features.shape[-1])
     sizes = [(1, 1), *((count, width) for count, width in graphs.heads for _ in "kv")]
     layers = [f"{len(graphs.heads)}.key", *(f"{i}.{kind}" for i in range(len(graphs.heads)) for kind in ("key", "value"))]
     past = {f"{PAST}.{name}": np.zeros((len(ids), n, 0, d), np.float32) for name, (n, d) in zip(layers, sizes, strict=True)}
     for place in range(written.shape[1]):
-        made = step(MERGED, {EMBEDS: embeds, MASK: mask} | past)
+        made = decode({EMBEDS: embeds, MASK: mask} | past)
         found.append(made.pop("logits"))
         past = {name.replace(PRESENT, PAST): value for name, value in made.items()}
-        embeds = step(EMBED, {IDS: written[:, place : place + 1]})[EMBEDS]
+        embeds = embed({IDS: written[:, place : place + 1]})[EMBEDS]
         mask = np.ones((len(ids), next(iter(past.values())).shape[2] + 1), np.int64)  # of its first entry
     return {"logits": np.concatenate(found, 1)}

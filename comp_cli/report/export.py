@@ -102,6 +102,7 @@ class ExportReport(Report):
         architecture: transformers class.
         opset: ONNX opset.
         target: "onnxruntime" or "onnx".
+        layout: "optimum" or "transformers.js".
         dtype: of the weights.
         quantization: null for none.
         fused: nodes that ONNX Runtime's fusions made, by kind.
@@ -130,6 +131,7 @@ class ExportReport(Report):
     architecture: str
     opset: int
     target: str
+    layout: str
     dtype: str
     quantization: Quantization | None
     fused: dict[str, int]

@@ -83,6 +83,8 @@ class Topology(ABC):
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
+    layouts: ClassVar[tuple[str, ...]] = ("optimum",)  # in which they can be written
+    no_graphs: ClassVar[str] = ""  # why it has none
     weight_only: ClassVar[tuple[str, ...]] = ()  # graphs whose matrices may be int4
     opset: ClassVar[int | None] = None  # of its graphs, where it has to be this one
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
@@ -340,12 +342,18 @@ class Topology(ABC):
         are padded to where all are of one length; facts: see `facts`."""
 
     @abstractmethod
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json."""
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
+        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json; processor: what makes pixels and tokens."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""
         return code
+
+    def client_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> tuple[str, str] | None:
+        """What to install for JavaScript, and code for it; None where there is none."""
+        return None
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:
         """A sentence for the card of graphs, if there is more to say."""

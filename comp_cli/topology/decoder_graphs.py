@@ -76,9 +76,18 @@ class DecoderGraphs:
         images |= {name: {0: BATCH, 1: "kept_tokens"} for name in self.handed_on}
         read: dict[str, Axes] = {EMBEDS: free, MASK: {0: BATCH, 1: "seen_tokens"}, POSITIONS: free}
         return [
-            GraphSpec(VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels, may_be_empty=True),
+            GraphSpec(
+                VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels, may_be_empty=True
+            ),
             GraphSpec(EMBED, self._embed, (EMBEDS,), {IDS: free}, self._ids),
-            GraphSpec(MERGED, self._decode, ("logits", *keys_of(len(self.heads), PRESENT)), read | images | past, self._go_on, may_be_empty=True),
+            GraphSpec(
+                MERGED,
+                self._decode,
+                ("logits", *keys_of(len(self.heads), PRESENT)),
+                read | images | past,
+                self._go_on,
+                may_be_empty=True,
+            ),
         ]
 
     def _see(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:

@@ -291,7 +291,7 @@ class EncoderDecoder(Topology):
             "print(processor.decode(written[0], skip_special_tokens=True))"
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         """Greedy, with the cache."""
         begin, end = (getattr(generation, f"{name}_token_id") for name in ("decoder_start", "eos"))
         given = '{"pixel_values": pixels(picture)}'

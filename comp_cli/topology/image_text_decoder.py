@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import decoder_cards
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
@@ -56,12 +57,13 @@ class ImageTextDecoder(Topology):
     behind: str = ""
     chats: bool = True
     encode: Callable[[Any, Tensor], Tensor] | None = None
-    no_graphs: str = ""
+    no_graphs: str = "how its images become tokens is not known to comp as a graph"  # type: ignore[misc]
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
+    layouts: ClassVar[tuple[str, ...]] = ("optimum", "transformers.js")
     weight_only: ClassVar[tuple[str, ...]] = (MERGED,)
     opset: ClassVar[int] = 23  # the first with attention as one node
 
@@ -304,8 +306,35 @@ class ImageTextDecoder(Topology):
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        return "# TODO"
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
+        return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor)
+
+    def tokens_code(self, code: str) -> str:
+        return code.strip("\n").partition("\n")[0]
+
+    def client_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> tuple[str, str] | None:
+        if document["layout"] == "transformers.js":
+            return "@huggingface/transformers", decoder_cards.client_loop("FOLDER", self._prompt(processor, task))
+        return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor)
+
+    def graphs_note(self, document: Mapping[str, Any]) -> str:
+        return decoder_cards.IN_CLIENT if document["layout"] == "transformers.js" else decoder_cards.CACHES
+
+    def _prompt(self, processor: Any, task: Task) -> str:
+        """What is asked in examples."""
+        return as_asked(processor, QUESTION if task.has_answers else DESCRIBE, self.plain) + self.behind
+
+    @property
+    def generate_code(self) -> str:
+        return (
+            "writer, processor = comp_cli.load_onnx(folder), AutoProcessor.from_pretrained(folder)\n"
+            f"text = {self.plain.format(QUESTION)!r}  # or what processor.apply_chat_template makes of a chat\n"
+            'inputs = processor(images=load_image(picture), text=text, return_tensors="pt")\n'
+            f"written = writer.generate(**inputs, max_new_tokens={LONGEST})\n"
+            'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+        )
 
 
 def image_token(config: Config) -> int:
