@@ -279,8 +279,8 @@ def quantization(kind: str | None, left_out: list[str]) -> Quantization | None:
 
 
 def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str, check: Check, progress: Progress) -> list[str]:
-    """Make the matrices of the chosen graphs int8 or int4; returns the nodes left out, which are those that lose most, as few as
-    the decisions allow."""
+    """Make the matrices of the chosen graphs int8 or int4; returns the nodes left out, which are those that lose most, as few
+    as the decisions allow."""
     floats = folder / "float"
     floats.mkdir()
     _move(folder, floats)

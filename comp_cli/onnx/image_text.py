@@ -1,4 +1,4 @@
-"""Texts about images out of exported graphs: the stock `generate` of transformers, with ONNX Runtime where the model would be."""
+"""Texts about images out of exported graphs: `generate` of transformers, with ONNX Runtime where the model would be."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HeldLayer(KeptLayer):
 
 
 def cache_of(values: Values, seen: int) -> DynamicCache:
-    """Keys and values as graphs hand them out, behind so many tokens, as a cache of transformers that counts what it has seen."""
+    """Keys and values as graphs hand them out, as a cache of transformers that counts what it has seen: so many tokens."""
     cache, tensors = DynamicCache(), iter(values.values())
     for keys, held in zip(tensors, tensors, strict=True):
         layer = HeldLayer.of(DynamicLayer())

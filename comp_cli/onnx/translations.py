@@ -8,8 +8,8 @@ from onnxscript import opset18 as op
 
 
 def stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
-    """sort(stable=True) along the last dimension as TopK, of which ONNX says that the lower index comes first among equal values.
-    Whole numbers are made different first: so that nothing depends on whether a kernel knows."""
+    """sort(stable=True) along the last dimension as TopK, of which ONNX says that the lower index comes first among equal
+    values. Whole numbers are made different first: so that nothing depends on whether a kernel knows."""
     if dim not in (-1, len(values.shape) - 1):
         raise NotImplementedError("a stable sort along another dimension than the last")
     size = op.Shape(values, start=len(values.shape) - 1)

@@ -343,7 +343,8 @@ class Topology(ABC):
 
     @abstractmethod
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
-        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json; processor: what makes pixels and tokens."""
+        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json;
+        processor: what makes pixels and tokens."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""

@@ -47,10 +47,12 @@ const session = (name) => ort.InferenceSession.create(`./${{name}}.onnx`);
 const [vision, embed, decoder] = await Promise.all(["vision_encoder", "embed_tokens", "decoder_model_merged"].map(session));
 const whole = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 
-const seen = await vision.run({{ pixel_values: new ort.Tensor("float32", Float32Array.from(pixel_values), [1, 3, {side}, {side}]) }});
+const pixels = new ort.Tensor("float32", Float32Array.from(pixel_values), [1, 3, {side}, {side}]);
+const seen = await vision.run({{ pixel_values: pixels }});
 let {{ inputs_embeds }} = await embed.run({{ input_ids: whole(input_ids) }});
 const where = input_ids.flatMap((id, place) => (id === {placeholder} ? [place] : []));
-where.forEach((place, i) => inputs_embeds.data.set(seen.image_features.data.subarray(i * {width}, (i + 1) * {width}), place * {width}));
+const feature = (i) => seen.image_features.data.subarray(i * {width}, (i + 1) * {width});
+where.forEach((place, i) => inputs_embeds.data.set(feature(i), place * {width}));
 let images = {images};
 let past = {{}};
 for (const {{ name, shape }} of decoder.inputMetadata.filter(({{ name }}) => name.startsWith("past_key_values.")))
@@ -64,7 +66,8 @@ while (written.length < {longest}) {{
   const {{ logits, ...present }} = await decoder.run({{ ...past, ...images, ...given }});
   written.push(logits.data.reduce((best, value, i, all) => (value > all[best] ? i : best), 0));
   if ({ends}.includes(written.at(-1))) break;
-  past = Object.fromEntries(Object.entries(present).map(([name, value]) => [name.replace("present", "past_key_values"), value]));
+  past = {{}};
+  for (const [name, value] of Object.entries(present)) past[name.replace("present", "past_key_values")] = value;
   images = Object.fromEntries(Object.keys(images).map((name) => [name, whole([])]));
   ({{ inputs_embeds }} = await embed.run({{ input_ids: whole(written.slice(-1)) }}));
 }}
@@ -84,17 +87,17 @@ console.log(processor.batch_decode(written.slice(null, [inputs.input_ids.dims.at
 """
 
 CACHES = (
-    "Image tokens leave inside `decoder_model_merged`, so the layers hold different numbers of tokens, and a loop has to take the "
-    "length of each cache from its own output, as below. onnxruntime-genai cannot: its cache has one length for all layers. The "
-    "logits are those of the last token. Prompts of a batch are filled up at the left (otherwise logits are NaN), and have as "
-    "many images each. `image_positions` says where image tokens are; it has no columns in a step."
+    "Image tokens leave inside `decoder_model_merged`, so the layers hold different numbers of tokens, and a loop has to "
+    "take the length of each cache from its own output, as below. onnxruntime-genai cannot: its cache has one length for "
+    "all layers. The logits are those of the last token. Prompts of a batch are filled up at the left (otherwise logits are "
+    "NaN), and have as many images each. `image_positions` says where image tokens are; it has no columns in a step."
 )
 IN_CLIENT = (
-    "For transformers.js (4.x) as it is: `inputs_embeds` has columns behind the embeddings that say which tokens are of images, "
-    "and the first entry of the cache counts the tokens that were seen, so that its length is right and padding is known in every "
-    "step. config.json counts one layer more for it, and `num_additional_image_tokens` is what that client adds. One image a "
-    "prompt, for its processor fills in no more. onnxruntime-genai cannot run these graphs: its cache has one length for all "
-    "layers. `comp_cli.load_onnx` reads the other layout."
+    "For transformers.js (4.x) as it is: `inputs_embeds` has columns behind the embeddings that say which tokens are of "
+    "images, and the first entry of the cache counts the tokens that were seen, so that its length is right and padding is "
+    "known in every step. config.json counts one layer more for it, and `num_additional_image_tokens` is what that client "
+    "adds. One image a prompt, for its processor fills in no more. onnxruntime-genai cannot run these graphs: its cache has "
+    "one length for all layers. `comp_cli.load_onnx` reads the other layout."
 )
 
 
