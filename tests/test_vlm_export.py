@@ -35,7 +35,7 @@ from comp_cli.runtime.token_rules import STAGE_RULES, View
 from comp_cli.runtime.token_selection import Stage
 from comp_cli.topology.caches import Heads
 from comp_cli.topology.decoder_graphs import GRAPHS, MERGED, DecoderGraphs
-from comp_cli.topology.image_features import through_projector
+from comp_cli.topology.image_features import of_the_last_layer, through_projector
 
 QUIET = Output("quiet")
 STEPS = 4
@@ -79,8 +79,11 @@ def test_every_rule_is_here():
     assert {one["rule"] for stages in STAGES.values() for one in stages} == set(STAGE_RULES)
 
 
+PREFIX = {"encode": of_the_last_layer, "prefix": True, "first_position": 1, "heads": (Heads(2, 12),) * vlm_models.LAYERS}
+
+
 def graphs_of(stages, **changes):
-    """Of the LLaVA of vlm_models."""
+    """Of the LLaVA of vlm_models, but for changes."""
     known = {
         "layout": vlm_models.FAMILIES["llava"].image_tokens | {"square": False},
         "encode": through_projector,
@@ -118,8 +121,8 @@ def written_by(model, inputs, steps=STEPS):
     return values, torch.stack(found.logits, 1).numpy()
 
 
-def prompts(*parts):
-    return vlm_models.batch("llava", [vlm_models.sample("llava", part) for part in parts])
+def prompts(*parts, family="llava"):
+    return vlm_models.batch(family, [vlm_models.sample(family, part) for part in parts])
 
 
 ONE_EACH = ((5, 6, "a", 7, 8, 9), (5, "b", 7, 8, 9, 11, 12), (1, 2, 3, 4, "c", 9))
@@ -134,6 +137,18 @@ def test_what_is_traced_writes_what_torch_writes(name, parts):
     model = vlm_models.compact("llava", stages) if stages else vlm_models.stock("llava")
     values, expected = written_by(model, prompts(*parts))
     graphs = graphs_of(stages)
+    found = graphs.logits(in_torch(model, graphs), values)["logits"]
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["nothing leaves", "key-norm", "last-attention", "divprune", "vitcop without [CLS]"])
+def test_prompts_that_are_read_in_both_directions(name):
+    """PaliGemma's."""
+    stages = STAGES[name]
+    model = vlm_models.compact("paligemma", stages) if stages else vlm_models.stock("paligemma")
+    values, expected = written_by(model, prompts(*ONE_EACH, family="paligemma"))
+    layout = vlm_models.FAMILIES["paligemma"].image_tokens | {"square": False}
+    graphs = graphs_of(stages, layout=layout, **PREFIX)
     found = graphs.logits(in_torch(model, graphs), values)["logits"]
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -485,7 +500,7 @@ def test_the_client_writes_what_torch_writes(compact, laid_out, tmp_path):
 # What is refused, and int4 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.DECODERS if name != "llava"])
+@pytest.mark.parametrize("name", [name for name in tiny.DECODERS if name not in ("llava", "paligemma")])
 def test_families_without_graphs_are_refused_by_name(name, tmp_path):
     folder = tmp_path / "dense"
     tiny.DECODERS[name][0]().save_pretrained(folder)

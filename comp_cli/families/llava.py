@@ -50,10 +50,13 @@ PROJECTOR = {"model.multi_modal_projector.linear_1": "features", "model.multi_mo
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")
 
+TILED = "pictures are read in several tiles, as many as fit them, and the graphs are for images of one number of tokens"
+
 TILES = ImageTextDecoder(
     processor="LlavaNextProcessor",
     pictures=AnyResolution(),
     newline="model.image_newline",
+    no_graphs=TILED,
     inputs=("input_ids", "attention_mask", "pixel_values", "image_sizes", "labels"),
 )
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from .card_examples import LONGEST, PICTURE
 from .decoder_graphs import EMBEDS, FEATURES, KEPT, LABELS, WHERE
 
@@ -24,8 +26,8 @@ caches = (value for value in sessions["decoder_model_merged"].get_inputs() if va
 past = {{value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches}}
 known, written = 0, []
 while len(written) < {longest}:
-    places = np.arange(known, known + embeds.shape[1])[None]
-    mask = np.ones((1, places[0, -1] + 1), np.int64)  # of several prompts: zeros at the left of the shorter ones
+    places = np.arange(known, known + embeds.shape[1])[None]{ahead}
+    mask = np.ones((1, known + embeds.shape[1]), np.int64)  # of several prompts: zeros at the left of the shorter ones
     given = {{"inputs_embeds": embeds, "attention_mask": mask, "position_ids": places}}
     made = run("decoder_model_merged", past | images | given)
     written.append(int(made["logits"][0, -1].argmax()))
@@ -60,7 +62,7 @@ for (const {{ name, shape }} of decoder.inputMetadata.filter(({{ name }}) => nam
 const written = [];
 let known = 0;
 while (written.length < {longest}) {{
-  const places = Array.from({{ length: inputs_embeds.dims[1] }}, (_, i) => known + i);
+  const places = Array.from({{ length: inputs_embeds.dims[1] }}, (_, i) => known + i{ahead});
   known += places.length;
   const given = {{ inputs_embeds, attention_mask: whole(Array(known).fill(1)), position_ids: whole(places) }};
   const {{ logits, ...present }} = await decoder.run({{ ...past, ...images, ...given }});
@@ -78,7 +80,7 @@ CLIENT = """
 import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage, env }} from "@huggingface/transformers";
 
 env.localModelPath = "..";
-const folder = "{folder}"; // the name of this folder
+const folder = "NAME"; // of this folder
 const processor = await AutoProcessor.from_pretrained(folder);
 const model = await LlavaForConditionalGeneration.from_pretrained(folder);
 const inputs = await processor(await RawImage.read("{picture}"), {text});
@@ -120,20 +122,27 @@ def images_of(graph: Mapping[str, Any], form: str, by_name: str) -> str:
     return "{" + ", ".join([*said, *(f'"{name}": {by_name.format(name)}' for name in names)]) + "}"
 
 
-def python_loop(document: Mapping[str, Any], generation: GenerationConfig | None, prompt: str, processor: Any) -> str:
-    """With NumPy."""
+def python_loop(
+    document: Mapping[str, Any], generation: GenerationConfig | None, prompt: str, processor: Any, first_position: int
+) -> str | None:
+    """With NumPy; None where the processor reads the prompt in another way than its tokenizer does."""
     graphs = document["graphs"]
     _, tokens, _ = graphs["vision_encoder.onnx"]["outputs"][FEATURES]["shape"]
+    read = processor(images=[Image.new("RGB", (32, 32))], text=[prompt])["input_ids"][0]
+    whole = prompt.replace(processor.image_token, processor.image_token * tokens, 1)
+    if list(read) != list(processor.tokenizer(whole)["input_ids"]):
+        return None
     return WRITING.format(
         text=expanded(prompt, processor.image_token, tokens),
         placeholder=processor.image_token_id,
         images=images_of(graphs["decoder_model_merged.onnx"], "where[None]", 'seen["{}"].reshape(1, -1)'),
         ends=ends_of(generation),
         longest=LONGEST,
+        ahead=f" + {first_position}" if first_position else "",
     )
 
 
-def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, processor: Any) -> str:
+def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, processor: Any, first_position: int) -> str:
     """With onnxruntime-node."""
     graphs = document["graphs"]
     return NODE.format(
@@ -143,9 +152,10 @@ def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, 
         images=images_of(graphs["decoder_model_merged.onnx"], "whole(where)", "seen.{}"),
         ends=json.dumps(ends_of(generation)),
         longest=LONGEST,
+        ahead=f" + {first_position}" if first_position else "",
     ).strip("\n")
 
 
-def client_loop(folder: str, prompt: str) -> str:
+def client_loop(prompt: str) -> str:
     """With transformers.js."""
-    return CLIENT.format(folder=folder, picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")
+    return CLIENT.format(picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")

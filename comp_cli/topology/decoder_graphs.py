@@ -39,7 +39,7 @@ class DecoderGraphs:
 
     layout: comp.image_tokens of config.json. encode: (multimodal model, pixels) -> features. head: path of what makes logits.
     stages: at which image tokens leave. tokens: of an image. placeholder: its id in input_ids. side: of an image, pixels.
-    heads: of each layer.
+    heads: of each layer. prefix: whether prompts with images are read in both directions. first_position: of a text.
     """
 
     layout: Mapping[str, Any]
@@ -52,6 +52,13 @@ class DecoderGraphs:
     width: int
     vocabulary: int
     heads: tuple[Heads, ...]
+    prefix: bool = False
+    first_position: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether the decoder is told where image tokens are."""
+        return bool(self.stages) or self.prefix
 
     @property
     def ahead(self) -> Stage | None:
@@ -72,7 +79,7 @@ class DecoderGraphs:
         free: Axes = {0: BATCH, 1: "tokens"}
         known = keys_of(len(self.heads), PAST)
         past = {name: {0: BATCH, 2: f"past_tokens_{place // 2}"} for place, name in enumerate(known)}
-        images: dict[str, Axes] = {WHERE: {0: BATCH, 1: "image_tokens"}} if self.stages else {}
+        images: dict[str, Axes] = {WHERE: {0: BATCH, 1: "image_tokens"}} if self.asks else {}
         images |= {name: {0: BATCH, 1: "kept_tokens"} for name in self.handed_on}
         read: dict[str, Axes] = {EMBEDS: free, MASK: {0: BATCH, 1: "seen_tokens"}, POSITIONS: free}
         return [
@@ -162,7 +169,7 @@ class DecoderGraphs:
         """What each graph takes and hands out."""
         embeds: dict[str, Shape] = {EMBEDS: (None, None, self.width)}
         said: dict[str, Shape] = dict.fromkeys(self.handed_on, (None, None))
-        read: dict[str, Shape] = dict.fromkeys((MASK, POSITIONS, *((WHERE,) if self.stages else ())), (None, None))
+        read: dict[str, Shape] = dict.fromkeys((MASK, POSITIONS, *((WHERE,) if self.asks else ())), (None, None))
 
         def cache(prefix: str) -> dict[str, Shape]:
             sizes = [(None, heads, None, width) for heads, width in self.heads for _ in "kv"]
@@ -214,7 +221,7 @@ class DecoderGraphs:
             given[WHERE] = self.places(input_ids, features[0].shape[1])
             np.put_along_axis(embeds, given[WHERE][:, :, None], features[0], 1)
         if positions is None:
-            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :]
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -input_ids.shape[1] :] + self.first_position
         named = dict(zip(keys_of(len(self.heads), PAST), past, strict=True))
         return step(MERGED, given | named | {EMBEDS: embeds, MASK: mask, POSITIONS: positions})
 

@@ -21,3 +21,9 @@ def through_projector(inner: Any, pixels: Tensor) -> Tensor:
         read = [part[:, 1:] for part in read]
     made: Tensor = inner.multi_modal_projector(torch.cat(read, -1))
     return made
+
+
+def of_the_last_layer(inner: Any, pixels: Tensor) -> Tensor:
+    """Of PaliGemma: what the tower hands out, and a projector."""
+    made: Tensor = inner.multi_modal_projector(inner.vision_tower(pixels).last_hidden_state)
+    return made

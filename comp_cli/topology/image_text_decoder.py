@@ -40,7 +40,8 @@ class ImageTextDecoder(Topology):
     ranking: what of it makes the queries and keys that it ranks by. head: makes logits. newline: path of what stands between
     the rows of an image; None where nothing does. shuffle: attribute of the config by which patches that lie side by side
     become one token. plain: the prompt where the processor has no chat template; behind: what the processor adds to it by
-    itself. chats: whether models of the family have a template. encode: image features as a graph makes them; None where there
+    itself. chats: whether models of the family have a template. first_position: of
+    a text. encode: image features as a graph makes them; None where there
     are no graphs, for the reason that `no_graphs` says, as the end of a sentence."""
 
     processor: str
@@ -56,6 +57,7 @@ class ImageTextDecoder(Topology):
     plain: str = "USER: <image>\n{} ASSISTANT:"
     behind: str = ""
     chats: bool = True
+    first_position: int = 0
     encode: Callable[[Any, Tensor], Tensor] | None = None
     no_graphs: str = "how its images become tokens is not known to comp as a graph"  # type: ignore[misc]
 
@@ -63,9 +65,13 @@ class ImageTextDecoder(Topology):
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
-    layouts: ClassVar[tuple[str, ...]] = ("optimum", "transformers.js")
     weight_only: ClassVar[tuple[str, ...]] = (MERGED,)
     opset: ClassVar[int] = 23  # the first with attention as one node
+
+    @property
+    def layouts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """transformers.js counts positions of most models from 0, and lets a token see those before it alone."""
+        return ("optimum",) if self.first_position or self.pictures.prefix else ("optimum", "transformers.js")
 
     @property
     def exports(self) -> bool:  # type: ignore[override]
@@ -250,6 +256,8 @@ class ImageTextDecoder(Topology):
             width=text["hidden_size"],
             vocabulary=text["vocab_size"],
             heads=heads_of_groups(config, family.tower("language"), text),
+            prefix=self.pictures.prefix,
+            first_position=self.first_position,
         )
 
     def graphs(self, family: Family, config: Config, task: Task, split: bool) -> list[GraphSpec]:
@@ -306,8 +314,10 @@ class ImageTextDecoder(Topology):
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
-        return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor)
+    def graph_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> str | None:
+        return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor, self.first_position)
 
     def tokens_code(self, code: str) -> str:
         return code.strip("\n").partition("\n")[0]
@@ -315,9 +325,10 @@ class ImageTextDecoder(Topology):
     def client_code(
         self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
     ) -> tuple[str, str] | None:
+        prompt = self._prompt(processor, task)
         if document["layout"] == "transformers.js":
-            return "@huggingface/transformers", decoder_cards.client_loop("FOLDER", self._prompt(processor, task))
-        return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor)
+            return "@huggingface/transformers", decoder_cards.client_loop(prompt)
+        return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor, self.first_position)
 
     def graphs_note(self, document: Mapping[str, Any]) -> str:
         return decoder_cards.IN_CLIENT if document["layout"] == "transformers.js" else decoder_cards.CACHES

@@ -181,12 +181,13 @@ def chosen_by(stage: Stage, view: View, tokens: int) -> tuple[Choice, Tensor]:
     return choice, gathered(choice.kept, keep)
 
 
-def visible(pads: Tensor, before: int, tokens: int) -> Tensor:
-    """(batch, 1, tokens, before + tokens): which keys a token sees, those before it and itself, without padding. What is
-    padding sees itself, so that its row is something. pads (batch, 1)."""
+def visible(pads: Tensor, before: int, tokens: int, whole: Tensor | None = None) -> Tensor:
+    """(batch, 1, tokens, before + tokens): which keys a token sees, those before it and itself, or where `whole` is True all of
+    them, without padding. What is padding sees itself, so that its row is something. pads (batch, 1)."""
     key = torch.arange(before + tokens, device=pads.device)
     own = before + torch.arange(tokens, device=pads.device)[:, None]
-    return ((key <= own) & ((key >= pads[:, :, None]) | (key == own)))[:, None]
+    seen = key <= own if whole is None else (key <= own) | whole
+    return (seen & ((key >= pads[:, :, None]) | (key == own)))[:, None]
 
 
 def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -204,6 +205,7 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
     cache, heard = Growing(past), None
     turned = text.rotary_emb(states, position_ids=inputs[POSITIONS])
     images = ImagesLeft.of(inputs[WHERE], graphs.tokens, graphs.layout["square"]) if graphs.stages else None
+    whole = inputs[WHERE].new_ones(inputs[WHERE].shape).sum() > 0 if graphs.prefix else None
     with attention_nodes(text.config):
         for place, layer in enumerate(text.layers):
             if images is not None and (stage := at.get(place)):
@@ -218,7 +220,7 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
                     images.labels = None if known is None else known.gather(1, kept)
                 states, chosen = images.keep(kept, states)
                 turned = tuple(picked(part, chosen) for part in turned)
-            seen = visible(pads, cache.keys[place].shape[2], states.shape[1])
+            seen = visible(pads, cache.keys[place].shape[2], states.shape[1], whole)
             given = {"attention_mask": seen, "position_embeddings": turned, "position_ids": None}
             given[cache_name(layer.forward)] = cache
             asked = at[place + 1].needs & OF_THE_LAYER_BEFORE if place + 1 in at else None
