@@ -4,7 +4,9 @@ from typing import Any
 
 import onnx_ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
+
+op: Any = opset18
 
 
 def stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
@@ -81,6 +83,6 @@ def count_axes_from_the_front(model: Any) -> None:
                 if name not in model.graph.initializers:
                     found = onnx_ir.tensor(axes.numpy() % rank, name=name)
                     model.graph.initializers[name] = onnx_ir.Value(
-                        name=name, shape=found.shape, type=onnx_ir.TensorType(found.dtype), const_value=found
+                        name=name, shape=onnx_ir.Shape([found.size]), type=onnx_ir.TensorType(found.dtype), const_value=found
                     )
                 node.replace_input_with(1, model.graph.initializers[name])
