@@ -183,7 +183,6 @@ def test_images_and_placeholders_must_agree():
 
 RULES = [
     ("cluster-merge", 5, {}),
-    ("cluster-merge", 2, {}),
     ("rater-attention", 5, {}),
     ("visionzip", 8, {}),
     ("cdpruner", 3, {}),
@@ -304,6 +303,7 @@ def test_the_folder_has_the_names_that_others_know(served):
     assert list(inputs)[:3] == ["inputs_embeds", "attention_mask", "position_ids"]
     assert inputs["image_positions"]["shape"] == ["batch_size", "image_tokens"]
     assert {"past_key_values.0.key", "past_key_values.2.value"} < set(inputs)
+    assert document["graphs"][MERGED]["outputs"]["logits"]["shape"] == ["batch_size", 1, 40]
     assert document["agreement"] == 1 and document["opset"] == 23 and document["passed"]
     assert (served / "generation_config.json").is_file()
 

@@ -4,6 +4,7 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +71,9 @@ def write(model: nn.Module, spec: GraphSpec, path: Path, *, opset: int, target: 
     if spec.may_be_empty:
         count_axes_from_the_front(program.model)
     tidy(program.model, graph)
+    for value in program.model.graph.outputs:
+        if (shape := spec.sizes.get(value.name)) is not None:
+            value.shape = onnx_ir.Shape(shape)
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 

@@ -8,7 +8,7 @@ are. decoder_model_merged: a prompt or a step, see merged_decoder.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -82,20 +82,21 @@ class DecoderGraphs:
         images: dict[str, Axes] = {WHERE: {0: BATCH, 1: "image_tokens"}} if self.asks else {}
         images |= {name: {0: BATCH, 1: "kept_tokens"} for name in self.handed_on}
         read: dict[str, Axes] = {EMBEDS: free, MASK: {0: BATCH, 1: "seen_tokens"}, POSITIONS: free}
+        made: dict[str, tuple[int | str, ...]] = {"logits": (BATCH, 1, self.vocabulary)}
+        for name, (layer, (count, width)) in zip(keys_of(len(self.heads), PRESENT), self._each, strict=True):
+            made[name] = (BATCH, count, f"present_tokens_{layer}", width)
+        see = GraphSpec(VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels)
+        decode = GraphSpec(MERGED, self._decode, tuple(made), read | images | past, self._go_on)
         return [
-            GraphSpec(
-                VISION_ENCODER, self._see, (FEATURES, *self.handed_on), {PIXELS: {0: "images"}}, self._pixels, may_be_empty=True
-            ),
+            replace(see, may_be_empty=True),
             GraphSpec(EMBED, self._embed, (EMBEDS,), {IDS: free}, self._ids),
-            GraphSpec(
-                MERGED,
-                self._decode,
-                ("logits", *keys_of(len(self.heads), PRESENT)),
-                read | images | past,
-                self._go_on,
-                may_be_empty=True,
-            ),
+            replace(decode, may_be_empty=True, sizes=made),
         ]
+
+    @property
+    def _each(self) -> list[tuple[int, Heads]]:
+        """Layer and heads of all keys and values, in their order."""
+        return [(layer, heads) for layer, heads in enumerate(self.heads) for _ in ("key", "value")]
 
     def _see(self, model: nn.Module, inputs: Tensors) -> tuple[Tensor, ...]:
         import torch
@@ -161,7 +162,7 @@ class DecoderGraphs:
             made[KEPT] = torch.arange(kept).repeat(2, IMAGES)
             made[LABELS] = (torch.arange(kept) // 2).repeat(2, IMAGES)
         names = keys_of(len(self.heads), PAST)
-        sizes = ((2, heads, SEEN + layer, width) for layer, (heads, width) in enumerate(self.heads) for _ in "kv")
+        sizes = ((2, heads, SEEN + layer, width) for layer, (heads, width) in self._each)
         made |= {name: torch.randn(*size, generator=generator) for name, size in zip(names, sizes, strict=True)}
         return {name: made[name] for name in self.specs()[2].inputs}
 
@@ -172,7 +173,7 @@ class DecoderGraphs:
         read: dict[str, Shape] = dict.fromkeys((MASK, POSITIONS, *((WHERE,) if self.asks else ())), (None, None))
 
         def cache(prefix: str) -> dict[str, Shape]:
-            sizes = [(None, heads, None, width) for heads, width in self.heads for _ in "kv"]
+            sizes = [(None, heads, None, width) for _, (heads, width) in self._each]
             return dict(zip(keys_of(len(self.heads), prefix), sizes, strict=True))
 
         chosen: dict[str, Shape] = {name: (None, self.ahead.left(self.tokens)) for name in self.handed_on if self.ahead}
@@ -216,7 +217,7 @@ class DecoderGraphs:
         embeds = step(EMBED, {IDS: input_ids})[EMBEDS]
         given: Values = dict.fromkeys((WHERE, *self.handed_on), nothing) | images
         if not past:
-            past = [np.zeros((batch, count, 0, width), np.float32) for count, width in self.heads for _ in "kv"]
+            past = [np.zeros((batch, count, 0, width), np.float32) for _, (count, width) in self._each]
         if features := [given.pop(name) for name in (FEATURES,) if name in given]:
             given[WHERE] = self.places(input_ids, features[0].shape[1])
             np.put_along_axis(embeds, given[WHERE][:, :, None], features[0], 1)

@@ -320,7 +320,7 @@ class ImageTextDecoder(Topology):
         return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor, self.first_position)
 
     def tokens_code(self, code: str) -> str:
-        return code.strip("\n").partition("\n")[0]
+        return code.strip("\n").partition("  #")[0]
 
     def client_code(
         self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
