@@ -34,7 +34,8 @@ from comp_cli.options import ExportOptions
 from comp_cli.runtime.token_rules import STAGE_RULES, View
 from comp_cli.runtime.token_selection import Stage
 from comp_cli.topology.caches import Heads
-from comp_cli.topology.decoder_graphs import GRAPHS, MERGED, DecoderGraphs
+from comp_cli.topology.decoder_graphs import DecoderGraphs
+from comp_cli.topology.decoder_names import GRAPHS, MERGED
 from comp_cli.topology.image_features import of_the_last_layer, through_projector
 
 QUIET = Output("quiet")
@@ -173,9 +174,9 @@ def test_images_and_placeholders_must_agree():
     ids, mask = values["input_ids"], values["attention_mask"]
     lost = ids.copy()
     lost[0, ids[0].tolist().index(vlm_models.IMAGE)] = 5
-    with pytest.raises(UsageError, match="prompts with 15, 16, 16 placeholders"):
+    with pytest.raises(ValueError, match="prompts with 15, 16, 16 placeholders"):
         graphs.read(step, lost, mask, seen)
-    with pytest.raises(UsageError, match="2 images for 3 prompts"):
+    with pytest.raises(ValueError, match="2 images for 3 prompts"):
         graphs.see(step, values["pixel_values"][:2], 3)
 
 

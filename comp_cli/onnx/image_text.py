@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
 
     def encoded(self, pixel_values: Tensor, batch: int) -> dict[str, Tensor]:
         """What the vision encoder makes, (batch, image tokens, ...)."""
-        found = self.known.see(self.graphs.step, pixel_values.float().numpy(), batch)
+        with told():
+            found = self.known.see(self.graphs.step, pixel_values.float().numpy(), batch)
         return {name: torch.from_numpy(value) for name, value in found.items()}
 
     def prepare_inputs_for_generation(
@@ -112,9 +115,19 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         past = [tensor.numpy() for layer in layers for tensor in (layer.keys, layer.values)]
         ids, mask = input_ids.numpy(), attention_mask.long().numpy()
         positions = None if position_ids is None else position_ids.numpy()
-        made = self.known.read(self.graphs.step, ids, mask, given, past, positions)
+        with told():
+            made = self.known.read(self.graphs.step, ids, mask, given, past, positions)
         logits = torch.from_numpy(made.pop("logits"))
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache_of(made, seen + tokens)})
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Images and prompts that do not fit together are the user's."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_mask(mask: Tensor, shape: tuple[int, int]) -> None:

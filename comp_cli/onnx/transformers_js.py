@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..files.store import read_json
 from ..topology.base import IDS, MASK, PIXELS
-from ..topology.decoder_graphs import (
+from ..topology.decoder_graphs import DecoderGraphs
+from ..topology.decoder_names import (
     BATCH,
     EMBEDS,
     FEATURES,
@@ -34,7 +35,6 @@ from ..topology.decoder_graphs import (
     PRESENT,
     WHERE,
     WRITTEN,
-    DecoderGraphs,
 )
 from ..topology.graph_specs import Step, Values
 

@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from .card_examples import LONGEST, PICTURE
-from .decoder_graphs import EMBEDS, FEATURES, KEPT, LABELS, WHERE
+from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WHERE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -127,6 +125,8 @@ def python_loop(
 ) -> str | None:
     """With NumPy; None where the processor reads the prompt in another way than its tokenizer does."""
     graphs = document["graphs"]
+    from PIL import Image
+
     _, tokens, _ = graphs["vision_encoder.onnx"]["outputs"][FEATURES]["shape"]
     read = processor(images=[Image.new("RGB", (32, 32))], text=[prompt])["input_ids"][0]
     whole = prompt.replace(processor.image_token, processor.image_token * tokens, 1)

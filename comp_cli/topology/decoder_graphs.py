@@ -11,9 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from .base import IDS, MASK, PIXELS, Tensors
 from .caches import Heads, keys_of
+from .decoder_names import (
+    BATCH,
+    EMBED,
+    EMBEDS,
+    FEATURES,
+    KEPT,
+    LABELS,
+    MERGED,
+    PAST,
+    POSITIONS,
+    PRESENT,
+    VISION_ENCODER,
+    WHERE,
+    WRITTEN,
+)
 from .graph_specs import Axes, GraphSpec, Shape, Signature, Step, Values
 
 if TYPE_CHECKING:
@@ -22,13 +36,7 @@ if TYPE_CHECKING:
 
     from ..runtime.token_selection import Stage
 
-VISION_ENCODER, EMBED, MERGED = GRAPHS = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
-FEATURES, EMBEDS, POSITIONS = "image_features", "inputs_embeds", "position_ids"
-BATCH = "batch_size"  # as transformers.js looks for it
-PAST, PRESENT = "past_key_values", "present"
-WHERE, KEPT, LABELS = "image_positions", "image_kept", "image_labels"
 CLUSTERING = ("cls-clusters", "diverse-clusters")  # rules that say which cluster each token is in
-WRITTEN = "labels"  # what torch wrote behind prompts, where graphs are compared with it
 APART = "Put prompts with another number of images into a batch of their own."
 IMAGES, TEXT, SEEN = 3, 7, 5  # of the example: images of a prompt, words around them, tokens of the past
 
@@ -191,7 +199,7 @@ class DecoderGraphs:
         """What the vision encoder makes of the images of so many prompts, as many of each: image_features (batch, image tokens,
         dim), and what it hands on besides, (batch, kept tokens)."""
         if len(pixels) % batch:
-            raise UsageError(f"{len(pixels)} images for {batch} prompts: the graphs take as many for each.", hint=APART)
+            raise ValueError(f"{len(pixels)} images for {batch} prompts: the graphs take as many for each. {APART}")
         found = step(VISION_ENCODER, {PIXELS: pixels})
         shaped = {FEATURES: found.pop(FEATURES).reshape(batch, -1, self.width)}
         return shaped | {name: value.reshape(batch, -1) for name, value in found.items()}
@@ -209,7 +217,7 @@ class DecoderGraphs:
 
         mask: (batch, seen + tokens), zeros where prompts are filled up, at the left. images: as `see` makes them, nothing where
         the tokens have none. past: keys and values of the tokens before, in their order; none for a prompt. positions: of the
-        tokens, as the mask says unless given. Raises UsageError where images and placeholders are not as many.
+        tokens, as the mask says unless given. Raises ValueError where images and placeholders are not as many.
         """
         import numpy as np
 
@@ -232,10 +240,9 @@ class DecoderGraphs:
 
         holds = input_ids == self.placeholder
         if (counts := holds.sum(1).tolist()) != [tokens] * len(input_ids):
-            raise UsageError(
+            raise ValueError(
                 f"prompts with {', '.join(map(str, counts))} placeholders, and images of {tokens} tokens for each: the graphs "
-                f"take prompts with as many images each, {self.tokens} placeholders an image.",
-                hint=APART,
+                f"take prompts with as many images each, {self.tokens} placeholders an image. {APART}"
             )
         return np.nonzero(holds)[1].reshape(len(input_ids), -1)
 

@@ -11,7 +11,8 @@ from . import decoder_cards
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
-from .decoder_graphs import GRAPHS, MERGED, DecoderGraphs
+from .decoder_graphs import DecoderGraphs
+from .decoder_names import GRAPHS, MERGED
 from .graph_specs import GraphSpec, Run, Signature
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers

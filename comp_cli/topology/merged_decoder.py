@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import transformers
@@ -22,7 +22,10 @@ from ..runtime.modeling_comp_vlm import made_by
 from ..runtime.token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, Choice, View, gathered, of_tokens
 from ..runtime.token_selection import Heard, Stage, picked, sources_of
 from .base import MASK
-from .decoder_graphs import EMBEDS, KEPT, LABELS, POSITIONS, WHERE, DecoderGraphs
+from .decoder_names import EMBEDS, KEPT, LABELS, POSITIONS, WHERE
+
+if TYPE_CHECKING:
+    from .decoder_graphs import DecoderGraphs
 
 ATTENTION = "comp_onnx_attention"  # what transformers knows `attention_node` by
 
