@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -48,7 +48,6 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
     in a batch, filled up at the left, beams and sampling."""
 
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
 
     def __init__(self, config: transformers.PretrainedConfig, graphs: OnnxModel, known: DecoderGraphs):
         super().__init__(config)
@@ -64,7 +63,8 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if pixel_values is not None and ids is not None:
             kwargs |= self.encoded(pixel_values, len(ids))
-        return super().generate(inputs, **kwargs)
+        parent: Any = super()
+        return parent.generate(inputs, **kwargs)
 
     def encoded(self, pixel_values: Tensor, batch: int) -> dict[str, Tensor]:
         """What the vision encoder makes, (batch, image tokens, ...)."""
@@ -76,7 +76,8 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Images belong to the prompt."""
-        made: dict[str, Any] = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        parent: Any = super()
+        made = parent.prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         return {name: value for name, value in made.items() if is_first_iteration or not name.startswith("image_")}
 
     def forward(
@@ -118,7 +119,8 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         with told():
             made = self.known.read(self.graphs.step, ids, mask, given, past, positions)
         logits = torch.from_numpy(made.pop("logits"))
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache_of(made, seen + tokens)})
+        grown: dict[str, Any] = {CACHE: cache_of(made, seen + tokens)}
+        return CausalLMOutputWithPast(logits=logits, **grown)
 
 
 @contextmanager
@@ -140,6 +142,6 @@ def check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
 
 def load_reader(folder: Path, stock: Any, graphs: OnnxModel, known: DecoderGraphs) -> OnnxReader:
     """What runs the graphs of a folder; how texts begin and end is read from it."""
-    reader = OnnxReader(stock.config_class.from_pretrained(folder), graphs, known).eval()
+    reader = OnnxReader(stock.config_class.from_pretrained(folder), graphs, known)
     reader.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return reader
+    return cast(OnnxReader, reader.train(False))

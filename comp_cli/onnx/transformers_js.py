@@ -136,9 +136,9 @@ def read_wide(model: onnx.ModelProto, graphs: DecoderGraphs) -> None:
     if KEPT in read:
         _, chosen = found(add("GatherElements", read[KEPT], WHERE, axis=1))
         add("Mod", chosen, graphs.tokens, out=KEPT)
-    if LABELS in read:
-        labels = add("GatherElements", add("GatherElements", read[LABELS], WHERE, axis=1), chosen, axis=1)
-        add("Cast", labels, out=LABELS, to=TensorProto.INT64)
+        if LABELS in read:
+            labels = add("GatherElements", add("GatherElements", read[LABELS], WHERE, axis=1), chosen, axis=1)
+            add("Cast", labels, out=LABELS, to=TensorProto.INT64)
     back = add("Neg", add("Shape", EMBEDS, start=1, end=2))
     new = add("Slice", MASK, back, [2**62], [1])
     past = add("Cast", add("Squeeze", counter, [1, 3]), to=TensorProto.INT64)
@@ -154,11 +154,8 @@ def read_wide(model: onnx.ModelProto, graphs: DecoderGraphs) -> None:
     kept = [value for value in inputs if not value.name.startswith(PAST)]
     caches = [value for value in inputs if value.name.startswith(PAST)]
     logits, *presents = model.graph.output
-    sizes = ([BATCH, 1, "seen", 1], [BATCH, 1, "seen_with_these", 1])
-    first, last = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, size)
-        for name, size in zip((counter, counted), sizes, strict=True)
-    )
+    first = helper.make_tensor_value_info(counter, TensorProto.FLOAT, [BATCH, 1, "seen", 1])
+    last = helper.make_tensor_value_info(counted, TensorProto.FLOAT, [BATCH, 1, "seen_with_these", 1])
     for values, wanted in ((model.graph.input, [*kept, first, *caches]), (model.graph.output, [logits, last, *presents])):
         wanted = [type(value).FromString(value.SerializeToString()) for value in wanted]
         del values[:]

@@ -59,7 +59,7 @@ def distances(left: Any, right: Any, p: float, compute_mode: int | None = None) 
     return op.Sqrt(op.ReduceSum(op.Mul(apart, apart), [3], keepdims=0))
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.sort.stable: stable_sort,
     torch.ops.aten.topk.default: topk,
     torch.ops.aten.where.self: where,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.rows import Pair
     from ..families import Family
     from ..tasks import Task
+    from .decoder_graphs import DecoderGraphs
 
 PIXELS, IDS, MASK = INPUTS = ("pixel_values", "input_ids", "attention_mask")
 IMAGE_TOWER, TEXT_TOWER = "vision", "language"  # names of the towers whose tokens are those of an image, of a text
@@ -311,6 +312,10 @@ class Topology(ABC):
     def text_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that generate texts; none where the model generates none."""
         return ()
+
+    def decoder_graphs(self, family: Family, config: Config) -> DecoderGraphs:
+        """What the graphs of a decoder that reads images are."""
+        raise NotImplementedError(f"{type(self).__name__} reads no images into a decoder")
 
     def signatures(self, family: Family, config: Config) -> dict[str, Signature]:
         """What each of the `text_graphs` takes and hands out."""

@@ -55,7 +55,7 @@ def heads_of(config: Config, tower: Tower, text: Mapping[str, Any]) -> list[dict
 class Heads(NamedTuple):
     """Of a layer's keys and values."""
 
-    count: int
+    number: int
     width: int
 
 

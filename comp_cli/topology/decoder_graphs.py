@@ -251,7 +251,8 @@ class DecoderGraphs:
         import numpy as np
 
         ids, mask, written, found = values[IDS], values[MASK], values[WRITTEN], []
-        images, past = self.see(step, values[PIXELS], len(ids)), ()
+        images = self.see(step, values[PIXELS], len(ids))
+        past: tuple[np.ndarray, ...] = ()
         for place in range(written.shape[1]):
             made = self.read(step, ids, mask, images, past)
             found.append(made.pop("logits"))
