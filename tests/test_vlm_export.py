@@ -557,3 +557,34 @@ def test_int4_weights_are_in_16_steps(tmp_path):
     states = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     real = np.linalg.norm(states @ found - states @ weights) / np.linalg.norm(states @ weights)
     assert rewrite.noise(tmp_path / "one.onnx", {"x": states}, "int4")["product"] == pytest.approx(real, rel=0.3)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A model whose logits hardly change where weights are rounded, and whose image tokens leave by their place."""
+    place = tmp_path_factory.mktemp("calm")
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(small_llava().config).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(place / "dense")
+    tiny.llava_processor().save_pretrained(place / "dense")
+    comp_cli.prune(str(place / "dense"), method="stride", tokens=8, output=place / "compact")
+    return place / "compact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({"quantize": "int4"}, "decoder_model_merged.onnx"),
+        ({"dtype": "fp16"}, "decoder_model_merged.onnx"),
+        ({"layout": "transformers.js"}, "onnx/decoder_model_merged.onnx"),
+    ],
+    ids=["int4", "fp16", "transformers.js"],
+)
+def test_other_kinds_of_graphs_pass_the_gate(calm, tmp_path, options, written):
+    report = export.export(calm, tmp_path / "onnx", ExportOptions(**options), QUIET)
+    assert report.passed and report.agreement >= 0.9 and (tmp_path / "onnx" / written).is_file()
+    assert written in report.files and written in report.graphs
+    kinds = {node.op_type for node in onnx.load(tmp_path / "onnx" / written).graph.node}
+    assert ("MatMulNBits" in kinds) == ("quantize" in options)
