@@ -561,11 +561,14 @@ def test_int4_weights_are_in_16_steps(tmp_path):
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """A model whose logits hardly change where weights are rounded, and whose image tokens leave by their place."""
+    """A model whose matrices are made of 16 steps, so that int4 changes nothing, and whose image tokens leave by their place."""
     place = tmp_path_factory.mktemp("calm")
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(small_llava().config).eval()
-    torch.nn.init.normal_(model.lm_head.weight)
+    for module in (*model.model.language_model.modules(), model.lm_head):
+        if isinstance(module, nn.Linear):
+            module.weight.data = torch.randint(-7, 8, module.weight.shape) * 0.02
+            module.weight.data[:, ::32] = -8 * 0.02  # the largest of each block
     model.save_pretrained(place / "dense")
     tiny.llava_processor().save_pretrained(place / "dense")
     comp_cli.prune(str(place / "dense"), method="stride", tokens=8, output=place / "compact")
@@ -588,3 +591,4 @@ def test_other_kinds_of_graphs_pass_the_gate(calm, tmp_path, options, written):
     assert written in report.files and written in report.graphs
     kinds = {node.op_type for node in onnx.load(tmp_path / "onnx" / written).graph.node}
     assert ("MatMulNBits" in kinds) == ("quantize" in options)
+    assert report.quantization is None or (report.quantization.block_size, report.quantization.left_out) == (32, [])
