@@ -561,7 +561,7 @@ def test_int4_weights_are_in_16_steps(tmp_path):
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """A model whose matrices are made of 16 steps, so that int4 changes nothing, and whose image tokens leave by their place."""
+    """A model with matrices of 16 steps, so that int4 changes nothing, whose image tokens leave by their place."""
     place = tmp_path_factory.mktemp("calm")
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(small_llava().config).eval()

@@ -286,12 +286,12 @@ def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str,
     _move(folder, floats)
     for path in floats.iterdir():
         if not any(path.name.startswith(name) for name in chosen):
-            path.replace(folder / path.name)
+            shutil.copyfile(path, folder / path.name)
     noise: dict[str, float] = {}
     left_out: list[str] = []
     for share in LEFT_OUT:
         if share and not noise:
-            graphs = check.open(folder, names)
+            graphs = check.open(floats, names)
             graphs.run(check.cases[0].inputs)
             for name in chosen:
                 noise |= rewrite.noise(floats / name, graphs.given[name], kind)
