@@ -93,7 +93,7 @@ def _export(
     config = read_config(folder)
     family, architecture, name = find_family(config)
     if not family.topology.exports:
-        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.no_graphs}."
+        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.why_none}."
         raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
     if options.layout not in family.topology.layouts:
         said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."

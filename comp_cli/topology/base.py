@@ -85,7 +85,6 @@ class Topology(ABC):
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
     layouts: ClassVar[tuple[str, ...]] = ("optimum",)  # in which they can be written
-    no_graphs: ClassVar[str] = ""  # why it has none
     weight_only: ClassVar[tuple[str, ...]] = ()  # graphs whose matrices may be int4
     opset: ClassVar[int | None] = None  # of its graphs, where it has to be this one
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
@@ -256,6 +255,11 @@ class Topology(ABC):
         return {}
 
     # Graphs ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def why_none(self) -> str:
+        """Why there are no graphs, as a sentence without its end, where there are none."""
+        return ""
 
     @property
     @abstractmethod

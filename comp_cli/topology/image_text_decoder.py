@@ -60,7 +60,7 @@ class ImageTextDecoder(Topology):
     chats: bool = True
     first_position: int = 0
     encode: Callable[[Any, Tensor], Tensor] | None = None
-    no_graphs: str = "how its images become tokens is not known to comp as a graph"  # type: ignore[misc]
+    no_graphs: str = "how its images become tokens is not known to comp as a graph"
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
@@ -294,6 +294,10 @@ class ImageTextDecoder(Topology):
         return lambda step, names, values: graphs.logits(step, values)
 
     # Code for cards ----------------------------------------------------------------------------------------------------
+
+    @property
+    def why_none(self) -> str:
+        return self.no_graphs
 
     @property
     def why_whole(self) -> str:
