@@ -311,6 +311,7 @@ def export(
     output: StrPath | None = None,
     dtype: str = ExportOptions.dtype,
     quantize: str | None = ExportOptions.quantize,
+    layout: str = ExportOptions.layout,
     split: bool = ExportOptions.split,
     data: StrPath | None = DataOptions.data,
     image_column: str | None = DataOptions.image_column,
@@ -332,7 +333,9 @@ def export(
         folder: a folder that `prune` wrote (default: the last one below the current folder).
         output: folder to write (default: FOLDER-onnx).
         dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
-        quantize: "int8": int8 dynamic quantization; layers that change predictions stay in float.
+        quantize: "int8": int8 dynamic quantization; "int4": int4 weights, of the language model of a decoder that reads images;
+            layers that change predictions stay in float.
+        layout: "optimum", or "transformers.js": graphs of a decoder that reads images as that client runs them.
         split: write vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once.
         data: image-text pairs to check parity on (default: built-in synthetic scenes).
         image_column: column with images or their paths (default: found by its name, as for all columns).
@@ -343,7 +346,7 @@ def export(
         device: where parity is checked: "cpu", "cuda" or "cuda:N".
         optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
         target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
-        opset: ONNX opset, 18 to 23.
+        opset: ONNX opset, 18 to 23; of decoders that read images always 23.
         overwrite: replace a folder that comp wrote before.
         keep_failed: leave refused graphs in OUTPUT.failed.
         progress: receives messages, warnings and progress (default: none; the library is silent).
@@ -367,6 +370,7 @@ def export(
         split=split,
         dtype=dtype,
         quantize=quantize,
+        layout=layout,
         optimize=optimize,
         atol=atol,
         keep_failed=keep_failed,

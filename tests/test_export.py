@@ -179,7 +179,7 @@ def test_bf16_is_refused_where_it_cannot_be_checked(compact_folder, tmp_path):
 
 def test_int8_matrices_are_a_quarter_and_attention_stays_one_node(graph_pair, judge, capsys):
     before = {path.name: path.stat().st_size for path in graph_pair.iterdir()}
-    assert export.quantize(graph_pair, list(before), judge, Output("quiet")) == []
+    assert export.quantize(graph_pair, list(before), list(before), "int8", judge, Output("quiet")) == []
     assert {path.name for path in graph_pair.iterdir()} == set(before)
     assert sum(path.stat().st_size for path in graph_pair.iterdir()) < 0.5 * sum(before.values())
     found = operators(graph_pair / VISION)
@@ -193,10 +193,10 @@ def test_matrices_that_cost_decisions_stay_float(graph_pair, judge, monkeypatch,
     names = [VISION, TEXT]
     floats = sessions.OnnxModel(graph_pair, names)
     floats.run(cases[0].inputs)
-    noise = {n: share for name in names for n, share in rewrite.int8_noise(graph_pair / name, floats.given[name]).items()}
+    noise = {n: share for name in names for n, share in rewrite.noise(graph_pair / name, floats.given[name], "int8").items()}
     for probe in graph_pair.glob("*.probe.onnx"):
         probe.unlink()
-    left_out = export.quantize(graph_pair, names, judge, Output("quiet"))
+    left_out = export.quantize(graph_pair, names, names, "int8", judge, Output("quiet"))
     assert (
         len(left_out) == round(0.1 * len(noise))
         and min(noise[name] for name in left_out) == sorted(noise.values())[-len(left_out)]
@@ -223,7 +223,7 @@ def test_the_noise_is_that_of_onnxruntime(tmp_path, outlier):
     inputs = {"states": states.astype(np.float32)}
     (found,) = sessions.open_session(tmp_path / "int8.onnx").run(None, inputs)
     real = np.linalg.norm(found - states @ weight) / np.linalg.norm(states @ weight)
-    assert rewrite.int8_noise(tmp_path / "one.onnx", inputs)["product"] == pytest.approx(real, rel=0.3)
+    assert rewrite.noise(tmp_path / "one.onnx", inputs, "int8")["product"] == pytest.approx(real, rel=0.3)
 
 
 def test_optimize_fuses_what_is_around_attention(graph_pair, judge):

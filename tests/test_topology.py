@@ -189,7 +189,11 @@ def test_graphs_have_these_names(name, config):
 
 
 def test_what_has_no_graphs_says_so():
-    assert {name for name, family in FAMILIES.items() if not family.topology.exports} == FAMILIES.keys() - WHOLE.keys()
+    assert {name for name, family in FAMILIES.items() if not family.topology.exports} == FAMILIES.keys() - {
+        *WHOLE,
+        "llava",
+        "paligemma",
+    }
 
 
 @pytest.mark.parametrize("name", ["blip-caption", "blip-vqa"])

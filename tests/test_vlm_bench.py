@@ -97,7 +97,7 @@ def test_peak_memory_is_of_a_process_of_its_own(report):
 
 def test_graphs_are_left_out_with_a_sentence(report, compact):
     assert report.warnings == (NO_GRAPHS,) and report.providers == {}
-    for backends, said in ((("onnx",), "exports no graphs"), (("torch", "compile"), "torch.compile is not for")):
+    for backends, said in ((("onnx",), "runs no graphs"), (("torch", "compile"), "torch.compile is not for")):
         with pytest.raises(UsageError, match=said):
             bench.bench(compact, None, BenchOptions(**QUICK | {"backends": backends}), Output("quiet"))
 

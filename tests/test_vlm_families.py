@@ -14,13 +14,11 @@ from vlm_made import NAMES, Made, counted, known, logits, made, uneven
 from comp_cli.checkpoint.loading import describe, load_model, untied_state_dict
 from comp_cli.checkpoint.plan_check import check_block
 from comp_cli.cli.output import Output
-from comp_cli.commands import export
 from comp_cli.engine import flops
 from comp_cli.engine.slicing import slice_state
 from comp_cli.errors import RefusedError
 from comp_cli.families import FAMILIES, check_supported, find_family
 from comp_cli.models.dense import open_dense
-from comp_cli.options import ExportOptions
 from comp_cli.plan import dense_plan
 
 QUIET = Output("quiet")
@@ -138,12 +136,6 @@ def test_a_block_of_sizes_is_checked(model):
         change(lying)
         with pytest.raises(RefusedError, match=said):
             check_block(lying, config, family, architecture)
-
-
-def test_no_graphs_are_exported(tmp_path):
-    folder = tiny.write("llava", tmp_path / "llava")
-    with pytest.raises(RefusedError, match="reads images inside of a text; comp exports no graphs"):
-        export.export(folder, tmp_path / "onnx", ExportOptions(), QUIET)
 
 
 def test_names_of_older_releases_are_understood(tmp_path):

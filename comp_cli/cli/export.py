@@ -27,8 +27,15 @@ def export(
     ] = ExportOptions.dtype,
     quantize: Annotated[
         str | None,
-        option(MAIN, "int8 dynamic quantization (int8); layers that change predictions stay in float.", show_default=False),
+        option(
+            MAIN,
+            "int8 (dynamic), or int4 (weights of a large decoder); layers that change predictions stay in float.",
+            show_default=False,
+        ),
     ] = ExportOptions.quantize,
+    layout: Annotated[
+        str, option(MAIN, "optimum, or transformers.js: a large decoder as that client runs it.")
+    ] = ExportOptions.layout,
     split: Annotated[
         bool,
         option(MAIN, "vision_model.onnx and text_model.onnx, not model.onnx: an image is encoded once.", "--split"),
@@ -47,7 +54,7 @@ def export(
     target: Annotated[
         str, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
     ] = ExportOptions.target,
-    opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23.")] = ExportOptions.opset,
+    opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23; of large decoders 23.")] = ExportOptions.opset,
     device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
     overwrite: given.Overwrite = False,
     keep_failed: Annotated[

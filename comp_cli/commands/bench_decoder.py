@@ -28,7 +28,7 @@ from ..tasks import Task
 SIDES = ("dense", "compact")
 FIGURES = ("prefill", "first_token", "step")
 Key = tuple[str, str]  # (figure, side)
-NO_GRAPHS = "ONNX Runtime was left out: comp exports no graphs of decoders that read images. All rows are of torch."
+NO_GRAPHS = "ONNX Runtime was left out: comp bench runs no graphs of decoders that read images. All rows are of torch."
 
 
 def only_torch(options: BenchOptions, progress: Progress) -> BenchOptions:
@@ -38,7 +38,7 @@ def only_torch(options: BenchOptions, progress: Progress) -> BenchOptions:
         said = "--backend compile: torch.compile is not for decoders that read images: their caches grow with every token."
         raise UsageError(said, hint="Leave compile out of --backend.")
     if "torch" not in options.backends:
-        said = "--backend onnx: comp exports no graphs of decoders that read images."
+        said = "--backend onnx: comp bench runs no graphs of decoders that read images."
         raise UsageError(said, hint="Use --backend torch.")
     if "onnx" in options.backends:
         progress.warn(NO_GRAPHS)

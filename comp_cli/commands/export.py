@@ -3,8 +3,9 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial as partial_of
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,16 +31,16 @@ from ..data.pairset import PairSet
 from ..data.rows import Columns, Pair
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
-from ..families import find_family
+from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
 from ..models.pairs import pair_counts, warn_cut_texts
-from ..onnx import parity, rewrite
+from ..onnx import parity, rewrite, transformers_js
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
 from ..onnx.write import check_target, write_graphs
-from ..options import TARGETS, TEXT_TOKENS, ExportOptions
+from ..options import LAYOUTS, OPSET, TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import Texts
 from ..report.cards import graphs_card
@@ -92,12 +93,18 @@ def _export(
     config = read_config(folder)
     family, architecture, name = find_family(config)
     if not family.topology.exports:
-        said = f"{folder}: {architecture} {family.topology.why_whole}; comp exports no graphs of such a decoder."
+        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.why_none}."
         raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
+    if options.layout not in family.topology.layouts:
+        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
+        raise UsageError(said, hint=f"Use {' or '.join(family.topology.layouts)}.")
     task = tasks.TASKS[name]
+    opset = opset_of(family, architecture, options.opset)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
     if options.split and family.topology.why_whole:
         raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
+    if options.quantize == "int4" and not family.topology.weight_only:
+        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
     source = open_source(options, progress)
     processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
@@ -112,7 +119,7 @@ def _export(
         texts = count_texts(pairs, collate)
         warn_cut_texts("parity", texts, progress, longest)
         cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.topology.run)
+        check = Check(cases, task, options.device, tolerance, family.topology.runner(family, described.to_dict()))
         progress.say("exporting (this takes a minute for a full-size model) ...")
         names = write_graphs(
             cast(model, DTYPES[options.dtype]),
@@ -120,19 +127,24 @@ def _export(
             family,
             partial,
             split=options.split,
-            opset=options.opset,
+            opset=opset,
             target=options.target,
         )
         fused = optimize(partial, names, check, options, progress) if options.optimize else {}
-        left_out = quantize(partial, names, check, progress) if options.quantize else []
+        chosen = {"int8": names, "int4": list(family.topology.weight_only)}
+        left_out = quantize(partial, names, chosen[kind], kind, check, progress) if (kind := options.quantize) else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
+        save_cutting(processor, partial, family, longest)
+        shutil.copyfile(folder / "config.json", partial / "config.json")
+        if options.layout == LAYOUTS[1]:
+            decoder = family.topology.decoder_graphs(family, described.to_dict())
+            names = transformers_js.lay_out(partial, decoder)
+            check = replace(check, run=partial_of(transformers_js.logits, decoder))
         graphs = check.open(partial, names)
         rows = check.rows(graphs, progress)
         problem = parity.problem(rows, tolerance)
-        save_cutting(processor, partial, family.topology.padding, longest)
-        shutil.copyfile(folder / "config.json", partial / "config.json")
-        generation = family.topology.generation_config(family, described.to_dict())
+        generation = family.topology.generation_config(family, model)
         if generation:
             generation.save_pretrained(partial)
         numbers = family.topology.facts(model)
@@ -142,10 +154,11 @@ def _export(
             min_onnxruntime=least,
             source=facts(config),
             architecture=architecture,
-            opset=options.opset,
+            opset=opset,
             target=options.target,
+            layout=options.layout,
             dtype=options.dtype,
-            quantization=Quantization(options.quantize, True, left_out) if options.quantize else None,
+            quantization=quantization(options.quantize, left_out),
             fused=fused,
             graphs={name: signature(found) for name, found in graphs.signature().items()},
             keep=_keeps(config),
@@ -159,15 +172,24 @@ def _export(
             allowed=Allowed(**asdict(tolerance)),
             agreement=parity.agreement(rows),
             parity=tuple(rows),
-            size_bytes=folder_size(partial),
+            size_bytes=folder_size((partial / names[0]).parent),
         )
         card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        report = replace(report, files={p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()})
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        report = replace(report, files={path.relative_to(partial).as_posix(): sha256(path) for path in paths})
         (partial / "export.json").write_text(json.dumps(kept_with_folder(report), indent=1) + "\n")
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
     return replace(report, seconds=round(perf_counter() - started, 1))
+
+
+def opset_of(family: Family, architecture: str, wanted: int) -> int:
+    """The opset of the graphs. Raises UsageError for one that these graphs cannot have."""
+    needed = family.topology.opset
+    if needed is not None and wanted not in (OPSET, needed):
+        raise UsageError(f"--opset {wanted}: graphs of a {architecture} need opset {needed}.", hint="Leave --opset out.")
+    return needed or wanted
 
 
 def count_texts(pairs: Sequence[Pair], collate: Collator) -> Texts:
@@ -176,13 +198,16 @@ def count_texts(pairs: Sequence[Pair], collate: Collator) -> Texts:
     return Texts(cut=sum(collate.are_cut(known)), of=len(known), at=collate.max_text)
 
 
-def save_cutting(processor: Any, folder: Path, padding: str, longest: int) -> None:
+def save_cutting(processor: Any, folder: Path, family: Family, longest: int) -> None:
     """Save a processor whose tokenizer, if it has one, cuts at `longest` tokens and pads as the model does: tokenizer.json asks
-    for what was called last."""
+    for what was called last. Prompts of decoders are never cut, for images stand in them, and filled up at the left."""
     with quiet_libraries():
         if longest:
             tokenizer = getattr(processor, "tokenizer", processor)
-            tokenizer(["a"], padding=padding, truncation=True, max_length=longest)
+            cut = {"truncation": True, "max_length": longest}
+            if family.topology.drops_in == "decoder":
+                tokenizer.padding_side, cut = "left", {"truncation": False}
+            tokenizer(["a"], padding=family.topology.padding, **cut)
         save_processor(processor, folder)
 
 
@@ -209,9 +234,11 @@ def signature(graph: dict[str, Any]) -> Signature:
 def check_options(options: ExportOptions) -> None:
     """Raises UsageError for options that make no sense, DeviceError for graphs that nothing here can run."""
     check_target(options.target, options.opset)
+    if options.layout not in LAYOUTS:
+        raise UsageError(f"--layout {options.layout}: unknown.", hint=f"Use {' or '.join(LAYOUTS)}.")
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
-    if options.quantize not in (None, "int8"):
-        raise UsageError(f"--quantize {options.quantize}: unknown.", hint="Use int8.")
+    if options.quantize not in (None, *rewrite.QUANTIZERS):
+        raise UsageError(f"--quantize {options.quantize}: unknown.", hint=f"Use {' or '.join(rewrite.QUANTIZERS)}.")
     if options.quantize and dtype != torch.float32:
         raise UsageError("--quantize starts from fp32.", hint=f"Leave --dtype {options.dtype} out.")
     if options.optimize and options.target != TARGETS[0]:
@@ -244,25 +271,37 @@ def optimize(folder: Path, names: list[str], check: Check, options: ExportOption
     return dict(fused)
 
 
-def quantize(folder: Path, names: list[str], check: Check, progress: Progress) -> list[str]:
-    """Make the matrices int8; returns the nodes left out, which are those that lose most, as few as the decisions allow."""
+def quantization(kind: str | None, left_out: list[str]) -> Quantization | None:
+    """What the report says of it."""
+    if kind is None:
+        return None
+    return Quantization(kind, True, left_out, rewrite.BLOCK if kind == "int4" else None)
+
+
+def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str, check: Check, progress: Progress) -> list[str]:
+    """Make the matrices of the chosen graphs int8 or int4; returns the nodes left out, which are those that lose most, as few
+    as the decisions allow."""
     floats = folder / "float"
     floats.mkdir()
     _move(folder, floats)
+    for path in floats.iterdir():
+        if not any(path.name.startswith(name) for name in chosen):
+            shutil.copyfile(path, folder / path.name)
     noise: dict[str, float] = {}
     left_out: list[str] = []
     for share in LEFT_OUT:
         if share and not noise:
             graphs = check.open(floats, names)
             graphs.run(check.cases[0].inputs)
-            noise = {n: error for name in names for n, error in rewrite.int8_noise(floats / name, graphs.given[name]).items()}
+            for name in chosen:
+                noise |= rewrite.noise(floats / name, graphs.given[name], kind)
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
-        for name in names:
-            rewrite.quantize(floats / name, folder / name, left_out)
+        for name in chosen:
+            rewrite.QUANTIZERS[kind](floats / name, folder / name, left_out)
         problem = parity.problem(check.rows(check.open(folder, names), progress), check.tolerance)
         if not problem:
             break
-        progress.say(f"int8 with {len(left_out)} matrices left out: {problem}")
+        progress.say(f"{kind} with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
 
@@ -272,7 +311,8 @@ def refuse(problem: str, partial: Path, failed: Path | None, report: ExportRepor
     hint = "Nothing was written. --atol sets the tolerance, --keep-failed leaves the graphs for a look."
     if failed is not None:
         with atomic_folder(failed, overwrite=True) as kept:
-            _move(partial, kept)
+            for path in partial.iterdir():
+                path.replace(kept / path.name)
         hint = f"{failed} holds the graphs for a look; export.json says where they differ."
     raise GateError(problem, hint=hint, report=report)
 

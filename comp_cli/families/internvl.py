@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..topology import ImageTextDecoder, Tile
 from .base import attention
-from .llava import INPUTS, LANGUAGE, LLAVA, PROJECTOR
+from .llava import INPUTS, LANGUAGE, LLAVA, PROJECTOR, TILED
 from .llava import VISION as LLAVA_VISION
 
 VISION = replace(
@@ -27,6 +27,7 @@ INTERNVL = replace(
         attention="encoder.layer.{}.attention",
         ranking=("q_norm", "k_norm"),  # which do nothing in most
         shuffle="downsample_ratio",
+        no_graphs=TILED,
         inputs=INPUTS,
     ),
     fixed={"model.vision_tower.embeddings.patch_embeddings.projection": "patches"} | PROJECTOR,

@@ -7,6 +7,7 @@ stay as they are. The last layer of a LLaVA's tower runs for nothing, for the fe
 from dataclasses import replace
 
 from ..topology import AnyResolution, ImageTextDecoder
+from ..topology.image_features import through_projector
 from .base import Family, Stream, Tower, attention, feed_forward
 
 VISION = Tower(
@@ -49,10 +50,13 @@ PROJECTOR = {"model.multi_modal_projector.linear_1": "features", "model.multi_mo
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")
 
+TILED = "pictures are read in several tiles, as many as fit them, and the graphs are for images of one number of tokens"
+
 TILES = ImageTextDecoder(
     processor="LlavaNextProcessor",
     pictures=AnyResolution(),
     newline="model.image_newline",
+    no_graphs=TILED,
     inputs=("input_ids", "attention_mask", "pixel_values", "image_sizes", "labels"),
 )
 
@@ -61,7 +65,7 @@ LLAVA = Family(
     model_type="llava",
     architectures={"LlavaForConditionalGeneration": ("vqa", "caption")},
     towers=(VISION, LANGUAGE),
-    topology=ImageTextDecoder(processor="LlavaProcessor", inputs=INPUTS),
+    topology=ImageTextDecoder(processor="LlavaProcessor", inputs=INPUTS, encode=through_projector),
     fixed={"model.vision_tower.embeddings.patch_embedding": "patches"} | PROJECTOR,
     backbones={"vision_config": ("clip_vision_model", "siglip_vision_model"), "text_config": DECODERS},
 )

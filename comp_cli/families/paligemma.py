@@ -6,6 +6,7 @@ PaliGemma 2 has a Gemma 2, whose every other layer sees a window, and is refused
 from dataclasses import replace
 
 from ..topology import ImageTextDecoder, TileOfPrefix
+from ..topology.image_features import of_the_last_layer
 from .llava import LANGUAGE, LLAVA, VISION
 
 PALIGEMMA = replace(
@@ -20,6 +21,8 @@ PALIGEMMA = replace(
         plain="<image>{}",
         behind="\n",
         chats=False,
+        first_position=1,
+        encode=of_the_last_layer,
         inputs=("input_ids", "attention_mask", "pixel_values", "token_type_ids", "labels"),
     ),
     fixed={

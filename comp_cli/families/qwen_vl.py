@@ -34,6 +34,7 @@ def family(name: str, architecture: str, processor: str, vision: Tower, merger: 
             processor=processor,
             pictures=AnySize(),
             features="model.visual",
+            no_graphs="pictures of any size become any number of tokens, and the graphs are for images of one number of tokens",
             inputs=("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "labels"),
         ),
         fixed=PATCHES | merger,

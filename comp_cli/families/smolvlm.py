@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..topology import ImageTextDecoder, TilesOfPrompts
-from .llava import LANGUAGE, LLAVA, VISION
+from .llava import LANGUAGE, LLAVA, TILED, VISION
 
 SMOLVLM = replace(
     LLAVA,
@@ -16,6 +16,7 @@ SMOLVLM = replace(
         pictures=TilesOfPrompts(merged="scale_factor"),
         text="model.text_model",
         features="model.vision_model",
+        no_graphs=TILED,
         inputs=("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "labels"),
     ),
     fixed={

@@ -37,10 +37,15 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
         raise RefusedError(f"{folder}: no graphs for text generation.", hint=needed)
     check_files(folder, ["config.json", *names])
     stock = getattr(transformers, architecture)
-    expected = writer_signatures(stock.config_class.from_dict(config).to_dict(), family)
+    described = stock.config_class.from_dict(config).to_dict()
+    expected = writer_signatures(described, family)
     graphs = OnnxModel(folder, names, device)
     for name, session in graphs.sessions.items():
         check_signature(folder / name, session, expected[name])
+    if family.topology.drops_in == "decoder":
+        from .image_text import load_reader
+
+        return load_reader(folder, stock, graphs, family.topology.decoder_graphs(family, described))
     with quiet_libraries(), torch.device("meta"):
         model = stock(stock.config_class.from_pretrained(folder)).eval()
     stand_ins = family.topology.stand_ins(model, OnnxEncoder(graphs), partial(stand_in_decoder, graphs))

@@ -45,6 +45,7 @@ RELATIVE = {
     "fp16": Tolerance(0.02, 0.98),
     "bf16": Tolerance(0.1, 0.95),
     "int8": Tolerance(0.2, 0.95),
+    "int4": Tolerance(0.4, 0.9),
 }
 
 
@@ -90,7 +91,7 @@ def make_cases(
     for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
         given.append(("random", random_inputs(model.config, family, batch, tokens, padded=padded)))
     with torch.inference_mode():
-        return [Case(name, inputs, family.topology.expected(model, task, inputs, split)) for name, inputs in given]
+        return [Case(name, *family.topology.case(family, model, task, inputs, split)) for name, inputs in given]
 
 
 def real_pairs(

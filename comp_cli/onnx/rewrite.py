@@ -15,6 +15,7 @@ from .sessions import open_session
 from .write import EXTERNAL_DATA_FROM
 
 QUANTIZED = {"MatMul": 1, "Gather": 0}  # operator -> which of its inputs is the matrix that becomes int8
+BLOCK = 32  # weights of a column that have a scale in common, as int4
 
 
 def optimize(source: Path, target: Path) -> dict[str, int]:
@@ -59,27 +60,53 @@ def quantize(source: Path, target: Path, left_out: Collection[str] = ()) -> None
         )
 
 
-def int8_noise(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How much int8 changes what each matrix makes of these inputs: name of the node -> relative error of its output."""
+def quantize_weights(source: Path, target: Path, left_out: Collection[str] = ()) -> None:
+    """Write `source` with int4 matrices, a scale for each block of BLOCK weights of a column, but for the nodes left out. What
+    goes into them stays float (MatMulNBits of ONNX Runtime)."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    model = onnx.load(source)
+    _data(target).unlink(missing_ok=True)
+    with _silent():
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=4,
+            block_size=BLOCK,
+            is_symmetric=True,
+            nodes_to_exclude=list(left_out),
+            op_types_to_quantize=("MatMul",),
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(target), use_external_data_format=_is_large(source))
+
+
+QUANTIZERS = {"int8": quantize, "int4": quantize_weights}
+
+
+def noise(path: Path, inputs: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
+    """How much it changes what each matrix makes of these inputs when it is rounded: name of the node -> relative error of its
+    output. kind: "int8", where what goes in is rounded as well, or "int4"."""
     model = onnx.load(path)
     weights = {weight.name: weight for weight in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.op_type in QUANTIZED and _matrix(node) in weights]
+    kinds = QUANTIZED if kind == "int8" else ("MatMul",)
+    nodes = [node for node in model.graph.node if node.op_type in kinds and _matrix(node) in weights]
     wanted = {node.input[0] for node in nodes if node.op_type == "MatMul"}
     known = {value.name for value in (*model.graph.input, *model.graph.output)}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted - known)
     session = open_session(_save(model, path, "probe"))
     outputs = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
     seen = dict(inputs) | {value.name: output for value, output in zip(session.get_outputs(), outputs, strict=True)}
-    noise = {}
+    errors = {}
     for node in nodes:
         matrix = numpy_helper.to_array(weights[_matrix(node)])
         if node.op_type == "MatMul":
             states = seen[node.input[0]]
-            exact, found = states @ matrix, _rounded(states) @ _rounded(matrix, axis=0)
+            exact = states @ matrix
+            found = _rounded(states) @ _rounded(matrix, axis=0) if kind == "int8" else states @ _in_blocks(matrix)
         else:
             exact, found = matrix, _rounded(matrix)
-        noise[node.name] = float(np.linalg.norm(found - exact) / max(float(np.linalg.norm(exact)), 1e-30))
-    return noise
+        errors[node.name] = float(np.linalg.norm(found - exact) / max(float(np.linalg.norm(exact)), 1e-30))
+    return errors
 
 
 def _rounded(values: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -89,6 +116,14 @@ def _rounded(values: np.ndarray, axis: int | None = None) -> np.ndarray:
         span = 2 * np.abs(values).max(axis, keepdims=True)
     step = np.maximum(span / 255, 1e-12)
     return (np.round(values / step) * step).astype(values.dtype)
+
+
+def _in_blocks(matrix: np.ndarray) -> np.ndarray:
+    """A matrix (rows, columns) in 16 steps, one range for each block of a column."""
+    rows = len(matrix)
+    blocks = np.pad(matrix, ((0, -rows % BLOCK), (0, 0))).reshape(-1, BLOCK, matrix.shape[1])
+    step = np.maximum(np.abs(blocks).max(1, keepdims=True) / 8, 1e-12)
+    return ((np.round(blocks / step).clip(-8, 8) * step).reshape(-1, matrix.shape[1])[:rows]).astype(matrix.dtype)
 
 
 def _matrix(node: onnx.NodeProto) -> str:

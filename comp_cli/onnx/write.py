@@ -4,6 +4,7 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from ..options import OPSET, TARGETS
 from ..runtime.modeling_comp import CompactAttention, TokenPruning, TokenScores
 from ..tasks import Task
 from ..topology.graph_specs import GraphSpec, matrix_dtype
+from .translations import TRANSLATIONS, count_axes_from_the_front
 
 EXTERNAL_DATA_FROM = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 TOKEN_PRUNING = "token_pruning"  # in the names of nodes that score and drop tokens
@@ -31,7 +33,7 @@ class Graph(nn.Module):
         dtype = matrix_dtype(self.model)
         given = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
         made = self.spec.forward(self.model, dict(zip(self.spec.inputs, given, strict=True)))
-        return tuple(tensor.float() for tensor in made)
+        return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in made)
 
 
 def write_graphs(model: Any, task: Task, family: Family, folder: Path, *, split: bool, opset: int, target: str) -> list[str]:
@@ -64,8 +66,14 @@ def write(model: nn.Module, spec: GraphSpec, path: Path, *, opset: int, target: 
             dynamic_shapes={"tensors": tuple(spec.dynamic.values())},
             opset_version=opset,
             verbose=False,
+            custom_translation_table=TRANSLATIONS if spec.may_be_empty else None,
         )
+    if spec.may_be_empty:
+        count_axes_from_the_front(program.model)
     tidy(program.model, graph)
+    for value in program.model.graph.outputs:
+        if (shape := spec.sizes.get(value.name)) is not None:
+            value.shape = onnx_ir.Shape(shape)
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(path, external_data=weights > EXTERNAL_DATA_FROM)
 

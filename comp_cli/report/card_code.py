@@ -90,7 +90,9 @@ def for_graphs(
         *later,
     ]
     places = PLACES if images else 'folder = "."  # this folder'
-    spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation)
+    spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation, processor)
+    if ending is None:
+        return None
     return block("\n".join(imports), places, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 

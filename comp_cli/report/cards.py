@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from ..checkpoint.runtimes import FILES, runtime_of
 from ..families import Family
+from ..options import LAYOUTS
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
 from . import card_code
@@ -192,7 +193,9 @@ def graphs_card(
         parts = [f"`{name}` ({', '.join(map(str, value['shape']))})" for name, value in values.items() if name not in cache]
         return ", ".join(parts + [f"`{cache[0]}` and {len(cache) - 1} more" for _ in cache[:1]])
 
-    code = card_code.for_graphs(document, generation, family, task, processor, folder, longest)
+    own = document["layout"] == LAYOUTS[0]  # or of a client that has code for everything
+    code = card_code.for_graphs(document, generation, family, task, processor, folder, longest) if own else None
+    script = family.topology.client_code(document, task, generation, processor)
     words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
     needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
     lines = [
@@ -209,9 +212,12 @@ def graphs_card(
     if code:
         install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
         lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
-    else:
+    elif own:
         lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
-    if writes := family.topology.generate_code:
+    if script is not None:
+        package, said = script
+        lines += [f"With node, `npm install {package}`:", "", f"```js\n{said}\n```", ""]
+    if own and (writes := family.topology.generate_code):
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
         lines += [card_code.for_generate(writes), ""]
     return "\n".join(lines)

@@ -35,17 +35,19 @@ class Signature:
 
 @dataclass(frozen=True)
 class Quantization:
-    """int8 dynamic quantization.
+    """int8 dynamic quantization, or int4 weights.
 
     Attributes:
         weights: type of the weights.
         per_channel: whether every output channel has its own scale.
         left_out: layers that stay in float.
+        block_size: weights of a channel that have a scale in common, where they are not all of it.
     """
 
     weights: str
     per_channel: bool
     left_out: list[str]
+    block_size: int | None = if_known()
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class ExportReport(Report):
         architecture: transformers class.
         opset: ONNX opset.
         target: "onnxruntime" or "onnx".
+        layout: "optimum" or "transformers.js".
         dtype: of the weights.
         quantization: null for none.
         fused: nodes that ONNX Runtime's fusions made, by kind.
@@ -128,6 +131,7 @@ class ExportReport(Report):
     architecture: str
     opset: int
     target: str
+    layout: str
     dtype: str
     quantization: Quantization | None
     fused: dict[str, int]

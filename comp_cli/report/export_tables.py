@@ -17,7 +17,8 @@ def print_export(report: ExportReport, out: Printer) -> None:
     out.table("Parity with PyTorch", ["", "text tokens", "max abs. error", "mean abs. error"], rows)
     out.line(f"Tolerance: {report.allowed.atol:.0e}. Prediction agreement on real pairs: {percent(report.agreement)}.")
     if report.quantization:
-        out.line(f"int8 dynamic quantization; {len(report.quantization.left_out)} layers stay in float.")
+        kind = "int8 dynamic quantization" if report.quantization.weights == "int8" else "int4 weights"
+        out.line(f"{kind}; {len(report.quantization.left_out)} layers stay in float.")
     if report.fused:
         out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in report.fused.items())}.")
     size = f"{', '.join(report.graphs)}, {mib(report.size_bytes)}, opset {report.opset}"

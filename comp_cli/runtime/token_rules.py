@@ -205,8 +205,8 @@ def peaks(
     features = features - features.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp(min=1)
     square = features.square().sum(-1)
     squared = (square[:, :, None] + square[:, None] - 2 * features @ features.transpose(1, 2)).clamp(min=0)
-    squared = squared.masked_fill(~real, 0)
-    squared.diagonal(dim1=1, dim2=2).zero_()
+    own = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
+    squared = squared.masked_fill(~real | own, 0)
     distance = squared.sqrt()
     if cutoff is None:
         tokens = valid.sum(-1)
@@ -416,11 +416,11 @@ def divprune(view: View, keep: list[int]) -> Choice:
     then always the one that is farthest from those chosen."""
     distance, least = 1 - cosines(view.states), torch.finfo(torch.float32).min
     apart = distance.masked_fill(~view.valid[:, None], torch.inf)
-    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    own = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    apart = apart.masked_fill(own, torch.inf)
     nearest = apart.amin(-1).clamp(max=-least).masked_fill(~view.valid, -torch.inf)
     # A token is farther than anything from nothing, and nearer than anything to itself: once chosen, never again.
-    distance = distance.masked_fill(~view.valid[:, None], -torch.inf)
-    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    distance = distance.masked_fill(~view.valid[:, None] | own, -torch.inf)
     picks = []
     for step in range(_most(keep, view)):  # four kernels each
         picks.append(nearest.argmax(-1, keepdim=True))
@@ -441,7 +441,7 @@ def cdpruner(view: View, keep: list[int]) -> Choice:
     relevance = _min_max(text_relevance(view), view.valid) + TINY
     kernel = relevance[:, :, None] * cosines(view.states) * relevance[:, None]
     gain, chosen = kernel.diagonal(dim1=1, dim2=2).clone(), torch.zeros_like(view.valid)
-    basis = kernel.new_zeros(len(kernel), _most(keep, view), kernel.shape[-1])  # rows of the Cholesky factor
+    basis = kernel.new_zeros(kernel.shape[0], _most(keep, view), kernel.shape[-1])  # rows of the Cholesky factor
     wanted = _column(keep, kernel)
     for step in range(basis.shape[1]):
         pick, chosen = _picked(gain, chosen, view.valid, wanted, step)

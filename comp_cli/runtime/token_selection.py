@@ -97,7 +97,7 @@ class Heard:
     def _mask_rows(self, rows: Tensor, keys: int) -> Tensor:
         """(batch, r, keys) of a mask of four axes."""
         assert self.mask is not None
-        mask = self.mask[..., :keys].expand(len(rows), -1, -1, -1)[:, 0]
+        mask = self.mask[..., :keys].expand(rows.shape[0], -1, -1, -1)[:, 0]
         return mask.gather(1, rows.unsqueeze(-1).expand(-1, -1, mask.shape[-1]))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Signature, Step, Values, in_turn
+from .graph_specs import VISION, WHOLE, Axes, GraphSpec, Run, Signature, Step, Values, in_turn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.rows import Pair
     from ..families import Family
     from ..tasks import Task
+    from .decoder_graphs import DecoderGraphs
 
 PIXELS, IDS, MASK = INPUTS = ("pixel_values", "input_ids", "attention_mask")
 IMAGE_TOWER, TEXT_TOWER = "vision", "language"  # names of the towers whose tokens are those of an image, of a text
@@ -83,6 +84,9 @@ class Topology(ABC):
     runtime: ClassVar[str] = "modeling_comp"  # module of comp_cli.runtime that makes and runs compact models
     pictures_apart: ClassVar[bool] = True  # whether a picture is made pixels of by itself, whatever the text
     exports: ClassVar[bool] = True  # whether it has graphs
+    layouts: ClassVar[tuple[str, ...]] = ("optimum",)  # in which they can be written
+    weight_only: ClassVar[tuple[str, ...]] = ()  # graphs whose matrices may be int4
+    opset: ClassVar[int | None] = None  # of its graphs, where it has to be this one
     padded_by_tokenizer: ClassVar[bool] = True  # whether batches have the padding that the tokenizer makes
 
     # What it reads -----------------------------------------------------------------------------------------------------
@@ -253,6 +257,11 @@ class Topology(ABC):
     # Graphs ------------------------------------------------------------------------------------------------------------
 
     @property
+    def why_none(self) -> str:
+        """Why there are no graphs, as a sentence without its end, where there are none."""
+        return ""
+
+    @property
     @abstractmethod
     def why_whole(self) -> str | None:
         """Why images and texts cannot be encoded by graphs of their own, as the end of a sentence; None where they can."""
@@ -284,9 +293,17 @@ class Topology(ABC):
         """What torch says, by the names of the outputs of the graphs: what an export is compared with."""
         return named_outputs(task.outputs, model, inputs)
 
+    def case(self, family: Family, model: Any, task: Task, inputs: Tensors, split: bool) -> tuple[Tensors, Tensors]:
+        """What an export is compared on, made of a batch: inputs of the graphs, and what torch says."""
+        return inputs, self.expected(model, task, inputs, split)
+
     def run(self, step: Step, names: Iterable[str], values: Values) -> Values:
         """What the exported graphs make of the inputs of the model. step: runs one of them."""
         return in_turn(step, names, values)
+
+    def runner(self, family: Family, config: Config) -> Run:
+        """`run`, for a model of this config."""
+        return self.run
 
     # Generated texts ---------------------------------------------------------------------------------------------------
 
@@ -300,11 +317,15 @@ class Topology(ABC):
         """Names of the graphs that generate texts; none where the model generates none."""
         return ()
 
+    def decoder_graphs(self, family: Family, config: Config) -> DecoderGraphs:
+        """What the graphs of a decoder that reads images are."""
+        raise NotImplementedError(f"{type(self).__name__} reads no images into a decoder")
+
     def signatures(self, family: Family, config: Config) -> dict[str, Signature]:
         """What each of the `text_graphs` takes and hands out."""
         return {}
 
-    def generation_config(self, family: Family, config: Config) -> GenerationConfig | None:
+    def generation_config(self, family: Family, model: Any) -> GenerationConfig | None:
         """How texts begin and end, for `generate`; None where the model writes none."""
         return None
 
@@ -330,12 +351,21 @@ class Topology(ABC):
         are padded to where all are of one length; facts: see `facts`."""
 
     @abstractmethod
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json."""
+    def graph_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> str | None:
+        """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json;
+        processor: what makes pixels and tokens. None where it does so in a way that is not written out here."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""
         return code
+
+    def client_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> tuple[str, str] | None:
+        """What to install for JavaScript, and code for it; None where there is none."""
+        return None
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:
         """A sentence for the card of graphs, if there is more to say."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .base import IDS, Config
 from .graph_specs import DECODER, PAST, STATES, Step, Values
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 def cached(layers: int, prefix: str, *parts: str) -> tuple[str, ...]:
     """Names of keys and values, layer by layer; parts: "decoder" of the text, "encoder" of what is attended to."""
     return tuple(f"{prefix}.{i}.{part}.{kind}" for i in range(layers) for part in parts for kind in ("key", "value"))
+
+
+def keys_of(layers: int, prefix: str) -> tuple[str, ...]:
+    """The same of a decoder that attends to its own tokens alone."""
+    return tuple(f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
 
 
 def keys_and_values(*caches: DynamicCache) -> list[Tensor]:
@@ -45,3 +50,20 @@ def heads_of(config: Config, tower: Tower, text: Mapping[str, Any]) -> list[dict
     layers = next(entry["layers"] for entry in config["comp"]["towers"] if entry["layout"]["encoder"] == tower.encoder)
     parts = {"decoder": "attention", "encoder": "cross"}
     return [{name: (layer[kind]["num_heads"], layer[kind]["head_dim"]) for name, kind in parts.items()} for layer in layers]
+
+
+class Heads(NamedTuple):
+    """Of a layer's keys and values."""
+
+    number: int
+    width: int
+
+
+def heads_of_groups(config: Config, tower: Tower, text: Mapping[str, Any]) -> tuple[Heads, ...]:
+    """Key-value heads of each layer of a tower of grouped queries."""
+    if "comp" not in config:
+        width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        return (Heads(text["num_key_value_heads"], width),) * text["num_hidden_layers"]
+    layers = next(entry["layers"] for entry in config["comp"]["towers"] if entry["layout"]["encoder"] == tower.encoder)
+    sizes = (layer["attention"] for layer in layers)
+    return tuple(Heads(size.get("num_key_value_heads", size["num_heads"]), size["head_dim"]) for size in sizes)

@@ -97,7 +97,7 @@ class CrossEncoder(Topology):
             'for text, chance in zip(texts, chances):\n    print(f"{chance:6.1%} sure that this matches: {text}")'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         if VISION in document["graphs"]:
             scores = (
                 f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})  # once, for any number of texts\n'

@@ -99,7 +99,7 @@ class DualEncoder(Topology):
             f'for text, chance in zip(texts, {chances}):\n    print(f"{{chance:6.1%}} {{text}}")'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         if BIAS in document:  # trained so: every text is a question of its own
             chances = "chances = 1 / (1 + np.exp(-logits))  # of each text by itself"
         else:

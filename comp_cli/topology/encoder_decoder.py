@@ -147,10 +147,10 @@ class EncoderDecoder(Topology):
         given = {name: inputs[name] for name in self.prompt}
         return model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=min(new_tokens, room))
 
-    def generation_config(self, family: Family, config: Config) -> GenerationConfig:
+    def generation_config(self, family: Family, model: Any) -> GenerationConfig:
         from transformers import GenerationConfig
 
-        part = self._sizes(family, config)
+        part = self._sizes(family, model.config.to_dict())
         begin, end = part[self.begin], part[self.end]
         return GenerationConfig(
             bos_token_id=begin, decoder_start_token_id=begin, eos_token_id=end, pad_token_id=part["pad_token_id"]
@@ -291,7 +291,7 @@ class EncoderDecoder(Topology):
             "print(processor.decode(written[0], skip_special_tokens=True))"
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         """Greedy, with the cache."""
         begin, end = (getattr(generation, f"{name}_token_id") for name in ("decoder_start", "eos"))
         given = '{"pixel_values": pixels(picture)}'

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class GraphSpec:
     name: of its file. forward: (model, inputs by name, floats in the precision of the model) -> tensors, in the order of
     `outputs`. dynamic: every input, in the order of the graph, with its axes of free size. example: model -> inputs to trace
     with; sizes of 0 and 1 would be baked into a graph, and so could the model's own: these are neither. module: what is traced
-    for the model. shares_images: whether the states of one image may serve all texts of a batch.
+    for the model. shares_images: whether the states of one image may serve all texts of a batch. may_be_empty: whether parts of
+    it see no rows in some of its calls. sizes: of outputs, where they are better said than found.
     """
 
     name: str
@@ -41,6 +42,8 @@ class GraphSpec:
     example: Callable[[nn.Module], dict[str, Tensor]]
     module: Callable[[nn.Module], nn.Module] = _itself
     shares_images: bool = False
+    may_be_empty: bool = False
+    sizes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ class Pictures(ABC):
 
     inputs: ClassVar[tuple[str, ...]] = (PIXELS,)  # names, in the order of the class
     square: ClassVar[bool] = False  # whether its tokens are the raster of a square
+    prefix: ClassVar[bool] = False  # whether prompts are read in both directions
     rows: ClassVar[Mapping[str, int]] = {}  # what is said of every token besides, (batch, tokens) -> what is said of answers
 
     @property
@@ -132,6 +133,7 @@ class TileOfPrefix(Tile):
     """The same, for a decoder that reads image and question in both directions (PaliGemma): token_type_ids are 1 for what is
     read in one."""
 
+    prefix: ClassVar[bool] = True
     rows: ClassVar[Mapping[str, int]] = {"token_type_ids": 1}
 
 

@@ -3,12 +3,17 @@ reads them where a prompt has placeholders, and writes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import decoder_cards
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
+from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
+from .decoder_graphs import DecoderGraphs
+from .decoder_names import GRAPHS, MERGED
+from .graph_specs import GraphSpec, Run, Signature
 from .image_inputs import Pictures, Tile, has_class_token
 from .prompts import IGNORED, as_asked, shortened, side_by_side, with_answer, without_answers
 
@@ -25,6 +30,7 @@ LABELS = "labels"
 IMAGE_STREAM, NEWLINE_STREAM = "image", "newline"
 FRAME_TOKENS = 5  # that a chat template puts around a question, in the reference input
 ANSWER_TOKENS = 4  # that are predicted in a random text
+CHECKED_TOKENS = 8  # that are written to compare graphs with torch
 DESCRIBE = "Describe the image."  # what is asked for a caption
 
 
@@ -35,7 +41,9 @@ class ImageTextDecoder(Topology):
     ranking: what of it makes the queries and keys that it ranks by. head: makes logits. newline: path of what stands between
     the rows of an image; None where nothing does. shuffle: attribute of the config by which patches that lie side by side
     become one token. plain: the prompt where the processor has no chat template; behind: what the processor adds to it by
-    itself. chats: whether models of the family have a template."""
+    itself. chats: whether models of the family have a template. first_position: of
+    a text. encode: image features as a graph makes them; None where there
+    are no graphs, for the reason that `no_graphs` says, as the end of a sentence."""
 
     processor: str
     pictures: Pictures = Tile()
@@ -50,12 +58,25 @@ class ImageTextDecoder(Topology):
     plain: str = "USER: <image>\n{} ASSISTANT:"
     behind: str = ""
     chats: bool = True
+    first_position: int = 0
+    encode: Callable[[Any, Tensor], Tensor] | None = None
+    no_graphs: str = "how its images become tokens is not known to comp as a graph"
 
     drops_in: ClassVar[str] = "decoder"
     runtime: ClassVar[str] = "modeling_comp_vlm"
     pictures_apart: ClassVar[bool] = False
     padded_by_tokenizer: ClassVar[bool] = False
-    exports: ClassVar[bool] = False
+    weight_only: ClassVar[tuple[str, ...]] = (MERGED,)
+    opset: ClassVar[int] = 23  # the first with attention as one node
+
+    @property
+    def layouts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """transformers.js counts positions of most models from 0, and lets a token see those before it alone."""
+        return ("optimum",) if self.first_position or self.pictures.prefix else ("optimum", "transformers.js")
+
+    @property
+    def exports(self) -> bool:  # type: ignore[override]
+        return self.encode is not None
 
     @property
     def processor_class(self) -> str:
@@ -213,7 +234,70 @@ class ImageTextDecoder(Topology):
         written: Tensor = model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=new_tokens)
         return written[:, prompts[IDS].shape[1] :]
 
-    # Graphs and code ---------------------------------------------------------------------------------------------------
+    # Graphs ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def text_graphs(self) -> tuple[str, ...]:
+        return GRAPHS
+
+    def decoder_graphs(self, family: Family, config: Config) -> DecoderGraphs:
+        """What the graphs of a model of this config are."""
+        from ..runtime.token_selection import Stage
+
+        assert self.encode is not None  # checked before: see no_graphs
+        comp, text = config.get("comp", {}), self.text_section(family, config)
+        return DecoderGraphs(
+            layout=self.image_tokens(config),
+            encode=self.encode,
+            head=self.head,
+            stages=tuple(Stage(**stage) for stage in comp.get("token_stages", ())),
+            tokens=self.pictures.sizes(config).tokens,
+            placeholder=image_token(config),
+            side=family.sections(config)["vision"]["image_size"],
+            width=text["hidden_size"],
+            vocabulary=text["vocab_size"],
+            heads=heads_of_groups(config, family.tower("language"), text),
+            prefix=self.pictures.prefix,
+            first_position=self.first_position,
+        )
+
+    def graphs(self, family: Family, config: Config, task: Task, split: bool) -> list[GraphSpec]:
+        return self.decoder_graphs(family, config).specs()
+
+    def signatures(self, family: Family, config: Config) -> dict[str, Signature]:
+        return self.decoder_graphs(family, config).signatures()
+
+    def case(self, family: Family, model: Any, task: Task, inputs: Tensors, split: bool) -> tuple[Tensors, Tensors]:
+        """Prompts that are filled up at the left, with what torch writes behind them, greedily: the logits of every token."""
+        import torch
+
+        prompts = without_answers(inputs, inputs[LABELS], (IDS, MASK, *self.pictures.rows))
+        given = prompts | {name: inputs[name] for name in self.pictures.inputs}
+        found = model.generate(
+            **given,
+            num_beams=1,
+            do_sample=False,
+            min_new_tokens=CHECKED_TOKENS,
+            max_new_tokens=CHECKED_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        written = found.sequences[:, prompts[IDS].shape[1] :]
+        return given | {LABELS: written}, {"logits": torch.stack(found.logits, 1).float()}
+
+    def generation_config(self, family: Family, model: Any) -> GenerationConfig:
+        found: GenerationConfig = model.generation_config
+        return found
+
+    def runner(self, family: Family, config: Config) -> Run:
+        graphs = self.decoder_graphs(family, config)
+        return lambda step, names, values: graphs.logits(step, values)
+
+    # Code for cards ----------------------------------------------------------------------------------------------------
+
+    @property
+    def why_none(self) -> str:
+        return self.no_graphs
 
     @property
     def why_whole(self) -> str:
@@ -235,8 +319,38 @@ class ImageTextDecoder(Topology):
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
-        raise NotImplementedError("decoders that read images are not exported")
+    def graph_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> str | None:
+        return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor, self.first_position)
+
+    def tokens_code(self, code: str) -> str:
+        return code.strip("\n").partition("  #")[0]
+
+    def client_code(
+        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+    ) -> tuple[str, str] | None:
+        prompt = self._prompt(processor, task)
+        if document["layout"] == "transformers.js":
+            return "@huggingface/transformers", decoder_cards.client_loop(prompt)
+        return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor, self.first_position)
+
+    def graphs_note(self, document: Mapping[str, Any]) -> str:
+        return decoder_cards.IN_CLIENT if document["layout"] == "transformers.js" else decoder_cards.CACHES
+
+    def _prompt(self, processor: Any, task: Task) -> str:
+        """What is asked in examples."""
+        return as_asked(processor, QUESTION if task.has_answers else DESCRIBE, self.plain) + self.behind
+
+    @property
+    def generate_code(self) -> str:
+        return (
+            "writer, processor = comp_cli.load_onnx(folder), AutoProcessor.from_pretrained(folder)\n"
+            f"text = {self.plain.format(QUESTION)!r}  # or what processor.apply_chat_template makes of a chat\n"
+            'inputs = processor(images=load_image(picture), text=text, return_tensors="pt")\n'
+            f"written = writer.generate(**inputs, max_new_tokens={LONGEST})\n"
+            'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+        )
 
 
 def image_token(config: Config) -> int:

@@ -45,7 +45,7 @@ class SingleEncoder(Topology):
             'print(f"{torch.cosine_similarity(first, second, dim=0):.3f} alike (1: the same)")'
         )
 
-    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None) -> str:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         output = task.outputs[0]
         if self.reads_images:
             made = [
