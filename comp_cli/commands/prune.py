@@ -1,7 +1,7 @@
 """`comp prune`: from a dense model to a folder with a compact one."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
-from ..models.dense import Dense, by_model_size, open_dense
+from ..models.dense import Dense, Found, by_model_size, open_dense
 from ..models.described import Described
 from ..models.generated_texts import judge
 from ..models.own_texts import at_own_texts, saved, warn_less
@@ -51,6 +51,7 @@ from ..search.run import search
 from ..search.trainer import count_steps, is_main_process, precision, process_device, processes
 from ..tasks import comparison
 from ..tasks.base import is_share
+from ..tasks.comparison import Evaluation
 from ..tasks.text_metrics import missing, references
 from .prune_options import check
 
@@ -84,8 +85,9 @@ def prune(
     resume: bool = True,
     max_drop: float | None = None,
     hub_options: HubOptions = HUB_DEFAULTS,
+    work: Callable[..., PruneReport] | None = None,
 ) -> PruneReport:
-    """Prune a model and write the folder. With `dry_run` nothing is written.
+    """Prune a model and write the folder. With `dry_run` nothing is written. work: in place of `prune_in_memory`.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Raises GateError
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
@@ -93,11 +95,12 @@ def prune(
     check(options, max_drop, dry_run)
     process_device(options.device)
     pick_dtype(options.dtype)
+    work = work or prune_in_memory
     if dry_run:
-        return _prune(options, output, None, progress, overwrite, max_drop, hub_options)
+        return work(options, output, None, progress, overwrite, max_drop, hub_options)
     typed, output = output, resolve(output)
     if not is_main_process():  # of several processes one writes
-        return _prune(options, output, Journal(output, {}) if resume else None, progress, overwrite, max_drop, hub_options)
+        return work(options, output, Journal(output, {}) if resume else None, progress, overwrite, max_drop, hub_options)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         journal = Journal(output, {})
@@ -109,7 +112,7 @@ def prune(
             raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
-        return replace(_prune(options, output, journal, progress, overwrite, max_drop, hub_options), output=typed)
+        return replace(work(options, output, journal, progress, overwrite, max_drop, hub_options), output=typed)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -121,7 +124,7 @@ def drop_finished(journal: Journal, output: Path) -> bool:
     return True
 
 
-def _prune(
+def prune_in_memory(
     options: PruneOptions,
     output: Path,
     journal: Journal | None,
@@ -129,18 +132,26 @@ def _prune(
     overwrite: bool,
     max_drop: float | None,
     hub_options: HubOptions,
+    known: Found | None = None,
 ) -> PruneReport:
-    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
+    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write.
+    known: the model, where it was looked for already."""
     started = time.perf_counter()
     dry_run = journal is None and is_main_process()
-    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
+    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows, "found": known}
     device = process_device(options.device)
 
     def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
         check_fits(options.method, family, architecture, by_ratio=True)
 
     dense = open_dense(
-        options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
+        options.model,
+        progress,
+        device=device,
+        task=options.task,
+        accepts=accepts,
+        hub_options=hub_options,
+        **sizes,
     )
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
@@ -205,7 +216,12 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
     weights = [sha256(path) for path in files_of(dense.source.folder)]
     config = sha256(dense.source.folder / "config.json")
     device = next(iter(dense.state.values())).device
-    return {**asdict(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
+    return {**compared_options(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
+
+
+def compared_options(options: PruneOptions) -> dict[str, Any]:
+    """The options that numbers depend on: a run may go on with more memory, or less."""
+    return {name: value for name, value in asdict(options).items() if name != "max_memory"}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
@@ -221,7 +237,7 @@ def surroundings(options: PruneOptions) -> dict[str, Any]:
 
 def early_settings(options: PruneOptions) -> dict[str, Any]:
     """What of `settings_of` is known before model and data are read, and is compared then already: what was given."""
-    given = {name: value for name, value in asdict(options).items() if value is not None}
+    given = {name: value for name, value in compared_options(options).items() if value is not None}
     given["training"] = {name: value for name, value in given["training"].items() if value is not None}
     if options.training.epochs is not None:
         del given["training"]["steps"]  # still to be counted
@@ -307,17 +323,22 @@ def compare(
             begin = time.perf_counter()
             found[name] = comparison.evaluate(model, task, batches, bar.advance)
             seconds[name] = time.perf_counter() - begin
-    before, after = found["dense"], found["compact"]
+    quality = quality_of(dense, pairs, found["dense"], found["compact"], texts, progress)
+    if task.new_tokens and quality.metrics:
+        written = judge_texts(dense, models, list(read), options.batch_size, progress)
+        quality = replace(quality, metric=next(iter(written), quality.metric), metrics=written | quality.metrics)
+    return quality, seconds["dense"] / quality.samples
+
+
+def quality_of(dense: Dense, pairs: Pairs, before: Evaluation, after: Evaluation, texts: Texts, progress: Progress) -> Quality:
+    """What two models say, compared."""
+    task = dense.task
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
-    metric = task.metric
-    if task.new_tokens and before.metrics:
-        written = judge_texts(dense, models, list(read), options.batch_size, progress)
-        metric, metrics = next(iter(written), metric), written | metrics
     quality = Quality(
         samples=before.samples,
         data=pairs.describe("evaluation"),
-        metric=metric,
+        metric=task.metric,
         metrics=metrics or None,
         agreement=comparison.agreements(*both),
         divergence=comparison.divergence(*both).item(),
@@ -326,7 +347,7 @@ def compare(
     )
     if shared := quality.shared_texts:
         progress.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
-    return quality, seconds["dense"] / before.samples
+    return quality
 
 
 def judge_texts(

@@ -85,6 +85,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A model that was larger than memory, and was worked on layer by layer from its files.
+
+    Attributes:
+        limit_bytes: bytes that the process might take when it began.
+        needed_bytes: bytes of the dense and the compact weights in fp32, which a run in memory takes.
+        peak_bytes: bytes that were resident at most, with Python and its libraries; left out in comp_report.json.
+    """
+
+    limit_bytes: int
+    needed_bytes: int
+    peak_bytes: int | None = if_known()
+
+
+@dataclass(frozen=True)
 class Values:
     """A measurement of the dense and of the compact model.
 

@@ -45,6 +45,11 @@ def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Ca
             collected.append(tuple(part.cpu() for part in task.subsample(task.forward(model, batch.inputs), batch.samples)))
             labels.append(subsampled_labels(task, batch))
             advance()
+    return judged(task, collected, labels, samples)
+
+
+def judged(task: Task, collected: Sequence[Outputs], labels: Sequence[Tensor | None], samples: int) -> Evaluation:
+    """What a model said of so many samples, batch by batch, and the labels of each batch, None where nobody said."""
     outputs = concatenate(collected)
     known = [label for label in labels if label is not None]
     if len(known) < len(labels):
