@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..checkpoint.header_check import read_headers
 from ..checkpoint.loading import pick_device
 from ..checkpoint.precision import of_the_whole
@@ -35,7 +37,7 @@ from ..report.cards import prune_command
 from ..report.prune import PlanCompared, PruneReport, Quality
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
-from ..search.layer_by_layer import outputs_of, through_compact, through_dense
+from ..search.layer_by_layer import Each, Inputs, leave, outputs_of, through_compact, through_dense
 from ..search.run import search
 from ..search.trainer import processes
 from ..tasks import comparison
@@ -51,7 +53,7 @@ from .prune import (
     with_own_texts,
 )
 
-# What a search that reads the weights from disk cannot do, and how it is asked for.
+# What is not done where every token that is written takes the weights from disk once more.
 LEFT_OUT = "texts are not written with the models, and nothing is generated to be judged: token by token is what counts"
 
 
@@ -83,14 +85,17 @@ def prune_within_memory(
 def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Streamed | None:
     """What is streamed, and why: where dense and compact weights in fp32 are more than this process may take. None where they
     fit, and for other models than decoders that read images, which are small. Raises UsageError where a limit is named for
-    one of those."""
+    one of those, or for a GPU."""
     source, _, (family, architecture, _) = known
     if family.topology.drops_in != DECODER:
         if options.max_memory is not None:
             said = f"--max-memory is for image-text decoders, and this model is a {architecture}, which is held in memory."
             raise UsageError(said, hint="Leave it out.")
         return None
-    on_gpu = options.max_memory is None and pick_device(options.device).type != "cpu"
+    on_gpu = pick_device(options.device).type != "cpu"
+    if on_gpu and options.max_memory is not None:
+        hint = "Give --device cpu, or leave --max-memory out."
+        raise UsageError(f"--max-memory is of the machine's own memory, and the device is {options.device}.", hint=hint)
     files = check_checkpoint(source.folder, allow_pickle=hub_options.allow_pickle)
     if on_gpu or not all(file.endswith(".safetensors") for file in files):
         return None
@@ -109,7 +114,6 @@ def check_streamable(options: PruneOptions) -> None:
         "--uniform": options.uniform,
         "--dtype": options.dtype is not None,
         "vision_params among --modes": "vision_params" in (options.modes or ()),
-        f"--device {options.device}": options.device not in ("auto", "cpu"),
         "accelerate launch": processes() > 1,
     }
     if found := next((name for name, given in beyond.items() if given), None):
@@ -161,7 +165,7 @@ def _prune(
             streamed=found,
         )
         if journal is None:
-            return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), started)
+            return with_peak(with_own_texts(report, dense, plan, "calibration", result.texts, progress))
         with atomic_folder(output, overwrite=overwrite) as folder:
             writer = CompactWriter(folder, dense, plan)
             quality = recover_and_write(dense, result.plan, pairs, resolved, writer, progress)
@@ -179,7 +183,7 @@ def _prune(
             journal.remove()
         raise
     journal.remove()
-    return ended(report, started)
+    return replace(with_peak(report), seconds=round(time.perf_counter() - started, 1))
 
 
 def opened(
@@ -191,9 +195,9 @@ def opened(
     dense = open_streamed(described, spool, options.score_rows)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
-    if METHODS[options.method].compares_plans and options.looks is None:
+    if METHODS[options.method].compares_plans and options.looks is None:  # each takes the weights from disk a few times
         resolved = replace(resolved, looks=STREAMED_LOOKS)
-    samples = 2 * resolved.num_samples + 2 * resolved.eval_samples
+    samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)
     least = working_set(dense, dense.plan, samples, options.batch_size)
     said = f"{found.needed_bytes / 2**30:.2f} GiB in memory, {found.limit_bytes / 2**30:.2f} GiB may be used"
     progress.say(f"layer by layer from its files: dense and compact weights would take {said}")
@@ -203,7 +207,8 @@ def opened(
             f"{found.limit_bytes / 2**20:.0f} MiB may be used.",
             hint="Give more (--max-memory, ulimit -v), or ask for fewer --num-samples, --eval-samples and --batch-size.",
         )
-    progress.warn(f"the model is larger than memory: at most {resolved.looks} plans are compared (--looks); {LEFT_OUT}.")
+    looks = f"at most {resolved.looks} plans are compared (--looks); " if resolved.looks else ""
+    progress.warn(f"the model is larger than memory: {looks}{LEFT_OUT}.")
     return dense, pairs, resolved
 
 
@@ -220,37 +225,61 @@ def recover_and_write(
     dense: StreamedDense, plan: Plan, pairs: Pairs, options: ResolvedOptions, writer: CompactWriter, progress: Progress
 ) -> Quality:
     """One pass over all layers: each is recovered on the calibration pairs, written, and judged as it is written."""
-    task, collate, depth = dense.task, dense.collate_whole, len(dense.model.layers)
+    with progress.track("copying what stays", len(writer.unchanged)) as bar:
+        for name in writer.unchanged:
+            writer.copy(name)
+            bar.advance()
     calibration = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    fitted_on = list(dense.on_device(calibration)) if options.recover and options.sequential else []
+    quality = judge(dense, plan, pairs, options, progress, fitted_on, recovers=options.recover, each=writer.layer)
+    writer.files.close()
+    return quality
+
+
+def judge(
+    dense: StreamedDense,
+    plan: Plan,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    progress: Progress,
+    fitted_on: list[Inputs],
+    *,
+    recovers: bool,
+    each: Each = leave,
+) -> Quality:
+    """Dense against compact on pairs that calibration never saw, layer by layer; see `through_compact`."""
+    task, collate, depth = dense.task, dense.collate_whole, len(dense.model.layers)
     read = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
     batches = list(collate.batches(read, options.batch_size))
     texts = cut_texts(batches, collate.max_text)
     warn_cut_texts("evaluation", texts, progress, dense.longest)
     inputs = list(dense.on_device(batches))
-    fitted_on = list(dense.on_device(calibration)) if options.recover and options.sequential else []
-    with progress.track("copying what stays", len(writer.unchanged)) as bar:
-        for name in writer.unchanged:
-            writer.copy(name)
-            bar.advance()
     with progress.track("running the dense model, layer by layer", depth) as bar:
         before = outputs_of(dense, through_dense(dense, inputs, bar.advance))
-    with progress.track("recovering, writing and judging, layer by layer", depth) as bar:
+    with progress.track("running the compact model, layer by layer", depth) as bar:
 
-        def each(index: int, layer: Any) -> None:
-            writer.layer(index, layer)
+        def done(index: int, layer: nn.Module) -> None:
+            each(index, layer)
             bar.advance()
 
-        features = through_compact(dense, plan, fitted_on, inputs, recovers=options.recover, each=each)
-        after = outputs_of(dense, features)
-    writer.files.close()
+        after = outputs_of(dense, through_compact(dense, plan, fitted_on, inputs, recovers=recovers, each=done))
     labels = [comparison.subsampled_labels(task, batch) for batch in batches]
     samples = sum(batch.samples for batch in batches)
     first, second = (comparison.judged(task, found, labels, samples) for found in (before, after))
     return quality_of(dense, pairs, first, second, texts, progress)
 
 
-def ended(report: PruneReport, started: float) -> PruneReport:
-    """The report with what is known in the end."""
-    assert report.streamed is not None  # every report of this command has it
-    streamed = replace(report.streamed, peak_bytes=memory.peak())
-    return replace(report, streamed=streamed, seconds=round(time.perf_counter() - started, 1))
+def measure(
+    options: PruneOptions, plan: Plan, known: Found, found: Streamed, progress: Progress, hub_options: HubOptions
+) -> tuple[Quality, Pairs]:
+    """Quality of a plan that keeps all parameters, on the user's pairs, and these pairs."""
+    memory.give_back_large_blocks()
+    with scratch(None) as spool:
+        dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
+        return judge(dense, plan, pairs, resolved, progress, [], recovers=False), pairs
+
+
+def with_peak(report: PruneReport) -> PruneReport:
+    """The report with what was resident at most, if the model was larger than memory."""
+    streamed = report.streamed and replace(report.streamed, peak_bytes=memory.peak())
+    return replace(report, streamed=streamed)

@@ -17,7 +17,7 @@ from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size
 from ..models.compact import write_report
-from ..models.dense import open_dense
+from ..models.dense import find_dense, open_dense
 from ..models.described import Described, ImageShape, describe_dense, image_shape
 from ..models.pairs import choose_pairs, pair_counts
 from ..models.token_folder import check_folder_loads, write_folder
@@ -31,6 +31,7 @@ from ..report.token_tables import image_tokens
 from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
+from .prune_streamed import exceeds, measure, with_peak
 
 
 def prune_tokens(
@@ -75,7 +76,7 @@ def prune_tokens(
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
             write_report(folder, kept_with_folder(report), plan, known)
-    return replace(report, output=typed, seconds=round(time.perf_counter() - started, 1))
+    return replace(with_peak(report), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 
 def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
@@ -138,7 +139,12 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
 def measured(
     report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
 ) -> PruneReport:
-    """The report with the quality of both models on the user's pairs: the weights are loaded now."""
+    """The report with the quality of both models on the user's pairs: the weights are loaded now, or where they do not fit,
+    read layer by layer."""
+    known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
+    if found := exceeds(known, options, hub_options):
+        quality, own = measure(options, plan, known, found, progress, hub_options)
+        return replace(report, quality=quality, pairs=pair_counts(own), streamed=found)
     dense = open_dense(
         options.model,
         progress,
@@ -146,6 +152,7 @@ def measured(
         device=process_device(options.device),
         task=options.task,
         hub_options=hub_options,
+        found=known,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import on_disk
+from ..checkpoint.header_check import few
 from ..data.batches import Batch
 from ..engine.recover import recover_part
 from ..engine.scoring import Key, tower_layers
@@ -145,6 +146,9 @@ def open_streamed(described: Described, spool: Spool, score_rows: int) -> Stream
     shapes = on_disk.without_weights(config, described.family, described.architecture).state_dict()
     lacking = shapes.keys() - weights.places.keys()
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in shapes.items() if name not in lacking}
+    if extra := weights.places.keys() - shapes.keys():
+        said = f"{source.name}: weights and config.json do not agree (unexpected keys: {few(extra)})."
+        raise RefusedError(said, hint="comp loads all or nothing.")
     for name, tensor in state.items():
         if weights.header(name).shape != tuple(tensor.shape):
             raise RefusedError(f"{source.name}: the weight {name} is {weights.header(name).shape}, expected {tensor.shape}.")

@@ -72,8 +72,9 @@ def check_folder(folder: Path, architecture: str) -> None:
 
 
 def working_set(dense: StreamedDense, plan: Plan, samples: int, batch: int) -> int:
-    """About the bytes that a search layer by layer takes at most: two layers in fp32, three matrices of the widest part in
-    fp64, what is outside of the layers, a batch inside of a layer, and the states of `samples` pairs between two layers."""
+    """About the bytes that a search layer by layer takes at most: a layer in fp32 and, whichever is more, another one with two
+    Gram matrices of its widest part, or three of these in fp64; what is outside of the layers, a batch inside of a layer, and
+    the states and logits of `samples` pairs."""
     tower = dense.decoder
     layers = plan.tower(tower.name).layers
     largest = max(
@@ -86,4 +87,5 @@ def working_set(dense: StreamedDense, plan: Plan, samples: int, batch: int) -> i
     inside = min(batch, samples) * tokens * (4 * width + 8 * dim) * 4
     outside = sum(tensor.numel() * 4 for tensor in dense.outside.values())
     words = dense.state[dense.head].shape[0]
-    return outside + 8 * largest + 3 * 8 * width**2 + inside + samples * (tokens * dim + 4 * words) * 4 + 2 * PIECE
+    whole = 4 * largest + max(4 * largest + 12 * width**2, 24 * width**2)
+    return outside + whole + inside + samples * (tokens * dim + 4 * words) * 4 + 2 * PIECE

@@ -25,6 +25,7 @@ from ..engine.sequential_refit import (
     watching,
 )
 from ..engine.statistics import Statistics, even_prices, prices_of_part
+from ..errors import RefusedError
 from ..models.streamed import ModelOnDisk, StreamedDense
 from ..options import PruneOptions
 from ..plan import Plan
@@ -35,7 +36,11 @@ from .journal import Journal
 from .training_free import State
 
 Inputs = dict[str, Tensor]
-Each = Callable[[int, nn.Module], None]
+Each = Callable[[int, nn.Module], None]  # of a layer's number and the layer
+
+
+def leave(index: int, layer: nn.Module) -> None:
+    """Nothing is done with a layer."""
 
 
 class Streaming:
@@ -76,17 +81,16 @@ class Streaming:
             self._expected = [torch.cat(through_dense(self.dense, judged_on)) for _, judged_on in folds]
         losses = []
         for expected, (fitted_on, judged_on) in zip(self._expected, folds, strict=True):
-            found = self.through(plan, fitted_on, judged_on)
+            fitted_on = fitted_on if self.sequential else []
+            found = through_compact(self.dense, plan, fitted_on, judged_on, recovers=self.recovers, each=self._tell)
             losses.append(comparison.feature_distance(expected, torch.cat(found)).item())
         return sum(losses) / len(losses)
 
-    def through(
-        self, plan: Plan, fitted_on: list[Inputs], judged_on: list[Inputs], each: Each = lambda index, layer: None
-    ) -> list[Tensor]:
-        """See `through_compact`."""
-        return through_compact(
-            self.dense, plan, fitted_on if self.sequential else [], judged_on, recovers=self.recovers, each=each
-        )
+    def _tell(self, index: int, layer: nn.Module) -> None:
+        """Now and then how far a plan has come, below the bar of all plans."""
+        depth = len(self.dense.model.layers)
+        if (index + 1) % max(1, depth // 4) == 0:
+            self.progress.say(f"layer {index + 1} of {depth}")
 
     def measure(self, plan: Plan) -> Any:
         raise NotImplementedError("a method with stages is not streamed")
@@ -165,6 +169,9 @@ def draw_slopes(
         with torch.enable_grad():
             last = call.hidden = call.hidden.detach().requires_grad_()
             features = read_features(dense, model, call, given)
+            if not features.isfinite().all():
+                said = f"{dense.source.name}: what it says of the calibration pairs is not finite."
+                raise RefusedError(said, hint="config.json, weights and processor files must fit.")
             read = tuple(part.detach().requires_grad_() for part in (logits(dense, features.detach()), features))
             by_logits, by_features = torch.autograd.grad(probe(dense.task, random, read), read)
         for first, rows in dense.weights.pieces(dense.head):
@@ -230,7 +237,7 @@ def through_compact(
     judged_on: Sequence[Inputs],
     *,
     recovers: bool,
-    each: Each = lambda index, layer: None,
+    each: Each = leave,
 ) -> list[Tensor]:
     """The same of the model of a plan, recovered where it `recovers`, and refitted in sequence on the batches `fitted_on` if
     there are any (see sequential_refit). each: is given every layer when it is fitted, before the pairs that judge go through
