@@ -41,8 +41,8 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {  # vision tower, lan
     "tiny": (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
         | {"image_size": 48, "patch_size": 8},
-        {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 6}
-        | {"num_key_value_heads": 3, "head_dim": 32, "vocab_size": 2000},
+        {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
+        | {"num_key_value_heads": 4, "head_dim": 32, "vocab_size": 60000},
     ),
 }
 WORDS = "a an the is are of in how what colour many there left right above below red blue green yellow circle square".split()
@@ -157,12 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, on a disk with three times their size")
     parser.add_argument("--size", choices=SIZES, default="3b")
-    parser.add_argument("--room", type=int, default=None, help="MiB (default: 1024, of tiny ones 96)")
+    parser.add_argument("--room", type=int, default=None, help="MiB (default: 1024, of tiny ones 128)")
     parser.add_argument("--only", default="analyze,tokens,comp")
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "larger_than_memory.jsonl")
     given = parser.parse_args()
-    room = (given.room or (1024 if given.size == "3b" else 96)) << 20
+    room = (given.room or (1024 if given.size == "3b" else 128)) << 20
     dense = given.work / f"llava-{given.size}"
     if not dense.exists():
         make(dense, given.size)

@@ -1,6 +1,9 @@
 """Decoders that are larger than memory: pruned layer by layer they become what they become in memory, in a fraction of it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,3 +236,62 @@ def test_a_run_that_was_stopped_goes_on_with_the_plans_that_it_knows(llava, tmp_
     assert len(seen) == 2 * (looks - 1) and again.plan == whole.plan  # both halves of the pairs judge
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "compact"}
     assert all(torch.equal(tensor, weights(tmp_path / "compact")[name]) for name, tensor in weights(tmp_path / "whole").items())
+
+
+# Under a limit ----------------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import comp_cli
+from comp_cli.models.dense import open_dense
+from comp_cli.progress import Silent
+
+small, large, output, room = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+few = {"num_samples": 4, "stage_samples": 4, "eval_samples": 2, "batch_size": 2, "text_tokens": 8}
+
+def all_of_it(model, folder, **more):
+    comp_cli.analyze(model)
+    comp_cli.prune(model, method="vitcop", tokens=9, output=folder / "tokens")
+    return comp_cli.prune(model, ratio=0.3, output=folder / "comp", **few, **more)
+
+def mapped():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+all_of_it(small, output / "small", max_memory="4MB")  # whatever is imported on the way is mapped before the limit
+before = mapped()
+resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
+try:
+    open_dense(str(large), Silent())
+    fits = True
+except Exception as error:
+    fits = False
+report = all_of_it(large, output / "large")
+print(json.dumps({"fits": fits, "streamed": report.to_json()["streamed"], "left": room - (mapped() - before)}))
+"""
+
+
+def test_three_times_the_allowed_memory_is_analysed_and_pruned(deep, tmp_path):
+    """Under a limit on the address space that no loader could pass."""
+    import larger_than_memory
+
+    large = tmp_path / "dense"
+    larger_than_memory.make(large, "tiny")
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    room = size // 3
+    paths = os.pathsep.join(filter(None, [str(Path(comp_cli.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    words = [sys.executable, "-c", LIMITED, str(deep), str(large), str(tmp_path), str(room)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["fits"]
+    assert found["streamed"]["limit_bytes"] <= room < found["streamed"]["needed_bytes"] / 4
+    for name in ("tokens", "comp"):
+        written = sorted((tmp_path / "large" / name).glob("model*.safetensors"))
+        assert sum(path.stat().st_size for path in written) > 0.6 * size
+    model = comp_cli.load(tmp_path / "large" / "comp")
+    assert sum(parameter.numel() for parameter in model.parameters()) < sum(
+        tensor.numel() for tensor in weights(large).values()
+    )

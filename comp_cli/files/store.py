@@ -33,7 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise RefusedError(f"{path}: not a plain file (a device, a pipe or a socket).")
         with path.open("rb") as file:
-            read = file.read(JSON_LIMIT + 1)
+            read = bytearray()  # piece by piece: what is asked for at once is taken from memory at once
+            while len(read) <= JSON_LIMIT and (piece := file.read(2**20)):
+                read += piece
         if len(read) > JSON_LIMIT:
             raise RefusedError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.")
         content = json.loads(read.decode("utf-8"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 100 * 2**20  # bytes of a safetensors header, as the library itself has it
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8}
 BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
-PIECE = 16 * 2**20  # bytes that are read at once
+PIECE = 4 * 2**20  # bytes that are read at once
 
 
 class Place(NamedTuple):
