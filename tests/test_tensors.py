@@ -107,6 +107,21 @@ print(memory.allowed())
     assert memory.peak() > len(held)
 
 
+def test_a_control_group_leaves_what_it_does_not_hold_and_what_is_only_cached(tmp_path, monkeypatch):
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for group, limit, taken, cached in ((inner, "max", 1, 0), (inner.parent, "1000", 700, 300), (tmp_path, "5000", 100, 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{taken}\n")
+        (group / "memory.stat").write_text(f"anon 5\nactive_file {cached // 3}\ninactive_file {cached - cached // 3}\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("1:name=x:/\n0::/outer/inner\n")
+    assert memory.allowed() == 600
+    (inner.parent / "memory.max").write_text("max\n")
+    assert memory.allowed() == 4900
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("1GiB", 2**30), ("1.5 GB", 1_500_000_000), ("800MB", 800_000_000), ("4096", 4096), ("2KiB", 2048), (None, None), (7, 7)],

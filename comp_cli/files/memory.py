@@ -1,10 +1,10 @@
 """What of the machine's memory this process may use, and what it has used."""
 
 import ctypes
-import resource
 import sys
 from pathlib import Path
 
+CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 1 << 20  # of glibc's mallopt; bytes
 
 
@@ -16,6 +16,10 @@ def allowed() -> int | None:
 
 
 def _address_space() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
@@ -27,15 +31,27 @@ def _address_space() -> int | None:
 
 
 def _control_group() -> int | None:
-    for limit, taken in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            said = (Path("/sys/fs/cgroup") / limit).read_text().strip()
-            held = int((Path("/sys/fs/cgroup") / taken).read_text())
-        except OSError:
-            continue
-        if said.isdigit() and int(said) < 1 << 60:  # above: no limit, as old kernels say it
-            return max(int(said) - held, 0)
-    return None
+    """Of the group of this process and of all around it, as systemd and containers set them (cgroup 2)."""
+    try:
+        own = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    group, found = CGROUPS / own.removeprefix("0::").strip("/"), []
+    for place in (group, *group.parents):
+        if place.is_relative_to(CGROUPS) and (room := _room_of(place)) is not None:
+            found.append(room)
+    return min(found, default=None)
+
+
+def _room_of(group: Path) -> int | None:
+    """What the limit of a group leaves; None where it has none. Files that are cached count as free."""
+    try:
+        limit, taken = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    cached = sum(int(number) for name, number in lines if name in ("active_file", "inactive_file"))
+    return max(int(limit) - taken + cached, 0) if limit.isdigit() else None
 
 
 def _free() -> int | None:
@@ -47,7 +63,11 @@ def _free() -> int | None:
 
 
 def peak() -> int:
-    """Bytes that were resident at most in this process."""
+    """Bytes that were resident at most in this process; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
-from ..checkpoint.loading import check_sizes, describe, load_processor, quiet_libraries
+from ..checkpoint.loading import check_finite, check_sizes, describe, load_processor, quiet_libraries
 from ..checkpoint.on_disk import put
 from ..checkpoint.runtimes import runtime_of
 from ..checkpoint.weight_files import check_checkpoint
@@ -35,10 +35,11 @@ class CompactWriter:
         return [name for name in self.dense.state if not name.startswith(f"{tower.encoder}.{tower.layers}.")]
 
     def copy(self, name: str) -> None:
-        """Copy a tensor as it is, in pieces."""
+        """Copy a tensor as it is, in pieces. Raises RefusedError where one of its numbers is none."""
         if not self.dense.weights.places[name][1].shape:
             return self.files.write(name, self.dense.weights.read(name))
         for first, rows in self.dense.weights.pieces(name):
+            check_finite({f"{name}, from row {first} on,": rows}, self.dense.weights.folder)
             self.files.write(name, rows, first)
 
     def layer(self, index: int, layer: nn.Module) -> None:
