@@ -138,7 +138,7 @@ def prune_in_memory(
     known: the model, where it was looked for already."""
     started = time.perf_counter()
     dry_run = journal is None and is_main_process()
-    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows, "found": known}
+    sizes = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = process_device(options.device)
 
     def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
@@ -151,6 +151,7 @@ def prune_in_memory(
         task=options.task,
         accepts=accepts,
         hub_options=hub_options,
+        found=known,
         **sizes,
     )
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)

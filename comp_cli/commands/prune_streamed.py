@@ -97,7 +97,8 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
         hint = "Give --device cpu, or leave --max-memory out."
         raise UsageError(f"--max-memory is of the machine's own memory, and the device is {options.device}.", hint=hint)
     files = check_checkpoint(source.folder, allow_pickle=hub_options.allow_pickle)
-    if on_gpu or not all(file.endswith(".safetensors") for file in files):
+    shared = options.max_memory is None and processes() > 1  # each would decide by itself
+    if on_gpu or shared or not all(file.endswith(".safetensors") for file in files):
         return None
     numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
     needed = round(4 * numbers * (2 - (options.ratio or 1)))
