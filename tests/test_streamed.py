@@ -32,7 +32,7 @@ def llava(tmp_path_factory) -> Path:
 @pytest.fixture
 def forced(monkeypatch):
     """As if no model fitted."""
-    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 40, 1 << 41))
+    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 41, 1 << 40))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_plan_and_every_weight_are_those_of_a_run_in_memory(kind, tmp_path, monkeypatch):
     folder, how = tiny.write(kind, tmp_path / kind), HOW | {"ratio": RATIOS.get(kind, 0.3)}
     inside = comp_cli.prune(folder, output=tmp_path / "memory", **how)
-    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 40, 1 << 41))
+    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 41, 1 << 40))
     beside = comp_cli.prune(folder, output=tmp_path / "disk", **how)
     assert inside.streamed is None and beside.streamed.peak_bytes > 0
     assert beside.plan == inside.plan
@@ -69,7 +69,7 @@ def test_shards_are_written_with_an_index_that_others_read(llava, tmp_path, forc
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     document = json.loads((tmp_path / "compact" / "comp_report.json").read_text())
     assert {*files, "model.safetensors.index.json"} <= document["files"].keys()
-    assert document["options"]["looks"] == 3 and "peak_bytes" not in document["streamed"]
+    assert document["options"]["looks"] == 3 and document["streamed"] == {"needed_bytes": 1 << 41}
     loaded = comp_cli.load(tmp_path / "compact")  # by transformers, hashes checked
     held = weights(tmp_path / "compact")
     state = {name: tensor for name, tensor in loaded.state_dict().items() if name in held}
@@ -106,7 +106,7 @@ def test_the_pass_back_has_the_slopes_of_the_whole_model(llava, tmp_path, forced
 @pytest.mark.parametrize("more", [{"recover": False}, {"sequential": False}, {"cip": False, "tokens_method": "divprune"}])
 def test_what_a_search_can_be_without_it_can_be_without_here_as_well(more, llava, tmp_path, monkeypatch):
     inside = comp_cli.prune(llava, ratio=0.3, output=tmp_path / "memory", **HOW, **more)
-    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 40, 1 << 41))
+    monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 41, 1 << 40))
     beside = comp_cli.prune(llava, ratio=0.3, output=tmp_path / "disk", **HOW, **more)
     assert beside.plan == inside.plan
     expected, found = weights(tmp_path / "memory"), weights(tmp_path / "disk")
@@ -120,7 +120,7 @@ def test_token_methods_are_measured_alike(method, llava, tmp_path, monkeypatch):
     columns = {"text_column": "question", "answer_column": "answer", "image_column": "image"}
     how = {"method": method, "tokens": 9, "data": data, "eval_samples": 4, "batch_size": 2, **columns}
     inside = comp_cli.prune(llava, output=tmp_path / "memory", **how)
-    monkeypatch.setattr("comp_cli.commands.prune_tokens.exceeds", lambda *given: Streamed(1 << 40, 1 << 41))
+    monkeypatch.setattr("comp_cli.commands.prune_tokens.exceeds", lambda *given: Streamed(1 << 41, 1 << 40))
     beside = comp_cli.prune(llava, output=tmp_path / "disk", **how)
     assert beside.streamed.peak_bytes > 0 and any("larger than memory" in said for said in beside.warnings)
     assert beside.quality.divergence == pytest.approx(inside.quality.divergence, rel=1e-3)

@@ -103,7 +103,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
     needed = round(4 * numbers * (2 - (options.ratio or 1)))
     room = memory.allowed() if options.max_memory is None else options.max_memory
-    return Streamed(room, needed) if room is not None and needed > room else None
+    return Streamed(needed, room) if room is not None and needed > room else None
 
 
 def check_streamable(options: PruneOptions) -> None:
@@ -163,10 +163,10 @@ def _prune(
             compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in result.looks),
             texts={"calibration": result.texts},
             pairs=counts(pairs, resolved),
-            streamed=found,
+            streamed=Streamed(found.needed_bytes),
         )
         if journal is None:
-            return with_peak(with_own_texts(report, dense, plan, "calibration", result.texts, progress))
+            return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), found)
         with atomic_folder(output, overwrite=overwrite) as folder:
             writer = CompactWriter(folder, dense, plan)
             quality = recover_and_write(dense, result.plan, pairs, resolved, writer, progress)
@@ -184,13 +184,14 @@ def _prune(
             journal.remove()
         raise
     journal.remove()
-    return replace(with_peak(report), seconds=round(time.perf_counter() - started, 1))
+    return replace(ended(report, found), seconds=round(time.perf_counter() - started, 1))
 
 
 def opened(
     options: PruneOptions, progress: Progress, hub_options: HubOptions, known: Found, found: Streamed, spool: Spool
 ) -> tuple[StreamedDense, Pairs, ResolvedOptions]:
     """The dense model on disk, pairs and options. Raises UsageError where even a layer at a time is more than may be used."""
+    limit = found.limit_bytes or 0
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
     described = describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known)
     dense = open_streamed(described, spool, options.score_rows)
@@ -200,12 +201,12 @@ def opened(
         resolved = replace(resolved, looks=STREAMED_LOOKS)
     samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)
     least = working_set(dense, dense.plan, samples, options.batch_size)
-    said = f"{found.needed_bytes / 2**30:.2f} GiB in memory, {found.limit_bytes / 2**30:.2f} GiB may be used"
+    said = f"{found.needed_bytes / 2**30:.2f} GiB in memory, {limit / 2**30:.2f} GiB may be used"
     progress.say(f"layer by layer from its files: dense and compact weights would take {said}")
-    if least > found.limit_bytes:
+    if least > limit:
         raise UsageError(
             f"a layer of this model and {samples} states of pairs at a time take about {least / 2**20:.0f} MiB, and "
-            f"{found.limit_bytes / 2**20:.0f} MiB may be used.",
+            f"{limit / 2**20:.0f} MiB may be used.",
             hint="Give more (--max-memory, ulimit -v), or ask for fewer --num-samples, --eval-samples and --batch-size.",
         )
     looks = f"at most {resolved.looks} plans are compared (--looks); " if resolved.looks else ""
@@ -280,7 +281,6 @@ def measure(
         return judge(dense, plan, pairs, resolved, progress, [], recovers=False), pairs
 
 
-def with_peak(report: PruneReport) -> PruneReport:
-    """The report with what was resident at most, if the model was larger than memory."""
-    streamed = report.streamed and replace(report.streamed, peak_bytes=memory.peak())
-    return replace(report, streamed=streamed)
+def ended(report: PruneReport, found: Streamed | None) -> PruneReport:
+    """The report with what is of this run alone, if the model was larger than memory: what it might take, and what it took."""
+    return replace(report, streamed=found and replace(found, peak_bytes=memory.peak()))

@@ -24,14 +24,14 @@ from ..models.token_folder import check_folder_loads, write_folder
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
 from ..plan import Plan, TokenStage
 from ..progress import Progress
-from ..report.base import Sizes
+from ..report.base import Sizes, Streamed
 from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
 from ..search.trainer import is_main_process, process_device
 from .prune import check_drop, compare, describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens
-from .prune_streamed import exceeds, measure, with_peak
+from .prune_streamed import ended, exceeds, measure
 
 
 def prune_tokens(
@@ -59,6 +59,7 @@ def prune_tokens(
     with reserve(output, source=source if source.is_dir() else None):
         check_replaceable(output, overwrite)
         report, dense, plan = _report(options, progress, hub_options)
+        streamed: Streamed | None = None
         more = {"revision": hub_options.revision, "max_drop": max_drop, "link": link}
         address = dense.source.address_from(output)
         report = replace(report, command=prune_command(options, **more), base_address=address)
@@ -66,7 +67,7 @@ def prune_tokens(
         if not link:
             check_room(output, weights, "a copy of the weights (--link makes none)")
         if options.data.data is not None:
-            report = measured(report, options, plan, progress, hub_options)
+            report, streamed = measured(report, options, plan, progress, hub_options)
             assert report.quality is not None  # just measured
             check_drop(report, report.quality, max_drop, progress)
         report = replace(report, image_tokens=_with_weights(report, "linked" if link else "copied"))
@@ -76,7 +77,7 @@ def prune_tokens(
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
             write_report(folder, kept_with_folder(report), plan, known)
-    return replace(with_peak(report), output=typed, seconds=round(time.perf_counter() - started, 1))
+    return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 
 def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
@@ -138,13 +139,13 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
 
 def measured(
     report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
-) -> PruneReport:
+) -> tuple[PruneReport, Streamed | None]:
     """The report with the quality of both models on the user's pairs: the weights are loaded now, or where they do not fit,
-    read layer by layer."""
+    read layer by layer, and then what was streamed."""
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
     if found := exceeds(known, options, hub_options):
         quality, own = measure(options, plan, known, found, progress, hub_options)
-        return replace(report, quality=quality, pairs=pair_counts(own), streamed=found)
+        return replace(report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes)), found
     dense = open_dense(
         options.model,
         progress,
@@ -157,7 +158,7 @@ def measured(
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
     quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)
-    return replace(report, quality=quality, pairs=pair_counts(pairs))
+    return replace(report, quality=quality, pairs=pair_counts(pairs)), None
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

@@ -89,13 +89,13 @@ class Streamed:
     """A model that was larger than memory, and was worked on layer by layer from its files.
 
     Attributes:
-        limit_bytes: bytes that the process might take when it began.
         needed_bytes: bytes of the dense and the compact weights in fp32, which a run in memory takes.
-        peak_bytes: bytes that were resident at most, with Python and its libraries; left out in comp_report.json.
+        limit_bytes: bytes that the process might take when it began; left out in comp_report.json, as is the next.
+        peak_bytes: bytes that were resident at most, with Python and its libraries.
     """
 
-    limit_bytes: int
     needed_bytes: int
+    limit_bytes: int | None = if_known()
     peak_bytes: int | None = if_known()
 
 
