@@ -53,8 +53,10 @@ CHAT = (
 )
 
 
-def config_of(size: str) -> transformers.LlavaConfig:
+def config_of(size: str, layers: int | None = None) -> transformers.LlavaConfig:
+    """layers: of the language model, in the place of its own number."""
     vision, text = SIZES[size]
+    text = text | ({} if layers is None else {"num_hidden_layers": layers})
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision),
         text_config=transformers.LlamaConfig(
@@ -67,10 +69,10 @@ def config_of(size: str) -> transformers.LlavaConfig:
     return config
 
 
-def make(folder: Path, size: str) -> None:
+def make(folder: Path, size: str, layers: int | None = None) -> None:
     """A checkpoint of random weights, of which one tensor at a time is in memory."""
     folder.mkdir(parents=True)
-    config = config_of(size)
+    config = config_of(size, layers)
     config.save_pretrained(folder)
     shapes = {
         name: tuple(tensor.shape)
@@ -157,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, on a disk with three times their size")
     parser.add_argument("--size", choices=SIZES, default="3b")
+    parser.add_argument("--layers", type=int, help="of the language model, for a shorter run (default: all)")
     parser.add_argument("--room", type=int, default=None, help="MiB (default: 1024, of tiny ones 128)")
     parser.add_argument("--only", default="analyze,tokens,comp")
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
@@ -165,7 +168,7 @@ def main() -> None:
     room = (given.room or (1024 if given.size == "3b" else 128)) << 20
     dense = given.work / f"llava-{given.size}"
     if not dense.exists():
-        make(dense, given.size)
+        make(dense, given.size, given.layers)
     weights = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     print(
         f"{weights / 2**30:.2f} GiB of weights in {len(list(dense.glob('*.safetensors')))} files; {room >> 20} MiB may be used"
