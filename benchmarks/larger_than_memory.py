@@ -41,7 +41,7 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {  # vision tower, lan
     "tiny": (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
         | {"image_size": 48, "patch_size": 8},
-        {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
+        {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 36, "num_attention_heads": 8}
         | {"num_key_value_heads": 4, "head_dim": 32, "vocab_size": 60000},
     ),
 }

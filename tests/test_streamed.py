@@ -250,7 +250,7 @@ from comp_cli.models.dense import open_dense
 from comp_cli.progress import Silent
 
 small, large, output, room = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-few = {"num_samples": 4, "stage_samples": 4, "eval_samples": 2, "batch_size": 2, "text_tokens": 8}
+few = {"num_samples": 2, "stage_samples": 2, "eval_samples": 2, "batch_size": 2, "text_tokens": 8}
 
 def all_of_it(model, folder, **more):
     comp_cli.analyze(model)
@@ -263,12 +263,12 @@ def mapped():
 all_of_it(small, output / "small", max_memory="4MB")  # whatever is imported on the way is mapped before the limit
 before = mapped()
 resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
+report = all_of_it(large, output / "large")
 try:
     open_dense(str(large), Silent())
     fits = True
-except Exception as error:
+except Exception:
     fits = False
-report = all_of_it(large, output / "large")
 print(json.dumps({"fits": fits, "streamed": report.to_json()["streamed"], "left": room - (mapped() - before)}))
 """
 

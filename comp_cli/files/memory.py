@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 1 << 20  # of glibc's mallopt; bytes
+M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 1 << 17  # of glibc's mallopt; bytes, with which it begins
 
 
 def allowed() -> int | None:

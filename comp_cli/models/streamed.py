@@ -1,6 +1,7 @@
 """A dense decoder that reads images, larger than memory: described as any other, its weights read from its files while it
 runs."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -80,6 +81,7 @@ class StreamedDense(Dense):
     def of_plan(self, plan: Plan) -> ModelOnDisk:
         """The model of a plan. Its decoder's layers are loaded as the dense model's are, and fit only those of the dense
         plan."""
+        gc.collect()  # the model before this one, whose hooks and modules hold one another
         config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
         config.comp = plan.comp_block(self.family, self.hf_config.to_dict())
         module = on_disk.without_weights(config, self.family, self.architecture)

@@ -12,7 +12,7 @@ from ..checkpoint.runtimes import runtime_of
 from ..checkpoint.weight_files import check_checkpoint
 from ..engine.slicing import padded, slice_state
 from ..files.shards import ShardWriter
-from ..files.tensors import torch_dtype
+from ..files.tensors import PIECE, torch_dtype
 from ..plan import Plan
 from .described import check_complete
 from .streamed import StreamedDense
@@ -89,4 +89,5 @@ def working_set(dense: StreamedDense, plan: Plan, samples: int, batch: int) -> i
     outside = sum(tensor.numel() * 4 for tensor in dense.outside.values())
     words = dense.state[dense.head].shape[0]
     whole = 4 * largest + max(4 * largest + 12 * width**2, 24 * width**2)
-    return outside + whole + inside + samples * (tokens * dim + 4 * words) * 4
+    pieces = 3 * min(PIECE, 2 * words * dim)  # as they are in the file, and in fp32
+    return outside + whole + inside + samples * (tokens * dim + 4 * words) * 4 + pieces
