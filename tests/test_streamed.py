@@ -273,14 +273,14 @@ print(json.dumps({"fits": fits, "streamed": report.to_json()["streamed"], "left"
 """
 
 
-def test_three_times_the_allowed_memory_is_analysed_and_pruned(deep, tmp_path):
+def test_what_no_loader_could_hold_is_analysed_and_pruned_under_a_limit(deep, tmp_path):
     """Under a limit on the address space that no loader could pass."""
     import larger_than_memory
 
     large = tmp_path / "dense"
     larger_than_memory.make(large, "tiny")
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    room = size // 3
+    room = 2 * size // 3  # the weights in fp32 alone are twice the size
     paths = os.pathsep.join(filter(None, [str(Path(comp_cli.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     words = [sys.executable, "-c", LIMITED, str(deep), str(large), str(tmp_path), str(room)]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
