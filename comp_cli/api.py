@@ -8,10 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import CompError
-from .option_values import checked, default_output, parse_backends, parse_batches, parse_modes, parse_ratios
+from .option_values import (
+    checked,
+    default_output,
+    parse_backends,
+    parse_batches,
+    parse_bytes,
+    parse_modes,
+    parse_ratios,
+)
 from .options import (
     AnalyzeOptions,
     BenchOptions,
@@ -174,6 +182,8 @@ def prune(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
+    looks: int | None = PruneOptions.looks,
+    max_memory: str | int | None = PruneOptions.max_memory,
     progress: Progress | None = None,
 ) -> PruneReport | SweepReport:
     """Remove attention heads, feed-forward channels and tokens together, and write a compact checkpoint.
@@ -233,6 +243,9 @@ def prune(
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
         dry_run: make the plan, write nothing.
+        looks: plans that are compared at most (default: as many as the descent takes; of a model larger than memory 2).
+        max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
+            are more is worked on layer by layer from its files.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -284,6 +297,8 @@ def prune(
         explore=explore,
         history=history,
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
+        looks=looks,
+        max_memory=parse_bytes(max_memory),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
     folder = default_output(options.model, ratios, method, options.image_tokens) if output is None else Path(output)
@@ -291,15 +306,17 @@ def prune(
     def work(told: Progress) -> PruneReport | SweepReport:
         from .commands.prune import prune
         from .commands.prune_options import by_number
+        from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
         from .commands.sweep import sweep
 
-        how = {"overwrite": overwrite, "dry_run": dry_run}
+        how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
         if by_number(options, link):
             return prune_tokens(options, folder, told, link=link, max_drop=max_drop, hub_options=hub, **how)
         if isinstance(ratios, tuple):
             return sweep(options, ratios, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
-        return prune(options, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
+        how |= {"resume": resume, "work": prune_within_memory}
+        return prune(options, folder, told, max_drop=max_drop, hub_options=hub, **how)
 
     return _reported(work, progress)
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 import reprlib
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -136,6 +137,17 @@ def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if not names:
         raise UsageError(f"--modes {_listed(given)}: expected names with commas, such as language_params,image_tokens.")
     return names
+
+
+def parse_bytes(given: str | int | None) -> int | None:
+    """Bytes as a number, or as a text with a unit: "1GiB", "800MB". Raises UsageError for another."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B|B)?", given.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--max-memory {given!r}: expected bytes, such as 1GiB or 800MB.")
+    number, unit, binary = found.groups()
+    return round(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
 
 
 def parse_batches(given: str | int | Sequence[int]) -> tuple[int, ...]:

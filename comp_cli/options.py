@@ -36,6 +36,8 @@ WHOLE = {  # numbers that are whole: the least and the most
     "iterations": (1, MOST),
     "threads": (0, 1024),
     "tokens": (1, MOST),
+    "looks": (1, MOST),
+    "max_memory": (1, 2**60),
 }
 REAL = {
     "ratio": (-math.inf, math.inf),  # what it has to be, a sentence of its own says
@@ -109,6 +111,7 @@ NUM_SAMPLES = BySize(256, 32)
 STAGE_SAMPLES = BySize(256, 8, 32)
 EVAL_SAMPLES = BySize(1000, 64, 256)
 LEARNING_RATE = BySize(1e-4, 1e-5)
+STREAMED_LOOKS = 2  # plans that are compared where every one of them takes the weights from disk
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,8 @@ class PruneOptions(Checked):
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
         image_tokens: how many image tokens of a decoder stay; left out for other models.
+        looks: plans that are compared at most; left out for as many as the descent takes.
+        max_memory: bytes that the work may take; left out for what the machine has.
     """
 
     model: str
@@ -307,7 +312,10 @@ class PruneOptions(Checked):
     cit: bool = True
     explore: bool = True
     history: bool = True
-    image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})  # as report.base.if_known says it
+    # These are left out of reports where they are None, as report.base.if_known says it.
+    image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
+    looks: int | None = field(default=None, metadata={"if_known": True})
+    max_memory: int | None = field(default=None, metadata={"if_known": True})
 
 
 @dataclass(frozen=True)

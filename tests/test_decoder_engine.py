@@ -299,7 +299,7 @@ def test_recovered_projections_have_no_bias(llava, statistics):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_removed_nothing_changed_though_every_layer_is_fitted(kind, opened, monkeypatch):
     dense = opened[kind]
-    monkeypatch.setattr(sequential_refit, "_first_difference", lambda own, whole: 0)
+    monkeypatch.setattr(sequential_refit, "first_changed", lambda tower, plan, dense: 0)
     inputs = [batch.inputs for batch in batches_for(dense)]
     compact = dense.runtime(dense.plan)
     refit_in_sequence(compact, dense.whole, dense.family, dense.plan, dense.plan, inputs, run)

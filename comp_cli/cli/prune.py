@@ -96,6 +96,9 @@ def prune(
         bool,
         option(SEARCH, "As many heads and channels in every layer of a decoder: a folder of the stock class.", "--uniform"),
     ] = PruneOptions.uniform,
+    looks: Annotated[
+        int | None, option(SEARCH, "Plans that are compared at most (default: as many as it takes; from disk 2).")
+    ] = PruneOptions.looks,
     stage_samples: Annotated[
         int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {STAGE_SAMPLES}).")
     ] = PruneOptions.stage_samples,
@@ -133,6 +136,9 @@ def prune(
     dtype: Annotated[
         str | None, option(OUTPUT, "fp32, bf16 or fp16 for the written weights (default: checkpoint dtype).")
     ] = PruneOptions.dtype,
+    max_memory: Annotated[
+        str | None, option(MAIN, "What it may take, 1GiB: a larger image-text decoder goes layer by layer.")
+    ] = None,
     overwrite: given.Overwrite = False,
     resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[bool, option(OUTPUT, "Print the plan, write nothing.", "--dry-run")] = False,

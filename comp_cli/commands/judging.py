@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -66,16 +66,24 @@ def compare(
     before, batches, texts = judged.found, judged.batches, judged.texts
     warn_cut_texts("evaluation", texts, progress, dense.longest)
     after = evaluate(compact, task, batches, progress, "judging the compact model")
+    quality = quality_of(dense, pairs, before, after, texts, progress)
+    if task.new_tokens and quality.metrics:
+        written = judge_texts(dense, compact, judged.pairs, options.batch_size, progress, once)
+        quality = replace(quality, metric=next(iter(written), quality.metric), metrics=written | quality.metrics)
+    return quality, judged.seconds / before.samples
+
+
+def quality_of(
+    dense: Dense, pairs: Pairs, before: comparison.Evaluation, after: comparison.Evaluation, texts: Texts, progress: Progress
+) -> Quality:
+    """What two models say, compared."""
+    task = dense.task
     both = [task.rankings(evaluation.outputs, evaluation.labels) for evaluation in (before, after)]
     metrics = {name: Values(value, (after.metrics or {})[name]) for name, value in (before.metrics or {}).items()}
-    metric = task.metric
-    if task.new_tokens and before.metrics:
-        written = judge_texts(dense, compact, judged.pairs, options.batch_size, progress, once)
-        metric, metrics = next(iter(written), metric), written | metrics
     quality = Quality(
         samples=before.samples,
         data=pairs.describe("evaluation"),
-        metric=metric,
+        metric=task.metric,
         metrics=metrics or None,
         agreement=comparison.agreements(*both),
         divergence=comparison.divergence(*both).item(),
@@ -84,7 +92,7 @@ def compare(
     )
     if shared := quality.shared_texts:
         progress.say(f"{shared} of {before.samples} texts are those of several images: each of these counts as right")
-    return quality, judged.seconds / before.samples
+    return quality
 
 
 def judge_texts(

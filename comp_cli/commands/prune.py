@@ -19,7 +19,7 @@ from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size, sha256
 from ..models.compact import check_reload, told_apart, write_checkpoint, write_report
-from ..models.dense import Dense, by_model_size, open_dense
+from ..models.dense import Dense, Found, by_model_size, open_dense
 from ..models.described import Described
 from ..models.own_texts import at_own_texts, saved, warn_less
 from ..models.pairs import Pairs, choose_pairs, pair_counts
@@ -51,6 +51,8 @@ from ..search.trainer import count_steps, precision
 from .judging import check_drop, compare
 from .prune_options import check
 
+Work = Callable[..., PruneReport]  # as `prune_in_memory`
+
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
     """The options with a number wherever the size of the model decides it."""
@@ -81,8 +83,9 @@ def prune(
     resume: bool = True,
     max_drop: float | None = None,
     hub_options: HubOptions = HUB_DEFAULTS,
+    work: Work | None = None,
 ) -> PruneReport:
-    """Prune a model and write the folder. With `dry_run` nothing is written.
+    """Prune a model and write the folder. With `dry_run` nothing is written. work: in place of `prune_in_memory`.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Raises GateError
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
@@ -92,7 +95,7 @@ def prune(
     join(process_device(options.device))
     pick_dtype(options.dtype)
     how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
-    return prune_once(options, output, progress, Once(), resume=resume, **how)
+    return prune_once(options, output, progress, Once(), resume=resume, work=work, **how)
 
 
 def prune_once(
@@ -107,12 +110,14 @@ def prune_once(
     max_drop: float | None,
     hub_options: HubOptions,
     written: Callable[[], None] = lambda: None,
+    work: Work | None = None,
 ) -> PruneReport:
     """What `prune` does with options that are checked. once: what runs of other ratios have made. written: hears that the
-    folder is in its place, before the journal goes."""
+    folder is in its place, before the journal goes. work: in the place of `prune_in_memory`."""
+    work = work or prune_in_memory
     how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
     if dry_run or not is_main_process():  # of several processes one writes
-        return _prune(options, output, None, progress, once, **how, written=written)
+        return work(options, output, None, progress, once, **how, written=written)
     typed, output = output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
@@ -125,7 +130,7 @@ def prune_once(
             raise UsageError(message, hint="Use it, or replace it with --overwrite.")
         check_replaceable(output, overwrite)
         journal.compare(early_settings(options))
-        return replace(_prune(options, output, journal, progress, once, **how, written=written), output=typed)
+        return replace(work(options, output, journal, progress, once, **how, written=written), output=typed)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -146,8 +151,8 @@ class Opened:
     resolved: ResolvedOptions
 
 
-def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> Opened:
-    """The dense model, its pairs, and the options with all numbers."""
+def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions, known: Found | None = None) -> Opened:
+    """The dense model, its pairs, and the options with all numbers. known: the model, where it was looked for already."""
 
     def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
         check_fits(options.method, family, architecture, by_ratio=True)
@@ -155,13 +160,20 @@ def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = process_device(options.device)
     dense = open_dense(
-        options.model, progress, device=device, task=options.task, accepts=accepts, hub_options=hub_options, **sizes
+        options.model,
+        progress,
+        device=device,
+        task=options.task,
+        accepts=accepts,
+        hub_options=hub_options,
+        found=known,
+        **sizes,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     return Opened(dense, pairs, resolve_defaults(dense, pairs, options, progress))
 
 
-def _prune(
+def prune_in_memory(
     options: PruneOptions,
     output: Path,
     journal: Journal | None,
@@ -173,10 +185,12 @@ def _prune(
     max_drop: float | None,
     hub_options: HubOptions,
     written: Callable[[], None],
+    known: Found | None = None,
 ) -> PruneReport:
-    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write."""
+    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write.
+    known: the model, where it was looked for already."""
     started = time.perf_counter()
-    opened = once("dense model", lambda: open_all(options, progress, hub_options))
+    opened = once("dense model", lambda: open_all(options, progress, hub_options, known))
     dense, pairs, resolved = opened.dense, opened.pairs, replace(opened.resolved, ratio=options.ratio or 0.0)
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
@@ -239,7 +253,12 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
     weights = [sha256(path) for path in files_of(dense.source.folder)]
     config = sha256(dense.source.folder / "config.json")
     device = next(iter(dense.state.values())).device
-    return {**asdict(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
+    return {**compared_options(options), "weights": [config, *weights], "device": str(device), **surroundings(options)}
+
+
+def compared_options(options: PruneOptions) -> dict[str, Any]:
+    """The options that numbers depend on: a run may go on with more memory, or less."""
+    return {name: value for name, value in asdict(options).items() if name != "max_memory"}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
@@ -255,7 +274,7 @@ def surroundings(options: PruneOptions) -> dict[str, Any]:
 
 def early_settings(options: PruneOptions) -> dict[str, Any]:
     """What of `settings_of` is known before model and data are read, and is compared then already: what was given."""
-    given = {name: value for name, value in asdict(options).items() if value is not None}
+    given = {name: value for name, value in compared_options(options).items() if value is not None}
     given["training"] = {name: value for name, value in given["training"].items() if value is not None}
     if options.training.epochs is not None:
         del given["training"]["steps"]  # still to be counted

@@ -10,7 +10,7 @@ from ..search.trainer import check_training
 
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
 # What image tokens of a decoder are removed by, and what of it is for measuring only.
-READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens")
+READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens", "max_memory")
 MEASURING = ("eval_samples", "batch_size")
 
 
@@ -39,6 +39,8 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
     if method.compares_plans and options.training.stage_share:
         hint = "Use --method comp-paper, or leave --stage-share out: the plan is trained when it is found."
         raise UsageError(f"--stage-share: --method {options.method} has no stages.", hint=hint)
+    if options.looks is not None and not method.compares_plans:
+        raise UsageError(f"--looks: --method {options.method} compares no plans.", hint="Use --method comp.")
     if not options.sequential and not options.recover:
         raise UsageError("--no-sequential changes nothing with --no-recover.")
     if not options.cit and not (options.training.stage_share and method.removes("tokens")):

@@ -17,14 +17,14 @@ from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size
 from ..models.compact import write_report
-from ..models.dense import open_dense
+from ..models.dense import find_dense, open_dense
 from ..models.described import Described, ImageShape, describe_dense, image_shape
 from ..models.pairs import choose_pairs, pair_counts
 from ..models.token_folder import check_folder_loads, write_folder
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
 from ..plan import Plan, TokenStage
 from ..progress import Progress
-from ..report.base import Sizes
+from ..report.base import Sizes, Streamed
 from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
@@ -32,6 +32,7 @@ from ..search.processes import check_launch, is_main_process, join, process_devi
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens, has_pairs
+from .prune_streamed import ended, exceeds, measure
 
 SCENES = 256  # that a built-in model is measured on, where nobody says how many
 
@@ -58,12 +59,13 @@ def prune_tokens(
     if dry_run or not is_main_process():  # of several processes one writes, and all measure
         report, _, plan = _report(options, progress, hub_options)
         measures = has_pairs(options) and not dry_run
-        return measured(report, options, plan, progress, hub_options) if measures else report
+        return measured(report, options, plan, progress, hub_options)[0] if measures else report
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         check_replaceable(output, overwrite)
         report, dense, plan = _report(options, progress, hub_options)
+        streamed: Streamed | None = None
         more = {"revision": hub_options.revision, "max_drop": max_drop, "link": link}
         address = dense.source.address_from(output)
         report = replace(report, command=prune_command(options, **more), base_address=address)
@@ -71,7 +73,7 @@ def prune_tokens(
         if not link:
             check_room(output, weights, "a copy of the weights (--link makes none)")
         if has_pairs(options):
-            report = measured(report, options, plan, progress, hub_options)
+            report, streamed = measured(report, options, plan, progress, hub_options)
             assert report.quality is not None  # just measured
             check_drop(report, report.quality, max_drop, progress)
         report = replace(report, image_tokens=_with_weights(report, "linked" if link else "copied"))
@@ -81,7 +83,7 @@ def prune_tokens(
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
             write_report(folder, kept_with_folder(report), plan, known)
-    return replace(report, output=typed, seconds=round(time.perf_counter() - started, 1))
+    return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 
 def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
@@ -143,10 +145,15 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
 
 def measured(
     report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
-) -> PruneReport:
-    """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now."""
+) -> tuple[PruneReport, Streamed | None]:
+    """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now, or where
+    they do not fit, read layer by layer, and then what was streamed."""
     if options.data.data is None:
         options = replace(options, eval_samples=options.eval_samples or SCENES)
+    known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
+    if found := exceeds(known, options, hub_options):
+        quality, own = measure(options, plan, known, found, progress, hub_options)
+        return replace(report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes)), found
     dense = open_dense(
         options.model,
         progress,
@@ -154,11 +161,12 @@ def measured(
         device=process_device(options.device),
         task=options.task,
         hub_options=hub_options,
+        found=known,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
     quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)
-    return replace(report, quality=quality, pairs=pair_counts(pairs))
+    return replace(report, quality=quality, pairs=pair_counts(pairs)), None
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

@@ -224,19 +224,22 @@ def descend(
     tell: Callable[[Look], None],
     known: list[Look],
     steps: Sequence[float] = STEPS,
+    most: float = math.inf,
 ) -> Look | None:
     """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less
     than none. Where all of these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the
     largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
-    with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. None where no
-    candidate reaches the ratio.
+    with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. most: candidates
+    of the ratio that are looked at, after which the best of them is taken. None where no candidate reaches the ratio.
     """
     seen: dict[frozenset[tuple[str, Cut]], Look] = {frozenset(found.cuts.items()): found for found in known}
 
     def at(cuts: dict[str, Cut]) -> Look:
         key = frozenset(cuts.items())
+        if key not in seen and sum(found.loss is not None for found in seen.values()) >= most:
+            return Look(cuts, {}, 0.0, None)
         if key not in seen:
             seen[key] = look(cuts)
             tell(seen[key])

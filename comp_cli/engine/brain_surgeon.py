@@ -8,6 +8,7 @@ heads and channels ZipLM, arXiv 2302.04089; SlimGPT, arXiv 2412.18110). What is 
 import torch
 from torch import Tensor
 
+ROWS = 256  # that are moved at once
 BLOCK = 64  # removed channels whose updates are applied to whole matrices at once
 
 
@@ -24,7 +25,7 @@ def removal_prices(weight: Tensor, hessian: Tensor, width: int = 1) -> Tensor:
     """
     units = weight.shape[1] // width
     weight = weight.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).contiguous()
     products = weight.T @ weight
     prices = weight.new_zeros(units)
     alive = torch.arange(units, device=weight.device)  # those that `inverse` and `products` still hold
@@ -38,21 +39,31 @@ def removal_prices(weight: Tensor, hessian: Tensor, width: int = 1) -> Tensor:
         left[taken] = False
         alive, rows = alive[left], left.repeat_interleave(width)
         removed, shifts = removed[rows], shifts[rows]
-        inverse = inverse[rows][:, rows] - removed @ removed.T
-        crossed = shifts @ removed.T
-        products = products[rows][:, rows] - crossed - crossed.T
+        inverse = _without(inverse, rows).addmm_(removed, removed.T, alpha=-1)
+        products = _without(products, rows).addmm_(shifts, removed.T, alpha=-1).addmm_(removed, shifts.T, alpha=-1)
     return prices
+
+
+def _without(matrix: Tensor, stay: Tensor) -> Tensor:
+    """The rows and columns of a square matrix that stay, (channels,) booleans, moved together in the memory of the matrix: the
+    largest are as large as all else together. Rows move to where only rows before them were."""
+    left = stay.nonzero()[:, 0]
+    found = matrix.view(-1)[: len(left) ** 2].view(len(left), len(left))
+    for first in range(0, len(left), ROWS):
+        rows = left[first : first + ROWS]
+        found[first : first + ROWS] = matrix[rows][:, left]
+    return found
 
 
 def hessian(found: Tensor, has_bias: bool, ridge: float) -> Tensor:
     """H of the channels, the bias refitted, of a Gram matrix with a constant last channel: (channels + 1, channels + 1) ->
     (channels, channels) in fp64. The bias, which never goes, is taken out by a Schur complement. ridge: see `recover.refit`."""
-    found = found.double()
-    own, constant = found[:-1, :-1], found[:-1, -1:]
-    shrink = ridge * found.diagonal().mean()
+    shrink = ridge * found.diagonal().double().mean()
+    own, constant = found[:-1, :-1].to(torch.float64, copy=True), found[:-1, -1:].double()
     if has_bias:
-        own = own - constant @ constant.T / (found[-1, -1] + shrink)
-    return own + shrink * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        own -= constant @ constant.T / (found[-1, -1].double() + shrink)
+    own.diagonal().add_(shrink)
+    return own
 
 
 def _eliminate(inverse: Tensor, products: Tensor, width: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,13 +6,14 @@ G = sum_n w_n x_n x_n^T:  W' = (W G[:, K] + ridge W[:, K]) (G[K, K] + ridge I)^-
 every plan is recovered from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..families import Family
-from ..plan import Plan
+from ..plan import Plan, Units
 from .scoring import Key
 from .slicing import unit_channels
 
@@ -56,11 +57,12 @@ def ridge_fit(inner: Tensor, cross: Tensor, now: Tensor, ridge: float) -> Tensor
     fp64. ridge: times the mean of the Gram matrix's diagonal.
     """
     shrink = ridge * inner.diagonal().mean().clamp(min=1e-30)  # where all that is read is zero
-    inner = inner + shrink * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    inner = inner.clone()
+    inner.diagonal().add_(shrink)
     return torch.cholesky_solve(cross + shrink * now.T, torch.linalg.cholesky(inner)).T  # positive definite by the ridge
 
 
-Fitted = dict[Key, tuple[Tensor, tuple[Tensor, Tensor | None]]]  # what was kept last, and the fit
+Fitted = dict[Key, tuple[Tensor, dict[str, Tensor]]]  # what was kept last, and the fit
 
 
 def recover(
@@ -81,15 +83,20 @@ def recover(
         for index, layer in enumerate(tower_plan.layers):
             for part in tower.parts:
                 name = f"{tower.encoder}.{tower.layers}.{index}.{part.column}"
-                weight, bias = dense[f"{name}.weight"], dense.get(f"{name}.bias")
-                units = layer.parts[part.name]
+                key, units = (tower.name, index, part.name), layer.parts[part.name]
                 kept = unit_channels(units.units, units.width)
-                if len(kept) == weight.shape[1]:
-                    continue
-                key = (tower.name, index, part.name)
                 if key not in fitted or not torch.equal(fitted[key][0], kept):
-                    fitted[key] = kept, refit(weight, bias, grams[key], kept)
-                recovered[f"{name}.weight"], shift = fitted[key][1]
-                if shift is not None:
-                    recovered[f"{name}.bias"] = shift
+                    fitted[key] = kept, recover_part(dense, name, units, partial(grams.__getitem__, key))
+                recovered |= fitted[key][1]
     return recovered
+
+
+def recover_part(dense: Mapping[str, Tensor], name: str, units: Units, found: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The refitted weight, and bias if it has one, of the output projection `name` on some units; none where it keeps all.
+    found: the Gram matrix of its channels, asked for where it is needed."""
+    weight, bias = dense[f"{name}.weight"], dense.get(f"{name}.bias")
+    kept = unit_channels(units.units, units.width)
+    if len(kept) == weight.shape[1]:
+        return {}
+    fitted, shift = refit(weight, bias, found(), kept)
+    return {f"{name}.weight": fitted} | ({} if shift is None else {f"{name}.bias": shift})

@@ -6,7 +6,7 @@ the tokens that are left:  min sum_n ||d_n - h_n - W' x_n||^2 + ridge ||W' - W||
 once, so the two models go through the pairs together and no activations of a whole model are held.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family, Part, Tower
-from ..plan import Plan, TowerPlan
+from ..plan import Plan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
 from ..runtime.modeling_comp_vlm import DroppingLayer
 from ..runtime.token_selection import Selection, Stage
@@ -48,21 +48,21 @@ def refit_in_sequence(
     changed: set[str] = set()  # streams whose tokens are no longer what they were
     with torch.inference_mode():
         for tower in family.towers:
-            own, whole = plan.tower(tower.name), dense_plan.tower(tower.name)
             reads = {part.reads for part in tower.parts if part.reads}
-            first = 0 if reads & changed else _first_difference(own, whole)
-            if tower.writes and plan.stages:
-                first = min(first, plan.stages[0].layer)
+            first = 0 if reads & changed else first_changed(tower, plan, dense_plan)
             described = tower.order != "stock" or tower.norms is not None
-            if described and first < len(own.layers):
+            if described and first < len(plan.tower(tower.name).layers):
                 _refit_tower(compact, dense, tower, first, batches, run, advance, summed)
                 changed |= {stream.name for stream in tower.streams}
 
 
-def _first_difference(own: TowerPlan, whole: TowerPlan) -> int:
-    """The first layer that keeps less than the dense model's; the number of layers where none does."""
-    pairs = zip(own.layers, whole.layers, strict=True)
-    return next((index for index, (kept, all_) in enumerate(pairs) if kept != all_), len(own.layers))
+def first_changed(tower: Tower, plan: Plan, dense: Plan) -> int:
+    """The first layer of a tower that keeps less than the dense model's, or that tokens leave before; the number of layers
+    where there is none."""
+    own = plan.tower(tower.name).layers
+    pairs = zip(own, dense.tower(tower.name).layers, strict=True)
+    first = next((index for index, (kept, all_) in enumerate(pairs) if kept != all_), len(own))
+    return min(first, plan.stages[0].layer) if tower.writes and plan.stages else first
 
 
 @dataclass
@@ -175,34 +175,65 @@ def _refit_tower(
     pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
     layers: Iterator[tuple[Any, Any]] = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
     for index, (dense_layer, layer) in enumerate(layers):
-        behind = []  # the dense stream behind each part, for each batch
-        for whole, _ in pairs:
-            with watching(dense_layer, tower) as seen:
-                whole.step(dense_layer, index)
-            behind.append({part.name: seen[part.name].stream for part in tower.parts})
-        stage = layer.comp_stage if isinstance(layer, DroppingLayer) else None
-        if isinstance(layer, DroppingLayer) and stage is not None:
-            for _, own in pairs:
-                own.drop(stage)
-            layer.comp_stage = None  # once is enough, and the layer runs often
-        for part in tower.parts if index >= first else ():
-            fit = Fit(reader_of(layer, part))
-            for (_, own), streams in zip(pairs, behind, strict=True):
-                with watching(layer, tower, last=part) as seen:
-                    try:
-                        own.run(layer)
-                    except _Reached:
-                        pass
-                entry = part is tower.self_attention  # tokens go behind it
-                kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
-                found = seen[part.name]
-                fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
-            fit.replace(summed)
-        for _, own in pairs:
-            own.step(layer, index)
-        if isinstance(layer, DroppingLayer):
-            layer.comp_stage = stage
+        behind = step_watched(dense_layer, tower, index, [whole for whole, _ in pairs])
+        own = [call for _, call in pairs]
+        with left_once(layer, own):
+            if index >= first:
+                refit_layer(layer, tower, index, own, behind, summed)
+            for call in own:
+                call.step(layer, index)
         advance()
+
+
+def step_watched(layer: nn.Module, tower: Tower, index: int, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
+    """Calls go through a layer of the dense model; of each the residual stream behind every part, (batch, tokens, dim)."""
+    behind = []
+    for call in calls:
+        with watching(layer, tower) as seen:
+            call.step(layer, index)
+        behind.append({part.name: seen[part.name].stream for part in tower.parts})
+    return behind
+
+
+@contextmanager
+def left_once(layer: nn.Module, calls: Sequence[Call]) -> Iterator[None]:
+    """Let the image tokens of all calls leave that leave before a layer; while the context is open, it may run often, and none
+    leaves again."""
+    stage = layer.comp_stage if isinstance(layer, DroppingLayer) else None
+    if not isinstance(layer, DroppingLayer) or stage is None:
+        yield
+        return
+    for call in calls:
+        call.drop(stage)
+    layer.comp_stage = None
+    try:
+        yield
+    finally:
+        layer.comp_stage = stage
+
+
+def refit_layer(
+    layer: nn.Module,
+    tower: Tower,
+    index: int,
+    calls: Sequence[Call],
+    behind: Sequence[Mapping[str, Tensor]],
+    summed: Sums = dict,
+) -> None:
+    """Refit the output projections of a layer, one part after the other, to the streams of the dense model behind them."""
+    for part in tower.parts:
+        fit = Fit(reader_of(layer, part))
+        for own, streams in zip(calls, behind, strict=True):
+            with watching(layer, tower, last=part) as seen:
+                try:
+                    own.run(layer)
+                except _Reached:
+                    pass
+            entry = part is tower.self_attention  # tokens go behind it
+            kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
+            found = seen[part.name]
+            fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
+        fit.replace(summed)
 
 
 @dataclass
@@ -296,7 +327,10 @@ class Fit:
         if self.reader.bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         for name, product in ("gram", rows.T @ rows), ("cross", rows.T @ wanted):
-            self.sums[name] = self.sums.get(name, 0) + product.double()
+            if name in self.sums:  # in place: of the widest part each of these is as large as a layer
+                self.sums[name] += product
+            else:
+                self.sums[name] = product.double()
 
     def replace(self, summed: Sums) -> None:
         """Give the projection the weights that fit."""

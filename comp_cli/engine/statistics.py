@@ -4,7 +4,7 @@ rises where they err. Prices of removal and recovery are made of them.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,26 @@ class Statistics:
     grams: dict[Key, Tensor] = field(default_factory=dict)
     rises: dict[Key, float] = field(default_factory=dict)
     energies: dict[Key, float] = field(default_factory=dict)
+    precision: torch.dtype = torch.float64  # that Gram matrices are summed in
+
+    def add(self, key: Key, inputs: Tensor, weights: Tensor, said: Tensor | None = None, slope: Tensor | None = None) -> None:
+        """One batch of a part: its channels (batch, tokens, channels), the weights of the tokens (batch, tokens), and where
+        the loss was differentiated what the part said and the slopes there, (batch, tokens, dim) each."""
+        product = gram(inputs, weights)
+        if key in self.grams:
+            self.grams[key] += product
+        else:
+            self.grams[key] = product.to(self.precision)
+        if said is None or slope is None:
+            return
+        varied = _around_mean(in_batches(said.detach().float()), weights)
+        rise = (in_batches(slope.float()) * varied).sum((1, 2)).square().sum()
+        self.rises[key] = self.rises.get(key, 0.0) + float(rise)
+        self.energies[key] = self.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
+
+    def over(self, pairs: int) -> "Statistics":
+        """The same with the rises a pair, of those summed over so many."""
+        return replace(self, rises={key: rise / max(pairs, 1) for key, rise in self.rises.items()})
 
 
 def collect(
@@ -57,13 +77,7 @@ def collect(
                 slopes = dict(zip(said, found_slopes, strict=True))
             for key, inputs in recorder.inputs.items():
                 weights = weights_of(recorder, family.tower(key[0]), plan, key, weighted)
-                found.grams[key] = found.grams.get(key, 0) + gram(inputs, weights).double()
-                if not back:
-                    continue
-                varied = _around_mean(in_batches(said[key].detach().float()), weights)
-                rise = (in_batches(slopes[key].float()) * varied).sum((1, 2)).square().sum()
-                found.rises[key] = found.rises.get(key, 0.0) + float(rise)
-                found.energies[key] = found.energies.get(key, 0.0) + float((weights * varied.square().sum(-1)).sum())
+                found.add(key, inputs, weights, said.get(key), slopes.get(key))
             advance()
     return found
 
@@ -125,11 +139,28 @@ def prices(
         name, index, part = key
         tower = family.tower(name)
         reader = reader_of(tower_layers(model, tower)[index], tower.part(part))
-        hessian = brain_surgeon.hessian(found.grams[key], reader.bias is not None, RIDGE)
-        price = brain_surgeon.removal_prices(reader.weight.detach(), hessian, plan.tower(name).layers[index].parts[part].width)
-        result[key] = price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
+        width = plan.tower(name).layers[index].parts[part].width
+        result[key] = prices_of_part(reader.weight, reader.bias is not None, found, key, width)
         advance()
     return result
+
+
+def prices_of_part(weight: Tensor, biased: bool, found: Statistics, key: Key, width: int) -> Tensor:
+    """The price of every unit of one part, (units,), see `prices`. weight: of its output projection, (outputs, channels), and
+    whether that has a bias; width: channels of a unit."""
+    hessian = brain_surgeon.hessian(found.grams[key], biased, RIDGE)
+    price = brain_surgeon.removal_prices(weight.detach(), hessian, width)
+    return price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
+
+
+def even_prices(plan: Plan) -> dict[Key, Tensor]:
+    """One price for all units, for who asks for sizes alone."""
+    return {
+        (tower.name, index, part): torch.ones(len(units.units))
+        for tower in plan.towers
+        for index, layer in enumerate(tower.layers)
+        for part, units in layer.parts.items()
+    }
 
 
 def per_flops(prices: Mapping[Key, Tensor], plan: Plan, dense: Plan, ref: flops.Reference) -> dict[Key, Tensor]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CompError, RefusedError, is_full
+from .tensors import HEADER_LIMIT, read_places
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHT_SUFFIXES = ({".safetensors"}, {".onnx", ".data"}, {".bin"})  # the first kind that a folder holds is its weights
 SEARCH_DEPTH = 3
-HEADER_LIMIT = 100 * 2**20  # bytes of a safetensors header, as the library itself has it
 JSON_LIMIT = 64 * 2**20  # bytes; the largest tokenizers take a quarter
 
 
@@ -33,7 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise RefusedError(f"{path}: not a plain file (a device, a pipe or a socket).")
         with path.open("rb") as file:
-            read = file.read(JSON_LIMIT + 1)
+            read = bytearray()  # piece by piece: what is asked for at once is taken from memory at once
+            while len(read) <= JSON_LIMIT and (piece := file.read(2**20)):
+                read += piece
         if len(read) > JSON_LIMIT:
             raise RefusedError(f"{path}: larger than {JSON_LIMIT // 2**20} MiB, which no such file is.")
         content = json.loads(read.decode("utf-8"))
@@ -52,19 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors_header(path: Path) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes of a safetensors file, without its values. Raises RefusedError where it is corrupt or
-    truncated."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise RefusedError(
-            f"{path}: not a whole safetensors file ({error}).",
-            hint="It is missing, cut off or damaged: fetch or write it again.",
-        ) from error
+    """Names, dtypes and shapes of a safetensors file, without its values, which are not mapped either. Raises RefusedError
+    where it is corrupt or truncated."""
+    return {name: TensorHeader(place.dtype, place.shape) for name, place in read_places(path).items()}
 
 
 def count_weights(folder: Path) -> int:

@@ -34,15 +34,26 @@ def write_checkpoint(
 ) -> None:
     """config.json, weights, runtime, processor files and model card; of a uniform plan those of a stock class, without runtime.
     dtypes: of every floating-point tensor."""
-    stock = document["options"]["uniform"]
     state = untied_state_dict(compact)
-    whole = str(of_the_whole(dtypes, state)).removeprefix("torch.")
-    config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
-    config |= {"dtype": whole}
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
     save_tensors(tensors, folder / "model.safetensors")
+    write_beside(folder, dense, plan, document, of_the_whole(dtypes, state), dense.family.topology.facts(compact))
+
+
+def write_beside(
+    folder: Path,
+    dense: Dense,
+    plan: Plan,
+    document: dict[str, Any],
+    dtype: torch.dtype,
+    numbers: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """All of it but the weights. dtype: of the whole; numbers: see `Topology.facts`."""
+    stock = document["options"]["uniform"]
+    config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not stock:
         ship(dense.family, folder)
     with quiet_libraries():
@@ -51,7 +62,6 @@ def write_checkpoint(
     generation = dense.source.folder / GENERATION
     if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
         shutil.copyfile(generation, folder / GENERATION)
-    numbers = dense.family.topology.facts(compact)
     card = model_card(
         document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
     )

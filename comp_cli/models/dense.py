@@ -25,6 +25,7 @@ from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOpt
 from ..plan import Plan, dense_plan
 from ..progress import Progress
 
+Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
@@ -115,10 +116,12 @@ def open_dense(
     task: str | None = None,
     accepts: Accepts = lambda config, family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
+    found: Found | None = None,
 ) -> Dense:
     """Resolve, check and load a dense model in fp32, for its usual task or another. Raises RefusedError for a model that is
-    compact already. accepts: raises what speaks against a model, before its weights are downloaded."""
-    source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
+    compact already. accepts: raises what speaks against a model, before its weights are downloaded. found: see `find_dense`,
+    where it was asked before."""
+    source, config, (family, architecture, name) = found or find_dense(model, progress, task, accepts, hub_options)
     chosen = tasks.TASKS[name].of(family.topology)
     progress.say(f"loading {source.name} ({architecture}) ...")
     processor = loading.load_processor(source.folder)
@@ -142,9 +145,7 @@ def open_dense(
     )
 
 
-def find_dense(
-    model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions
-) -> tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]:
+def find_dense(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
     """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
 
     def described(config: dict[str, Any]) -> tuple[Family, str, str]:

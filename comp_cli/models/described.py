@@ -22,7 +22,7 @@ from ..files.store import TensorHeader
 from ..options import HUB_DEFAULTS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
-from .dense import Accepts, find_dense
+from .dense import Accepts, Found, find_dense
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -86,10 +86,11 @@ def describe_dense(
     task: str | None = None,
     accepts: Accepts = lambda config, family, architecture: None,
     hub_options: HubOptions = HUB_DEFAULTS,
+    found: Found | None = None,
 ) -> Described:
     """Resolve and check a dense model, for its usual task or another. Raises RefusedError for what `open_dense` refuses by
     config, headers and processor files, and for weights that are pickled."""
-    source, config, (family, architecture, name) = find_dense(model, progress, task, accepts, hub_options)
+    source, config, (family, architecture, name) = found or find_dense(model, progress, task, accepts, hub_options)
     progress.say(f"reading the headers of {source.name} ({architecture}) ...")
     files = check_checkpoint(source.folder, allow_pickle=hub_options.allow_pickle)
     if not all(file.endswith(".safetensors") for file in files):

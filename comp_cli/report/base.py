@@ -85,6 +85,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A model that was larger than memory, and was worked on layer by layer from its files.
+
+    Attributes:
+        needed_bytes: bytes of the dense and the compact weights in fp32, which a run in memory takes.
+        limit_bytes: bytes that the process might take when it began; left out in comp_report.json, as is the next.
+        peak_bytes: bytes that were resident at most, with Python and its libraries.
+    """
+
+    needed_bytes: int
+    limit_bytes: int | None = if_known()
+    peak_bytes: int | None = if_known()
+
+
+@dataclass(frozen=True)
 class Values:
     """A measurement of the dense and of the compact model.
 

@@ -144,7 +144,15 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     _print_at_own_texts(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
+    print_streamed(report, out)
     out.line(f"Wrote {report.output}. Next: {_next(report)}")
+
+
+def print_streamed(report: PruneReport, out: Printer) -> None:
+    """Of a model that was larger than memory."""
+    if (found := report.streamed) is not None:
+        held = f"{mib(found.needed_bytes)} of dense and compact weights in fp32 were never held at once"
+        out.line(f"Layer by layer: {held}; {mib(found.peak_bytes or 0)} were resident at most.")
 
 
 def _next(report: PruneReport) -> str:

@@ -5,7 +5,7 @@ from ..plan import Plan
 from .base import Sizes
 from .numbers import Printer, change, gflops, mib, millions
 from .prune import ImageTokens, PruneReport, TokensLeft
-from .prune_tables import in_words, quality_rows, stage_rows, writing_rows
+from .prune_tables import in_words, print_streamed, quality_rows, stage_rows, writing_rows
 
 
 def image_tokens(plan: Plan, dense: Plan, reference: flops.Reference, bytes_of_a_number: int) -> ImageTokens:
@@ -51,6 +51,7 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
         out.line(f"Quality on {report.quality.data}.")
     else:
         out.line("No quality was measured: --data with pairs of yours does that.")
+    print_streamed(report, out)
     if report.output is None:
         return out.line("Nothing was written (--dry-run).")
     how = "hard links to those of the dense model" if found.weights == "linked" else "copies"

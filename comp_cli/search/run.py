@@ -1,5 +1,6 @@
 """From a dense model to a plan and the weights of its model: training-free, or with fine-tuning."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,21 +13,24 @@ from ..engine import allocation, flops, schedule, stages
 from ..engine.leaving import Leaving
 from ..engine.methods import METHODS
 from ..engine.scoring import Key
+from ..engine.statistics import even_prices
 from ..engine.token_ranking import with_score_rule
 from ..errors import UsageError
 from ..models.dense import Dense
 from ..models.described import image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
+from ..models.streamed import StreamedDense
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..report.base import Texts
 from ..topology import input_sizes
 from .journal import Journal
+from .layer_by_layer import Streaming
 from .once import Once
 from .processes import from_main
 from .training_free import State, TrainingFree
-from .uniform_plans import check_uniform, compare_uniform, even_prices, uniform_plans
+from .uniform_plans import check_uniform, compare_uniform, uniform_plans
 from .with_training import Trained
 
 LEAVES_FROM: tuple[float, ...] = (0.0, 1 / 4)  # how deep in a decoder descents begin: image tokens may leave from there on
@@ -67,8 +71,10 @@ def search(
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = from_main(lambda: journal.load() if journal else None)
     state = state_of(dense, options, saved)
-    way: Trained | TrainingFree
-    if options.training.steps:
+    way: Trained | TrainingFree | Streaming
+    if isinstance(dense, StreamedDense):
+        way = Streaming(dense, options, batches, judges, journal, progress)
+    elif options.training.steps:
         way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once)
     else:
         way = TrainingFree(dense, options, batches, judges, journal, progress, once)
@@ -129,7 +135,7 @@ def state_of(dense: Dense, options: ResolvedOptions, saved: dict[str, Any] | Non
 def compare_plans(
     dense: Dense,
     options: ResolvedOptions,
-    way: TrainingFree | Trained,
+    way: TrainingFree | Trained | Streaming,
     state: allocation.AllocationState,
     batches: list[Batch],
     progress: Progress,
@@ -162,7 +168,8 @@ def compare_plans(
         steps: Sequence[float] = allocation.STEPS
         if not way.thorough:  # looks are dear: one start, long steps
             streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
-        best = allocation.descend(look, streams, tell, list(state.looks), steps)
+        most = options.looks or math.inf
+        best = allocation.descend(look, streams, tell, list(state.looks), steps, most)
     plan = space.candidate(options.ratio, best.cuts) if best else None
     if plan is None:
         raise stages.out_of_reach(options.ratio, space.most(streams))

@@ -2,11 +2,7 @@
 
 import math
 
-import torch
-from torch import Tensor
-
 from ..engine import allocation, flops
-from ..engine.scoring import Key
 from ..engine.stages import out_of_reach
 from ..engine.uniform import Sizes, Uniform, spread
 from ..errors import RefusedError, UsageError
@@ -15,6 +11,7 @@ from ..models.stock import class_refuses, config_refuses
 from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
+from .layer_by_layer import Streaming
 from .training_free import TrainingFree
 from .with_training import Trained
 
@@ -31,16 +28,6 @@ def check_uniform(dense: Dense, options: ResolvedOptions, compares_plans: bool) 
     parts = {part for mode in dense.family.modes.values() for part in mode.parts}
     if not any(tower.writes and (tower.name, tower.self_attention.name) in parts for tower in dense.family.towers):
         raise UsageError("--uniform prunes the language model.", hint="Name language_params in --modes.")
-
-
-def even_prices(plan: Plan) -> dict[Key, Tensor]:
-    """One price for all units, for who asks for sizes alone."""
-    return {
-        (tower.name, index, part): torch.ones(len(units.units))
-        for tower in plan.towers
-        for index, layer in enumerate(tower.layers)
-        for part, units in layer.parts.items()
-    }
 
 
 def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[tuple[Sizes, Plan]]:
@@ -66,7 +53,7 @@ def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[t
 def compare_uniform(
     dense: Dense,
     options: ResolvedOptions,
-    way: TrainingFree | Trained,
+    way: TrainingFree | Trained | Streaming,
     state: allocation.AllocationState,
     space: allocation.Space,
     progress: Progress,

@@ -1,0 +1,294 @@
+"""`comp prune --ratio` of an image-text decoder that is larger than memory: layer by layer, from its files into new ones."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint.header_check import read_headers
+from ..checkpoint.loading import pick_device
+from ..checkpoint.precision import of_the_whole
+from ..checkpoint.weight_files import check_checkpoint
+from ..engine.methods import DECODER, METHODS, check_fits
+from ..errors import DeadEnd, GateError, UsageError
+from ..families import Family
+from ..files import memory
+from ..files.outputs import atomic_folder, check_room
+from ..files.shards import Spool
+from ..files.store import folder_size
+from ..files.tensors import torch_dtype
+from ..models.compact import write_beside, write_report
+from ..models.dense import Found, find_dense
+from ..models.described import describe_dense
+from ..models.pairs import Pairs, batches_of, choose_pairs, cut_texts, warn_cut_texts
+from ..models.streamed import StreamedDense, open_streamed
+from ..models.streamed_folder import CompactWriter, check_folder, working_set
+from ..options import STREAMED_LOOKS, HubOptions, PruneOptions, ResolvedOptions
+from ..plan import Plan
+from ..progress import Progress
+from ..report.base import Sizes, Streamed
+from ..report.cards import prune_command
+from ..report.prune import PlanCompared, PruneReport, Quality
+from ..report.token_tables import image_tokens
+from ..search.journal import Journal
+from ..search.layer_by_layer import Each, Inputs, leave, outputs_of, through_compact, through_dense
+from ..search.once import Once
+from ..search.processes import processes
+from ..search.run import search
+from ..tasks import Outputs, comparison
+from .judging import check_drop, quality_of
+from .prune import (
+    counts,
+    describe,
+    kept_with_folder,
+    prune_in_memory,
+    resolve_defaults,
+    settings_of,
+    with_own_texts,
+)
+
+# What is not done where every token that is written takes the weights from disk once more.
+LEFT_OUT = "texts are not written with the models, and nothing is generated to be judged: token by token is what counts"
+
+
+def prune_within_memory(
+    options: PruneOptions,
+    output: Path,
+    journal: Journal | None,
+    progress: Progress,
+    once: Once,
+    *,
+    hub_options: HubOptions,
+    **how: Any,
+) -> PruneReport:
+    """The work of `prune.prune_in_memory`, or where the model does not fit, the same layer by layer."""
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    known = find_dense(options.model, progress, options.task, accepts, hub_options)
+    found = exceeds(known, options, hub_options)
+    if found is None:
+        return prune_in_memory(options, output, journal, progress, once, hub_options=hub_options, known=known, **how)
+    check_streamable(options)
+    memory.give_back_large_blocks()
+    with scratch(output if journal else None) as spool:
+        return _prune(options, output, journal, progress, known, found, spool, hub_options, **how)
+
+
+def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Streamed | None:
+    """What is streamed, and why: where dense and compact weights in fp32 are more than this process may take. None where they
+    fit, and for other models than decoders that read images, which are small. Raises UsageError where a limit is named for
+    one of those, or for a GPU."""
+    source, _, (family, architecture, _) = known
+    if family.topology.drops_in != DECODER:
+        if options.max_memory is not None:
+            said = f"--max-memory is for image-text decoders, and this model is a {architecture}, which is held in memory."
+            raise UsageError(said, hint="Leave it out.")
+        return None
+    on_gpu = pick_device(options.device).type != "cpu"
+    if on_gpu and options.max_memory is not None:
+        hint = "Give --device cpu, or leave --max-memory out."
+        raise UsageError(f"--max-memory is of the machine's own memory, and the device is {options.device}.", hint=hint)
+    files = check_checkpoint(source.folder, allow_pickle=hub_options.allow_pickle)
+    shared = options.max_memory is None and processes() > 1  # each would decide by itself
+    if on_gpu or shared or not all(file.endswith(".safetensors") for file in files):
+        return None
+    numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
+    needed = round(4 * numbers * (2 - (options.ratio or 1)))
+    room = memory.allowed() if options.max_memory is None else options.max_memory
+    return Streamed(needed, room) if room is not None and needed > room else None
+
+
+def check_streamable(options: PruneOptions) -> None:
+    """Raises UsageError for what is not done layer by layer."""
+    cure = "Leave it out, or give the process more memory (--max-memory, ulimit -v)."
+    beyond = {
+        f"--method {options.method}": options.method != "comp",
+        "--steps, --epochs": bool(options.training.steps or options.training.epochs),
+        "--uniform": options.uniform,
+        "--dtype": options.dtype is not None,
+        "vision_params among --modes": "vision_params" in (options.modes or ()),
+        "accelerate launch": processes() > 1,
+    }
+    if found := next((name for name, given in beyond.items() if given), None):
+        said = f"{found}: the model is larger than the memory that this process may use, and is worked on layer by layer, where"
+        raise UsageError(f"{said} this is not possible.", hint=cure)
+
+
+@contextmanager
+def scratch(output: Path | None) -> Iterator[Spool]:
+    """Room on the disk of the output, gone with the run; what a killed run leaves is settled with the output's leftovers. Of a
+    dry run where temporary files are."""
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Spool(Path(folder))
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as folder:
+        yield Spool(Path(folder))
+
+
+def _prune(
+    options: PruneOptions,
+    output: Path,
+    journal: Journal | None,
+    progress: Progress,
+    known: Found,
+    found: Streamed,
+    spool: Spool,
+    hub_options: HubOptions,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    max_drop: float | None,
+    written: Callable[[], None],
+) -> PruneReport:
+    started = time.perf_counter()
+    dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
+    command = prune_command(options, revision=hub_options.revision, max_drop=max_drop)
+    if journal:
+        journal.settings = settings_of(dense, resolved) | {"device": "cpu", "streamed": True}
+        left = folder_size(dense.source.folder) * (1 - resolved.ratio)
+        check_room(output, left + scratch_size(dense, resolved), "the compact model, with what the search keeps on disk,")
+    try:
+        result = search(dense, pairs, resolved, journal, progress)
+        plan = result.plan.told_apart(dense.plan)
+        held = of_the_whole({name: torch_dtype(dense.weights.header(name).dtype) for name in dense.state}, dense.state)
+        report = replace(
+            describe(dense, plan, resolved, Sizes(dense.params(dense.plan), dense.params(plan))),
+            image_tokens=image_tokens(plan, dense.plan, dense.reference, held.itemsize),
+            compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in result.looks),
+            texts={"calibration": result.texts},
+            pairs=counts(pairs, resolved),
+            streamed=Streamed(found.needed_bytes),
+        )
+        if journal is None:
+            return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), found)
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            writer = CompactWriter(folder, dense, plan)
+            quality = recover_and_write(dense, result.plan, pairs, resolved, writer, progress)
+            address = dense.source.address_from(output)
+            report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
+            report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
+            check_drop(report, quality, max_drop, progress)
+            write_beside(folder, dense, plan, report.to_json(), held)
+            check_folder(folder, dense.architecture)
+            report = replace(report, size_bytes=Sizes(folder_size(dense.source.folder), folder_size(folder)))
+            write_report(folder, kept_with_folder(report), plan)
+            journal.finish(folder / "comp_report.json")
+        written()
+    except (DeadEnd, GateError):
+        if journal:
+            journal.remove()
+        raise
+    journal.remove()
+    return replace(ended(report, found), seconds=round(time.perf_counter() - started, 1))
+
+
+def opened(
+    options: PruneOptions, progress: Progress, hub_options: HubOptions, known: Found, found: Streamed, spool: Spool
+) -> tuple[StreamedDense, Pairs, ResolvedOptions]:
+    """The dense model on disk, pairs and options. Raises UsageError where even a layer at a time is more than may be used."""
+    limit = found.limit_bytes or 0
+    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
+    described = describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known)
+    dense = open_streamed(described, spool, options.score_rows)
+    pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    if METHODS[options.method].compares_plans and options.looks is None:  # each takes the weights from disk a few times
+        resolved = replace(resolved, looks=STREAMED_LOOKS)
+    samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)
+    least = working_set(dense, dense.plan, samples, options.batch_size)
+    said = f"{found.needed_bytes / 2**30:.2f} GiB in memory, {limit / 2**30:.2f} GiB may be used"
+    progress.say(f"layer by layer from its files: dense and compact weights would take {said}")
+    if least > limit:
+        raise UsageError(
+            f"a layer of this model and {samples} states of pairs at a time take about {least / 2**20:.0f} MiB, and "
+            f"{limit / 2**20:.0f} MiB may be used.",
+            hint="Give more (--max-memory, ulimit -v), or ask for fewer --num-samples, --eval-samples and --batch-size.",
+        )
+    looks = f"at most {resolved.looks} plans are compared (--looks); " if resolved.looks else ""
+    progress.warn(f"the model is larger than memory: {looks}{LEFT_OUT}.")
+    return dense, pairs, resolved
+
+
+def scratch_size(dense: StreamedDense, options: ResolvedOptions) -> int:
+    """Bytes that the search keeps on disk: a Gram matrix of every part, and what enters every layer."""
+    layers = dense.plan.tower(dense.decoder.name).layers
+    grams = sum((len(units.units) * units.width + 1) ** 2 for layer in layers for units in layer.parts.values())
+    tokens = sum(dense.reference.tokens[stream.name] for stream in dense.decoder.streams)
+    states = len(layers) * options.num_samples * tokens * dense.state[dense.embedding].shape[1]
+    return 4 * (grams + states)
+
+
+def recover_and_write(
+    dense: StreamedDense, plan: Plan, pairs: Pairs, options: ResolvedOptions, writer: CompactWriter, progress: Progress
+) -> Quality:
+    """One pass over all layers: each is recovered on the calibration pairs, written, and judged as it is written."""
+    with progress.track("copying what stays", len(writer.unchanged)) as bar:
+        for name in writer.unchanged:
+            writer.copy(name)
+            bar.advance()
+    calibration = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
+    fitted_on = list(dense.on_device(calibration)) if options.recover and options.sequential else []
+    quality = judge(dense, plan, pairs, options, progress, fitted_on, recovers=options.recover, each=writer.layer)
+    writer.files.close()
+    return quality
+
+
+def judge(
+    dense: StreamedDense,
+    plan: Plan,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    progress: Progress,
+    fitted_on: list[Inputs],
+    *,
+    recovers: bool,
+    each: Each = leave,
+) -> Quality:
+    """Dense against compact on pairs that calibration never saw, layer by layer; see `through_compact`."""
+    task, collate, depth = dense.task, dense.collate_whole, len(dense.model.layers)
+    read = map(collate.seen, pairs.read("evaluation", options.eval_samples, accepts=task.accepts))
+    batches = list(collate.batches(read, options.batch_size))
+    texts = cut_texts(batches, collate.max_text)
+    warn_cut_texts("evaluation", texts, progress, dense.longest)
+    inputs = list(dense.on_device(batches))
+    with progress.track("running the dense model, layer by layer", depth) as bar:
+        before = outputs_of(dense, through_dense(dense, inputs, bar.advance))
+    with progress.track("running the compact model, layer by layer", depth) as bar:
+
+        def done(index: int, layer: nn.Module) -> None:
+            each(index, layer)
+            bar.advance()
+
+        after = outputs_of(dense, through_compact(dense, plan, fitted_on, inputs, recovers=recovers, each=done))
+    labels = [comparison.subsampled_labels(task, batch) for batch in batches]
+
+    def judged(outputs: list[Outputs]) -> comparison.Evaluation:
+        parts = zip(outputs, labels, batches, strict=True)
+        return comparison.judged(task, [comparison.Read(said, known, batch.samples) for said, known, batch in parts])
+
+    first, second = judged(before), judged(after)
+    return quality_of(dense, pairs, first, second, texts, progress)
+
+
+def measure(
+    options: PruneOptions, plan: Plan, known: Found, found: Streamed, progress: Progress, hub_options: HubOptions
+) -> tuple[Quality, Pairs]:
+    """Quality of a plan that keeps all parameters, on the user's pairs, and these pairs."""
+    memory.give_back_large_blocks()
+    with scratch(None) as spool:
+        dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
+        return judge(dense, plan, pairs, resolved, progress, [], recovers=False), pairs
+
+
+def ended(report: PruneReport, found: Streamed | None) -> PruneReport:
+    """The report with what is of this run alone, if the model was larger than memory: what it might take, and what it took."""
+    return replace(report, streamed=found and replace(found, peak_bytes=memory.peak()))
