@@ -37,6 +37,7 @@ from comp_cli.models.dense import Dense, open_dense
 from comp_cli.models.described import image_shape
 from comp_cli.options import PruneOptions, TokenOptions, Training
 from comp_cli.plan import Plan
+from comp_cli.runtime.token_rules import STAGE_RULES, Choice, StageRule, View, cosines, standing_for
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
 from comp_cli.topology.prompts import as_asked
@@ -50,6 +51,29 @@ BATCH = 50
 # Methods that drop once inside the decoder, and the layer: of 32 layers the published one is 2, of six the first that can be.
 INSIDE_ONCE = {"fastv": 1, "dart": 1}
 SEEDED = ("random-token",)
+
+
+def standing(rule: str) -> StageRule:
+    """A rule whose tokens stand for those that go, as `cover`'s do."""
+
+    def choose(view: View, keep: list[int], **settings: Any) -> Choice:
+        chosen = STAGE_RULES[rule].choose(view, keep, **settings).kept
+        return standing_for(view, chosen, cosines(view.states), keep)
+
+    return StageRule(choose, STAGE_RULES[rule].needs)
+
+
+def alone(rule: str) -> StageRule:
+    """A rule whose tokens stand for themselves."""
+    return StageRule(lambda view, keep: replace(STAGE_RULES[rule].choose(view, keep), weights=None))
+
+
+# What weights are worth: the method, and the rule in place of its own.
+WEIGHTS = {
+    "cover without weights": ("cover", alone("cover")),
+    "tops with weights": ("tops", standing("tops")),
+    "divprune with weights": ("divprune", standing("divprune")),
+}
 KINDS = ("colour", "number")
 
 
@@ -104,6 +128,11 @@ def saved(dense: Dense, plan: Plan) -> dict[str, float]:
 def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     """The plan of a method that keeps so many of the image tokens, mean over layers. Raises UsageError where it cannot."""
     images = image_shape(dense.hf_config.to_dict(), dense.family)
+    if method in WEIGHTS:
+        own, rule = WEIGHTS[method]
+        STAGE_RULES[method] = rule
+        plan = with_stages(dense, own, share, seed)
+        return replace(plan, stages=tuple(replace(stage, rule=method) for stage in plan.stages))
     if method in INSIDE_ONCE:
         layer = INSIDE_ONCE[method]
         kept = round((share * images.layers - layer) / (images.layers - layer) * images.image_tokens)
@@ -160,8 +189,12 @@ def table(runs: list[dict[str, Any]], columns: list[str], kinds: dict[str, str])
 
     head = [f"{column} {title}" for column in columns for title in kinds.values()]
     lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
-    last = columns[len(columns) // 2]
-    for name in sorted(cells, key=lambda name: -sum(run.get("asked") or 0 for run in cells[name].get(last, []))):
+    place = columns[len(columns) // 2]
+
+    def at_place(name: str) -> float:
+        return statistics.mean([run.get("asked") or 0 for run in cells[name].get(place, [])] or [0])
+
+    for name in sorted(cells, key=at_place, reverse=True):
         lines.append(f"| {name} | " + " | ".join(cell(cells[name].get(c, []), kind) for c in columns for kind in kinds) + " |")
     return "\n".join(lines) + "\n"
 
@@ -247,5 +280,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, in the part ratios; 0 for none")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args()
-    parsed.methods = parsed.methods or list(TOKEN_METHODS if parsed.part == "tokens" else RATIO_METHODS)
+    parsed.methods = parsed.methods or list((*TOKEN_METHODS, *WEIGHTS) if parsed.part == "tokens" else RATIO_METHODS)
     main(parsed)

@@ -21,6 +21,7 @@ from .option_values import (
     parse_ratios,
 )
 from .options import (
+    TOKEN_METHOD,
     AnalyzeOptions,
     BenchOptions,
     DataOptions,
@@ -270,6 +271,8 @@ def prune(
     columns = (image_column, text_column, label_column, answer_column, split_column)
     image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency)
     ratios = parse_ratios(ratio)
+    if ratios is None and image_tokens.amounts and method == PruneOptions.method:
+        method = TOKEN_METHOD
     options = PruneOptions(
         model=os.fspath(model),
         ratio=ratios[0] if isinstance(ratios, tuple) else ratios,

@@ -252,6 +252,9 @@ class TokenOptions(Checked):
         return list(map(flag, given))
 
 
+TOKEN_METHOD = "cover"  # where a number of image tokens is asked for, and no method
+
+
 @dataclass(frozen=True)
 class PruneOptions(Checked):
     """What `comp prune` is asked for; goes into the report as it is.

@@ -508,7 +508,10 @@ MISTAKES = {
     "ratio of both kinds": (["--method", "stride", "--ratio", "0.5"], "asked for a number of image tokens"),
     "ratio and tokens": (["--method", "vitcop", "--ratio", "0.5", "--tokens", "9"], "--ratio is not for"),
     "a method of encoders": (["--method", "joint", "--ratio", "0.5"], "--method joint is for models that encode"),
-    "tokens for comp": (["--tokens", "9"], "--tokens is for methods of image tokens in a decoder; --method comp is none"),
+    "tokens for wanda": (
+        ["--tokens", "9", "--method", "wanda"],
+        "--tokens is for methods of image tokens in a decoder; --method wanda is none",
+    ),
     "link for comp": (["--ratio", "0.5", "--link"], "--link is for methods of image tokens"),
     "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps: nothing changes"),
     "precision": (["--method", "vitcop", "--tokens", "9", "--dtype", "bf16"], "--dtype: nothing changes"),

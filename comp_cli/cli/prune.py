@@ -84,7 +84,9 @@ def prune(
     label_column: given.LabelColumn = DataOptions.label_column,
     answer_column: given.AnswerColumn = DataOptions.answer_column,
     split_column: given.SplitColumn = DataOptions.split_column,
-    method: Annotated[str, option(SEARCH, "What is scored and removed; see Methods below.")] = PruneOptions.method,
+    method: Annotated[
+        str, option(SEARCH, "What is scored and removed, see Methods below; with --tokens cover.")
+    ] = PruneOptions.method,
     stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
     modes: Annotated[
         str | None, option(SEARCH, "What is removed, with commas: language_params,image_tokens (default: by the model).")

@@ -480,14 +480,9 @@ def cover(view: View, keep: list[int]) -> Choice:
 
     Greedily the token i of largest gain sum_j w_j max(0, sim(i, j) - max_{k in S} sim(j, k)), j over all tokens and S those
     chosen: facility location (submodular, so greedy reaches 1 - 1/e of the best). w_j is how many tokens j stands for already,
-    sim the cosine of states. Every other token then joins the chosen one that is most like it: states become means, weighted by
-    w, and w their sum. In attention a token of weight w gets log w added to its logits, as if it were there w times
-    (proportional attention, ToMe, arXiv 2210.09461, Eq. 1): without that, what is counted by shares of attention is lost.
+    sim the cosine of states.
     """
-    weight = torch.ones(view.valid.shape, device=view.valid.device) if view.weights is None else view.weights.float()
-    weight = weight.masked_fill(~view.valid, 0)
-    states = view.states.float().masked_fill(~view.valid[:, :, None], 0)
-    likeness = cosines(states)
+    weight, likeness = _weights(view), cosines(_states(view))
     chosen, wanted = torch.zeros_like(view.valid), _column(keep, weight)
     covered = torch.full_like(weight, -1)
     for step in range(_most(keep, view)):
@@ -495,14 +490,36 @@ def cover(view: View, keep: list[int]) -> Choice:
         gains = (gains / gains.amax(-1, keepdim=True).clamp(min=TINY**2) * TIES).round()
         pick, chosen = _picked(gains, chosen, view.valid, wanted, step)
         covered = torch.maximum(covered, _row(likeness, pick))
+    return standing_for(view, chosen, likeness, keep)
+
+
+def standing_for(view: View, chosen: Tensor, likeness: Tensor, keep: list[int]) -> Choice:
+    """The chosen tokens (I, n), each of which stands for those that are most like it: states become means, weighted, and
+    weights their sum. likeness (I, n, n).
+
+    In attention a token of weight w gets log w added to its logits, as if it were there w times (proportional attention, ToMe,
+    arXiv 2210.09461, Eq. 1): without that, what is counted by shares of attention is lost.
+    """
+    weight = _weights(view)
     goes = likeness.masked_fill(~chosen[:, None], -torch.inf).argmax(-1)
     goes = torch.where(chosen, _places(goes), goes)
     at = gathered(chosen, _most(keep, view))
     shares = ((goes[:, None] == at[:, :, None]) & view.valid[:, None]) * weight[:, None]  # (I, chosen, n)
     total = shares.sum(-1).clamp(min=1)
     weights = torch.ones_like(weight).scatter(1, at, total)
-    mean = shares @ states / total[:, :, None]
+    mean = shares @ _states(view) / total[:, :, None]
     return Choice(chosen, view.states.scatter(1, at[:, :, None].expand_as(mean), mean.to(view.states.dtype)), weights=weights)
+
+
+def _weights(view: View) -> Tensor:
+    """(I, n) fp32: how many tokens each stands for, padding for none."""
+    ones = torch.ones(view.valid.shape, device=view.valid.device)
+    return (ones if view.weights is None else view.weights.float()).masked_fill(~view.valid, 0)
+
+
+def _states(view: View) -> Tensor:
+    """(I, n, D) fp32, zeros at padding."""
+    return view.states.float().masked_fill(~view.valid[:, :, None], 0)
 
 
 def _relevance(view: View, kind: str) -> Tensor:
