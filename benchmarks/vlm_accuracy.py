@@ -37,7 +37,7 @@ from comp_cli.models.dense import Dense, open_dense
 from comp_cli.models.described import image_shape
 from comp_cli.options import PruneOptions, TokenOptions, Training
 from comp_cli.plan import Plan
-from comp_cli.runtime.token_rules import STAGE_RULES, Choice, StageRule, View, cosines, standing_for
+from comp_cli.runtime.token_rules import STAGE_RULES, Choice, StageRule, View, cosines, needs_of, standing_for
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
 from comp_cli.topology.prompts import as_asked
@@ -60,7 +60,7 @@ def standing(rule: str) -> StageRule:
         chosen = STAGE_RULES[rule].choose(view, keep, **settings).kept
         return standing_for(view, chosen, cosines(view.states), keep)
 
-    return StageRule(choose, STAGE_RULES[rule].needs)
+    return StageRule(choose, needs_of(rule, {}))
 
 
 def alone(rule: str) -> StageRule:

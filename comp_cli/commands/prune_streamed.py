@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..checkpoint.header_check import read_headers
@@ -41,7 +42,7 @@ from ..search.layer_by_layer import Each, Inputs, leave, outputs_of, through_com
 from ..search.once import Once
 from ..search.processes import processes
 from ..search.run import search
-from ..tasks import Outputs, comparison
+from ..tasks import comparison
 from .judging import check_drop, quality_of
 from .prune import (
     counts,
@@ -269,13 +270,11 @@ def judge(
             bar.advance()
 
         after = outputs_of(dense, through_compact(dense, plan, fitted_on, inputs, recovers=recovers, each=done))
-    labels = [comparison.subsampled_labels(task, batch) for batch in batches]
-
-    def judged(outputs: list[Outputs]) -> comparison.Evaluation:
-        parts = zip(outputs, labels, batches, strict=True)
-        return comparison.judged(task, [comparison.Read(said, known, batch.samples) for said, known, batch in parts])
-
-    first, second = judged(before), judged(after)
+    known = [label for batch in batches if (label := comparison.subsampled_labels(task, batch)) is not None]
+    labels, samples = torch.cat(known) if len(known) == len(batches) else None, sum(batch.samples for batch in batches)
+    first, second = (
+        comparison.judged(task, [comparison.Read(comparison.concatenate(found), labels, samples)]) for found in (before, after)
+    )
     return quality_of(dense, pairs, first, second, texts, progress)
 
 
