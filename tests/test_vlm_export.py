@@ -270,13 +270,18 @@ def small_llava():
 
 
 @pytest.fixture(scope="module")
-def compact(tmp_path_factory):
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava") / "dense"
+    small_llava().save_pretrained(folder)
+    tiny.llava_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compact(dense):
     """A folder whose image tokens leave at ViTCoP's three stages, the first before layer 0."""
-    place = tmp_path_factory.mktemp("llava")
-    small_llava().save_pretrained(place / "dense")
-    tiny.llava_processor().save_pretrained(place / "dense")
-    comp_cli.prune(str(place / "dense"), method="vitcop", tokens=8, output=place / "compact")
-    return place / "compact"
+    comp_cli.prune(str(dense), method="vitcop", tokens=8, output=dense.with_name("compact"))
+    return dense.with_name("compact")
 
 
 @pytest.fixture(scope="module")
@@ -509,6 +514,22 @@ def test_families_without_graphs_are_refused_by_name(name, tmp_path):
     tiny.DECODERS[name][0]().save_pretrained(folder)
     with pytest.raises(RefusedError, match=r"comp exports no graphs of a \w+ForConditionalGeneration: \w+"):
         export.export(folder, tmp_path / "onnx", ExportOptions(), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("stages", "layout", "said"),
+    [
+        ("0:8", "optimum", "rule cover before layer 0 gives image tokens weights, .* tops or divprune"),
+        ("2:8", "optimum", "rule cover before layer 2 gives image tokens weights"),
+        ("0:9,2:4", "optimum", "rule cover before layer 0 gives image tokens weights"),
+        ("0:8", "transformers.js", "rule cover before layer 0 gives image tokens weights, .* tops or divprune"),
+    ],
+)
+def test_weights_are_refused_where_no_graph_carries_them(dense, tmp_path, stages, layout, said):
+    comp_cli.prune(str(dense), method="cover", token_stages=stages, output=tmp_path / "compact")
+    with pytest.raises(RefusedError, match=said):
+        export.export(tmp_path / "compact", tmp_path / "onnx", ExportOptions(layout=layout), QUIET)
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,19 @@ APART = "Put prompts with another number of images into a batch of their own."
 IMAGES, TEXT, SEEN = 3, 7, 5  # of the example: images of a prompt, words around them, tokens of the past
 
 
+def why_not(stages: Sequence[Stage], layout: str) -> str | None:
+    """Why a decoder with these stages has no graphs of a layout, as a sentence; None where it has."""
+    from ..runtime.token_rules import STAGE_RULES
+
+    for stage in stages:
+        if STAGE_RULES[stage.rule].weighs:
+            return (
+                f"the rule {stage.rule} before layer {stage.layer} gives image tokens weights, which graphs do not carry. "
+                "Export a model that was pruned by another rule, tops or divprune for example."
+            )
+    return None
+
+
 @dataclass(frozen=True)
 class DecoderGraphs:
     """What is to be known of a model for its graphs.
