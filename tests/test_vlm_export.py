@@ -69,6 +69,7 @@ STAGES = {  # each rule at least once, where it may stand
     "tops inside": [stage(2, "tops", 6, relevance="last")],
     "rater-attention": [stage(2, "rater-attention", 6)],
     "dart": [stage(1, "dart", 10)],
+    "cover": [stage(0, "cover", 6)],
     "random": [stage(0, "random", 6)],
     "stride": [stage(0, "stride", 6)],
     "pool": [stage(0, "pool", 4)],
@@ -142,7 +143,7 @@ def test_what_is_traced_writes_what_torch_writes(name, parts):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["nothing leaves", "key-norm", "last-attention", "divprune", "vitcop without [CLS]"])
+@pytest.mark.parametrize("name", ["nothing leaves", "key-norm", "last-attention", "divprune", "cover", "vitcop without [CLS]"])
 def test_prompts_that_are_read_in_both_directions(name):
     """PaliGemma's."""
     stages = STAGES[name]
@@ -189,6 +190,7 @@ RULES = [
     ("cdpruner", 3, {}),
     ("tops", 3, {}),
     ("dart", 10, {}),
+    ("cover", 5, {}),
     ("pool", 4, {}),
     ("stride", 5, {}),
     ("random", 5, {}),
@@ -207,7 +209,7 @@ class AllRules(nn.Module):
             given = dict(zip(FIELDS, fields, strict=True))
             view = View(torch.ones_like(given["positions"], dtype=torch.bool), **given)
             choice = STAGE_RULES[rule].choose(view, [keep], **settings)
-            made += [choice.kept, *(part for part in (choice.states, choice.labels) if part is not None)]
+            made += [choice.kept, *(part for part in (choice.states, choice.labels, choice.weights) if part is not None)]
         return tuple(made)
 
 
@@ -270,13 +272,18 @@ def small_llava():
 
 
 @pytest.fixture(scope="module")
-def compact(tmp_path_factory):
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava") / "dense"
+    small_llava().save_pretrained(folder)
+    tiny.llava_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compact(dense):
     """A folder whose image tokens leave at ViTCoP's three stages, the first before layer 0."""
-    place = tmp_path_factory.mktemp("llava")
-    small_llava().save_pretrained(place / "dense")
-    tiny.llava_processor().save_pretrained(place / "dense")
-    comp_cli.prune(str(place / "dense"), method="vitcop", tokens=8, output=place / "compact")
-    return place / "compact"
+    comp_cli.prune(str(dense), method="vitcop", tokens=8, output=dense.with_name("compact"))
+    return dense.with_name("compact")
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +292,20 @@ def served(compact):
     folder = compact.with_name("served")
     export.export(compact, folder, ExportOptions(), QUIET)
     return folder
+
+
+@pytest.fixture(scope="module")
+def in_stages(compact, served):
+    return compact, served
+
+
+@pytest.fixture(scope="module")
+def weighted(dense):
+    """A folder whose image tokens stand for several, and its graphs."""
+    compact, served = (dense.with_name(name) for name in ("weighted", "weighted-onnx"))
+    comp_cli.prune(str(dense), method="cover", tokens=8, output=compact)
+    export.export(compact, served, ExportOptions(), QUIET)
+    return compact, served
 
 
 @cache
@@ -309,6 +330,15 @@ def test_the_folder_has_the_names_that_others_know(served):
     assert (served / "generation_config.json").is_file()
 
 
+def test_weights_go_from_pass_to_pass_behind_the_keys(weighted):
+    graphs = read_json(weighted[1] / "export.json")["graphs"]
+    assert list(graphs["vision_encoder.onnx"]["outputs"]) == ["image_features", "image_kept", "image_weights"]
+    inputs, outputs = graphs[MERGED]["inputs"], graphs[MERGED]["outputs"]
+    assert list(inputs)[-1] == "past_key_values.bias" and list(outputs)[-1] == "present.bias"
+    assert inputs["past_key_values.bias"]["shape"] == ["batch_size", 1, "past_tokens_0", 1]
+    assert inputs["image_weights"]["shape"] == ["batch_size", "kept_tokens"]
+
+
 def test_key_value_heads_are_not_repeated(served):
     graph = onnx.load(served / MERGED).graph
     assert sum(node.op_type == "Attention" for node in graph.node) == 3
@@ -316,8 +346,9 @@ def test_key_value_heads_are_not_repeated(served):
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("way", [{"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
-def test_graphs_write_what_torch_writes(compact, served, images, way):
-    found = []
+@pytest.mark.parametrize("folders", ["in_stages", "weighted"])
+def test_graphs_write_what_torch_writes(folders, images, way, request):
+    found, (compact, served) = [], request.getfixturevalue(folders)
     for model in (comp_cli.load(compact), load_onnx(served)):
         torch.manual_seed(5)
         found.append(model.generate(**asked(compact, images), **{"do_sample": False} | way, max_new_tokens=12))
@@ -389,7 +420,9 @@ def example_of(folder, tmp_path):
     return processor, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def test_the_card_writes_without_torch(compact, served, tmp_path):
+@pytest.mark.parametrize("folders", ["in_stages", "weighted"])
+def test_the_card_writes_without_torch(folders, tmp_path, request):
+    compact, served = request.getfixturevalue(folders)
     processor, inputs = example_of(served, tmp_path)
     code = BLOCKED + code_of(served, "python").replace("scene.png", str(tmp_path / "scene.png"))
     said = subprocess.run([sys.executable, "-c", code], cwd=served, capture_output=True, text=True, check=False)
@@ -421,8 +454,10 @@ def in_node(folder, code, modules):
     return said.stdout.strip()
 
 
-def test_the_card_writes_in_node(compact, served, tmp_path):
+@pytest.mark.parametrize("folders", ["in_stages", "weighted"])
+def test_the_card_writes_in_node(folders, tmp_path, request):
     modules = node_modules("onnxruntime-node")
+    compact, served = request.getfixturevalue(folders)
     folder = shutil.copytree(served, tmp_path / "served")
     _, inputs = example_of(served, tmp_path)
     given = {"input_ids": inputs["input_ids"][0].tolist(), "pixel_values": inputs["pixel_values"].flatten().tolist()}
@@ -509,6 +544,25 @@ def test_families_without_graphs_are_refused_by_name(name, tmp_path):
     tiny.DECODERS[name][0]().save_pretrained(folder)
     with pytest.raises(RefusedError, match=r"comp exports no graphs of a \w+ForConditionalGeneration: \w+"):
         export.export(folder, tmp_path / "onnx", ExportOptions(), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("stages", "layout", "said"),
+    [
+        (
+            "2:8",
+            "optimum",
+            "rule cover before layer 2 gives image tokens weights, which graphs carry from a stage before layer 0",
+        ),
+        ("0:9,2:4", "optimum", "rule cover before layer 0 .* where no other follows. .* tops or divprune"),
+        ("0:8", "transformers.js", "the client of --layout transformers.js does not hand on. .* tops or divprune"),
+    ],
+)
+def test_weights_are_refused_where_no_graph_carries_them(dense, tmp_path, stages, layout, said):
+    comp_cli.prune(str(dense), method="cover", token_stages=stages, output=tmp_path / "compact")
+    with pytest.raises(RefusedError, match=said):
+        export.export(tmp_path / "compact", tmp_path / "onnx", ExportOptions(layout=layout), QUIET)
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize(

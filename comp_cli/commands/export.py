@@ -98,6 +98,8 @@ def _export(
     if options.layout not in family.topology.layouts:
         said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
         raise UsageError(said, hint=f"Use {' or '.join(family.topology.layouts)}.")
+    if refused := family.topology.why_not(config, options.layout):
+        raise RefusedError(f"{folder}: {refused}")
     task = tasks.TASKS[name]
     opset = opset_of(family, architecture, options.opset)
     tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..runtime.kept_cache import CACHES, KeptLayer, the_cache
 from ..runtime.modeling_comp import cache_name, refuse_unknown
 from ..topology.decoder_graphs import DecoderGraphs
+from ..topology.decoder_names import BIAS, FEATURES, KEPT, LABELS, PRESENT, WEIGHTS
 from ..topology.graph_specs import Values
 from .sessions import OnnxModel
 
@@ -32,13 +33,16 @@ class HeldLayer(KeptLayer):
 
 
 def cache_of(values: Values, seen: int) -> DynamicCache:
-    """Keys and values as graphs hand them out, as a cache of transformers that counts what it has seen: so many tokens."""
-    cache, tensors = DynamicCache(), iter(values.values())
+    """What graphs hand out, see `DecoderGraphs.caches`, as a cache of transformers that counts what it has seen: so many
+    tokens."""
+    cache, bias = DynamicCache(), values.get(f"{PRESENT}.{BIAS}")
+    tensors = (value for value in values.values() if value is not bias)
     for keys, held in zip(tensors, tensors, strict=True):
         layer = HeldLayer.of(DynamicLayer())
         layer.lazy_initialization(torch.from_numpy(keys), torch.from_numpy(held))
         layer.keys, layer.values = torch.from_numpy(keys), torch.from_numpy(held)
         layer.gone = seen - keys.shape[2]
+        layer.bias = None if bias is None else torch.from_numpy(bias)[:, 0, :, 0]
         cache.layers.append(layer)
     return cache
 
@@ -91,6 +95,7 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         image_features: Tensor | None = None,
         image_kept: Tensor | None = None,
         image_labels: Tensor | None = None,
+        image_weights: Tensor | None = None,
         use_cache: bool | None = True,
         logits_to_keep: int | Tensor = 1,
         **kwargs: Any,
@@ -108,12 +113,14 @@ class OnnxReader(transformers.GenerationMixin, transformers.PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones(batch, seen + tokens, dtype=torch.long)
         check_mask(attention_mask, (batch, seen + tokens))
-        images = {"image_features": image_features, "image_kept": image_kept, "image_labels": image_labels}
+        images = {FEATURES: image_features, KEPT: image_kept, LABELS: image_labels, WEIGHTS: image_weights}
         if pixel_values is not None:
             images |= self.encoded(pixel_values, batch)
         given = {name: tensor.numpy() for name, tensor in images.items() if tensor is not None}
         layers = held.layers if seen else ()
         past = [tensor.numpy() for layer in layers for tensor in (layer.keys, layer.values)]
+        if layers and self.known.weighted:
+            past.append(layers[0].bias[:, None, :, None].numpy())
         ids, mask = input_ids.numpy(), attention_mask.long().numpy()
         positions = None if position_ids is None else position_ids.numpy()
         with told():

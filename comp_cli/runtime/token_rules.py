@@ -58,11 +58,13 @@ class StageRule:
     """A rule, and what has to be computed for it.
 
     needs: "keys", "class" (class_attention and tower_keys), "text" (text_states and text_valid), "attention" (text_attention
-    and text_valid), "last" (last_attention). Settings may add one, see `needs_of`.
+    and text_valid), "last" (last_attention). Settings may add one, see `needs_of`. weighs: whether it says how many tokens each
+    kept one stands for, which attention has to know from there on.
     """
 
     choose: Callable[..., Choice]  # (view, keep: list[int], **settings)
     needs: frozenset[str] = frozenset()
+    weighs: bool = False
 
 
 # Parts of several rules
@@ -628,7 +630,7 @@ STAGE_RULES: dict[str, StageRule] = {
     "dart": StageRule(dart, frozenset({"keys"})),
     "cdpruner": StageRule(cdpruner, frozenset({"text"})),
     "tops": StageRule(tops),  # and its relevance
-    "cover": StageRule(cover),
+    "cover": StageRule(cover, weighs=True),
     "random": StageRule(random),
     "stride": StageRule(stride),
     "pool": StageRule(pool),

@@ -261,6 +261,10 @@ class Topology(ABC):
         """Why there are no graphs, as a sentence without its end, where there are none."""
         return ""
 
+    def why_not(self, config: Config, layout: str) -> str | None:
+        """Why there are none of a model of this config in a layout that others have, as a sentence; None where there are."""
+        return None
+
     @property
     @abstractmethod
     def why_whole(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .card_examples import LONGEST, PICTURE
-from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WHERE
+from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WEIGHTS, WHERE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -32,7 +32,7 @@ while len(written) < {longest}:
     if written[-1] in {ends}:
         break
     past = {{name.replace("present", "past_key_values"): value for name, value in made.items() if name != "logits"}}
-    images = {{name: np.zeros((1, 0), np.int64) for name in images}}  # they were in the prompt
+    images = {{name: value[:, :0] for name, value in images.items()}}  # they were in the prompt
     embeds, known = run("embed_tokens", {{"input_ids": np.array([written[-1:]])}})["inputs_embeds"], mask.shape[1]
 print(tokenizer.decode(written))
 """
@@ -53,7 +53,7 @@ let {{ inputs_embeds }} = await embed.run({{ input_ids: whole(input_ids) }});
 const where = input_ids.flatMap((id, place) => (id === {placeholder} ? [place] : []));
 const feature = (i) => seen.image_features.data.subarray(i * {width}, (i + 1) * {width});
 where.forEach((place, i) => inputs_embeds.data.set(feature(i), place * {width}));
-let images = {images};
+const images = {images};
 let past = {{}};
 for (const {{ name, shape }} of decoder.inputMetadata.filter(({{ name }}) => name.startsWith("past_key_values.")))
   past[name] = new ort.Tensor("float32", new Float32Array(0), [1, shape[1], 0, shape[3]]);
@@ -68,7 +68,7 @@ while (written.length < {longest}) {{
   if ({ends}.includes(written.at(-1))) break;
   past = {{}};
   for (const [name, value] of Object.entries(present)) past[name.replace("present", "past_key_values")] = value;
-  images = Object.fromEntries(Object.keys(images).map((name) => [name, whole([])]));
+  for (const [name, {{ type, data }}] of Object.entries(images)) images[name] = new ort.Tensor(type, data.slice(0, 0), [1, 0]);
   ({{ inputs_embeds }} = await embed.run({{ input_ids: whole(written.slice(-1)) }}));
 }}
 console.log(JSON.stringify(written));
@@ -115,7 +115,7 @@ def ends_of(generation: GenerationConfig | None) -> list[int]:
 
 def images_of(graph: Mapping[str, Any], form: str, by_name: str) -> str:
     """What a decoder takes of images, in code: `form` for the positions and for what the vision encoder hands on."""
-    names = [name for name in (KEPT, LABELS) if name in graph["inputs"]]
+    names = [name for name in (KEPT, LABELS, WEIGHTS) if name in graph["inputs"]]
     said = [f'"{WHERE}": {form}'] if WHERE in graph["inputs"] else []
     return "{" + ", ".join([*said, *(f'"{name}": {by_name.format(name)}' for name in names)]) + "}"
 

@@ -11,7 +11,7 @@ from . import decoder_cards
 from .base import IDS, MASK, Config, Pixels, Tensors, Topology, Written
 from .caches import heads_of_groups
 from .card_examples import LONGEST, QUESTION
-from .decoder_graphs import DecoderGraphs
+from .decoder_graphs import DecoderGraphs, why_not
 from .decoder_names import GRAPHS, MERGED
 from .graph_specs import GraphSpec, Run, Signature
 from .image_inputs import Pictures, Tile, has_class_token
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..data.batches import Collator
     from ..data.rows import Pair
     from ..families import Family
+    from ..runtime.token_selection import Stage
     from ..tasks import Task
 
 LABELS = "labels"
@@ -242,15 +243,13 @@ class ImageTextDecoder(Topology):
 
     def decoder_graphs(self, family: Family, config: Config) -> DecoderGraphs:
         """What the graphs of a model of this config are."""
-        from ..runtime.token_selection import Stage
-
         assert self.encode is not None  # checked before: see no_graphs
-        comp, text = config.get("comp", {}), self.text_section(family, config)
+        text = self.text_section(family, config)
         return DecoderGraphs(
             layout=self.image_tokens(config),
             encode=self.encode,
             head=self.head,
-            stages=tuple(Stage(**stage) for stage in comp.get("token_stages", ())),
+            stages=stages_of(config),
             tokens=self.pictures.sizes(config).tokens,
             placeholder=image_token(config),
             side=family.sections(config)["vision"]["image_size"],
@@ -298,6 +297,9 @@ class ImageTextDecoder(Topology):
     @property
     def why_none(self) -> str:
         return self.no_graphs
+
+    def why_not(self, config: Config, layout: str) -> str | None:
+        return why_not(stages_of(config), layout)
 
     @property
     def why_whole(self) -> str:
@@ -351,6 +353,13 @@ class ImageTextDecoder(Topology):
             f"written = writer.generate(**inputs, max_new_tokens={LONGEST})\n"
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """At which image tokens leave."""
+    from ..runtime.token_selection import Stage
+
+    return tuple(Stage(**stage) for stage in config.get("comp", {}).get("token_stages", ()))
 
 
 def image_token(config: Config) -> int:

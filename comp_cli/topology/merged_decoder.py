@@ -22,7 +22,7 @@ from ..runtime.modeling_comp_vlm import made_by
 from ..runtime.token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, Choice, View, gathered, of_tokens
 from ..runtime.token_selection import Heard, Stage, picked, sources_of
 from .base import MASK
-from .decoder_names import EMBEDS, KEPT, LABELS, POSITIONS, WHERE
+from .decoder_names import EMBEDS, KEPT, LABELS, POSITIONS, WEIGHTS, WHERE
 
 if TYPE_CHECKING:
     from .decoder_graphs import DecoderGraphs
@@ -43,7 +43,7 @@ def attention_node(
     """Attention as one node, ONNX's own of opset 23, key-value heads not repeated; an attention function of transformers.
 
     query (batch, heads, tokens, head_dim); key, value (batch, key-value heads, seen, head_dim); attention_mask (batch or 1, 1,
-    tokens, seen), booleans, None for all -> (batch, tokens, heads, head_dim).
+    tokens, seen), booleans or what is added to logits, None for all -> (batch, tokens, heads, head_dim).
     """
     made = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
     return made.transpose(1, 2), None
@@ -193,19 +193,27 @@ def visible(pads: Tensor, before: int, tokens: int, whole: Tensor | None = None)
     return (seen & ((key >= pads[:, :, None]) | (key == own)))[:, None]
 
 
+def weighed(seen: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to logits, (batch, 1, tokens, keys). seen: of the same shape, booleans; bias (batch, 1, keys, 1)."""
+    return torch.where(seen, bias.transpose(2, 3).to(dtype), torch.finfo(dtype).min)
+
+
 def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Logits (batch, 1, vocabulary) behind the last token, and keys and values of every layer.
+    """Logits (batch, 1, vocabulary) behind the last token, and keys and values of every layer; where image tokens stand for
+    several, also what is added to logits at all tokens that are held, (batch, 1, held, 1): the log of for how many.
 
     inputs: inputs_embeds (batch, tokens, dim), attention_mask (batch, seen + tokens), position_ids (batch, tokens); with stages
     image_positions (batch, images * n); where the vision encoder has chosen, image_kept (batch, images * kept), and
-    image_labels. past: keys and values of the tokens seen before, layer by layer. Where a sample is not filled up at the left,
-    its logits are NaN.
+    image_labels or image_weights. past: the same of the tokens seen before, in the same order. Where a sample is not filled up
+    at the left, its logits are NaN.
     """
     text = model.get_submodule(graphs.layout["text"])
     at = {stage.layer: stage for stage in graphs.stages}
     states, mask = inputs[EMBEDS], inputs[MASK]
     pads = (mask == 0).sum(1, keepdim=True)
-    cache, heard = Growing(past), None
+    held = list(past)
+    bias = held.pop() if graphs.weighted else None
+    cache, heard = Growing(held), None
     turned = text.rotary_emb(states, position_ids=inputs[POSITIONS])
     images = ImagesLeft.of(inputs[WHERE], graphs.tokens, graphs.layout["square"]) if graphs.stages else None
     whole = inputs[WHERE].new_ones(inputs[WHERE].shape).sum() > 0 if graphs.prefix else None
@@ -218,13 +226,18 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
                     images.labels = None if labels is None else labels.reshape(kept.shape)
                 else:
                     choice, kept = chosen_by(stage, images.view(stage, states, heard, pads), graphs.tokens)
+                    assert choice.weights is None  # refused before: see decoder_graphs.why_not
                     states = merge(states, images, choice)
                     known = images.labels if choice.labels is None else choice.labels
                     images.labels = None if known is None else known.gather(1, kept)
                 states, chosen = images.keep(kept, states)
                 turned = tuple(picked(part, chosen) for part in turned)
+                if bias is not None:
+                    own = bias.new_zeros(states.shape[:2]).scatter(1, images.columns, inputs[WEIGHTS].log())
+                    bias = torch.cat([bias, own[:, None, :, None]], 2)
             seen = visible(pads, cache.keys[place].shape[2], states.shape[1], whole)
-            given = {"attention_mask": seen, "position_embeddings": turned, "position_ids": None}
+            added = seen if bias is None else weighed(seen, bias, states.dtype)
+            given = {"attention_mask": added, "position_embeddings": turned, "position_ids": None}
             given[cache_name(layer.forward)] = cache
             asked = at[place + 1].needs & OF_THE_LAYER_BEFORE if place + 1 in at else None
             if not asked:
@@ -239,4 +252,5 @@ def decode(model: Any, graphs: DecoderGraphs, inputs: dict[str, Tensor], past: S
     logits = model.get_submodule(graphs.head)(text.norm(states[:, -1:]))
     # A mask of another kind would be taken for one of this kind: better no logits than wrong ones.
     at_left = ((mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= pads)).all(1)
-    return (logits.masked_fill(~at_left[:, None, None], torch.nan), *cache.present)
+    present = cache.present if bias is None else [*cache.present, bias]
+    return (logits.masked_fill(~at_left[:, None, None], torch.nan), *present)
