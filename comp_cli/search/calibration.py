@@ -37,7 +37,7 @@ def gather_statistics(
         return task.subsample(task.forward(dense.whole, inputs), len(next(iter(inputs.values()))))
 
     def draw(read: tasks.Outputs) -> Tensor:
-        return probe(task, torch.Generator().manual_seed(seed * 1_000_003 + next(numbers)), read)  # whoever draws it
+        return probe(task, drawn_by(seed, next(numbers)), read)
 
     own = share(ready)
     with progress.track("gathering activations", len(own)) as bar:
@@ -57,6 +57,11 @@ def gather_statistics(
     pairs = sum(batch.samples for batch in batches)
     each = {key: rise / pairs for key, rise in summed_numbers(found.rises).items()}
     return Statistics(grams, each, summed_numbers(found.energies))
+
+
+def drawn_by(seed: int, number: int) -> torch.Generator:
+    """What a piece of the calibration pairs is drawn with, whoever draws."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 def split(batch: Batch, samples: int) -> Iterator[Batch]:

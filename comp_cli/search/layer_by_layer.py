@@ -31,7 +31,7 @@ from ..options import PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import Outputs, comparison
-from .calibration import PROBED, halved, probe, split
+from .calibration import PROBED, drawn_by, halved, probe, split
 from .journal import Journal
 from .training_free import State
 
@@ -119,7 +119,7 @@ def gather_prices(
     with progress.track("gathering activations, layer by layer", depth) as bar, torch.no_grad():
         calls = entering(dense, model, inputs)
         recorders = forward(dense, model, calls, inputs, bar.advance)
-        slopes = draw_slopes(dense, model, calls, inputs, torch.Generator().manual_seed(seed))
+        slopes = draw_slopes(dense, model, calls, inputs, seed)
     found: dict[scoring.Key, Tensor] = {}
     with progress.track("pricing what can be removed, layer by layer", depth) as bar:
         for index in reversed(range(depth)):
@@ -161,11 +161,11 @@ def forward(
 
 
 def draw_slopes(
-    dense: StreamedDense, model: ModelOnDisk, calls: Sequence[Call], inputs: Sequence[Inputs], random: torch.Generator
+    dense: StreamedDense, model: ModelOnDisk, calls: Sequence[Call], inputs: Sequence[Inputs], seed: int
 ) -> list[Tensor]:
     """The gradient of a drawn number (see calibration.probe) behind the last layer, (batch, tokens, dim) for each batch."""
     found: list[Tensor] = []
-    for call, given in zip(calls, inputs, strict=True):
+    for number, (call, given) in enumerate(zip(calls, inputs, strict=True)):
         with torch.enable_grad():
             last = call.hidden = call.hidden.detach().requires_grad_()
             features = read_features(dense, model, call, given)
@@ -173,7 +173,7 @@ def draw_slopes(
                 said = f"{dense.source.name}: what it says of the calibration pairs is not finite."
                 raise RefusedError(said, hint="config.json, weights and processor files must fit.")
             read = tuple(part.detach().requires_grad_() for part in (logits(dense, features.detach()), features))
-            by_logits, by_features = torch.autograd.grad(probe(dense.task, random, read), read)
+            by_logits, by_features = torch.autograd.grad(probe(dense.task, drawn_by(seed, number), read), read)
         for first, rows in dense.weights.pieces(dense.head):
             by_features += by_logits[:, first : first + len(rows)] @ rows.float()
         found += torch.autograd.grad(features, last, by_features)
