@@ -153,7 +153,6 @@ def token_runs(dense: Dense, methods: list[str], seeds: list[int]) -> Iterator[t
 RATIO_METHODS = {  # name -> options of `comp prune`
     "comp": {},
     "comp, tokens by cover": {"tokens_method": "cover"},
-    "comp, tokens only": {"modes": ("image_tokens",)},
     "comp, parameters only": {"modes": ("language_params", "vision_params")},
     "comp, all modes": {"modes": ("image_tokens", "language_params", "vision_params")},
     "wanda": {"method": "wanda"},
@@ -249,7 +248,8 @@ def main(arguments: argparse.Namespace) -> None:
                                 write(key | {"steps": steps} | right_answers(model, dense, questions) | facts)
                     except CompError as error:
                         write(key | {"steps": 0, "asked": None, "why": error.message})
-                        write(key | {"steps": arguments.steps, "asked": None, "why": error.message})
+                        if arguments.steps:
+                            write(key | {"steps": arguments.steps, "asked": None, "why": error.message})
     output.with_suffix(".md").write_text(report(read_runs(output, settings), settings))
 
 
