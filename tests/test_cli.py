@@ -255,7 +255,7 @@ def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_pat
     ("options", "code", "sentence"),
     [
         (["--dtype", "fp8"], 2, "--dtype fp8: unknown"),
-        (["--quantize", "int4"], 2, "--quantize int4: unknown"),
+        (["--quantize", "int2"], 2, "--quantize int2: unknown"),
         (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
         (["--optimize", "--target", "onnx"], 2, "only ONNX Runtime knows"),
         (["--dtype", "bf16"], 5, "nothing is written unchecked"),

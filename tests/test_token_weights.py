@@ -21,7 +21,7 @@ def covered(states, weights, keep):
     while len(chosen) < keep:
         gains = {i: sum(weights[j] * max(0.0, like[i][j] - cover[j]) for j in range(n)) for i in range(n) if i not in chosen}
         top = max(gains.values())
-        pick = max(gains, key=lambda i: (round(2**16 * gains[i] / top), -i))  # two that are alike cover one another equally
+        pick = max(gains, key=lambda i: (round(2**8 * gains[i] / top), -i))  # two that are alike cover one another equally
         chosen.append(pick)
         cover = [max(have, like[pick][j]) for j, have in enumerate(cover)]
     chosen.sort()

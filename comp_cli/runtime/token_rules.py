@@ -19,7 +19,7 @@ from torch.nn import functional as F
 CUTOFF = 8.0  # of densities in `vic`, for the keys of CLIP ViT-L (ViTCoP's code)
 NEAR = 0.6  # how far a parent may be in `vic`, of the side of the image (ViTCoP's code)
 TINY = 1e-6
-TIES = 2.0**16  # what differs by less than a part of so many is equal: two tokens that are alike cover one another equally
+TIES = 2.0**8  # what differs by less than a part of so many is equal: two tokens that are alike cover one another equally
 
 
 @dataclass
