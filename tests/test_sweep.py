@@ -221,6 +221,11 @@ def test_image_tokens_by_number_know_no_ratios(tmp_path):
     assert result.exit_code == 2 and "--ratio is not for --method vitcop" in result.stderr
 
 
+def test_a_limit_on_memory_is_for_one_ratio(tiny_folder, tmp_path):
+    with pytest.raises(comp_cli.UsageError, match="--max-memory: several ratios"):
+        comp_cli.prune(tiny_folder, ratio=[0.3, 0.5], max_memory="1GiB", output=tmp_path / "sweep")
+
+
 def test_lists_of_the_library():
     for wrong in ([], [True], ["x"], [0.5, 0.5]):
         with pytest.raises(comp_cli.UsageError, match="--ratio"):

@@ -53,6 +53,9 @@ def sweep(
     A sweep that was killed goes on where it was. A ratio that misses `max_drop`, or that no plan reaches, has no folder; the
     others go on, and the error, which has the report, comes last: GateError where all that failed missed `max_drop`, else
     CompError."""
+    if options.max_memory is not None:
+        said = "--max-memory: several ratios share one calibration in memory."
+        raise UsageError(said, hint="Give one --ratio, or leave --max-memory out.")
     for ratio in ratios:
         check(replace(options, ratio=ratio), max_drop, dry_run)
     check_launch()
