@@ -138,6 +138,7 @@ def test_its_card_is_asked_what_it_knows(pruned):
     assert "color" in card and config["comp"]["base_model"] == "demo-vlm"
 
 
+@pytest.mark.slow
 def test_tokens_and_parameters_go_together(tmp_path, stock):
     report = comp_cli.prune("demo-vlm", ratio=0.3, output=tmp_path / "out", num_samples=16, eval_samples=20)
     assert report.params.compact < report.params.dense and report.ratio == pytest.approx(0.3, abs=0.02)
