@@ -10,7 +10,7 @@ TORCH ?= 2.13.0
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 # What other versions of libraries break: loading, generation, export, families, and what consumers run.
-NEWEST_TESTS := $(addprefix tests/test_,runtime.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
+NEWEST_TESTS := $(addprefix tests/test_,runtime.py token_weights.py refusals.py loading.py upgrade.py stock_classes.py generation.py export.py \
 	families.py consumer.py vlm_runtime.py vlm_generation.py)
 
 .PHONY: setup demo test test-newest newest fuzz lint docs schema bench clean
