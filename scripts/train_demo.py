@@ -10,19 +10,15 @@ tower), to say where they are and how far apart. The helper heads are thrown awa
 """
 
 import argparse
-import json
-import math
 import random
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training import cosine, in_parts, parser_of, save, take_step
 from transformers import BertTokenizerFast, BlipConfig, BlipForImageTextRetrieval, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -237,7 +233,7 @@ class Part:
     families: tuple[str, ...] = scenes.FAMILIES
 
     def rate(self, step: int) -> float:
-        return self.lr * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / self.horizon))
+        return cosine(self.lr, step, self.horizon)
 
 
 SLOW = ("attribute", "binding", "count", "count", "relation", "relation", "relation")  # what takes longest, more often
@@ -265,12 +261,7 @@ def train_part(
         batch = draw_batch(rng, processor, part.pairs, easy, part.captions, part.families)
         with torch.autocast("cpu", torch.bfloat16):
             loss = step_loss(model, helpers, batch, matching=part.captions > 0)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = part.rate(step)
-        optimiser.step()
+        take_step(loss, weights, optimiser, part.rate(step))
         running += loss.item()
         if step % args.every == 0 or step == part.steps:
             line = {"part": part.name, "step": step, "loss": round(running / args.every, 4)}
@@ -284,35 +275,11 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    first = 0
     if args.go_on_after:
-        first = 1 + [part.name for part in PARTS].index(args.go_on_after)
         model = BlipForImageTextRetrieval.from_pretrained(args.output)
-    start = time.time()
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    with args.log.open("a" if first else "w") as log:
-
-        def tell(line: dict) -> None:
-            line["minutes"] = round((time.time() - start) / 60, 2)
-            for where in (sys.stdout, log):
-                print(json.dumps(line), file=where, flush=True)
-
-        for number, part in enumerate(PARTS[first:], first):
-            train_part(part, model.train(), processor, random.Random(1000 * args.seed + number), args, tell)
-        tell({"test": accuracy(model, processor, "test", 4000)})
-
-
-def save(model, processor, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    in_parts(args, PARTS, model, processor, train_part, accuracy)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--go-on-after", choices=[part.name for part in PARTS[:-1]], help="start from what --output holds")
-    parser.add_argument("--every", type=int, default=100)
+    parser = parser_of(__doc__, PARTS, threads=2)
     train(parser.parse_args())

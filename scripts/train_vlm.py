@@ -11,11 +11,8 @@ about an image go through as one sequence, whose turns do not see each other.
 """
 
 import argparse
-import json
 import math
 import random
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from train_clip import attention_in_fp32
 from train_demo import KINDS
+from training import cosine, in_parts, parser_of, save, take_step
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
@@ -277,7 +275,7 @@ class Part:
         return "how" in self.kinds
 
     def rate(self, step: int) -> float:
-        return self.lr * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / self.horizon))
+        return cosine(self.lr, step, self.horizon)
 
 
 QUESTIONS: Kinds = {"describe": (0.3, 0.3), "what": (1.0, 0.7), "how": (1.0, 1.5), "is": (1.0, 0.7)}
@@ -420,12 +418,7 @@ def train_part(
         batch = draw_batch(rng, processor, part)
         with torch.autocast("cpu", torch.bfloat16):
             loss = tower_loss(model, helpers, batch) if helpers else answer_loss(model, batch, part.guided)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = part.rate(step)
-        optimiser.step()
+        take_step(loss, weights, optimiser, part.rate(step))
         running += loss.item()
         if step % args.every == 0 or step == part.steps:
             line = {"part": part.name, "step": step, "loss": round(running / ((step - 1) % args.every + 1), 4)}
@@ -439,38 +432,14 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    first = 0
     if args.go_on_after:
-        first = 1 + [part.name for part in PARTS].index(args.go_on_after)
         model = LlavaForConditionalGeneration.from_pretrained(args.output)
     else:
         start_from_demo(model.model.vision_tower, args.demo, pixels_of(processor, scenes_of(random.Random(args.seed), 16)))
-    start = time.time()
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    with args.log.open("a" if first else "w") as log:
-
-        def tell(line: dict) -> None:
-            line["minutes"] = round((time.time() - start) / 60, 2)
-            for where in (sys.stdout, log):
-                print(json.dumps(line), file=where, flush=True)
-
-        for number, part in enumerate(PARTS[first:], first):
-            train_part(part, model.train(), processor, random.Random(1000 * args.seed + number), args, tell)
-        tell({"test": accuracy(model, processor, "test", 4000)})
-
-
-def save(model, processor, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    in_parts(args, PARTS, model, processor, train_part, accuracy)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--log", type=Path, required=True)
+    parser = parser_of(__doc__, PARTS, threads=1)
     parser.add_argument("--demo", type=Path, default=Path("comp_cli/demo"), help="the demo BLIP, whose tower is begun with")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--go-on-after", choices=[part.name for part in PARTS[:-1]], help="start from what --output holds")
-    parser.add_argument("--every", type=int, default=100)
     train(parser.parse_args())

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checkpoint.header_check import read_headers
@@ -270,11 +269,9 @@ def judge(
             bar.advance()
 
         after = outputs_of(dense, through_compact(dense, plan, fitted_on, inputs, recovers=recovers, each=done))
-    known = [label for batch in batches if (label := comparison.subsampled_labels(task, batch)) is not None]
-    labels, samples = torch.cat(known) if len(known) == len(batches) else None, sum(batch.samples for batch in batches)
-    first, second = (
-        comparison.judged(task, [comparison.Read(comparison.concatenate(found), labels, samples)]) for found in (before, after)
-    )
+    labels = [comparison.subsampled_labels(task, batch) for batch in batches]
+    samples = sum(batch.samples for batch in batches)
+    first, second = (comparison.judged_as_one(task, found, labels, samples) for found in (before, after))
     return quality_of(dense, pairs, first, second, texts, progress)
 
 

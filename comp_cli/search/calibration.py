@@ -55,8 +55,7 @@ def gather_statistics(
     for key in list(total):
         grams[key] = total.pop(key).float()
     pairs = sum(batch.samples for batch in batches)
-    each = {key: rise / pairs for key, rise in summed_numbers(found.rises).items()}
-    return Statistics(grams, each, summed_numbers(found.energies))
+    return Statistics(grams, summed_numbers(found.rises), summed_numbers(found.energies)).over(pairs)
 
 
 def drawn_by(seed: int, number: int) -> torch.Generator:

@@ -297,8 +297,8 @@ def logits(dense: StreamedDense, features: Tensor) -> Tensor:
     return found if bias is None else found + bias
 
 
-def outputs_of(dense: StreamedDense, features: Sequence[Tensor]) -> list[Outputs]:
+def outputs_of(dense: StreamedDense, features: Sequence[Tensor]) -> Outputs:
     """What the task judges, of the features of all batches: the matrix of the logits is read once."""
     whole = torch.cat(list(features))
     with torch.inference_mode():
-        return [(logits(dense, whole), whole)]
+        return logits(dense, whole), whole

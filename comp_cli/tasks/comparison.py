@@ -64,8 +64,13 @@ def read(model: nn.Module, task: Task, batches: Iterable[Batch], advance: Callab
 def judged(task: Task, parts: Sequence[Read]) -> Evaluation:
     """Several batches as one."""
     outputs, samples = concatenate([part.outputs for part in parts]), sum(part.samples for part in parts)
-    known = [part.labels for part in parts if part.labels is not None]
-    if len(known) < len(parts):
+    return judged_as_one(task, outputs, [part.labels for part in parts], samples)
+
+
+def judged_as_one(task: Task, outputs: Outputs, labels: Sequence[Tensor | None], samples: int) -> Evaluation:
+    """Outputs of several batches that are joined already. labels: of each batch, None where nobody said."""
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
         return Evaluation(outputs, None, samples, None, None)
     target = torch.cat(known)
     rankings = task.rankings(outputs, target)

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..runtime.kept_cache import cache_name
+from ..runtime.modeling_comp import refuse_unknown
 from ..runtime.modeling_comp_vlm import made_by
 from ..runtime.token_rules import OF_THE_LAYER_BEFORE, STAGE_RULES, Choice, View, gathered, of_tokens
 from ..runtime.token_selection import Heard, Stage, picked, sources_of
@@ -43,8 +44,10 @@ def attention_node(
     """Attention as one node, ONNX's own of opset 23, key-value heads not repeated; an attention function of transformers.
 
     query (batch, heads, tokens, head_dim); key, value (batch, key-value heads, seen, head_dim); attention_mask (batch or 1, 1,
-    tokens, seen), booleans or what is added to logits, None for all -> (batch, tokens, heads, head_dim).
+    tokens, seen), booleans or what is added to logits, None for all -> (batch, tokens, heads, head_dim). Raises TypeError for
+    arguments that the node does not carry.
     """
+    refuse_unknown(module, kwargs)
     made = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
     return made.transpose(1, 2), None
 
