@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import cosine, in_parts, parser_of, save, take_step
+from training import cosine, in_parts, save, take_step
 from transformers import BertTokenizerFast, BlipConfig, BlipForImageTextRetrieval, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -281,5 +281,11 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, PARTS, threads=2)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--go-on-after", choices=[part.name for part in PARTS[:-1]], help="start from what --output holds")
+    parser.add_argument("--every", type=int, default=100)
     train(parser.parse_args())

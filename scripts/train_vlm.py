@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from train_clip import attention_in_fp32
 from train_demo import KINDS
-from training import cosine, in_parts, parser_of, save, take_step
+from training import cosine, in_parts, save, take_step
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
@@ -440,6 +440,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, PARTS, threads=1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--demo", type=Path, default=Path("comp_cli/demo"), help="the demo BLIP, whose tower is begun with")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--go-on-after", choices=[part.name for part in PARTS[:-1]], help="start from what --output holds")
+    parser.add_argument("--every", type=int, default=100)
     train(parser.parse_args())

@@ -1,4 +1,4 @@
-"""What scripts that train in parts have in common: the command line, the rate, a step, and the log."""
+"""What scripts that train in parts have in common: the rate, a step, and the log."""
 
 import argparse
 import json
@@ -12,18 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-
-def parser_of(description: str, parts: Sequence[Any], threads: int) -> argparse.ArgumentParser:
-    """parts: in their order, each with a `name`. threads: unless others are given."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=threads)
-    parser.add_argument("--go-on-after", choices=[part.name for part in parts[:-1]], help="start from what --output holds")
-    parser.add_argument("--every", type=int, default=100)
-    return parser
 
 
 def in_parts(
