@@ -10,7 +10,7 @@ from . import privacy
 
 privacy.be_silent()  # before anything is imported that would report
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 TYPE_CHECKING = False  # as in typing, which is not imported: no more than is there already, see __main__
 if TYPE_CHECKING:
