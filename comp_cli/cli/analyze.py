@@ -34,6 +34,7 @@ def analyze(
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -57,8 +58,8 @@ def analyze(
 
 
 def _again(context: typer.Context) -> list[str]:
-    """What was typed about the model and its data, which `comp prune` has to be told as well."""
+    """What was typed or stands in a recipe about the model and its data, which `comp prune` has to be told as well."""
     sources = {name: context.get_parameter_source(name) for name in SAME}
-    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    typed = [name for name, source in sources.items() if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")]
     words = [word for name in typed for word in (flag(name), str(context.params[name]))]
     return words + ["--allow-pickle"] * bool(context.params["allow_pickle"])
