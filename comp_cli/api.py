@@ -67,15 +67,17 @@ def analyze(
     score_rows: int = AnalyzeOptions.score_rows,
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
+    png: StrPath | None = AnalyzeOptions.png,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
     progress: Progress | None = None,
 ) -> AnalyzeReport:
-    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere; of a
+    compact model what is left of every layer, and which tokens of sample images and texts stay.
 
     Args:
-        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
+        model: Hub id, hf:// URI, folder (also one that `prune` wrote), "demo" or "demo-vlm".
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         task: evaluation task (default: inferred from the architecture).
         num_samples: image-text pairs for calibration.
@@ -90,6 +92,7 @@ def analyze(
         score_rows: query rows that score image tokens; 0 for all.
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        png: picture to write: which tokens stay in a compact model, a heat map of what matters in a dense one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
@@ -106,6 +109,7 @@ def analyze(
     Example:
         >>> report = comp_cli.analyze("demo", num_samples=16)
         >>> report.layers[0].flops["ffn"]
+        >>> comp_cli.analyze("blip-compact", png="tokens.png").compact.layers[0].heads
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
     options = AnalyzeOptions(
@@ -118,6 +122,7 @@ def analyze(
         device=device,
         data=DataOptions(_text(data), split, *columns),
         task=task,
+        png=_path(png),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 

@@ -214,6 +214,7 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        png: picture to write: which tokens stay in a compact model, what matters in a dense one.
     """
 
     model: str
@@ -225,6 +226,7 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    png: Path | None = None
 
 
 @dataclass(frozen=True)

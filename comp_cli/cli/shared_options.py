@@ -50,6 +50,7 @@ Revision = Annotated[str | None, option(HUB, "Branch, tag or commit on the Hub."
 CacheDir = Annotated[Path | None, option(HUB, "Where downloads are kept (default: $HF_HOME).")]
 AllowPickle = Annotated[bool, option(HUB, "Load pytorch_model.bin where there is no safetensors.", "--allow-pickle")]
 
+Png = Annotated[Path | None, option(OUTPUT, "Draw what matters, or of a compact model which tokens stay.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Replace a folder that comp wrote before.", "--overwrite")]
 Format = Annotated[str, option(OUTPUT, "human, json or quiet.", "--format")]
 Json = Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")]
