@@ -302,6 +302,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
     sizes, ratio = saved(dense, plan, dense.reference)
     if ratio <= 0:
         raise CompError("nothing was pruned.", hint="Raise --ratio.")
+    by_part = (dense.part_params(dense.plan), dense.part_params(plan)) if isinstance(dense, Dense) else None
     return PruneReport(
         comp_version=__version__,
         torch_version=str(torch.__version__),
@@ -315,7 +316,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         reference=Reference(dense.reference.tokens),
         flops=sizes,
         params=params,
-        layers=layer_rows(plan, dense.plan, dense.reference),
+        layers=layer_rows(plan, dense.plan, dense.reference, by_part),
         stages=(),
         compared=(),
         texts={},
