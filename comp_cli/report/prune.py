@@ -6,6 +6,7 @@ from pathlib import Path
 from ..options import PruneOptions
 from ..plan import Plan
 from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Values, if_known, unwritten
+from .samples import Picture, SampleKept
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ class PruneReport(Report):
         seconds: duration of the whole run, s.
         cost: what the search took; left out after a resume.
         output: the folder that was written; null where none was.
+        kept_samples: generated scenes, and which of their tokens stay; none where no tokens leave, or nothing was run.
         plan: every kept head, channel and token count; comp_report.json holds it.
     """
 
@@ -241,4 +243,6 @@ class PruneReport(Report):
     seconds: float | None = if_known()
     cost: SearchCost | None = if_known()
     output: Path | None = None
+    kept_samples: tuple[SampleKept, ...] = ()
     plan: Plan | None = unwritten()
+    pictures: tuple[Picture, ...] = unwritten(())  # of kept_samples, in their order
