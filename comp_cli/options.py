@@ -214,6 +214,7 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        html: page to write.
     """
 
     model: str
@@ -225,6 +226,7 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..report.analyze import (
     LayerInfluence,
 )
 from ..report.base import Reference
+from ..report.interference import conclusions
 from .analyze_decoder import analyze_decoder
 
 PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
@@ -138,4 +139,5 @@ def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> Diagnostics:
                     influence=None if influence is None else LayerInfluence(**asdict(influence)),
                 )
             )
-    return Diagnostics(diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG, tuple(layers))
+    shares = (diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG)
+    return Diagnostics(*shares, tuple(layers), conclusions(layers, diagnostics.LEAST))

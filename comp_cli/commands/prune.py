@@ -234,7 +234,7 @@ def prune_in_memory(
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         size = Sizes(folder_size(dense.source.folder), folder_size(folder))
         report = replace(report, size_bytes=size)
-        write_report(folder, kept_with_folder(report), plan)
+        write_report(folder, kept_with_folder(report), plan, pictures=report.pictures)
         journal.finish(folder / "comp_report.json")
     written()
     journal.remove()

@@ -82,7 +82,7 @@ def prune_tokens(
             progress.say("writing ...")
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
-            write_report(folder, kept_with_folder(report), plan, known)
+            write_report(folder, kept_with_folder(report), plan, known, report.pictures)
     return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 

@@ -43,6 +43,19 @@ def short(number: float) -> str:
     return f"{number:,.4g}"
 
 
+def short_bytes(number: float) -> str:
+    """Three digits, with KiB, MiB or GiB: 172,032 as "168 KiB"."""
+    for power, unit in (30, "GiB"), (20, "MiB"), (10, "KiB"):
+        if number >= 0.9995 * 2**power:
+            return f"{three_digits(number / 2**power)} {unit}"
+    return f"{number:,.4g} B"
+
+
+def short_percent(share: float) -> str:
+    """A share that is a setting: 30 %, 2.5 %."""
+    return f"{100 * share:.3g} %"
+
+
 def three_digits(number: float) -> str:
     """473.3 as "473", 1.9879 as "1.99"."""
     return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"

@@ -55,7 +55,8 @@ def _of_parts(dense: flops.LayerFlops, compact: flops.LayerFlops) -> dict[str, S
 
 def _params_of(params: tuple[Params, Params], tower: str, index: int) -> dict[str, Sizes]:
     dense, compact = params
-    return {part: Sizes(number, compact[tower, index, part]) for (*where, part), number in dense.items() if where == [tower, index]}
+    own = (key for key in dense if key[:2] == (tower, index))
+    return {key[2]: Sizes(dense[key], compact[key]) for key in own}
 
 
 def _of(layer: LayerPlan, dense: LayerPlan, part: str) -> list[int] | None:

@@ -27,7 +27,12 @@ def bars(rows: Sequence[Bar]) -> Html:
     return tag(
         "ul",
         (
-            tag("li", tag("span", row.name, class_="name"), tag("span", row.said, class_="said"), drawn_bar(row.dense, row.compact))
+            tag(
+                "li",
+                tag("span", row.name, class_="name"),
+                tag("span", row.said, class_="said"),
+                drawn_bar(row.dense, row.compact),
+            )
             for row in rows
         ),
         class_="bars",
@@ -74,10 +79,11 @@ def _block(frame: Frame, start: float, width: float, low: float, high: float, ki
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind: (place from 0 to 1, value, what it tells). joined: class of the line through them."""
+    """Points of one kind: (place from 0 to 1, value, what it tells). shape: a name in `SHAPES`, None for a line alone; joined:
+    class of the line through them."""
 
     kind: str
-    shape: str
+    shape: str | None
     points: Sequence[tuple[float, float, str]]
     joined: str | None = None
 
@@ -98,15 +104,14 @@ def scatter(
     for one in series:
         if one.joined is not None:
             marks.append(line(frame, [(x, y) for x, y, _ in one.points], one.joined))
-        marks.append([point(frame, x, y, one.kind, one.shape, said) for x, y, said in one.points])
+        if one.shape is not None:
+            marks.append([point(frame, x, y, one.kind, one.shape, said) for x, y, said in one.points])
     return drawn(label, frame.whole, marks, [draw(frame) for draw in more], below(frame, places, axis))
 
 
 def level(value: float) -> Callable[[Frame], Piece]:
     """A line across at a value."""
-    return lambda frame: tag(
-        "line", class_="level", x1=frame.x(0), x2=frame.x(1), y1=frame.y(value), y2=frame.y(value)
-    )
+    return lambda frame: tag("line", class_="level", x1=frame.x(0), x2=frame.x(1), y1=frame.y(value), y2=frame.y(value))
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,9 @@ def heat_map(label: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Html:
         for place, cell in enumerate(cells):
             where, strong = left + place * room, "on" if cell.share > 0.55 else "off"
             how = {"x": percent_of(where), "width": percent_of(room * 0.97), "y": top + 1, "height": HEAT_ROW - 2}
-            marks.append(tag("rect", tag("title", cell.said), class_="heat", fill_opacity=f"{max(cell.share, 0.03):.2f}", **how))
+            marks.append(
+                tag("rect", tag("title", cell.said), class_="heat", fill_opacity=f"{max(cell.share, 0.03):.2f}", **how)
+            )
             if cell.written is not None:
                 middle = {"x": percent_of(where + room / 2), "y": top + 14, "text_anchor": "middle"}
                 marks.append(tag("text", cell.written, class_=f"cell {strong}", **middle))
@@ -163,6 +170,4 @@ def squares(indices: Sequence[int], columns: int) -> str:
             runs[-1][1] = index
         else:
             runs.append([index, index])
-    return "".join(
-        f"M{start % columns} {start // columns}h{end - start + 1}v1h-{end - start + 1}z" for start, end in runs
-    )
+    return "".join(f"M{start % columns} {start // columns}h{end - start + 1}v1h-{end - start + 1}z" for start, end in runs)

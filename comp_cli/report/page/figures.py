@@ -51,6 +51,11 @@ class Document:
         value = self.at(*path)
         return tag(name, spell(value), class_="figure", data_path=pointer(path), data_value=json.dumps(value))
 
+    def count(self, path: Path) -> Html:
+        """How many entries a list of the document has."""
+        length = len(self.at(*path))
+        return tag("span", f"{length:,}", class_="figure", data_as="length", data_of=pointer(path), data_value=length)
+
     def made(self, how: str, terms: Sequence[Term], spell: Spell, name: str = "span") -> Html:
         """A number made of several of the document. how: a name in `MADE`."""
         value = self.value(how, terms)

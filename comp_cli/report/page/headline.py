@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...tasks.base import is_share
-from ..numbers import mib, percent, short
+from ..numbers import percent, short, short_bytes
 from ..prune_tables import in_words
 from .figures import Document, Path, Spell, signed_points
 from .markup import Html, Piece, joined, tag
@@ -23,6 +23,18 @@ def about(document: Document) -> Html:
         tag("p", f"Reference input: {in_words(found['reference']['tokens'])}. FLOPs are {found['reference']['flops']}."),
         class_="about",
     )
+
+
+def plain_about(document: Document) -> Html:
+    """The same of a document without a reference input."""
+    found = document.content
+    said = [
+        found["architecture"],
+        f"task {found['task']}",
+        f"comp {found['comp_version']}",
+        f"PyTorch {found['torch_version']}",
+    ]
+    return tag("p", " · ".join(said), class_="about")
 
 
 def card(name: str, large: Piece, *small: Piece) -> Html:
@@ -137,7 +149,24 @@ def sizes(document: Document) -> list[Html]:
     """Cards of what prune reports measure in bytes and FLOPs."""
     found = [size_card(document, "FLOPs of a sample", ("flops",), short), size_card(document, "parameters", ("params",), short)]
     if document.get("size_bytes"):
-        found.append(size_card(document, "weights on disk", ("size_bytes",), mib))
+        found.append(size_card(document, "weights on disk", ("size_bytes",), short_bytes))
     if document.get("image_tokens"):
-        found.append(size_card(document, "KV cache behind the prompt", ("image_tokens", "kv_cache_bytes"), mib))
+        found.append(size_card(document, "KV cache behind the prompt", ("image_tokens", "kv_cache_bytes"), short_bytes))
+    return found
+
+
+def agreement_card(document: Document) -> Html:
+    """How often both models say the same."""
+    return card("same prediction as the dense model", document.figure(("quality", "agreement"), percent))
+
+
+def totals(document: Document) -> list[Html]:
+    """Cards of a model that nothing was removed from."""
+    found = [card("FLOPs of a sample", document.figure(("flops", "total"), short))]
+    found.append(card("parameters", document.figure(("params", "total"), short)))
+    if document.get("decoder"):
+        found.append(card("KV cache behind the prompt", document.figure(("decoder", "kv_cache_bytes"), short_bytes)))
+        found.append(card("image tokens", document.figure(("decoder", "image_tokens"), lambda n: f"{n:,}")))
+    if document.get("samples"):
+        found.append(card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data")))
     return found

@@ -85,10 +85,8 @@ def _sums(document: Document, one: Costs) -> list[Html]:
     return [document.made("sum", [list(side.values())], short) for side in sides]
 
 
-def cost_section(document: Document, path: Path, flops: str, params: str) -> Html:
-    """Charts and table of FLOPs and parameters of a list of layers. flops, params: names of entries of each."""
-    counted = costs(document, path, flops)
-    held = costs(document, path, params) if all(params in layer for layer in document.at(*path)) else []
+def cost_section(document: Document, counted: Sequence[Costs], held: Sequence[Costs]) -> Html:
+    """Charts and table of FLOPs and, where they are known, of parameters of every layer."""
     charts = [part_legend(counted), beside(layer_charts(document, counted, "FLOPs"))]
     if held:
         charts.append(beside(layer_charts(document, held, "parameters")))
@@ -104,7 +102,11 @@ def before_after(document: Document, path: Path, tokens: str = "tokens") -> Html
     for tower, indices in towers(layers).items():
         kinds = [kind for kind in UNITS if any(layers[index][kind] is not None for index in indices)]
         rows = [
-            [str(layers[index]["layer"]), *(_kept(document, (*path, index, kind)) for kind in kinds), _flops(document, (*path, index))]
+            [
+                str(layers[index]["layer"]),
+                *(_kept(document, (*path, index, kind)) for kind in kinds),
+                _flops(document, (*path, index)),
+            ]
             for index in indices
         ]
         names = [tokens if kind == "tokens" else UNITS[kind] for kind in kinds]
@@ -130,7 +132,8 @@ def _flops(document: Document, layer: Path) -> Html:
         dense = [(*layer, "flops_of", part, "dense") for part in found["flops_of"]]
     else:
         now, dense = (*layer, "flops", "compact"), [(*layer, "flops", "dense")]
-    return joined([document.figure(now, short), bar(1, document.at(*now) / (document.term(dense) or 1))])
+    said = [document.figure(now, short), " / ", document.made("sum", [dense], short)]
+    return joined([said, bar(1, document.at(*now) / (document.term(dense) or 1))])
 
 
 def _plain(number: float) -> str:

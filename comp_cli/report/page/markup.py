@@ -14,7 +14,7 @@ class Html(str):
 Piece = str | Iterable["Piece"] | None  # what may stand inside an element; None stands for nothing
 
 
-def tag(name: str, *inside: Piece, **attributes: Any) -> Html:
+def tag(name: str, /, *inside: Piece, **attributes: Any) -> Html:
     """An element. Attributes: `class_` for class, `data_path` for data-path; None is left out, True has no value."""
     given = "".join(_attribute(key, value) for key, value in attributes.items() if value is not None and value is not False)
     return Html(f"<{name}{given}>" if name in VOID else f"<{name}{given}>{joined(inside)}</{name}>")

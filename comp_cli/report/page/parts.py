@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..numbers import percent, short
 from .charts import Bar, bars
-from .figures import Document, Path
+from .figures import Document, Path, Term
 from .layers import PARTS, Costs
 from .markup import Html, Piece
 from .shell import beside, figure, folded, legend, section, table
@@ -34,7 +34,7 @@ class Share:
         return document.made("rest" if self.left else "share", [self.now, self.whole], percent)
 
     @property
-    def _cost(self) -> tuple[str, list]:
+    def _cost(self) -> tuple[str, list[Term]]:
         return ("difference", [self.now, self.whole]) if self.left else ("sum", [self.now])
 
 
@@ -80,7 +80,9 @@ def part_section(document: Document, flops: Sequence[Row], params: Sequence[Row]
         cells[index] += _cells(document, row)
     what = legend(("dense", "dense model"), ("compact", "compact model")) if twice else None
     lead = "What each part costs, and what is left of it." if twice else "What each part costs."
-    return section("Where FLOPs and parameters are", what, charts, folded("table: every part", table(columns, cells)), lead=lead)
+    return section(
+        "Where FLOPs and parameters are", what, charts, folded("table: every part", table(columns, cells)), lead=lead
+    )
 
 
 def _columns(name: str, twice: bool) -> list[str]:
@@ -101,5 +103,7 @@ def _bars(document: Document, rows: Sequence[Row]) -> list[Bar]:
         if row.dense is None:
             found.append(Bar(row.now.name, [now, " (", row.now.part(document), ")"], length))
         else:
-            found.append(Bar(row.now.name, [row.dense.said(document), " → ", now], row.dense.number(document) / longest, length))
+            found.append(
+                Bar(row.now.name, [row.dense.said(document), " → ", now], row.dense.number(document) / longest, length)
+            )
     return found

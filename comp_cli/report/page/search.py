@@ -1,5 +1,7 @@
 """What the search looked at and what it took: stages one behind the other, or whole plans beside each other."""
 
+from typing import Any
+
 from ..numbers import percent
 from .charts import Series, scatter
 from .drawing import every
@@ -18,7 +20,8 @@ def stages(document: Document) -> Html | None:
     spell = metric_spell(name)
     furthest = max(one["ratio"] for one in found) or 1
     points = [
-        (one["ratio"] / furthest, one["metric"], f"stage {one['stage']}: {one['mode']}, {spell(one['metric'])}") for one in found
+        (one["ratio"] / furthest, one["metric"], f"stage {one['stage']}: {one['mode']}, {spell(one['metric'])}")
+        for one in found
     ]
     values = [one["metric"] for one in found]
     places = [(0.0, "0 %"), (0.5, percent(furthest / 2)), (1.0, percent(furthest))]
@@ -64,7 +67,9 @@ def compared(document: Document) -> Html | None:
     if chosen is not None:
         series.append(Series("ring", "ring", [point for point in points if point[0] == (chosen + 0.5) * room]))
     places = [((index + 0.5) * room, str(index + 1)) for index in every(len(found))]
-    chart = scatter("loss of each plan", series, (0, max(losses, default=1)), plain_number, places, "plan, in the order of the search")
+    chart = scatter(
+        "loss of each plan", series, (0, max(losses, default=1)), plain_number, places, "plan, in the order of the search"
+    )
     rows: list[list[Piece]] = []
     for index, one in enumerate(found):
         name = f"{index + 1}: taken" if index == chosen else str(index + 1)
@@ -74,17 +79,21 @@ def compared(document: Document) -> Html | None:
     shown = table(["plan", "what it keeps", "FLOPs reduction", "loss"], rows, marked=[] if chosen is None else [chosen])
     lead = joined(
         [
-            f"{len(found)} plans of the ratio were compared, each with its best heads and channels for so many tokens, and refitted. "
-            "The loss is the distance of its features from the dense model's, in units of their variance. The lowest one was taken."
+            f"{len(found)} plans of the ratio were compared. The loss is how far the features of each are from the dense "
+            "model's, in units of their variance, on pairs that it was not refitted on. The plan of the lowest one was taken."
         ]
     )
     key = legend(("compact", "a plan"), ("chosen", "the plan that was taken"))
-    return section("The search: plans that were compared", figure("loss on calibration pairs", chart, key), folded("table: every plan", shown), lead=lead)
+    return section(
+        "The search: plans that were compared",
+        figure("loss on calibration pairs", chart, key),
+        folded("table: every plan", shown),
+        lead=lead,
+    )
 
 
-def _tokens(one: dict) -> str:
+def _tokens(one: dict[str, Any]) -> str:
     """What a plan keeps, in words."""
     said = [f"{stream}: {kept} tokens behind layer {layer}" for stream, (layer, kept) in one["tokens"].items()]
     said += [f"{name}: {count} in each layer" for name, count in (one.get("units") or {}).items()]
     return "; ".join(said) or "all tokens"
-

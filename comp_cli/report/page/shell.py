@@ -31,8 +31,8 @@ def page(title: str, kind: str, about: Sequence[Piece], sections: Sequence[Html 
         "footer",
         tag(
             "p",
-            f"Made by comp {document['comp_version']}. This file loads nothing from anywhere. Its numbers are those of the JSON "
-            "that it holds, ",
+            f"Made by comp {document['comp_version']}. This file loads nothing from anywhere. Its numbers are those of the "
+            "JSON that it holds, ",
             tag("code", '<script id="report">'),
             ".",
         ),
@@ -58,7 +58,12 @@ def table(columns: Sequence[Piece], rows: Sequence[Sequence[Piece]], marked: Seq
     """The first column is text, the others are numbers. marked: rows that stand out."""
     head = tag("tr", (tag("th", name, scope="col") for name in columns))
     body = (
-        tag("tr", tag("th", first, scope="row"), (tag("td", cell) for cell in others), class_="marked" if index in marked else None)
+        tag(
+            "tr",
+            tag("th", first, scope="row"),
+            (tag("td", cell) for cell in others),
+            class_="marked" if index in marked else None,
+        )
         for index, (first, *others) in enumerate(rows)
     )
     return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="wide")
