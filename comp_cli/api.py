@@ -38,6 +38,8 @@ from .report.base import Report
 from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
+from .report.page.files import check_page, write_page
+from .report.page.pages import analyze_page
 from .report.prune import PruneReport
 from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
@@ -71,6 +73,8 @@ def analyze(
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
+    html: StrPath | None = AnalyzeOptions.html,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AnalyzeReport:
     """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere; of a
@@ -96,6 +100,8 @@ def analyze(
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
+        html: page to write: the report to look at, one file that needs nothing else.
+        overwrite: replace a page that comp wrote before.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -123,15 +129,21 @@ def analyze(
         data=DataOptions(_text(data), split, *columns),
         task=task,
         png=_path(png),
+        html=_path(html),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
     def work(told: Progress) -> AnalyzeReport:
         from .commands.analyze import analyze
 
+        if options.html is not None:
+            check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
-    return _reported(work, progress)
+    report = _reported(work, progress)
+    if options.html is not None:
+        write_page(options.html, analyze_page(report.to_json(), report.pictures))
+    return report
 
 
 @checked

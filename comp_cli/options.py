@@ -215,6 +215,7 @@ class AnalyzeOptions(Checked):
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
         png: picture to write: which tokens stay in a compact model, what matters in a dense one.
+        html: page to write.
     """
 
     model: str
@@ -227,6 +228,7 @@ class AnalyzeOptions(Checked):
     data: DataOptions = DataOptions()
     task: str | None = None
     png: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)

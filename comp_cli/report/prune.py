@@ -21,6 +21,9 @@ class LayerKept:
         ffn: feed-forward channels; null where there are none.
         tokens: tokens that the layer hands on, and those that enter the tower.
         flops: FLOPs of the compact layer at the reference input.
+        flops_of: FLOPs of its parts, dense and compact: attention, cross (cross-attention), ffn (feed-forward), and other for
+            what no plan prunes.
+        params_of: parameters of these parts; left out where no weights were read.
     """
 
     tower: str
@@ -30,6 +33,8 @@ class LayerKept:
     ffn: list[int] | None
     tokens: list[int]
     flops: int
+    flops_of: dict[str, Sizes]
+    params_of: dict[str, Sizes] | None = if_known()
 
 
 @dataclass(frozen=True)
