@@ -207,6 +207,7 @@ class PruneReport(Report):
         seconds: duration of the whole run, s.
         cost: what the search took; left out after a resume.
         output: the folder that was written; null where none was.
+        pushed: address of the commit on the Hub; left out where nothing was uploaded.
         plan: every kept head, channel and token count; comp_report.json holds it.
     """
 
@@ -236,4 +237,5 @@ class PruneReport(Report):
     seconds: float | None = if_known()
     cost: SearchCost | None = if_known()
     output: Path | None = None
+    pushed: str | None = if_known()
     plan: Plan | None = unwritten()
