@@ -43,6 +43,7 @@ from ..onnx.write import check_target, write_graphs
 from ..options import LAYOUTS, OPSET, TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import Texts
+from ..report.card_pictures import save_example
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
@@ -176,7 +177,9 @@ def _export(
             parity=tuple(rows),
             size_bytes=folder_size((partial / names[0]).parent),
         )
-        card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)
+        if family.topology.reads_images:
+            save_example(partial)
+        card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest, folder, options.push_to_hub)
         (partial / "README.md").write_text(card, encoding="utf-8")
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         report = replace(report, files={path.relative_to(partial).as_posix(): sha256(path) for path in paths})
