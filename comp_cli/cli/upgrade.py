@@ -13,7 +13,7 @@ from .perform import perform
 
 def upgrade(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
     recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
@@ -28,4 +28,4 @@ def upgrade(
 
     `comp upgrade blip-compact`
     """
-    perform(context, lambda options, out: api.upgrade(**options, progress=out), print_upgraded, lambda report: folder)
+    perform(context, lambda options, out: api.upgrade(**options, progress=out), print_upgraded, lambda report: Path(folder))
