@@ -72,7 +72,7 @@ def run_command(has_stdout: bool = True) -> None:
 
 def end_early(end: Interrupted) -> None:
     """A signal before a command began, or behind its end."""
-    mode = "human" if Output.spoke else streams.asked_mode(sys.argv[1:])
+    mode = "human" if Output.spoke else streams.asked_mode(sys.argv[1:]) or "human"
     Output.command = shlex.join(["comp", *sys.argv[1:]])
     error = interruption(end, False)
     Output(mode).error(error)

@@ -32,7 +32,7 @@ class Output:
     with "github" annotations among what people read, and the Markdown to the summary of the step; with "quiet" only the
     result's path; with "mute" nothing goes anywhere (all processes but the first)."""
 
-    asked = "human"  # the mode of the command that runs, before its parser has read it
+    asked = ""  # the mode of the command that runs, as far as it is known before its parser is done
     spoke = False  # whether its end was told on stdout
     command = "comp"  # the command line that runs
 

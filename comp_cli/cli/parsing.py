@@ -82,7 +82,7 @@ class Commands(TyperGroup):
             return super().main(args, *rest, **options)
         except SystemExit as end:
             if Commands.speaks and end.code and not Output.spoke:
-                Output(Output.asked).error(_refusal(end), say=False)
+                Output(Output.asked or "human").error(_refusal(end), say=False)
             raise
 
 
@@ -99,7 +99,8 @@ def _settle_mode(ctx: Any) -> None:
     found = wanted["COMMANDLINE"] or wanted["DEFAULT_MAP"] or {"human"}
     if len(found) > 1:
         raise typer.BadParameter(f"{' and '.join(sorted(found))} output at once: choose one.", ctx=ctx)
-    ctx.params |= {"form": found.pop(), "as_json": False, "quiet": False}
+    Output.asked = found.pop()
+    ctx.params |= {"form": Output.asked, "as_json": False, "quiet": False}
 
 
 def _refusal(end: SystemExit) -> CompError:

@@ -66,8 +66,7 @@ def follow(ctx: typer.Context, path: Path | None) -> Path | None:
             chosen = read(place, content, ctx)
             ctx.default_map = {name: one.value for name, one in chosen.items()}
             ctx.meta[META] = place, {name: one.where for name, one in chosen.items()}
-            if Output.asked == "human":
-                Output.asked = "json" if ctx.default_map.get("as_json") else ctx.default_map.get("form", "human")
+            Output.asked = Output.asked or ("json" if ctx.default_map.get("as_json") else ctx.default_map.get("form", ""))
     except UsageError as refused:
         hint = None if path is not None else PYPROJECT
         raise typer.BadParameter(refused.message, ctx=ctx, param_hint=hint) from None

@@ -67,14 +67,16 @@ def close_stdout() -> OSError | None:
 
 def asked_mode(arguments: Sequence[str]) -> str:
     """The mode of output that a command line asks for, also where the parser refuses it: `--json`, `--format json`, their
-    beginnings. A format that does not exist is a document, which a program asks for rather than a person."""
+    beginnings; "" where it says nothing. A format that does not exist is a document, which a program asks for rather than a
+    person."""
     words = list(arguments)
     words = words[: words.index("--")] if "--" in words else words
-    form = "human"
+    form = "quiet" if {"-q", "--quiet"} & set(words) else ""
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, given, value = word.partition("=")
         if len(name) > 3 and "--json".startswith(name):
             return "json"
         if len(name) > 4 and "--format".startswith(name):
-            form = value if given else following
-    return form if form in MODES else "json"
+            chosen = value if given else following
+            form = chosen if chosen in MODES else "json"
+    return form
