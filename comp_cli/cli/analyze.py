@@ -33,6 +33,7 @@ def analyze(
     score_rows: given.ScoreRows = AnalyzeOptions.score_rows,
     seed: given.Seed = AnalyzeOptions.seed,
     device: given.Device = AnalyzeOptions.device,
+    png: given.Png = AnalyzeOptions.png,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
@@ -45,7 +46,8 @@ def analyze(
     quiet: given.Quiet = False,
     no_progress: given.NoProgress = False,
 ) -> None:
-    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere; of a
+    compact model what is left of every layer, and which tokens stay.
 
     Examples:
 
@@ -54,6 +56,8 @@ def analyze(
     `comp analyze demo --html demo.html` (the same to look at)
 
     `comp analyze Salesforce/blip-itm-base-coco --data pairs.jsonl --json`
+
+    `comp analyze compact --data pairs.jsonl --png tokens.png`
     """
 
     def show(report: Any, out: Output) -> None:

@@ -262,8 +262,9 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that numbers depend on: a run may go on with more memory, or less."""
-    return {name: value for name, value in asdict(options).items() if name != "max_memory"}
+    """The options that numbers depend on: a run may go on with more memory, or less, and go elsewhere."""
+    others = ("max_memory", "push_to_hub", "private")
+    return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..errors import CompError
 from ..families import Family
 from ..files.store import facts, save_tensors
 from ..plan import Plan
+from ..report.card_pictures import save_example, show_pictures
 from ..report.cards import model_card
 from ..report.page.pages import prune_page
 from .dense import Dense
@@ -68,6 +69,8 @@ def write_beside(
         document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if dense.family.topology.reads_images:
+        save_example(folder)
 
 
 def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +87,10 @@ def write_report(
     known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     pictures: Sequence[Any] = (),
 ) -> None:
-    """The report as a page, and last comp_report.json: sizes and hashes of every file, and the plan with all kept indices.
+    """The report as a page, then comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices.
     known: what is said of files that are not to be read again. pictures: of the samples in the document, PIL images."""
     (folder / PAGE).write_text(prune_page({"schema_version": 1} | document, pictures), encoding="utf-8")
+    show_pictures(folder)
     files = {path.name: known.get(path.name) or facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
     whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")

@@ -165,13 +165,22 @@ def open_dense(
 def find_dense(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
     """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
 
-    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
-        found = find_family(config, task)
+    def dense(config: dict[str, Any], family: Family, architecture: str) -> None:
         if "comp" in config:
             raise RefusedError(
                 f"{model} is a compact model already.",
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
+        accepts(config, family, architecture)
+
+    return find_model(model, progress, task, dense, hub_options)
+
+
+def find_model(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
+    """The same of a model that may be compact."""
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
         accepts(config, *found[:2])
         return found
 

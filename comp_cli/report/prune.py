@@ -214,6 +214,7 @@ class PruneReport(Report):
         cost: what the search took; left out after a resume.
         output: the folder that was written; null where none was.
         kept_samples: generated scenes, and which of their tokens stay; none where no tokens leave, or nothing was run.
+        pushed: address of the commit on the Hub; left out where nothing was uploaded.
         plan: every kept head, channel and token count; comp_report.json holds it.
     """
 
@@ -244,5 +245,6 @@ class PruneReport(Report):
     cost: SearchCost | None = if_known()
     output: Path | None = None
     kept_samples: tuple[SampleKept, ...] = ()
+    pushed: str | None = if_known()
     plan: Plan | None = unwritten()
     pictures: tuple[Picture, ...] = unwritten(())  # of kept_samples, in their order

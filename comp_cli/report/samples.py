@@ -102,7 +102,7 @@ class TokenImportance:
         stream: name of the stream.
         layer: index of the layer in its tower.
         grid: rows and columns of the patches; null for a text.
-        values: of each patch row by row, or of each place of a text from the first word on.
+        values: of each patch row by row, or of each place of a text, [CLS] left out.
     """
 
     stream: str

@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ..checkpoint.folder_check import PICTURE
 from ..errors import UsageError
 from ..files.outputs import atomic_file, check_file, resolve
 from .samples import KeptAt, LayerImportance, Picture, SampleKept, StreamKept, TokenImportance
 
-NAME = "tokens.png"  # beside the weights of a compact model
 MARK = b"drawn by comp"  # in pictures that comp drew, which it may replace
 CELL, GAP, LINE, LEFT = 112, 8, 15, 8  # pixels: a picture, between two, a line of text, the margin
 MOST = 6  # layers that are drawn of a sample; of more these, evenly
@@ -47,7 +47,7 @@ def write(image: Image.Image, path: Path, colours: int = 256) -> None:
 def write_beside_weights(samples: Sequence[SampleKept], pictures: Sequence[Picture], folder: Path) -> None:
     """The picture of a compact folder, where tokens leave."""
     if samples:
-        write(token_picture(samples, pictures), folder / NAME, colours=64)
+        write(token_picture(samples, pictures), folder / PICTURE, colours=64)
 
 
 # Tokens ------------------------------------------------------------------------------------------------------------------
