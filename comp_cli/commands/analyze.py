@@ -22,6 +22,7 @@ from ..report.analyze import (
     LayerInfluence,
 )
 from ..report.base import Reference
+from ..report.interference import conclusions
 from ..report.samples import LayerImportance, TokenImportance
 from ..report.token_picture import check_picture, heat_map, token_picture, write
 from .analyze_compact import analyze_compact, origin_of
@@ -169,4 +170,5 @@ def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> Diagnostics:
                     influence=None if influence is None else LayerInfluence(**asdict(influence)),
                 )
             )
-    return Diagnostics(diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG, tuple(layers))
+    shares = (diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG)
+    return Diagnostics(*shares, tuple(layers), conclusions(layers, diagnostics.LEAST))

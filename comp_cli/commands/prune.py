@@ -239,7 +239,7 @@ def prune_in_memory(
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         size = Sizes(folder_size(dense.source.folder), folder_size(folder))
         report = replace(report, size_bytes=size)
-        write_report(folder, kept_with_folder(report), plan)
+        write_report(folder, kept_with_folder(report), plan, pictures=report.pictures)
         journal.finish(folder / "comp_report.json")
     written()
     journal.remove()
@@ -262,8 +262,9 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that numbers depend on: a run may go on with more memory, or less."""
-    return {name: value for name, value in asdict(options).items() if name != "max_memory"}
+    """The options that numbers depend on: a run may go on with more memory, or less, and go elsewhere."""
+    others = ("max_memory", "push_to_hub", "private")
+    return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
@@ -307,6 +308,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
     sizes, ratio = saved(dense, plan, dense.reference)
     if ratio <= 0:
         raise CompError("nothing was pruned.", hint="Raise --ratio.")
+    by_part = (dense.part_params(dense.plan), dense.part_params(plan)) if isinstance(dense, Dense) else None
     return PruneReport(
         comp_version=__version__,
         torch_version=str(torch.__version__),
@@ -320,7 +322,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         reference=Reference(dense.reference.tokens),
         flops=sizes,
         params=params,
-        layers=layer_rows(plan, dense.plan, dense.reference),
+        layers=layer_rows(plan, dense.plan, dense.reference, by_part),
         stages=(),
         compared=(),
         texts={},

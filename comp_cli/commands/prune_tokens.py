@@ -85,7 +85,7 @@ def prune_tokens(
             write_beside_weights(report.kept_samples, report.pictures, folder)
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
-            write_report(folder, kept_with_folder(report), plan, known)
+            write_report(folder, kept_with_folder(report), plan, known, report.pictures)
     return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 

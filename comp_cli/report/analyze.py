@@ -98,6 +98,35 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True)
+class Conclusion:
+    """What one finding says of a tower.
+
+    Attributes:
+        tower: name of the tower.
+        finding: "tokens" (are the tokens that drive the importance of parameters the top tokens?) or "heads" (do heads of
+            little importance decide which tokens stay?).
+        verdict: "interferes" (remove parameters and tokens together), "separate" (one after the other is fine by this
+            finding), or "unclear".
+        share: of "tokens" the overlap, of "heads" the share of the least important heads that influence strongly; means over
+            layers.
+        judged: what is compared with the limits: of "tokens" how far the overlap is from chance (0) to all (1), of "heads" the
+            share.
+        low: limit at the lower end: below it tokens are others, up to it few heads influence strongly.
+        high: limit at the upper end: from it on tokens are mostly the same, or many heads influence strongly.
+        sentence: the same in words.
+    """
+
+    tower: str
+    finding: str
+    verdict: str
+    share: float
+    judged: float
+    low: float
+    high: float
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Diagnostics:
     """CoMP's two findings per layer (arXiv 2604.02956, section 1), with the shares that define them.
 
@@ -107,6 +136,7 @@ class Diagnostics:
         kept_tokens: share of a sample's tokens that would be kept.
         strong: a head influences strongly if this share of the kept tokens changes without it.
         layers: the findings.
+        conclusions: what follows for the model.
     """
 
     top_tokens: float
@@ -114,6 +144,7 @@ class Diagnostics:
     kept_tokens: float
     strong: float
     layers: tuple[LayerDiagnosis, ...]
+    conclusions: tuple[Conclusion, ...]
 
 
 @dataclass(frozen=True)

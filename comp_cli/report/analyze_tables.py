@@ -169,3 +169,5 @@ def print_diagnosis(found: Diagnostics, out: Printer) -> None:
         f"kept-set change: share of the best {kept} of the tokens that changes without one of the {least} least important "
         f"heads of the layer, and without any one; strong: how many of the least important change {strong} or more."
     )
+    for one in found.conclusions:
+        out.line(one.sentence)
