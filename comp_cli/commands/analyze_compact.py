@@ -177,7 +177,7 @@ def compared(origin: Mapping[str, Any], dense: Side, compact: Side, reference: f
     return Compared(
         base_model=str(origin.get("base_model") or "a dense model"),
         method=str(origin.get("method") or "comp"),
-        ratio=1 - after.total / before.total,
+        ratio=round(1 - after.total / before.total, 5),
         flops=Sizes(before.total, after.total),
         params=Sizes(dense.total, compact.total),
         parts=tuple(parts_compared(dense, compact, before, after, reference.family)),
