@@ -18,8 +18,7 @@ from . import runtimes
 
 REPORT = "comp_report.json"
 PICTURE = "tokens.png"  # which tokens of samples stay
-# People edit the first; nobody reads the second, which no download brings; comp runs its own runtime, not the others.
-FREE = {"README.md", PICTURE, *runtimes.ALL}
+FREE = {"README.md", *runtimes.ALL}  # people edit the one; comp runs its own runtime, not the others
 READ = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"}  # what the libraries open, by suffix
 SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")

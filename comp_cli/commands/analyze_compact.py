@@ -26,6 +26,7 @@ from ..checkpoint.runtimes import runtime_of
 from ..checkpoint.weight_files import check_checkpoint
 from ..data.rows import Pair
 from ..engine import flops
+from ..engine.parts import OTHER, part_params
 from ..engine.scoring import Key
 from ..errors import RefusedError
 from ..families import Family, compact_block
@@ -44,7 +45,7 @@ from ..report.base import Reference, Sizes, Texts
 from ..report.prune_tables import layer_rows
 from ..report.samples import Picture, SampleKept
 from ..report.token_tables import image_tokens
-from .layer_costs import layer_costs, part_params
+from .layer_costs import layer_costs
 
 REPORT = "comp_report.json"
 LARGE = 2**30  # bytes of fp32 weights of a decoder above which it is run only where --data asks for it
@@ -166,8 +167,8 @@ def dense_config(config: dict[str, Any], origin: Mapping[str, Any], family: Fami
 
 def side_of(plan: Plan, skeleton: nn.Module, family: Family) -> Side:
     """skeleton: the model without memory for its weights."""
-    own: list[tuple[str, Tensor]] = list(own_parameters(skeleton))
-    return Side(plan, sum(tensor.numel() for _, tensor in own), part_params(own, family))
+    own: dict[str, Tensor] = dict(own_parameters(skeleton))
+    return Side(plan, sum(tensor.numel() for tensor in own.values()), part_params(own, family))
 
 
 def compared(origin: Mapping[str, Any], dense: Side, compact: Side, reference: flops.Reference) -> Compared:
@@ -210,20 +211,21 @@ def layers_compared(
 def parts_compared(
     dense: Side, compact: Side, before: flops.Flops, after: flops.Flops, family: Family
 ) -> Iterable[PartCompared]:
-    """By tower and part, and last what lies outside of all layers. What no plan prunes of a layer counts with its last part."""
+    """By tower and part, with what no plan prunes of layers where there is such, and last what lies outside of all layers."""
 
-    def whole(counted: flops.Flops, tower: str) -> int:
-        return sum(layer.whole for layer in counted.layers if layer.tower == tower)
+    def cost(counted: flops.Flops, tower: str, part: str) -> int:
+        layers = [layer for layer in counted.layers if layer.tower == tower]
+        return sum(layer.whole if part == OTHER else layer.parts[part] for layer in layers)
 
     def params(side: Side, tower: str, part: str) -> int:
         return sum(number for (name, _, kind), number in side.parts.items() if (name, kind) == (tower, part))
 
     for tower in family.towers:
-        for part in tower.parts:
-            last = part == tower.parts[-1]
-            costs = [counted.part(tower.name, part.name) + last * whole(counted, tower.name) for counted in (before, after)]
-            sizes = Sizes(*(params(side, tower.name, part.name) for side in (dense, compact)))
-            yield PartCompared(tower.name, part.name, Sizes(*costs), sizes)
+        for part in (*(part.name for part in tower.parts), OTHER):
+            costs = Sizes(*(cost(counted, tower.name, part) for counted in (before, after)))
+            sizes = Sizes(*(params(side, tower.name, part) for side in (dense, compact)))
+            if part != OTHER or costs.dense or sizes.dense:
+                yield PartCompared(tower.name, part, costs, sizes)
     outside = Sizes(*(side.total - sum(side.parts.values()) for side in (dense, compact)))
     yield PartCompared("outside", "", Sizes(before.fixed, after.fixed), outside)
 

@@ -15,6 +15,7 @@ from ..checkpoint import hub, loading
 from ..data.batches import Batch, Collator, random_inputs
 from ..data.rows import Pair
 from ..engine import flops, scoring
+from ..engine.parts import part_params
 from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
 from ..engine.token_ranking import with_score_rows
@@ -26,7 +27,6 @@ from ..plan import Plan, dense_plan
 from ..progress import Progress
 
 Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
-OTHER = "other"  # what of a layer is no part that can be pruned
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
@@ -83,20 +83,9 @@ class Dense:
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
 
     def part_params(self, plan: Plan) -> dict[scoring.Key, int]:
-        """Parameters of each part of a plan's layers, norms counted with the part that they belong to; "other": of matrices
-        that no plan prunes. Of shapes alone: no weight is copied."""
+        """Parameters of each part of a plan's layers, see `parts.part_params`. Of shapes alone: no weight is copied."""
         shapes = slice_state({name: tensor.to("meta") for name, tensor in self.state.items()}, self.family, plan)
-        found: dict[scoring.Key, int] = {}
-        for tower in self.family.towers:
-            root = f"{tower.encoder}.{tower.layers}."
-            inside = {part.column.partition(".")[0]: part.name for part in tower.parts if part.is_attention}
-            for name in (name for name in shapes if name.startswith(root)):
-                index, _, path = name.removeprefix(root).partition(".")
-                whole = any(path.startswith(f"{each}.") for each in tower.whole)
-                part = OTHER if whole else inside.get(path.partition(".")[0], tower.parts[-1].name)
-                key = (tower.name, int(index), part)
-                found[key] = found.get(key, 0) + shapes[name].numel()
-        return found
+        return part_params(shapes, self.family)
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""
