@@ -26,7 +26,6 @@ from ..checkpoint.runtimes import runtime_of
 from ..checkpoint.weight_files import check_checkpoint
 from ..data.rows import Pair
 from ..engine import flops
-from ..engine.parts import OTHER, part_params
 from ..engine.scoring import Key
 from ..errors import RefusedError
 from ..families import Family, compact_block
@@ -35,6 +34,7 @@ from ..files.store import departs, read_json
 from ..models.dense import Found, collator, longest_text
 from ..models.described import own_parameters
 from ..models.pairs import Pairs, own_pairs, pair_counts
+from ..models.part_params import part_params
 from ..models.samples import SAMPLES, Runs, kept_samples, of_scenes
 from ..models.stock import changed_config
 from ..options import AnalyzeOptions, HubOptions
@@ -174,7 +174,7 @@ def of_uniform(config: dict[str, Any], report: Mapping[str, Any], family: Family
 def side_of(plan: Plan, skeleton: nn.Module, family: Family) -> Side:
     """skeleton: the model without memory for its weights."""
     own: dict[str, Tensor] = dict(own_parameters(skeleton))
-    return Side(plan, sum(tensor.numel() for tensor in own.values()), part_params(own, family))
+    return Side(plan, sum(tensor.numel() for tensor in own.values()), part_params(own.items(), family))
 
 
 def compared(origin: Mapping[str, Any], dense: Side, compact: Side, reference: flops.Reference) -> Compared:
@@ -217,21 +217,20 @@ def layers_compared(
 def parts_compared(
     dense: Side, compact: Side, before: flops.Flops, after: flops.Flops, family: Family
 ) -> Iterable[PartCompared]:
-    """By tower and part, with what no plan prunes of layers where there is such, and last what lies outside of all layers."""
+    """By tower and part, and last what lies outside of all layers. What no plan prunes of a layer counts with its last part."""
 
-    def cost(counted: flops.Flops, tower: str, part: str) -> int:
-        layers = [layer for layer in counted.layers if layer.tower == tower]
-        return sum(layer.whole if part == OTHER else layer.parts[part] for layer in layers)
+    def cost(counted: flops.Flops, tower: str, part: str, last: bool) -> int:
+        return sum(layer.parts[part] + last * layer.whole for layer in counted.layers if layer.tower == tower)
 
     def params(side: Side, tower: str, part: str) -> int:
         return sum(number for (name, _, kind), number in side.parts.items() if (name, kind) == (tower, part))
 
     for tower in family.towers:
-        for part in (*(part.name for part in tower.parts), OTHER):
-            costs = Sizes(*(cost(counted, tower.name, part) for counted in (before, after)))
-            sizes = Sizes(*(params(side, tower.name, part) for side in (dense, compact)))
-            if part != OTHER or costs.dense or sizes.dense:
-                yield PartCompared(tower.name, part, costs, sizes)
+        for part in tower.parts:
+            last = part == tower.parts[-1]
+            costs = Sizes(*(cost(counted, tower.name, part.name, last) for counted in (before, after)))
+            sizes = Sizes(*(params(side, tower.name, part.name) for side in (dense, compact)))
+            yield PartCompared(tower.name, part.name, costs, sizes)
     outside = Sizes(*(side.total - sum(side.parts.values()) for side in (dense, compact)))
     yield PartCompared("outside", "", Sizes(before.fixed, after.fixed), outside)
 

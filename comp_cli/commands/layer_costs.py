@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from ..engine import flops
-from ..engine.parts import OTHER
 from ..engine.scoring import Key
 from ..models.dense import Dense
 from ..report.analyze import Cost, LayerCost
@@ -22,14 +21,13 @@ def costs(dense: Dense) -> tuple[Cost, Cost, tuple[LayerCost, ...]]:
 
 
 def layer_costs(counted: flops.Flops, params: Mapping[Key, int]) -> tuple[LayerCost, ...]:
-    """Those of every layer's parts, and of what no plan prunes of it, where there is such. params: see `parts.part_params`."""
-
-    def cost(row: flops.LayerFlops) -> LayerCost:
-        own = {part: params.get((row.tower, row.layer, part), 0) for part in (*PARTS, OTHER)}
-        costs = row.parts | {OTHER: row.whole}
-        names = PARTS if not (own[OTHER] or row.whole) else (*PARTS, OTHER)
-        return LayerCost(
-            row.tower, row.layer, {part: costs.get(part, 0) for part in names}, {part: own[part] for part in names}
+    """Those of every layer's parts; what no plan prunes of a layer counts with the last one. params: see `part_params`."""
+    return tuple(
+        LayerCost(
+            row.tower,
+            row.layer,
+            flops={part: row.parts.get(part, 0) + row.whole * (part == list(row.parts)[-1]) for part in PARTS},
+            params={part: params.get((row.tower, row.layer, part), 0) for part in PARTS},
         )
-
-    return tuple(map(cost, counted.layers))
+        for row in counted.layers
+    )

@@ -13,7 +13,6 @@ from ..families import Family, Part, Tower, tower_config
 from ..plan import width_of_head
 from .description_check import Shape, check_description
 
-OTHER = "other"  # what no plan prunes of a layer
 HINT = "The family's description and the weights must fit: see families/base.py, Part."
 
 
@@ -96,19 +95,3 @@ def _check_units(tower: Tower, index: int, part: Part, sizes: dict[str, Any], ma
             if part.is_attention:
                 expected += f", {group} query head(s) of width {width} each"
             raise RefusedError(f"{said}; the part {part.name} expects {expected}.", hint=HINT)
-
-
-def part_params(tensors: Mapping[str, Any], family: Family) -> dict[tuple[str, int, str], int]:
-    """Parameters of each part of the layers, (tower, layer, part) -> numbers, norms counted with the part that they belong to;
-    OTHER: of matrices that no plan prunes. tensors: the weights, torch's, or what has their shapes, by name."""
-    found: dict[tuple[str, int, str], int] = {}
-    for tower in family.towers:
-        root = f"{tower.encoder}.{tower.layers}."
-        inside = {part.column.partition(".")[0]: part.name for part in tower.parts if part.is_attention}
-        for name in (name for name in tensors if name.startswith(root)):
-            index, _, path = name.removeprefix(root).partition(".")
-            whole = any(path.startswith(f"{each}.") for each in tower.whole)
-            part = OTHER if whole else inside.get(path.partition(".")[0], tower.parts[-1].name)
-            key = (tower.name, int(index), part)
-            found[key] = found.get(key, 0) + tensors[name].numel()
-    return found

@@ -15,7 +15,6 @@ from ..checkpoint import hub, loading
 from ..data.batches import Batch, Collator, random_inputs
 from ..data.rows import Pair
 from ..engine import flops, scoring
-from ..engine.parts import part_params
 from ..engine.recover import Fitted, recover
 from ..engine.slicing import slice_state
 from ..engine.token_ranking import with_score_rows
@@ -25,6 +24,7 @@ from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
+from .part_params import part_params
 
 Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
@@ -83,9 +83,9 @@ class Dense:
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
 
     def part_params(self, plan: Plan) -> dict[scoring.Key, int]:
-        """Parameters of each part of a plan's layers, see `parts.part_params`. Of shapes alone: no weight is copied."""
-        shapes = slice_state({name: tensor.to("meta") for name, tensor in self.state.items()}, self.family, plan)
-        return part_params(shapes, self.family)
+        """Parameters of each part of a plan's layers. Of shapes alone: no weight is copied."""
+        shapes = {name: tensor.to("meta") for name, tensor in self.state.items()}
+        return part_params(slice_state(shapes, self.family, plan).items(), self.family)
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""

@@ -27,7 +27,7 @@ class LayerCost:
     Attributes:
         tower: name of the tower.
         layer: index of the layer in it.
-        flops: by part: attention, cross (cross-attention), ffn (feed-forward); other (what is never pruned) where there is any.
+        flops: by part: attention, cross (cross-attention), ffn (feed-forward). What is never pruned counts with the last one.
         params: parameters, by part.
     """
 
@@ -241,8 +241,7 @@ class PartCompared:
 
     Attributes:
         tower: name of the tower; "outside" for what is no layer: embeddings, heads, projections.
-        part: "attention", "cross" (cross-attention), "ffn" (feed-forward), "other" (what is never pruned), or "" outside of the
-            layers.
+        part: "attention", "cross" (cross-attention), "ffn" (feed-forward), or "" outside of the layers.
         flops: of a sample at the reference input.
         params: parameters; shared ones count once.
     """
