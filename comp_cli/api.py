@@ -38,8 +38,6 @@ from .report.base import Report
 from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
-from .report.page.files import check_page, write_page
-from .report.page.pages import analyze_page
 from .report.prune import PruneReport
 from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
@@ -135,6 +133,7 @@ def analyze(
 
     def work(told: Progress) -> AnalyzeReport:
         from .commands.analyze import analyze
+        from .report.page.files import check_page
 
         if options.html is not None:
             check_page(options.html, overwrite=overwrite)
@@ -142,6 +141,9 @@ def analyze(
 
     report = _reported(work, progress)
     if options.html is not None:
+        from .report.page.files import write_page
+        from .report.page.pages import analyze_page
+
         write_page(options.html, analyze_page(report.to_json(), report.pictures))
     return report
 

@@ -1,10 +1,11 @@
 """The page of several ratios: the trade-off, with its knee."""
 
-from ..numbers import percent, short, short_bytes
+from ...tasks.base import is_share
+from ..numbers import percent, short, short_bytes, short_percent
 from .charts import Series, scatter
 from .drawing import Frame, line, nice_ticks
 from .figures import Document, Path, Spell, plain_number
-from .headline import lost, metric_spell
+from .headline import lost, metric_spell, one_pair
 from .markup import Html, Piece, joined, tag
 from .shell import figure, section, table
 
@@ -21,11 +22,10 @@ def trade_off(document: Document) -> Html:
     name = document.get("metric") if key == "metric" else "agreement with the dense model"
     measured = [index for index, point in enumerate(points) if point[key] is not None and point["reached"] is not None]
     chart = _curve(document, key, name or key, measured) if measured else tag("p", "Nothing was measured.")
-    said = (
-        f"On {document.at('samples'):,} pairs that pruning did not see ({document.at('data')})."
-        if document.get("samples")
-        else None
-    )
+    said = None
+    if document.get("samples"):
+        said = f"On {document.at('samples'):,} pairs that pruning did not see ({document.at('data')})."
+        said += one_pair(name or "", document.at("samples")) if key == "metric" else ""
     return section(
         "What each ratio costs",
         figure(f"{name} over FLOPs reduction", chart),
@@ -58,20 +58,20 @@ def _curve(document: Document, key: str, name: str, measured: list[int]) -> Html
     series += [Series("ring", "ring", at_knee)]
 
     def more(frame: Frame) -> Piece:
-        names = [(x, y, f"{ratio:g}: {spell(y)}") for (x, y, _), (_, _, ratio) in zip(marks, found, strict=True)]
-        texts = [_beside(frame, x, y, text) for x, y, text in [(0.0, dense, f"dense: {spell(dense)}"), *names]]
-        return [texts, line(frame, [path[0], path[-1]], "chord") if knee is not None else None]
+        named = [(0.0, dense, "dense"), *((x, y, f"{ratio:g}") for (x, y, _), (_, _, ratio) in zip(marks, found, strict=True))]
+        chord = line(frame, [path[0], path[-1]], "chord") if knee is not None else None
+        return [chord, [_above(frame, *each) for each in named]]
 
     values = [y for _, y in path]
-    places = [(tick / furthest, percent(tick)) for tick in ticks]
+    places = [(tick / furthest, short_percent(tick)) for tick in ticks]
     label = f"{name} over the FLOPs reduction of each ratio"
-    return scatter(label, series, (min(values), max(values)), spell, places, "FLOPs reduction", more)
+    marked = short_percent if key == "agreement" or is_share(name) else spell
+    return scatter(label, series, (min(values), max(values)), marked, places, "FLOPs reduction", more)
 
 
-def _beside(frame: Frame, x: float, y: float, text: str) -> Html:
-    """A text beside a point, on the side where there is room."""
-    anchor, off = ("end", -10) if x > 0.5 else ("start", 10)
-    return tag("text", text, class_="value", x=frame.x(x), dx=off, y=frame.y(y) + 14, text_anchor=anchor)
+def _above(frame: Frame, x: float, y: float, text: str) -> Html:
+    """A text above a point."""
+    return tag("text", text, class_="value", x=frame.x(x), y=frame.y(y) - 13, text_anchor="middle")
 
 
 def _knee(document: Document, measured: list[int]) -> Html:
@@ -93,7 +93,7 @@ def _table(document: Document) -> Html:
     ]
     used = [kind for kind in kinds if any(point[kind[0]] for point in points)]
     metric = document.get("metric")
-    rows: list[list[Piece]] = []
+    rows: list[list[Piece]] = [_dense(document, [(key, spell) for key, _, spell in used], metric)]
     for index, point in enumerate(points):
         path: Path = ("points", index)
         cells: list[Piece] = [document.figure((*path, "reached"), percent) if point["reached"] is not None else "-"]
@@ -120,8 +120,19 @@ def _table(document: Document) -> Html:
         name = f"{point['ratio']:g}" + (", the knee" if point["ratio"] == document.get("knee") else "")
         rows.append([name, *cells])
     columns = ["ratio", "FLOPs reduction", *(name for _, name, _ in used), *([metric] if metric else []), "agreement", "folder"]
-    knee = [index for index, point in enumerate(points) if point["ratio"] == document.get("knee")]
+    knee = [index for index, point in enumerate(points, start=1) if point["ratio"] == document.get("knee")]
     return table(columns, rows, marked=knee)
+
+
+def _dense(document: Document, sizes: list[tuple[str, Spell]], metric: str | None) -> list[Piece]:
+    """The row of the dense model, of the first ratio that tells each number."""
+
+    def first(key: str, spell: Spell) -> Piece:
+        known = next((index for index, point in enumerate(document.at("points")) if point[key]), None)
+        return "-" if known is None else document.figure(("points", known, key, "dense"), spell)
+
+    measured = [first("metric", metric_spell(metric))] if metric else []
+    return ["dense", "-", *(first(*each) for each in sizes), *measured, "-", "-"]
 
 
 def _folder(folder: str | None) -> Piece:
