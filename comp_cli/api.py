@@ -133,14 +133,15 @@ def analyze(
 
     def work(told: Progress) -> AnalyzeReport:
         from .commands.analyze import analyze
-        from .report.page.files import check_page
 
         if options.html is not None:
+            from .report.page.files import check_page
+
             check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
     report = _reported(work, progress)
-    if options.html is not None:
+    if options.html is not None:  # with what was warned of
         from .report.page.files import write_page
         from .report.page.pages import analyze_page
 
