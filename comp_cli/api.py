@@ -38,6 +38,8 @@ from .report.base import Report
 from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
+from .report.page.files import check_page, write_page
+from .report.page.pages import analyze_page
 from .report.prune import PruneReport
 from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
@@ -67,15 +69,19 @@ def analyze(
     score_rows: int = AnalyzeOptions.score_rows,
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
+    png: StrPath | None = AnalyzeOptions.png,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
+    html: StrPath | None = AnalyzeOptions.html,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AnalyzeReport:
-    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere; of a
+    compact model what is left of every layer, and which tokens of sample images and texts stay.
 
     Args:
-        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
+        model: Hub id, hf:// URI, folder (also one that `prune` wrote), "demo" or "demo-vlm".
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         task: evaluation task (default: inferred from the architecture).
         num_samples: image-text pairs for calibration.
@@ -90,9 +96,12 @@ def analyze(
         score_rows: query rows that score image tokens; 0 for all.
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        png: picture to write: which tokens stay in a compact model, a heat map of what matters in a dense one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
+        html: page to write: the report to look at, one file that needs nothing else.
+        overwrite: replace a page that comp wrote before.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -106,6 +115,7 @@ def analyze(
     Example:
         >>> report = comp_cli.analyze("demo", num_samples=16)
         >>> report.layers[0].flops["ffn"]
+        >>> comp_cli.analyze("blip-compact", png="tokens.png").compact.layers[0].heads
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
     options = AnalyzeOptions(
@@ -118,15 +128,22 @@ def analyze(
         device=device,
         data=DataOptions(_text(data), split, *columns),
         task=task,
+        png=_path(png),
+        html=_path(html),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
     def work(told: Progress) -> AnalyzeReport:
         from .commands.analyze import analyze
 
+        if options.html is not None:
+            check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
-    return _reported(work, progress)
+    report = _reported(work, progress)
+    if options.html is not None:
+        write_page(options.html, analyze_page(report.to_json(), report.pictures))
+    return report
 
 
 @checked

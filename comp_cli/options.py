@@ -214,6 +214,8 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        png: picture to write: which tokens stay in a compact model, what matters in a dense one.
+        html: page to write.
     """
 
     model: str
@@ -225,6 +227,8 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    png: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from ..files.store import JSON_LIMIT, departs, read_json
 from . import runtimes
 
 REPORT = "comp_report.json"
-FREE = {"README.md", *runtimes.ALL}  # people edit the one; comp runs its own runtime, not the others
+PICTURE = "tokens.png"  # which tokens of samples stay
+# People edit the first; nobody reads the second, which no download brings; comp runs its own runtime, not the others.
+FREE = {"README.md", PICTURE, *runtimes.ALL}
 READ = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"}  # what the libraries open, by suffix
 SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")

@@ -57,6 +57,7 @@ PushToHub = Annotated[
 ]
 Private = Annotated[bool, option(HUB, "Make that repository a private one.", "--private")]
 
+Png = Annotated[Path | None, option(OUTPUT, "Draw what matters, or of a compact model which tokens stay.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Replace a folder that comp wrote before.", "--overwrite")]
 Format = Annotated[str, option(OUTPUT, "human, json or quiet.", "--format")]
 Json = Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")]
