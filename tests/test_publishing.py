@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,45 @@ def test_an_upload_that_fails_keeps_the_folder_and_says_how_to_go_on(hub, tmp_pa
     for wrong in (["--dry-run"], ["-o", "d", "--ratio", "0.3,0.5"]):
         done = comp("prune", dense, "--ratio", 0.3, *wrong, "--push-to-hub", "me/new", folder=tmp_path, **environment(hub))
         assert done.returncode == 2 and "--push-to-hub" in done.stderr
+
+
+HOSTILE = """
+import json, sys
+import comp_cli
+from comp_cli.errors import CompError
+for work in (lambda: comp_cli.load("me/hostile"), lambda: comp_cli.export("me/hostile", output=json.load(sys.stdin))):
+    print(json.dumps({"made": type(work()).__name__}))
+for work in (
+    lambda: comp_cli.bench("me/hostile"),
+    lambda: comp_cli.bench("me/hostile", baseline="me/dense", revision="main"),
+    lambda: comp_cli.export("me/dense"),
+    lambda: comp_cli.upgrade("hf://me/hostile"),
+    lambda: comp_cli.upgrade("me/hostile"),
+    lambda: comp_cli.load_onnx("me/hostile"),
+    lambda: comp_cli.load("me/nothing"),
+):
+    try:
+        work()
+        print(json.dumps({"message": "nothing"}))
+    except CompError as error:
+        print(json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint or ""}))
+"""
+
+
+def test_code_of_a_repository_is_not_run(hub, compact_folder, tiny_folder, tmp_path):
+    """And what else is said of models on the hub: which dense one is meant, that it is none, that it is not changed."""
+    folder = shutil.copytree(compact_folder, tmp_path / "hostile")
+    (folder / "modeling_comp.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
+    hub.repos |= {"me/hostile": Repo({"main": folder}), "me/dense": Repo({"main": tiny_folder})}
+    (tmp_path / "cache").mkdir()
+    loaded, exported, *refused = run(HOSTILE, str(tmp_path / "graphs"), hub, tmp_path / "cache")
+    assert loaded["made"].startswith("Compact") and exported["made"] == "ExportReport"
+    assert not (tmp_path / "trace").exists() and not list(tmp_path.rglob("cache/modules/**/modeling_comp.py"))
+    said = ["no way to it", "both on the hub", "not a compact model", "changes files", "changes files", "holds no graphs"]
+    for answer, words in zip(refused, [*said, "was not found on the Hub"], strict=True):
+        assert words in answer["message"], answer
+    assert [answer["code"] for answer in refused] == [2, 2, 4, 2, 2, 4, 4]
+    assert "hf download me/hostile" in refused[3]["hint"] and "hf://me/hostile@main" in refused[1]["hint"]
 
 
 def environment(hub) -> dict[str, str]:
