@@ -16,6 +16,7 @@ from PIL import Image
 import comp_cli
 
 FEW = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
+SHORT = FEW | {"num_samples": 4, "stage_samples": 2, "eval_samples": 2, "looks": 1}
 TEXTS = ["a red circle", "two blue squares"]
 REMOTE = {"trust_remote_code": True}
 
@@ -63,15 +64,15 @@ def test_the_pipeline_of_siglip_answers_as_comp_does(tmp_path, picture, monkeypa
     assert found["compact"] == pytest.approx(right.tolist(), abs=1e-5) and found["compact"] != found["dense"]
 
 
-@pytest.mark.parametrize("how", [{"ratio": 0.4}, {"ratio": 0.3, "uniform": True, "modes": "language_params"}, {"tokens": 9}])
+@pytest.mark.parametrize("how", [{"ratio": 0.4} | SHORT, {"ratio": 0.3, "uniform": True} | SHORT, {"tokens": 9}])
 def test_the_pipeline_of_decoders_writes_what_comp_writes(how, tmp_path, picture):
     """Parameters gone, or alike in every layer (a stock class, without remote code), or image tokens gone."""
     dense = tiny.write("llava", tmp_path / "dense")
     folder = tmp_path / "compact"
-    comp_cli.prune(dense, output=folder, **how, **(FEW if "ratio" in how else {}))
+    comp_cli.prune(dense, output=folder, **how)
     remote = {} if "uniform" in how else REMOTE
     assert ("auto_map" in json.loads((folder / "config.json").read_text())) == bool(remote)
-    asked, few = "user <image> a red circle a", {"max_new_tokens": 5, "do_sample": False}
+    asked, few = "user <image> a red circle a", {"max_new_tokens": 5, "min_new_tokens": 3, "do_sample": False}
     pipe = transformers.pipeline("image-text-to-text", model=str(folder), **remote)
     said = pipe(picture, text=asked, generate_kwargs=few)[0]["generated_text"]
     given = pipe.processor(images=picture, text=asked, return_tensors="pt")

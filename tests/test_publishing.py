@@ -223,6 +223,7 @@ def test_what_was_pruned_and_exported_to_the_hub_is_the_same_for_everybody(hub, 
     assert all(logits == first for logits in others)
     expected = torch.tensor(first).softmax(0).tolist()
     assert [found["pipe"]["a red circle"], found["pipe"]["two squares"]] == pytest.approx(expected, abs=1e-5)
+    assert "[report.html](report.html)" in (compact / "README.md").read_text()
     for folder in (compact, graphs):  # the code of the cards takes model, processor and picture from the repository
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         assert f"/{folder.name}" in code and "scene.png" in code
@@ -249,6 +250,7 @@ import comp_cli
 from comp_cli.errors import CompError
 for work in (lambda: comp_cli.load("me/hostile"), lambda: comp_cli.export("me/hostile", output=json.load(sys.stdin))):
     print(json.dumps({"made": type(work()).__name__}))
+print(json.dumps({"made": comp_cli.analyze("hf://me/hostile@main").compact is not None}))
 for work in (
     lambda: comp_cli.bench("me/hostile"),
     lambda: comp_cli.bench("me/hostile", baseline="me/dense", revision="main"),
@@ -272,8 +274,8 @@ def test_code_of_a_repository_is_not_run(hub, compact_folder, tiny_folder, tmp_p
     (folder / "modeling_comp.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
     hub.repos |= {"me/hostile": Repo({"main": folder}), "me/dense": Repo({"main": tiny_folder})}
     (tmp_path / "cache").mkdir()
-    loaded, exported, *refused = run(HOSTILE, str(tmp_path / "graphs"), hub, tmp_path / "cache")
-    assert loaded["made"].startswith("Compact") and exported["made"] == "ExportReport"
+    loaded, exported, analyzed, *refused = run(HOSTILE, str(tmp_path / "graphs"), hub, tmp_path / "cache")
+    assert loaded["made"].startswith("Compact") and exported["made"] == "ExportReport" and analyzed["made"]
     assert not (tmp_path / "trace").exists() and not list(tmp_path.rglob("cache/modules/**/modeling_comp.py"))
     said = ["no way to it", "both on the hub", "not a compact model", "changes files", "changes files", "holds no graphs"]
     for answer, words in zip(refused, [*said, "was not found on the Hub"], strict=True):

@@ -1,5 +1,6 @@
 """A folder that comp wrote becomes a repository on the hub: whole, as one commit, or not at all. Light to import."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Target:
 
     def later(self, folder: Path) -> str:
         """The command line that uploads a folder by hand."""
-        return f"hf upload {self.name} {folder} .{' --private' * self.private}"
+        return f"hf upload {self.name} {shlex.quote(str(folder))} .{' --private' * self.private}"
 
 
 @dataclass(frozen=True)
