@@ -82,7 +82,13 @@ def test_decoders(place, how, monkeypatch, request):
 
 
 def test_names_of_the_hub_and_words_stay():
-    known = {"name_or_path": "org/name", "unk_token": "/", "text_config": {"_name_or_path": "lmsys/vicuna"}, "list": [{"a": 1}]}
+    known = {
+        "name_or_path": "org/name",
+        "unk_token": "/",
+        "text_config": {"_name_or_path": "lmsys/vicuna"},
+        "list": [{"a": 1}],
+        "id2label": {0: "/"},
+    }
     assert without_places(known) == known
     told = {"tokenizer_file": "C:\\Users\\me\\x.json", "text_config": {"_name_or_path": "/home/me"}, "is_local": True}
     assert without_places(told) == {"text_config": {}}

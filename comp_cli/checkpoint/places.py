@@ -22,9 +22,9 @@ def without_places(settings: Any) -> Any:
     return {name: without_places(value) for name, value in settings.items() if not tells_place(name, value)}
 
 
-def tells_place(name: str, value: Any) -> bool:
-    """Whether a setting is of the machine alone."""
-    return name in FLAGS or (name.endswith(NAMES) and isinstance(value, str) and ABSOLUTE.match(value) is not None)
+def tells_place(name: object, value: Any) -> bool:
+    """Whether a setting is of the machine alone. Names of labels are numbers, in what was not read from JSON."""
+    return name in FLAGS or (isinstance(value, str) and str(name).endswith(NAMES) and ABSOLUTE.match(value) is not None)
 
 
 def copy_settings(source: Path, target: Path) -> None:
