@@ -65,6 +65,14 @@ def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Late
     return Latency(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
 
 
+def median_interval(times: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The median, and the ends of its 95 % interval: a bootstrap over rounds."""
+    found = np.asarray(times)
+    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))
+    low, high = np.percentile(np.median(found[drawn], axis=-1), [2.5, 97.5]).tolist()
+    return float(np.median(found)), low, high
+
+
 def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Factor:
     """Median before over median after; both hold one time per round, in the same order.
 
