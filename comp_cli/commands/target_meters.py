@@ -25,12 +25,16 @@ from ..options import ResolvedOptions, Target
 from ..plan import Plan
 from ..progress import Progress, Silent
 from ..report.prune import PruneReport, Reading
+from ..report.prune_tables import target_value
 from ..search.once import Once
 from ..search.processes import from_main
 from ..tasks.base import is_share
 from .judging import compare, loss_in_words, lost
 
-OFTEN, LONG = (10, 1.0), (20, 5.0)  # rounds and seconds at least: on the way, and of the model that is written
+ROUNDS = 10  # at least
+OFTEN, LONG = (0.5, 5.0), (3.0, 20.0)  # seconds at least and at most: on the way, and of the model that is written
+WIDTH = 0.05  # of an interval, as a share of the value: narrow enough
+WIDE = 0.15  # so much is told
 MARGIN = 0.02  # of a time that is aimed at, so that what is measured anew does not miss by its noise
 KINDS = {dtype: kind for kind, dtype in KNOWN.items()} | {torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
 
@@ -86,7 +90,7 @@ class SizeMeter:
         return math.log(found.value / self.target.wanted)
 
     def in_words(self, found: Reading) -> str:
-        return f"{found.value / 1e6:,.3f} MB"
+        return target_value(self.target.kind, found)
 
 
 class ClockMeter:
@@ -121,20 +125,26 @@ class ClockMeter:
         return self._clocked({"dense": self.stock, "compact": model}, OFTEN)
 
     def final(self, model: nn.Module, report: PruneReport) -> Reading:
-        return self._clocked({"dense": self.stock, "compact": model}, LONG)
+        found = self._clocked({"dense": self.stock, "compact": model}, LONG)
+        if found.high - found.low > WIDE * found.value:
+            said = f"{self.target.option}: times vary here, so that what was measured is {self.in_words(found)}"
+            self.progress.warn(f"{said}, 95 % interval. A machine that does nothing else says more.")
+        return found
 
-    def _clocked(self, models: dict[str, nn.Module], often: tuple[int, float]) -> Reading:
+    def _clocked(self, models: dict[str, nn.Module], seconds: tuple[float, float]) -> Reading:
         """Of several processes the first one measures, while the others wait."""
 
         def measured() -> Reading:
             runners = {side: self._runner(model) for side, model in models.items()}
-            taken = timing.time_interleaved(runners, self.inputs, 1, *often, Silent())
-            if self.target.kind == "target_speedup":
-                found = timing.speedup(taken["dense"], taken["compact"], self.seed)
-                return Reading(found.value, found.low, found.high)
-            return Reading(*timing.median_interval(list(taken.values())[-1], self.seed))
+            return Reading(*timing.time_until(runners, self.inputs, self._of, ROUNDS, WIDTH, seconds))
 
         return from_main(measured)
+
+    def _of(self, taken: dict[str, list[float]]) -> tuple[float, float, float]:
+        if self.target.kind == "target_speedup":
+            found = timing.speedup(taken["dense"], taken["compact"], self.seed)
+            return found.value, found.low, found.high
+        return timing.median_interval(taken.get("compact", taken["dense"]), self.seed)
 
     def _runner(self, model: nn.Module) -> timing.Runner:
         if not self.writes:
@@ -149,8 +159,7 @@ class ClockMeter:
         return times + MARGIN * aimed
 
     def in_words(self, found: Reading) -> str:
-        unit, digits = ("times", 2) if self.target.kind == "target_speedup" else ("ms", 2)
-        return f"{found.value:.{digits}f} {unit} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+        return target_value(self.target.kind, found)
 
 
 class DropMeter:
@@ -204,7 +213,7 @@ class DropMeter:
         return max(left, 1e-9) if found.value <= self.target.wanted else left  # what loses just as much is allowed
 
     def in_words(self, found: Reading) -> str:
-        return f"{loss_in_words(self.quality)}, {found.value:.2f} points"
+        return f"{loss_in_words(self.quality)}, by {target_value(self.target.kind, found)}"
 
 
 def exact(value: float) -> Reading:

@@ -6,19 +6,19 @@ the ratio that was found. What was measured stands in a journal of its own, `.NA
 killed goes on.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checkpoint.loading import pick_dtype
 from ..data.batches import fingerprint
 from ..engine import allocation
-from ..engine.crossing import Bracket, crossing, settle
+from ..engine.crossing import DIGITS, Curve, crossing, settle
 from ..engine.methods import METHODS
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..files.outputs import reserve, resolve
@@ -31,6 +31,7 @@ from ..report.prune import PruneReport, RatioTried, Reading, TargetReached
 from ..search.journal import Journal
 from ..search.once import Once
 from ..search.processes import check_launch, from_main, is_main_process, join, process_device
+from ..search.reach import nearest, reached
 from ..search.run import Ready, calibration_pairs, descent_of, prepare, seek, space_of, state_of
 from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
@@ -124,16 +125,19 @@ class TargetRun:
         self.tried: dict[str, RatioTried] = {}  # by ratio and cuts
         self.states: dict[str, Any] = {}  # ratio -> what its search ended with, as JSON
         self.cuts: dict[str, allocation.Cut] = {}  # of the last whole plan
+        self.largest = LARGEST
+        self.in_reach: Callable[[float], float | None] = lambda ratio: ratio  # the nearest ratio that a search finds a plan of
 
     def run(self) -> PruneReport:
         """The ratio, then its model."""
         opened: Opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
         self.opened, self.resolved = opened, opened.resolved
         from_main(lambda: self._restore(opened))
-        self.ready = prepare(opened.dense, opened.pairs, self.resolved, None, self.progress, self.once)
+        quiet = Unwarned(self.progress)
+        self.ready = prepare(opened.dense, opened.pairs, self.resolved, None, quiet, self.once)
         self.meter = self._meter(opened)
         self._check_needed()
-        return self._written(self._ratio(self._guide()))
+        return self._written(self._ratio())
 
     def _restore(self, opened: Opened) -> None:
         """What a killed run measured. Raises UsageError where it had other settings."""
@@ -170,40 +174,53 @@ class TargetRun:
             said = f"{self.target.option}: the dense model has that, {self.meter.in_words(self.dense)}."
             raise UsageError(said, hint="Ask for less, or say how much to remove: --ratio 0.5.")
 
-    def _ratio(self, guide: Callable[[float], float | None] | None) -> float:
+    def _ratio(self) -> float:
         """The ratio that the target asks for. Raises DeadEnd or GateError where there is none."""
-        least = self.target.is_least
-        if guide is None:
-            found = crossing(self._whole, 0.0, LARGEST, self.tolerance)
+        least, over = self.target.is_least, self._at_zero()
+        if not METHODS[self.resolved.method].compares_plans or self.resolved.uniform:  # plans cost what they cost
+            found = crossing(self._whole, 0.0, LARGEST, self.tolerance, over)
         else:
-            found = settle(self._whole, guide, 0.0, LARGEST, self.tolerance, least=least, most=WHOLE)
+            guide = self._guide()
+            found = settle(self._whole, guide, 0.0, self.largest, self.tolerance, over, least=least, most=WHOLE)
         chosen = found.below if least else found.above
         if not chosen:
-            raise self._unreached(found)
+            raise self._unreached()
         return chosen
 
-    def _guide(self) -> Callable[[float], float | None] | None:
-        """A curve that is cheap: of plans whose tokens go as those of the last whole plan. None for methods that find plans in
-        stages, and for uniform plans."""
-        if not METHODS[self.resolved.method].compares_plans or self.resolved.uniform:
-            return None
+    def _at_zero(self) -> float:
+        """The excess of the dense model, about."""
+        if self.target.kind == "max_drop":
+            return max(self.target.wanted, 1e-9)
+        return math.log(self.target.wanted) if self.dense is None else self.meter.excess(self.dense, aimed=True)
+
+    def _guide(self) -> Curve:
+        """A curve that is cheap: of plans whose tokens go as those of the last whole plan."""
         ready = self.ready
         space = space_of(ready.dense, self.resolved, ready.way.prices or {})
-        streams, _ = descent_of(ready.dense, ready.way, ready.batches, space)
-        begins = {name: (min(round(depths[0] * layers), layers - 1)) for name, (layers, depths) in streams.items()}
+        streams, steps = descent_of(ready.dense, ready.way, ready.batches, space)
+        self.largest = round(min(LARGEST, space.most(streams)), DIGITS)
+        begins = {name: min(round(depths[0] * layers), layers - 1) for name, (layers, depths) in streams.items()}
         self.cuts = {name: allocation.Cut(layer, allocation.START) for name, layer in begins.items()}
+        self.in_reach = lambda ratio: nearest(
+            ratio, lambda each: reached(each, space, streams, steps) is not None, LARGEST, 1000
+        )
 
-        def guide(ratio: float) -> float | None:
-            plan = space.candidate(ratio, self.cuts) or space.candidate(ratio, {})
+        def guide(ratio: float) -> tuple[float, float] | None:
+            plan = space.nearest(ratio, self.cuts) or space.nearest(ratio, {})
             if plan is None:
                 return None
             cuts = ",".join(f"{name}:{cut.layer}:{cut.share}" for name, cut in sorted(self.cuts.items()))
-            return self._measured(ratio, f"{ratio} {cuts}", lambda: self._model(ready, plan), plan, whole=False)
+            return ratio, self._measured(ratio, f"{ratio} {cuts}", lambda: self._model(ready, plan), plan, whole=False)
 
         return guide
 
-    def _whole(self, ratio: float) -> float | None:
-        """What a plan is worth that is searched for as `comp prune --ratio` does it; None where there is none."""
+    def _whole(self, ratio: float) -> tuple[float, float] | None:
+        """What a plan is worth that is searched for as `comp prune --ratio` does it, or where there is none, one beside it;
+        None where there is none near."""
+        near = self.in_reach(ratio)
+        if near is None:
+            return None
+        ratio = near
         self.progress.say(f"ratio {ratio:g} ...")
         key, opened, quiet = f"{ratio}", self.opened, Unwarned(self.progress)
         if (known := self.tried.get(key)) and known.found is None:
@@ -227,7 +244,7 @@ class TargetRun:
                 return self._model(self.ready, plan)
             return found.way.finish(found.state, found.way.build(plan), quiet)
 
-        return self._measured(ratio, key, model, plan, whole=True)
+        return ratio, self._measured(ratio, key, model, plan, whole=True)
 
     def _model(self, ready: Ready, plan: Plan) -> nn.Module:
         """Of a plan, recovered where the weights matter."""
@@ -249,7 +266,7 @@ class TargetRun:
         if self.journal is not None:
             self.journal.save({"tried": {key: asdict(found) for key, found in self.tried.items()}, "states": self.states})
 
-    def _unreached(self, found: Bracket) -> CompError:
+    def _unreached(self) -> CompError:
         """Why no ratio has the target, and what is in reach."""
         wholes = [tried for tried in self.tried.values() if tried.found is not None and (tried.whole or not self.states)]
         if not wholes:
@@ -289,30 +306,34 @@ class TargetRun:
                     raise
                 ratio = following
 
+    def _holds(self, found: Reading) -> bool:
+        excess = self.meter.excess(found, aimed=False)
+        return excess <= 0 if self.target.is_least else excess > 0
+
     def _following(self, ratio: float, missed: int) -> float | None:
-        """The ratio to try behind one that missed: of a loss the next smaller one that held on the way, else a step more."""
-        if self.target.is_least:
-            larger = round(ratio + STEP, 3)
-            return larger if missed == 1 and larger <= LARGEST and self._whole(larger) is not None else None
-        held = (
-            tried.ratio
-            for tried in self.tried.values()
-            if tried.whole and tried.ratio < ratio and tried.found and self.meter.excess(tried.found, aimed=False) > 0
-        )
-        following = max(held, default=round(ratio - 2 * self.tolerance, 3))
-        return following if missed <= BACK and following > self.tolerance else None
+        """The ratio to try behind one that missed: a step more, once; of a loss the next smaller one that held on the way, or a
+        step less, a few times."""
+        if missed > (1 if self.target.is_least else BACK):
+            return None
+        held = [each.ratio for each in self.tried.values() if each.whole and each.found and self._holds(each.found)]
+        if not self.target.is_least and (smaller := [each for each in held if each < ratio]):
+            return max(smaller)
+        step = STEP if self.target.is_least else -2 * self.tolerance
+        if not self.tolerance < (wanted := round(ratio + step, DIGITS)) <= self.largest:
+            return None
+        found = self._whole(wanted)
+        return found[0] if found is not None and (found[0] - ratio) * step > 0 else None
 
     def _attempt(self, ratio: float, missed: list[float]) -> PruneReport:
         """Prune to a ratio, and write what has the target. Raises Missed."""
         measured: list[Reading] = []
 
         def verify(dense: Dense, compact: nn.Module, report: PruneReport) -> None:
-            with torch.inference_mode():
-                measured.append(self.meter.final(compact, report))
-            if self.meter.excess(measured[0], aimed=False) > 0:
+            measured.append(self.meter.final(compact, report))
+            if not self._holds(measured[0]):
                 reached = self._reached(ratio, measured[0], missed)
                 said = f"{self.target.option} is missed when it is measured anew: {self.meter.in_words(measured[0])}."
-                hint = f"Nothing was written. On {self.meter.on}. Ask for less, or give a --ratio."
+                hint = f"Nothing was written. {self._measured_on(report)} Ask for less, or give a --ratio."
                 raise Missed(said, hint=hint, report=replace(report, target=reached))
 
         options = replace(self.options, ratio=ratio)
@@ -325,6 +346,12 @@ class TargetRun:
         if found is None:
             raise ValueError("the ratio that is taken was measured")
         return replace(report, target=self._reached(ratio, found, missed))
+
+    def _measured_on(self, report: PruneReport) -> str:
+        """A sentence on what a model that was made was measured on."""
+        if self.target.is_least or report.quality is None:
+            return f"Measured: {self.meter.on}."
+        return f"Judged on {report.quality.samples} pairs of {report.quality.data}; the ratio was chosen on {self.meter.on}."
 
     def _size_of_file(self, folder: Path, expected: Reading) -> Reading:
         """Raises CompError where a file has not the size that was calculated."""

@@ -7,7 +7,8 @@ one that was found at zero or below. Whatever lies between them, both of its end
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Curve = Callable[[float], float | None]  # ratio -> its value; None where no plan has the ratio
+# ratio -> the ratio of a plan near it, and its value there; None where no plan is near
+Curve = Callable[[float], tuple[float, float] | None]
 DIGITS = 3  # ratios are numbers that can be typed
 CLOSE = 1e-9  # what floating-point numbers make of two ratios that are a tolerance apart
 
@@ -20,55 +21,64 @@ class Bracket:
     below: float | None
 
 
-def crossing(curve: Curve, low: float, high: float, tolerance: float) -> Bracket:
-    """A bracket that is no wider than `tolerance`, by false position, with a halving wherever that crawls.
+def crossing(
+    curve: Curve, low: float, high: float, tolerance: float, over: float | None = None, under: float | None = None
+) -> Bracket:
+    """A bracket with no plan between its ends, or no wider than `tolerance`: by false position, and halved where that crawls.
 
-    low: a ratio above zero, which is not asked. high: the largest ratio that is asked, after all others. A ratio that no plan
-    has counts as too large.
+    low: a ratio above zero, which is not asked. high: the largest ratio that is asked, after all others. over, under: values
+    at low and high, where they are known: then high is not asked either. Behind a ratio that no plan is near nothing is asked.
     """
-    end, over, under, asked = high, None, None, 0  # over, under: values at low and high
+    end, below, asked = (high, None, 0) if under is None else (None, high, 0)
     while high - low > tolerance + CLOSE:
         ratio = middle = (low + high) / 2
-        if over is not None and under is not None and asked % 3:
+        if over is not None and under is not None and asked % 3 < 2:
             aimed = low + (high - low) * over / (over - under)
-            nudge = tolerance / 2 if asked % 3 == 1 else -tolerance / 2  # so that the bracket closes from both sides
+            nudge = tolerance / 2 if asked % 3 == 0 else -tolerance / 2  # so that the bracket closes from both sides
             ratio = min(max(aimed + nudge, low + tolerance / 2), high - tolerance / 2)
         ratio = next(each for each in (round(ratio, DIGITS), middle) if low < each < high)
         found, asked = curve(ratio), asked + 1
-        if found is not None and found > 0:
-            low, over = ratio, found
+        if found is None or not low < found[0] < high:
+            high, under = ratio, None
+        elif found[1] > 0:
+            low, over = found
         else:
-            high, under = ratio, found
-    if high == end and low < end:
-        found = curve(end)
-        low, under = (end, None) if found is not None and found > 0 else (low, found)
-    return Bracket(low, None if under is None else high)
+            high, under = found
+            below = high
+    if high == end and low < high and (found := curve(high)) is not None:
+        (low, below) = (high, None) if found[1] > 0 else (low, high)
+    return Bracket(low, below)
 
 
-def settle(whole: Curve, guide: Curve, low: float, high: float, tolerance: float, *, least: bool, most: int) -> Bracket:
+def settle(
+    whole: Curve, guide: Curve, low: float, high: float, tolerance: float, over: float, *, least: bool, most: int
+) -> Bracket:
     """A bracket of a curve that is dear, with the help of a cheap one that is like it around the ratio where the former was
     asked last.
 
     least: whether the smallest ratio at or below zero is looked for, or else the largest one above. most: ratios that `whole`
-    is asked for. low, high: as in `crossing`.
+    is asked for. low, high, over: as in `crossing`.
     """
-    above, below = low, None
+    above, below, under = low, None, None
     for _ in range(most):
         if below is not None and below - above <= tolerance + CLOSE:
             break
-        near = crossing(guide, above, high, tolerance)
+        near = crossing(guide, above, high, tolerance, over, under)
         ratio = near.below if least and near.below is not None else near.above
         if below is None and (least or above == low):  # nothing is found so far: one step at least
             ratio = max(ratio, round(min(above + tolerance, high), DIGITS))
         elif (below - ratio if least and below is not None else ratio - above) <= tolerance + CLOSE:
             break
-        if ratio <= above:
+        found = whole(ratio) if ratio > above else None
+        if found is None:
+            high, under = round(ratio - 10**-DIGITS, DIGITS), None
+        elif not above < found[0] < (below or 1):
             break
-        value = whole(ratio)
-        if value is not None and value > 0:
-            above = ratio
-        elif value is None:
-            high = round(ratio - 10**-DIGITS, DIGITS)
+        elif found[1] > 0:
+            above, over = found
         else:
-            high = below = ratio
+            high, under = found
+            below = high
+        if high <= above:
+            break
     return Bracket(above, below)

@@ -15,28 +15,28 @@ def nearest_in_reach(
 ) -> tuple[float | None, float]:
     """The ratio in hundredths, nearest to one out of reach, of which a descent finds a plan, and what this plan has; None and
     the largest ratio of all plans where there is none."""
-    found: dict[float, float] = {}
-
-    def of(wanted: float) -> bool:
-        def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
-            plan = space.candidate(wanted, cuts)
-            if plan is None:
-                return allocation.Look(cuts, {}, 0.0, None)
-            found.setdefault(wanted, 1 - flops.count(plan, space.ref).total / space.total)
-            return allocation.Look(cuts, {}, wanted, 0.0)
-
-        # A descent goes its way by the losses, but only once it has found a plan of the ratio: without losses it finds one
-        # exactly where it does with them.
-        return allocation.descend(look, streams, lambda _: None, [], steps, most=1) is not None
-
     most = space.most(streams)
-    works = nearest(ratio, of, most + TOLERANCE)
-    return works, most if works is None else found[works]
+    works = nearest(ratio, lambda each: reached(each, space, streams, steps) is not None, most + TOLERANCE)
+    return works, most if works is None else reached(works, space, streams, steps) or most
 
 
-def nearest(ratio: float, works: Callable[[float], bool], most: float) -> float | None:
-    """The hundredth nearest to a ratio that works, of those up to `most`; None where none of a few does."""
-    tried = sorted((each / 100 for each in range(1, 100) if each / 100 <= most), key=lambda each: abs(each - ratio))
+def reached(ratio: float, space: allocation.Space, streams: allocation.Streams, steps: Sequence[float]) -> float | None:
+    """What the first plan has that a descent finds of a ratio; None where it finds none. A descent goes its way by the losses,
+    but only once it has found a plan: without losses it finds one exactly where it does with them."""
+
+    def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
+        plan = space.candidate(ratio, cuts)
+        if plan is None:
+            return allocation.Look(cuts, {}, 0.0, None)
+        return allocation.Look(cuts, {}, 1 - flops.count(plan, space.ref).total / space.total, 0.0)
+
+    found = allocation.descend(look, streams, lambda _: None, [], steps, most=1)
+    return None if found is None else found.ratio
+
+
+def nearest(ratio: float, works: Callable[[float], bool], most: float, parts: int = 100) -> float | None:
+    """The hundredth (or another part) nearest to a ratio that works, of those up to `most`; None where none of a few does."""
+    tried = sorted((each / parts for each in range(1, parts) if each / parts <= most), key=lambda each: abs(each - ratio))
     return next((each for each in tried[:TRIES] if works(each)), None)
 
 
