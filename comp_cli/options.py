@@ -19,6 +19,9 @@ LAYOUTS = ("optimum", "transformers.js")  # names of graphs in a folder, and wha
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
+QUANTIZATIONS = ("int8", "int4")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+BUILT_IN = ("demo", "demo-vlm")  # models inside the package
 SALIENCIES = ("key-norm", "attention")  # what ranks image tokens inside the language model, for the method vitcop
 MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
 
@@ -51,6 +54,7 @@ REAL = {
     "min_speedup": (0, math.inf),
     "max_latency_ms": (0, math.inf),
     "max_memory_mb": (0, math.inf),
+    "max_regression": (0, math.inf),
     "tokens_share": (-math.inf, math.inf),
     "target_speedup": (-math.inf, math.inf),
     "target_latency_ms": (0, math.inf),
@@ -453,6 +457,7 @@ class BenchOptions(Checked):
         seed: random seed, of the inputs and of the bootstrap.
         gates: what must be shown.
         plot: picture to write.
+        save: JSON document to write, for comp compare.
     """
 
     device: str = "auto"
@@ -465,3 +470,15 @@ class BenchOptions(Checked):
     seed: int = 0
     gates: Gates = Gates()
     plot: Path | None = None
+    save: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompareOptions(Checked):
+    """What `comp compare` is asked for.
+
+    Attributes:
+        max_regression: percent that a row of the compact model may be slower, where that is beyond its intervals.
+    """
+
+    max_regression: float | None = None
