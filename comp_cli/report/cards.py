@@ -196,8 +196,6 @@ def graphs_card(
     own = document["layout"] == LAYOUTS[0]  # or of a client that has code for everything
     code = card_code.for_graphs(document, generation, family, task, processor, folder, longest) if own else None
     script = family.topology.client_code(document, task, generation, processor)
-    words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
-    needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
     lines = [
         f"# {document['source'].get('base_model', 'model')} as ONNX",
         "",
@@ -210,10 +208,10 @@ def graphs_card(
     if note := family.topology.graphs_note(document):
         lines += [note, ""]
     if code:
-        install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
-        lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
-    elif own:
-        lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
+        packages = [name for name, line in card_code.PACKAGES.items() if f"\n{line}" in code]
+        install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(packages)}'
+        without = "torch or comp" if "transformers" in packages else "torch, transformers or comp"
+        lines += [f"Without {without}: `{install}`", "", code, ""]
     if script is not None:
         package, said = script
         lines += [f"With node, `npm install {package}`:", "", f"```js\n{said}\n```", ""]

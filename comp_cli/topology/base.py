@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .decoder_graphs import DecoderGraphs
 
 PIXELS, IDS, MASK = INPUTS = ("pixel_values", "input_ids", "attention_mask")
+IMAGE = "image"  # in the place of pixels, where a graph makes these itself: (images, height, width, 3) uint8
 IMAGE_TOWER, TEXT_TOWER = "vision", "language"  # names of the towers whose tokens are those of an image, of a text
 
 # Axes of free size of the inputs: one text for each image, or as many of both as one likes.
@@ -264,6 +265,14 @@ class Topology(ABC):
     def why_not(self, config: Config, layout: str) -> str | None:
         """Why there are none of a model of this config in a layout that others have, as a sentence; None where there are."""
         return None
+
+    def splits(self, split: bool, layout: str) -> tuple[bool, ...]:
+        """Which graphs a layout has: those that are whole, those of images and texts apart, or both; of each whether apart."""
+        return (split,)
+
+    def called(self, graph: str) -> str:
+        """What transformers.js calls a graph."""
+        return graph
 
     @property
     @abstractmethod

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .card_examples import LONGEST, PICTURE
+from .card_examples import LONGEST, PICTURE, picture_of
+from .client_cards import OF_THIS_FOLDER
 from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WEIGHTS, WHERE
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 WRITING = """
 text = {text}
 ids = np.array([tokenizer.encode(text).ids])
-seen = run("vision_encoder", {{"pixel_values": pixels(picture)}})
+seen = run("vision_encoder", {{{picture}}})
 embeds = run("embed_tokens", {{"input_ids": ids}})["inputs_embeds"]
 where = np.nonzero(ids[0] == {placeholder})[0]
 embeds[0, where] = seen["image_features"].reshape(-1, embeds.shape[-1])
@@ -76,9 +77,7 @@ console.log(JSON.stringify(written));
 
 CLIENT = """
 import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage, env }} from "@huggingface/transformers";
-
-env.localModelPath = "..";
-const folder = "NAME"; // of this folder
+{here}
 const processor = await AutoProcessor.from_pretrained(folder);
 const model = await LlavaForConditionalGeneration.from_pretrained(folder);
 const inputs = await processor(await RawImage.read("{picture}"), {text});
@@ -134,6 +133,7 @@ def python_loop(
         return None
     return WRITING.format(
         text=expanded(prompt, processor.image_token, tokens),
+        picture=picture_of(document),
         placeholder=processor.image_token_id,
         images=images_of(graphs["decoder_model_merged.onnx"], "where[None]", 'seen["{}"].reshape(1, -1)'),
         ends=ends_of(generation),
@@ -158,4 +158,4 @@ def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, 
 
 def client_loop(prompt: str) -> str:
     """With transformers.js."""
-    return CLIENT.format(picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")
+    return CLIENT.format(here=OF_THIS_FOLDER, picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")

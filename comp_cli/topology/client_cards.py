@@ -1,0 +1,70 @@
+"""Code in the cards of encoders as transformers.js runs them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from .card_examples import LABELS, PICTURE, TEXTS
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+CLIENT = "@huggingface/transformers"
+OF_THIS_FOLDER = """
+import { basename } from "node:path";
+
+env.localModelPath = ".."; // run it in this folder, whose name is that of the model
+const folder = basename(process.cwd());
+""".strip("\n")
+
+ZERO_SHOT = """
+import {{ env, pipeline }} from "@huggingface/transformers";
+{here}
+const classify = await pipeline("zero-shot-image-classification", folder);
+for (const {{ score, label }} of await classify("{picture}", {labels}, {{ hypothesis_template: {template} }}))
+  console.log(`${{(100 * score).toFixed(1)}}% ${{label}}`);
+"""
+
+IMAGES = """
+import {{ AutoImageProcessor, CLIPVisionModelWithProjection, RawImage, env }} from "@huggingface/transformers";
+{here}
+const processor = await AutoImageProcessor.from_pretrained(folder);
+const model = await CLIPVisionModelWithProjection.from_pretrained(folder);
+const {{ image_embeds }} = await model(await processor(await RawImage.read("{picture}")));
+console.log(image_embeds.dims, image_embeds.normalize().tolist()[0].slice(0, 4));
+"""
+
+WORDS = """
+import {{ AutoTokenizer, CLIPTextModelWithProjection, cos_sim, env }} from "@huggingface/transformers";
+{here}
+const tokenizer = await AutoTokenizer.from_pretrained(folder);
+const model = await CLIPTextModelWithProjection.from_pretrained(folder);
+const {{ text_embeds }} = await model(tokenizer({texts}, {{ padding: true, truncation: true }}));
+const [first, second] = text_embeds.tolist();
+console.log(cos_sim(first, second).toFixed(3), "alike (1: the same)");
+"""
+
+IN_CLIENT = (
+    "For transformers.js (4.x) as it is, in node and in browsers: config.json names the precision of the files in `onnx`, so "
+    "no `dtype` is needed. That client makes pixels of a picture in its own way (without the smoothing of Pillow where a "
+    "picture shrinks), so scores differ a little from those in Python, most for large pictures; from the same `pixel_values` "
+    "they are the same."
+)
+
+
+def zero_shot(task: Task) -> str:
+    """Which of some texts fits a picture."""
+    labels, template = (TEXTS, "{}") if task.prompt == "{}" else (LABELS, task.prompt)
+    given = {"labels": json.dumps(labels), "template": json.dumps(template)}
+    return ZERO_SHOT.format(here=OF_THIS_FOLDER, picture=PICTURE, **given).strip("\n")
+
+
+def of_images() -> str:
+    """The embedding of a picture."""
+    return IMAGES.format(here=OF_THIS_FOLDER, picture=PICTURE).strip("\n")
+
+
+def of_texts() -> str:
+    """How alike two texts are."""
+    return WORDS.format(here=OF_THIS_FOLDER, texts=json.dumps(TEXTS)).strip("\n")
