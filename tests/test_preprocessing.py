@@ -178,9 +178,7 @@ def test_what_cannot_be_is_refused_before_the_export(blip, tmp_path):
     kept = settings.read_text()
     settings.write_text(kept.replace('"resample": 3', '"resample": 0'))
     try:
-        with pytest.raises(
-            RefusedError, match="its BlipImageProcessorPil resizes with the filter nearest, which"
-        ):
+        with pytest.raises(RefusedError, match="its BlipImageProcessorPil resizes with the filter nearest, which"):
             export.export(written.folder, tmp_path / "x", ExportOptions(with_preprocessing=True), QUIET)
     finally:
         settings.write_text(kept)

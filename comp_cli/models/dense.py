@@ -26,6 +26,7 @@ from ..plan import Plan, dense_plan
 from ..progress import Progress
 
 Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
+OTHER = "other"  # what of a layer is no part that can be pruned
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
@@ -80,6 +81,22 @@ class Dense:
         """Parameters of the model of a plan; shared ones count once."""
         sliced = slice_state(self.state, self.family, plan).values()
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
+
+    def part_params(self, plan: Plan) -> dict[scoring.Key, int]:
+        """Parameters of each part of a plan's layers, norms counted with the part that they belong to; "other": of matrices
+        that no plan prunes. Of shapes alone: no weight is copied."""
+        shapes = slice_state({name: tensor.to("meta") for name, tensor in self.state.items()}, self.family, plan)
+        found: dict[scoring.Key, int] = {}
+        for tower in self.family.towers:
+            root = f"{tower.encoder}.{tower.layers}."
+            inside = {part.column.partition(".")[0]: part.name for part in tower.parts if part.is_attention}
+            for name in (name for name in shapes if name.startswith(root)):
+                index, _, path = name.removeprefix(root).partition(".")
+                whole = any(path.startswith(f"{each}.") for each in tower.whole)
+                part = OTHER if whole else inside.get(path.partition(".")[0], tower.parts[-1].name)
+                key = (tower.name, int(index), part)
+                found[key] = found.get(key, 0) + shapes[name].numel()
+        return found
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""
@@ -148,13 +165,22 @@ def open_dense(
 def find_dense(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
     """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
 
-    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
-        found = find_family(config, task)
+    def dense(config: dict[str, Any], family: Family, architecture: str) -> None:
         if "comp" in config:
             raise RefusedError(
                 f"{model} is a compact model already.",
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
+        accepts(config, family, architecture)
+
+    return find_model(model, progress, task, dense, hub_options)
+
+
+def find_model(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
+    """The same of a model that may be compact."""
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
         accepts(config, *found[:2])
         return found
 

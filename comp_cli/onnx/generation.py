@@ -38,9 +38,7 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
     check_files(folder, ["config.json", *names])
     if (folder / "export.json").is_file() and read_json(folder / "export.json").get("with_preprocessing"):
         said = f"{folder}: its graphs prepare pictures themselves, and generate() hands over pixel values."
-        raise RefusedError(
-            said, hint="Export the model without it; README.md of the folder runs these graphs."
-        )
+        raise RefusedError(said, hint="Export the model without it; README.md of the folder runs these graphs.")
     stock = getattr(transformers, architecture)
     described = stock.config_class.from_dict(config).to_dict()
     expected = writer_signatures(described, family)

@@ -19,7 +19,7 @@ const folder = basename(process.cwd());
 """.strip("\n")
 
 ZERO_SHOT = """
-import {{ env, pipeline }} from "@huggingface/transformers";
+import {{ pipeline{env} }} from "@huggingface/transformers";
 {here}
 const classify = await pipeline("zero-shot-image-classification", folder);
 for (const {{ score, label }} of await classify("{picture}", {labels}, {{ hypothesis_template: {template} }}))
@@ -27,7 +27,7 @@ for (const {{ score, label }} of await classify("{picture}", {labels}, {{ hypoth
 """
 
 IMAGES = """
-import {{ AutoImageProcessor, CLIPVisionModelWithProjection, RawImage, env }} from "@huggingface/transformers";
+import {{ AutoImageProcessor, CLIPVisionModelWithProjection, RawImage{env} }} from "@huggingface/transformers";
 {here}
 const processor = await AutoImageProcessor.from_pretrained(folder);
 const model = await CLIPVisionModelWithProjection.from_pretrained(folder);
@@ -36,7 +36,7 @@ console.log(image_embeds.dims, image_embeds.normalize().tolist()[0].slice(0, 4))
 """
 
 WORDS = """
-import {{ AutoTokenizer, CLIPTextModelWithProjection, cos_sim, env }} from "@huggingface/transformers";
+import {{ AutoTokenizer, CLIPTextModelWithProjection, cos_sim{env} }} from "@huggingface/transformers";
 {here}
 const tokenizer = await AutoTokenizer.from_pretrained(folder);
 const model = await CLIPTextModelWithProjection.from_pretrained(folder);
@@ -53,18 +53,26 @@ IN_CLIENT = (
 )
 
 
-def zero_shot(task: Task) -> str:
+def places(hub_id: str | None) -> dict[str, str]:
+    """What code has to say of where model and picture are: in the folder of the card, or on the hub."""
+    if hub_id is None:
+        return {"env": ", env", "here": OF_THIS_FOLDER, "picture": PICTURE}
+    picture = f"https://huggingface.co/{hub_id}/resolve/main/{PICTURE}"
+    return {"env": "", "here": f'\nconst folder = "{hub_id}";', "picture": picture}
+
+
+def zero_shot(task: Task, hub_id: str | None) -> str:
     """Which of some texts fits a picture."""
     labels, template = (TEXTS, "{}") if task.prompt == "{}" else (LABELS, task.prompt)
     given = {"labels": json.dumps(labels), "template": json.dumps(template)}
-    return ZERO_SHOT.format(here=OF_THIS_FOLDER, picture=PICTURE, **given).strip("\n")
+    return ZERO_SHOT.format(**places(hub_id), **given).strip("\n")
 
 
-def of_images() -> str:
+def of_images(hub_id: str | None) -> str:
     """The embedding of a picture."""
-    return IMAGES.format(here=OF_THIS_FOLDER, picture=PICTURE).strip("\n")
+    return IMAGES.format(**places(hub_id)).strip("\n")
 
 
-def of_texts() -> str:
+def of_texts(hub_id: str | None) -> str:
     """How alike two texts are."""
-    return WORDS.format(here=OF_THIS_FOLDER, texts=json.dumps(TEXTS)).strip("\n")
+    return WORDS.format(**places(hub_id), texts=json.dumps(TEXTS)).strip("\n")

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .card_examples import LONGEST, PICTURE, picture_of
-from .client_cards import OF_THIS_FOLDER
+from .card_examples import LONGEST, picture_of
+from .client_cards import places
 from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WEIGHTS, WHERE
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ console.log(JSON.stringify(written));
 """
 
 CLIENT = """
-import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage, env }} from "@huggingface/transformers";
+import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage{env} }} from "@huggingface/transformers";
 {here}
 const processor = await AutoProcessor.from_pretrained(folder);
 const model = await LlavaForConditionalGeneration.from_pretrained(folder);
@@ -156,6 +156,6 @@ def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, 
     ).strip("\n")
 
 
-def client_loop(prompt: str) -> str:
+def client_loop(prompt: str, hub_id: str | None) -> str:
     """With transformers.js."""
-    return CLIENT.format(here=OF_THIS_FOLDER, picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")
+    return CLIENT.format(**places(hub_id), text=json.dumps(prompt), longest=LONGEST).strip("\n")

@@ -114,9 +114,14 @@ class DualEncoder(Topology):
         return f"{texts_of(task)}\n{_logits_code(document)}\n{chances}\n{said}"
 
     def client_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
     ) -> tuple[str, str] | None:
-        return (CLIENT, zero_shot(task)) if document["layout"] == "transformers.js" else None
+        return (CLIENT, zero_shot(task, hub_id)) if document["layout"] == "transformers.js" else None
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:
         return IN_CLIENT if document["layout"] == "transformers.js" else super().graphs_note(document)

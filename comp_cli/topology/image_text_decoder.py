@@ -119,6 +119,9 @@ class ImageTextDecoder(Topology):
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
         return {"module": module, "query": self.ranking[0], "key": self.ranking[1]}
 
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        return self.pictures.raster(config, inputs, tokens)
+
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
@@ -330,11 +333,16 @@ class ImageTextDecoder(Topology):
         return code.strip("\n").partition("  #")[0]
 
     def client_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
     ) -> tuple[str, str] | None:
         prompt = self._prompt(processor, task)
         if document["layout"] == "transformers.js":
-            return "@huggingface/transformers", decoder_cards.client_loop(prompt)
+            return "@huggingface/transformers", decoder_cards.client_loop(prompt, hub_id)
         return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor, self.first_position)
 
     def graphs_note(self, document: Mapping[str, Any]) -> str:

@@ -66,11 +66,16 @@ class SingleEncoder(Topology):
         return "\n".join([*made, cosine, 'print(f"{cosine:.3f} alike (1: the same)")'])
 
     def client_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
     ) -> tuple[str, str] | None:
         if document["layout"] != "transformers.js":
             return None
-        return CLIENT, of_images() if self.reads_images else of_texts()
+        return CLIENT, of_images(hub_id) if self.reads_images else of_texts(hub_id)
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:
         return IN_CLIENT if document["layout"] == "transformers.js" and self.reads_images else None
