@@ -8,7 +8,8 @@ import tiny
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
-from test_recipes import write_compact
+from test_recipes import BARRED, blocks, draw_pictures, expected, run_blocks, write_compact
+from transformers.image_utils import load_image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -23,6 +24,7 @@ from comp_cli.files.store import read_json
 from comp_cli.onnx import parity, preprocessing
 from comp_cli.onnx.sessions import open_session
 from comp_cli.options import ExportOptions
+from comp_cli.report import card_code
 
 QUIET = Output("quiet")
 SQUARE = {"height": 48, "width": 48}
@@ -133,6 +135,11 @@ def test_graphs_without_pixels_stay_as_they_are(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_pictures(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
 def blip(tmp_path_factory):
     """A compact model, and its graphs that take pictures."""
     place = tmp_path_factory.mktemp("blip")
@@ -184,9 +191,36 @@ def test_what_cannot_be_is_refused_before_the_export(blip, tmp_path):
         settings.write_text(kept)
 
 
-def test_generate_does_not_hand_pictures_over(tmp_path):
+def test_the_recipe_says_what_torch_says(blip, photos, tmp_path):
+    """A turned photo, a wide picture, and one with alpha, with nothing but what the card promises."""
+    written, folder, _ = blip
+    (code,) = blocks(folder)
+    for found, picture in zip(run_blocks([(folder, code)], photos, BARRED, tmp_path), photos, strict=True):
+        np.testing.assert_allclose(found["scores"], expected(written, picture)["scores"], atol=parity.GREY)
+
+
+def test_a_card_that_cannot_write_it_out_asks_the_processor(blip, photos, monkeypatch):
+    """Pixels and tokens by transformers, in the same code."""
+    written, folder, report = blip
+    family, processor = written.dense.family, load_processor(written.folder)
+    monkeypatch.setattr(card_code, "pixels_of", lambda images: None)
+    monkeypatch.setattr(card_code, "tokens_of", lambda *given: None)
+    document = report.to_json() | {"with_preprocessing": False}
+    code = card_code.for_graphs(document, None, family, written.dense.task, processor, folder, 24)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(code.removeprefix("```python\n").partition("\ntexts = ")[0], names)
+    right = processor(images=load_image(str(photos[1])), text=["a red circle", "a"], padding=True, return_tensors="np")
+    np.testing.assert_allclose(names["pixels"](photos[1]), right["pixel_values"], atol=1e-6)
+    assert names["tokens"](["a red circle", "a"])["input_ids"].tolist() == right["input_ids"].tolist()
+
+
+def test_captions_of_pictures_and_generate_which_hands_none_over(photos, tmp_path):
     written = write_compact("blip-caption", tmp_path)
     export.export(written.folder, tmp_path / "onnx", ExportOptions(with_preprocessing=True), QUIET)
+    code = blocks(tmp_path / "onnx")[0]
+    (found,) = run_blocks([(tmp_path / "onnx", code)], photos[:1], BARRED, tmp_path)
+    assert found["said"] == expected(written, photos[0])["said"]
     with pytest.raises(RefusedError, match="its graphs prepare pictures themselves"):
         comp_cli.load_onnx(tmp_path / "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "encoder_model.onnx")

@@ -610,8 +610,10 @@ def calm(tmp_path_factory):
         ({"quantize": "int4"}, "decoder_model_merged.onnx"),
         ({"dtype": "fp16"}, "decoder_model_merged.onnx"),
         ({"layout": "transformers.js"}, "onnx/decoder_model_merged.onnx"),
+        ({"layout": "transformers.js", "quantize": "int4"}, "onnx/decoder_model_merged_q4.onnx"),
+        ({"with_preprocessing": True}, "decoder_model_merged.onnx"),
     ],
-    ids=["int4", "fp16", "transformers.js"],
+    ids=["int4", "fp16", "transformers.js", "transformers.js, int4", "pictures"],
 )
 def test_other_kinds_of_graphs_pass_the_gate(calm, tmp_path, options, written):
     report = export.export(calm, tmp_path / "onnx", ExportOptions(**options), QUIET)

@@ -95,29 +95,15 @@ def _export(
     started = perf_counter()
     config = read_config(folder)
     family, architecture, name = find_family(config)
-    if not family.topology.exports:
-        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.why_none}."
-        raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
-    rounding = options.quantize or options.dtype
-    client = options.layout == LAYOUTS[1]
-    if client:
-        transformers_js.check_family(family, rounding)
-    if options.layout not in family.topology.layouts:
-        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
-        raise UsageError(said, hint=f"Use {' or '.join(family.topology.layouts)}.")
-    if refused := family.topology.why_not(config, options.layout):
-        raise RefusedError(f"{folder}: {refused}")
+    check_possible(folder, config, family, architecture, options)
+    rounding, client = options.quantize or options.dtype, options.layout == LAYOUTS[1]
     task = tasks.TASKS[name]
     opset = opset_of(family, architecture, options.opset)
     tolerance = parity.tolerance(task, rounding, options.atol, pictures=options.with_preprocessing)
-    if options.split and family.topology.why_whole:
-        raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
-    if options.quantize == "int4" and not family.topology.weight_only:
-        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
-    if options.with_preprocessing and not family.topology.reads_images:
-        raise UsageError(f"--with-preprocessing: a {architecture} reads no images.")
     source = open_source(options, progress)
     processor = load_processor(folder)
+    if client:
+        transformers_js.check_tokenizer(family.topology.parts_of(processor)[1], folder)
     pictures = prepared_in_graphs(folder, family, processor) if options.with_preprocessing else None
     model = load_model(folder, family=family, dtype=torch.float32)
     described = config_of(model)
@@ -198,6 +184,27 @@ def _export(
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
     return replace(report, seconds=round(perf_counter() - started, 1))
+
+
+def check_possible(folder: Path, config: dict[str, Any], family: Family, architecture: str, options: ExportOptions) -> None:
+    """Raises RefusedError for a model without graphs, UsageError for options that are not for its kind."""
+    topology = family.topology
+    if not topology.exports:
+        said = f"{folder}: comp exports no graphs of a {architecture}: {topology.why_none}."
+        raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
+    if options.layout == LAYOUTS[1]:
+        transformers_js.check_family(family, options.quantize or options.dtype)
+    if options.layout not in topology.layouts:
+        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
+        raise UsageError(said, hint=f"Use {' or '.join(topology.layouts)}.")
+    if refused := topology.why_not(config, options.layout):
+        raise RefusedError(f"{folder}: {refused}")
+    if options.split and topology.why_whole:
+        raise UsageError(f"--split: {architecture} {topology.why_whole}.")
+    if options.quantize == "int4" and not topology.weight_only:
+        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
+    if options.with_preprocessing and not topology.reads_images:
+        raise UsageError(f"--with-preprocessing: a {architecture} reads no images.")
 
 
 def prepared_in_graphs(folder: Path, family: Family, processor: Any) -> Preparation:

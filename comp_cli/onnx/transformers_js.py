@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from ..errors import UsageError
+from ..errors import RefusedError, UsageError
 from ..families import Family
 from ..files.store import read_json
 
@@ -29,6 +29,15 @@ def check_family(family: Family, dtype: str) -> None:
         raise UsageError(said, hint="Leave --layout out: onnxruntime-node and onnxruntime-web run the graphs themselves.")
     if dtype not in DTYPES:
         raise UsageError(f"--layout transformers.js: transformers.js reads no {dtype}.", hint="Use --dtype fp32 or fp16.")
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raises RefusedError for one that is not saved as tokenizer.json, which is all that the client reads."""
+    if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
+        raise RefusedError(
+            f"{folder}: transformers.js reads tokenizer.json, and transformers writes none for {type(tokenizer).__name__}.",
+            hint="Leave --layout out: the README.md of an export says how texts become tokens.",
+        )
 
 
 def lay_out(folder: Path, names: Mapping[str, str], kinds: Mapping[str, str], *, more_layers: int = 0) -> dict[str, str]:

@@ -389,7 +389,7 @@ class Topology(ABC):
         processor: Any,
         hub_id: str | None,
     ) -> tuple[str, str] | None:
-        """What to install for JavaScript, and code for it; None where there is none. hub_id: where the folder goes, if it does."""
+        """What to install for JavaScript, and code for it; None where there is none. hub_id: where it goes, if it does."""
         return None
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:
