@@ -38,8 +38,6 @@ from .report.base import Report
 from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
-from .report.page.files import check_page, write_page
-from .report.page.pages import analyze_page
 from .report.prune import PruneReport
 from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
@@ -137,11 +135,16 @@ def analyze(
         from .commands.analyze import analyze
 
         if options.html is not None:
+            from .report.page.files import check_page
+
             check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
     report = _reported(work, progress)
-    if options.html is not None:
+    if options.html is not None:  # with what was warned of
+        from .report.page.files import write_page
+        from .report.page.pages import analyze_page
+
         write_page(options.html, analyze_page(report.to_json(), report.pictures))
     return report
 

@@ -1,10 +1,12 @@
 """Pages as a browser has them: headless Chromium, spoken to over a pipe (the DevTools protocol, no package needed)."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,12 @@ FLAGS = (
     "--force-color-profile=srgb",
     "--remote-debugging-pipe",
 )
+START = """
+import os, sys
+for place, end in enumerate(sys.argv[1:3]):
+    os.dup2(int(end), 3 + place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""  # becomes the browser, with both pipes where it looks for them
 PATIENCE = 60  # seconds for an answer, on a busy machine
 
 
@@ -35,10 +43,12 @@ class Browser:
     def __init__(self, profile):
         theirs_in, self.to = os.pipe()
         self.of, theirs_out = os.pipe()
-        line = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        command = ["sh", "-c", line, find_browser(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        inherited = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]  # none is 3 or 4 itself
+        command = [sys.executable, "-c", START, *map(str, inherited), find_browser(), *FLAGS, f"--user-data-dir={profile}"]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), **quiet)
+        self.process = subprocess.Popen([*command, "about:blank"], pass_fds=inherited, **quiet)
+        for end in inherited:
+            os.close(end)
         os.close(theirs_in)
         os.close(theirs_out)
         self.read, self.count, self.events = b"", 0, []

@@ -34,6 +34,7 @@ from ..files.store import read_json
 from ..models.dense import Found, collator, longest_text
 from ..models.described import own_parameters
 from ..models.pairs import Pairs, own_pairs, pair_counts
+from ..models.part_params import part_params
 from ..models.samples import SAMPLES, Runs, kept_samples, of_scenes
 from ..models.stock import changed_config
 from ..options import AnalyzeOptions, HubOptions
@@ -44,7 +45,7 @@ from ..report.base import Reference, Sizes, Texts
 from ..report.prune_tables import layer_rows
 from ..report.samples import Picture, SampleKept
 from ..report.token_tables import image_tokens
-from .layer_costs import layer_costs, part_params
+from .layer_costs import layer_costs
 
 REPORT = "comp_report.json"
 LARGE = 2**30  # bytes of fp32 weights of a decoder above which it is run only where --data asks for it
@@ -177,7 +178,7 @@ def compared(origin: Mapping[str, Any], dense: Side, compact: Side, reference: f
     return Compared(
         base_model=str(origin.get("base_model") or "a dense model"),
         method=str(origin.get("method") or "comp"),
-        ratio=1 - after.total / before.total,
+        ratio=round(1 - after.total / before.total, 5),
         flops=Sizes(before.total, after.total),
         params=Sizes(dense.total, compact.total),
         parts=tuple(parts_compared(dense, compact, before, after, reference.family)),

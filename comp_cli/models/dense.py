@@ -24,9 +24,9 @@ from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
+from .part_params import part_params
 
 Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
-OTHER = "other"  # what of a layer is no part that can be pruned
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
 
 
@@ -83,20 +83,9 @@ class Dense:
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
 
     def part_params(self, plan: Plan) -> dict[scoring.Key, int]:
-        """Parameters of each part of a plan's layers, norms counted with the part that they belong to; "other": of matrices
-        that no plan prunes. Of shapes alone: no weight is copied."""
-        shapes = slice_state({name: tensor.to("meta") for name, tensor in self.state.items()}, self.family, plan)
-        found: dict[scoring.Key, int] = {}
-        for tower in self.family.towers:
-            root = f"{tower.encoder}.{tower.layers}."
-            inside = {part.column.partition(".")[0]: part.name for part in tower.parts if part.is_attention}
-            for name in (name for name in shapes if name.startswith(root)):
-                index, _, path = name.removeprefix(root).partition(".")
-                whole = any(path.startswith(f"{each}.") for each in tower.whole)
-                part = OTHER if whole else inside.get(path.partition(".")[0], tower.parts[-1].name)
-                key = (tower.name, int(index), part)
-                found[key] = found.get(key, 0) + shapes[name].numel()
-        return found
+        """Parameters of each part of a plan's layers. Of shapes alone: no weight is copied."""
+        shapes = {name: tensor.to("meta") for name, tensor in self.state.items()}
+        return part_params(slice_state(shapes, self.family, plan).items(), self.family)
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""

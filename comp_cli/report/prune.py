@@ -21,8 +21,8 @@ class LayerKept:
         ffn: feed-forward channels; null where there are none.
         tokens: tokens that the layer hands on, and those that enter the tower.
         flops: FLOPs of the compact layer at the reference input.
-        flops_of: FLOPs of its parts, dense and compact: attention, cross (cross-attention), ffn (feed-forward), and other for
-            what no plan prunes.
+        flops_of: FLOPs of its parts, dense and compact: attention, cross (cross-attention), ffn (feed-forward). What no plan
+            prunes of a layer counts with the last one.
         params_of: parameters of these parts; left out where no weights were read.
     """
 

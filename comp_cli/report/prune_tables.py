@@ -48,9 +48,9 @@ def layer_rows(
 
 
 def _of_parts(dense: flops.LayerFlops, compact: flops.LayerFlops) -> dict[str, Sizes]:
-    """FLOPs of the parts of a layer, and of the rest of it where there is one."""
-    found = {part: Sizes(number, compact.parts[part]) for part, number in dense.parts.items()}
-    return found | ({"other": Sizes(dense.whole, compact.whole)} if dense.whole else {})
+    """FLOPs of the parts of a layer; what no plan prunes of it counts with the last one."""
+    last = list(dense.parts)[-1]
+    return {part: Sizes(*(side.parts[part] + side.whole * (part == last) for side in (dense, compact))) for part in dense.parts}
 
 
 def _params_of(params: tuple[Params, Params], tower: str, index: int) -> dict[str, Sizes]:

@@ -9,6 +9,7 @@ from .figures import Document, Path, plain_number, signed_percent
 from .markup import Html, Piece, joined
 from .shell import beside, figure, folded, section, table
 
+TITLE = "Where image tokens leave"
 COSTS = {"flops": "FLOPs of the prompt", "step_flops": "FLOPs of a token behind it", "params": "parameters"}
 
 
@@ -102,32 +103,42 @@ def _schedule(document: Document, index: int) -> Html:
 
 
 def stages(document: Document) -> Html | None:
-    """Where image tokens leave, and how many stay."""
+    """Where image tokens leave, and what it saves behind the prompt."""
     found: dict[str, Any] | None = document.get("image_tokens")
     if not found:
         return None
-    rows: list[list[Piece]] = []
-    entries = [Bar("as they come in", [document.figure(("image_tokens", "of"), plain_number), " image tokens"], 1, 1)]
-    for index, one in enumerate(found["stages"]):
-        path: Path = ("image_tokens", "stages", index)
-        kept = document.figure((*path, "kept"), plain_number)
-        share = document.made("share", [(*path, "kept"), ("image_tokens", "of")], percent)
-        rows.append([f"before layer {one['layer']}", one["rule"], document.figure((*path, "of"), plain_number), kept, share])
-        entries.append(
-            Bar(f"from layer {one['layer']} on, by {one['rule']}", [kept, " (", share, ")"], 1, one["kept"] / found["of"])
-        )
-    step: Path = ("image_tokens", "step_flops")
     lead = [
         "Mean over the layers of the language model: ",
         document.figure(("image_tokens", "mean"), plain_number),
         " of ",
         document.figure(("image_tokens", "of"), plain_number),
         ". FLOPs of a written token: ",
-        document.pair(step, short),
+        document.pair(("image_tokens", "step_flops"), short),
         ".",
     ]
+    return section(TITLE, _stages(document, ("image_tokens", "stages")), lead=lead)
+
+
+def stages_compared(document: Document) -> Html | None:
+    """The same of a compact model that was analyzed."""
+    found = document.at("compact").get("stages")
+    return section(TITLE, _stages(document, ("compact", "stages"))) if found else None
+
+
+def _stages(document: Document, path: Path) -> list[Html]:
+    """A chart and a table of a list of stages."""
+    found = document.at(*path)
+    if not found:
+        return []
+    first: Path = (*path, 0, "of")
+    rows: list[list[Piece]] = []
+    entries = [Bar("as they come in", [document.figure(first, plain_number), " image tokens"], 1, 1)]
+    for index, one in enumerate(found):
+        kept = document.figure((*path, index, "kept"), plain_number)
+        share = document.made("share", [(*path, index, "kept"), first], percent)
+        before = document.figure((*path, index, "of"), plain_number)
+        rows.append([f"before layer {one['layer']}", one["rule"], before, kept, share])
+        length = one["kept"] / document.at(*first)
+        entries.append(Bar(f"from layer {one['layer']} on, by {one['rule']}", [kept, " (", share, ")"], 1, length))
     columns = ["stage", "rule", "image tokens before", "that stay", "of the image"]
-    shown = (
-        [figure("image tokens that layers see", bars(entries)), folded("table: stages", table(columns, rows))] if rows else None
-    )
-    return section("Where image tokens leave", shown, lead=lead)
+    return [figure("image tokens that layers see", bars(entries)), folded("table: stages", table(columns, rows))]

@@ -10,6 +10,8 @@ from .figures import Document, Path, Spell, signed_points
 from .markup import Html, Piece, joined, tag
 from .shell import folded, section, sentences, table
 
+COSTS = {"flops": "FLOPs of a sample", "params": "parameters"}
+
 
 def about(document: Document) -> Html:
     """What was worked on: class, task, versions, reference input."""
@@ -147,7 +149,7 @@ def _said(value: Any) -> str:
 
 def sizes(document: Document) -> list[Html]:
     """Cards of what prune reports measure in bytes and FLOPs."""
-    found = [size_card(document, "FLOPs of a sample", ("flops",), short), size_card(document, "parameters", ("params",), short)]
+    found = [size_card(document, name, (key,), short) for key, name in COSTS.items()]
     if document.get("size_bytes"):
         found.append(size_card(document, "weights on disk", ("size_bytes",), short_bytes))
     if document.get("image_tokens"):
@@ -162,11 +164,16 @@ def agreement_card(document: Document) -> Html:
 
 def totals(document: Document) -> list[Html]:
     """Cards of a model that nothing was removed from."""
-    found = [card("FLOPs of a sample", document.figure(("flops", "total"), short))]
-    found.append(card("parameters", document.figure(("params", "total"), short)))
+    found = [card(name, document.figure((key, "total"), short)) for key, name in COSTS.items()]
     if document.get("decoder"):
         found.append(card("KV cache behind the prompt", document.figure(("decoder", "kv_cache_bytes"), short_bytes)))
         found.append(card("image tokens", document.figure(("decoder", "image_tokens"), lambda n: f"{n:,}")))
     if document.get("samples"):
         found.append(card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data")))
     return found
+
+
+def compared(document: Document) -> list[Html]:
+    """Cards of a compact model that was analyzed."""
+    found = [size_card(document, name, ("compact", key), short) for key, name in COSTS.items()]
+    return [*found, card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data"))]

@@ -11,8 +11,8 @@ from .markup import Html, Piece, joined, tag
 from .shell import beside, figure, folded, legend, section, table
 
 UNITS = {"heads": "heads", "cross_heads": "cross heads", "ffn": "channels", "tokens": "tokens"}
-PARTS = {"attention": "attention", "cross": "cross-attention", "ffn": "feed-forward", "other": "other"}
-KINDS = {"attention": "attention", "cross": "cross", "ffn": "ffn", "other": "outside"}  # classes of the style sheet
+PARTS = {"attention": "attention", "cross": "cross-attention", "ffn": "feed-forward"}
+KINDS = {"attention": "attention", "cross": "cross", "ffn": "ffn"}  # classes of the style sheet
 
 
 class Costs(NamedTuple):
@@ -21,7 +21,7 @@ class Costs(NamedTuple):
     tower: str
     name: str  # of the layer
     parts: dict[str, Path]  # part -> of what the model has
-    dense: dict[str, Path]  # the same of the dense model; empty where there is no other
+    dense: dict[str, Path]  # the same of the dense model, or of its whole layer; empty where there is no other
 
 
 def towers(layers: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
@@ -44,6 +44,12 @@ def costs(document: Document, path: Path, name: str) -> list[Costs]:
     return found
 
 
+def compared_costs(document: Document, name: str) -> list[Costs]:
+    """Of every layer of a compact model that was analyzed, before the dense layers. name: "flops" or "params"."""
+    found = costs(document, ("layers",), name)
+    return [one._replace(dense={"all": ("compact", "layers", index, name, "dense")}) for index, one in enumerate(found)]
+
+
 def layer_charts(document: Document, found: Sequence[Costs], unit: str) -> Iterator[Html]:
     """A chart for each tower, all of one scale: what the parts of its layers cost, before the dense model's layers."""
     highest = max(document.term(list((one.dense or one.parts).values())) for one in found)
@@ -53,8 +59,8 @@ def layer_charts(document: Document, found: Sequence[Costs], unit: str) -> Itera
 
 
 def _column(document: Document, one: Costs, unit: str) -> Column:
-    parts = [(KINDS.get(part, "outside"), document.at(*where)) for part, where in one.parts.items()]
-    said = ", ".join(f"{PARTS.get(part, part)} {short(document.at(*where))}" for part, where in one.parts.items())
+    parts = [(KINDS[part], document.at(*where)) for part, where in one.parts.items()]
+    said = ", ".join(f"{PARTS[part]} {short(document.at(*where))}" for part, where in one.parts.items())
     behind = document.term(list(one.dense.values())) if one.dense else None
     was = "" if behind is None else f"; dense {short(behind)}"
     return Column(one.name, parts, f"{one.tower} {one.name}: {said} {unit}{was}", behind)

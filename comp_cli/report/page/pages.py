@@ -67,15 +67,33 @@ def sweep_page(content: dict[str, Any]) -> str:
 def analyze_page(content: dict[str, Any], pictures: Sequence[Any] = ()) -> str:
     """Of what `comp analyze` found. pictures: of its samples."""
     document = Document(content)
-    about = [headline.about(document), headline.cards(headline.totals(document)), headline.cautions(document)]
+    compact = content.get("compact")
+    kind = "analyzed: where its cost is, and what matters"
+    if compact:
+        kind = f"analyzed: what {compact['method']} left of {compact['base_model']}"
+    cards = headline.compared(document) if compact else headline.totals(document)
+    about = [headline.about(document), headline.cards(cards), headline.cautions(document)]
     sections = [*_costs(document), importance.importance(document), importance.token_importance(document)]
     sections += [samples.samples(document, pictures), interference.interference(document)]
-    return page(content["model"], "analyzed: where its cost is, and what matters", about, sections, content)
+    return page(content["model"], kind, about, sections, content)
 
 
 def _costs(document: Document) -> list[Html | None]:
     if document.get("decoder") is not None:
         return [decoder.costs(document), decoder.savings(document)]
+    if document.get("compact") is not None:
+        return _compared(document)
     counted, held = (layers.costs(document, ("layers",), name) for name in ("flops", "params"))
     both = parts.part_section(document, parts.rows_of(counted, ("flops", "total")), parts.rows_of(held, ("params", "total")))
     return [both, layers.cost_section(document, counted, held)]
+
+
+def _compared(document: Document) -> list[Html | None]:
+    """Of a compact model, beside the dense one."""
+    counted, held = (layers.compared_costs(document, name) for name in ("flops", "params"))
+    return [
+        parts.part_section(document, parts.rows_compared(document, "flops"), parts.rows_compared(document, "params")),
+        decoder.stages_compared(document),
+        layers.before_after(document, ("compact", "layers")),
+        layers.cost_section(document, counted, held),
+    ]

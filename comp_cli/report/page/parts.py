@@ -51,13 +51,24 @@ def rows_of(found: Sequence[Costs], whole: Path, dense: Path | None = None) -> l
     sums: dict[str, tuple[list[Path], list[Path]]] = {}
     for one in found:
         for part, where in one.parts.items():
-            now, before = sums.setdefault(f"{one.tower}: {PARTS.get(part, part)}", ([], []))
+            now, before = sums.setdefault(f"{one.tower}: {PARTS[part]}", ([], []))
             now.append(where)
             before += [one.dense[part]] if one.dense else []
     rows = [_row(name, now, before, whole, dense) for name, (now, before) in sums.items()]
     inside = [where for one in found for where in one.parts.values()]
     inside_dense = [where for one in found for where in one.dense.values()]
     return [*rows, _row("embeddings and heads", inside, inside_dense, whole, dense, left=True)]
+
+
+def rows_compared(document: Document, name: str) -> list[Row]:
+    """Of a compact model that was analyzed. name: "flops" or "params"."""
+    rows = []
+    for index, one in enumerate(document.at("compact", "parts")):
+        path: Path = ("compact", "parts", index, name)
+        said = f"{one['tower']}: {PARTS[one['part']]}" if one["part"] else "embeddings and heads"
+        whole = ("compact", name)
+        rows.append(_row(said, [(*path, "compact")], [(*path, "dense")], (*whole, "compact"), (*whole, "dense")))
+    return rows
 
 
 def _row(name: str, now: list[Path], before: list[Path], whole: Path, dense: Path | None, left: bool = False) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 from .charts import squares
 from .figures import Document, Path
 from .markup import Html, Piece, joined, tag
-from .shell import section
+from .shell import beside, section
 
 SMALL = 60_000  # bytes up to which a picture is stored without loss
 
@@ -28,7 +28,7 @@ def samples(document: Document, pictures: Sequence[Any]) -> Html | None:
         "are struck out leave at the layer beside them."
     )
     store = tag("svg", stored, class_="store", aria_hidden="true", width=0, height=0)
-    return section("Which patches and words stay", store, shown, lead=lead)
+    return section("Which patches and words stay", store, beside(shown), lead=lead)
 
 
 def _stored(index: int, picture: Any) -> Html:
