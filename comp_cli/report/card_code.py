@@ -92,10 +92,10 @@ def for_graphs(
     folder: Path,
     longest: int,
     hub_id: str | None = None,
-) -> str | None:
+) -> str:
     """The code for exported graphs; `generation` says how texts begin and end, where any are written. Pictures or texts that
-    are prepared in a way that is not written out here go through transformers' processor. None where a prompt does. longest:
-    tokens of a text that the model takes."""
+    are prepared in a way that is not written out here go through transformers' processor. longest: tokens of a text
+    that the model takes."""
     images, tokenizer = family.topology.parts_of(processor)
     reads, spell = ([], "") if tokenizer is None else tokens_of(tokenizer, folder, longest) or by_tokenizer(family, longest)
     pixels = "" if images is None else picture_itself() if document["with_preprocessing"] else pixels_of(images)
@@ -114,8 +114,6 @@ def for_graphs(
         *later,
     ]
     spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation, processor)
-    if ending is None:
-        return None
     return block("\n".join(imports), where, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 

@@ -191,7 +191,8 @@ def graphs_card(
     if script is not None:
         package, said = script
         lines += [f"With node, `npm install {package}`:", "", f"```js\n{said}\n```", ""]
-    if own and (writes := family.topology.generate_code):
+    writes = family.topology.generate_code
+    if own and writes and not document["with_preprocessing"]:
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
         lines += [card_code.for_generate(writes, hub_id), ""]
     return card(graphs_metadata(document, source, family), lines)

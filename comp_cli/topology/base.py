@@ -371,11 +371,9 @@ class Topology(ABC):
         are padded to where all are of one length; facts: see `facts`."""
 
     @abstractmethod
-    def graph_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
-    ) -> str | None:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json;
-        processor: what makes pixels and tokens. None where it does so in a way that is not written out here."""
+        processor: what makes pixels and tokens."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""

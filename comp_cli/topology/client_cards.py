@@ -11,24 +11,19 @@ if TYPE_CHECKING:
     from ..tasks import Task
 
 CLIENT = "@huggingface/transformers"
-OF_THIS_FOLDER = """
-import { basename } from "node:path";
-
-env.localModelPath = ".."; // run it in this folder, whose name is that of the model
-const folder = basename(process.cwd());
-""".strip("\n")
-
 ZERO_SHOT = """
-import {{ pipeline{env} }} from "@huggingface/transformers";
-{here}
+import {{ pipeline }} from "@huggingface/transformers";
+
+const folder = {folder}
 const classify = await pipeline("zero-shot-image-classification", folder);
 for (const {{ score, label }} of await classify("{picture}", {labels}, {{ hypothesis_template: {template} }}))
   console.log(`${{(100 * score).toFixed(1)}}% ${{label}}`);
 """
 
 IMAGES = """
-import {{ AutoImageProcessor, CLIPVisionModelWithProjection, RawImage{env} }} from "@huggingface/transformers";
-{here}
+import {{ AutoImageProcessor, CLIPVisionModelWithProjection, RawImage }} from "@huggingface/transformers";
+
+const folder = {folder}
 const processor = await AutoImageProcessor.from_pretrained(folder);
 const model = await CLIPVisionModelWithProjection.from_pretrained(folder);
 const {{ image_embeds }} = await model(await processor(await RawImage.read("{picture}")));
@@ -36,8 +31,9 @@ console.log(image_embeds.dims, image_embeds.normalize().tolist()[0].slice(0, 4))
 """
 
 WORDS = """
-import {{ AutoTokenizer, CLIPTextModelWithProjection, cos_sim{env} }} from "@huggingface/transformers";
-{here}
+import {{ AutoTokenizer, CLIPTextModelWithProjection, cos_sim }} from "@huggingface/transformers";
+
+const folder = {folder}
 const tokenizer = await AutoTokenizer.from_pretrained(folder);
 const model = await CLIPTextModelWithProjection.from_pretrained(folder);
 const {{ text_embeds }} = await model(tokenizer({texts}, {{ padding: true, truncation: true }}));
@@ -48,7 +44,7 @@ console.log(cos_sim(first, second).toFixed(3), "alike (1: the same)");
 IN_CLIENT = (
     "For transformers.js (4.x) as it is, in node and in browsers: config.json names the precision of the files in `onnx`, so "
     "no `dtype` is needed. That client makes pixels of a picture in its own way (without the smoothing of Pillow where a "
-    "picture shrinks), so scores differ a little from those in Python, most for large pictures; from the same `pixel_values` "
+    "picture shrinks), so scores differ from those in Python, most for large pictures: shrink these before. From the same pixels "
     "they are the same."
 )
 
@@ -56,9 +52,9 @@ IN_CLIENT = (
 def places(hub_id: str | None) -> dict[str, str]:
     """What code has to say of where model and picture are: in the folder of the card, or on the hub."""
     if hub_id is None:
-        return {"env": ", env", "here": OF_THIS_FOLDER, "picture": PICTURE}
+        return {"folder": '"./"; // this folder', "picture": PICTURE}
     picture = f"https://huggingface.co/{hub_id}/resolve/main/{PICTURE}"
-    return {"env": "", "here": f'\nconst folder = "{hub_id}";', "picture": picture}
+    return {"folder": f'"{hub_id}";', "picture": picture}
 
 
 def zero_shot(task: Task, hub_id: str | None) -> str:

@@ -324,9 +324,7 @@ class ImageTextDecoder(Topology):
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
 
-    def graph_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
-    ) -> str | None:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor, self.first_position)
 
     def tokens_code(self, code: str) -> str:
