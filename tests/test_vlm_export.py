@@ -430,6 +430,25 @@ def test_the_card_writes_without_torch(folders, tmp_path, request):
     assert said.stdout.strip() == processor.decode(written, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
+def test_the_card_of_a_processor_that_reads_prompts_in_its_own_way(tmp_path):
+    """PaliGemma's puts a token between image and words: the card holds the prompt as numbers."""
+    model, processor = (make() for make in tiny.DECODERS["paligemma"])
+    model.save_pretrained(tmp_path / "dense")
+    processor.save_pretrained(tmp_path / "dense")
+    export.export(tmp_path / "dense", tmp_path / "served", ExportOptions(), QUIET)
+    code = code_of(tmp_path / "served", "python")
+    said = subprocess.run(
+        [sys.executable, "-c", BLOCKED + code], cwd=tmp_path / "served", capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    prompt = re.search(r"# what the processor makes of (.*)$", code, re.MULTILINE)[1]
+    picture = Image.open(tmp_path / "served" / "scene.png").convert("RGB")
+    inputs = processor(images=picture, text=eval(prompt), return_tensors="pt")  # of comp's own card
+    written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said.stdout.strip() == processor.decode(written, skip_special_tokens=True).strip()
+
+
 def test_the_card_says_what_cannot_run_the_graphs(served):
     assert "onnxruntime-genai cannot: its cache has one length for all layers" in (served / "README.md").read_text()
 

@@ -44,8 +44,8 @@ console.log(cos_sim(first, second).toFixed(3), "alike (1: the same)");
 IN_CLIENT = (
     "For transformers.js (4.x) as it is, in node and in browsers: config.json names the precision of the files in `onnx`, so "
     "no `dtype` is needed. That client makes pixels of a picture in its own way (without the smoothing of Pillow where a "
-    "picture shrinks), so scores differ from those in Python, most for large pictures: shrink these before. From the same pixels "
-    "they are the same."
+    "picture shrinks), so scores differ from those in Python, most for large pictures: shrink these before. From the same "
+    "pixels they are the same."
 )
 
 
