@@ -223,7 +223,7 @@ def prune(
         compat: follow the authors' code where it departs from their formula.
         link: hard links to the model's weights in place of copies; both must be on one disk.
         output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
-            holds a folder each, such as ratio-0.5, and what each costs, comp_sweep.json and tradeoff.md.
+            holds a folder each, such as ratio-0.5, and what each costs: comp_sweep.json, tradeoff.md, tradeoff.html.
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         max_drop: points that the metric may fall; more raises GateError, and nothing is written.
         task: evaluation task (default: inferred from the architecture).

@@ -26,6 +26,7 @@ from ..checkpoint.loading import (
     quiet_libraries,
     save_processor,
 )
+from ..checkpoint.places import copy_settings
 from ..checkpoint.precision import cast
 from ..data.batches import Collator
 from ..data.pairset import PairSet
@@ -135,7 +136,7 @@ def _export(
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
         save_cutting(processor, partial, family, longest)
-        shutil.copyfile(folder / "config.json", partial / "config.json")
+        copy_settings(folder / "config.json", partial / "config.json")
         if client:
             kinds = {name: rounding if kind is None or name in chosen[kind] else "fp32" for name in names}
             places, check = for_client(partial, family, described.to_dict(), kinds, check)
