@@ -29,6 +29,7 @@ from .options import (
     Gates,
     HubOptions,
     PruneOptions,
+    TargetOptions,
     TokenOptions,
     Training,
 )
@@ -38,8 +39,6 @@ from .report.base import Report
 from .report.bench import BenchReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
-from .report.page.files import check_page, write_page
-from .report.page.pages import analyze_page
 from .report.prune import PruneReport
 from .report.sweep import SweepReport
 from .report.upgrade import UpgradeReport
@@ -137,11 +136,16 @@ def analyze(
         from .commands.analyze import analyze
 
         if options.html is not None:
+            from .report.page.files import check_page
+
             check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
     report = _reported(work, progress)
-    if options.html is not None:
+    if options.html is not None:  # with what was warned of
+        from .report.page.files import write_page
+        from .report.page.pages import analyze_page
+
         write_page(options.html, analyze_page(report.to_json(), report.pictures))
     return report
 
@@ -160,6 +164,9 @@ def prune(
     output: StrPath | None = None,
     data: StrPath | None = DataOptions.data,
     max_drop: float | None = None,
+    target_speedup: float | None = TargetOptions.target_speedup,
+    target_latency_ms: float | None = TargetOptions.target_latency_ms,
+    target_size: str | int | None = TargetOptions.target_size,
     task: str | None = PruneOptions.task,
     method: str = PruneOptions.method,
     split: str | None = DataOptions.split,
@@ -211,8 +218,8 @@ def prune(
     Args:
         model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input. Every method asks for it,
-            but those of the image tokens of a decoder, which ask for exactly one of the next three. Several, as a list or as
-            a text with commas, make a folder each, of one calibration.
+            or for one of the targets, but those of the image tokens of a decoder, which ask for exactly one of the next three.
+            Several, as a list or as a text with commas, make a folder each, of one calibration.
         tokens: image tokens of an image: the mean over the layers of the language model, or what a one-shot rule keeps.
         tokens_share: the same as a share of an image's tokens, for images of any size.
         token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
@@ -220,9 +227,13 @@ def prune(
         compat: follow the authors' code where it departs from their formula.
         link: hard links to the model's weights in place of copies; both must be on one disk.
         output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
-            holds a folder each, such as ratio-0.5, and what each costs, comp_sweep.json and tradeoff.md.
+            holds a folder each, such as ratio-0.5, and what each costs: comp_sweep.json, tradeoff.md, tradeoff.html.
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
-        max_drop: points that the metric may fall; more raises GateError, and nothing is written.
+        max_drop: points that the metric may fall; more raises GateError, and nothing is written. Without a ratio and a target
+            it decides: as much is removed as loses no more.
+        target_speedup: in place of a ratio: times that the compact model is faster than the dense one, in torch at batch 1.
+        target_latency_ms: in place of a ratio: ms that a forward pass of the compact model may take, in torch at batch 1.
+        target_size: in place of a ratio: what model.safetensors may have, "100MB", "95MiB" or bytes.
         task: evaluation task (default: inferred from the architecture).
         method: what is scored and removed, and how; `comp prune --help` lists the methods.
         split: split of the data to calibrate on; never a test split.
@@ -278,9 +289,9 @@ def prune(
     Raises:
         UsageError: an argument that cannot be, an output that exists.
         RefusedError: a model or data that is unsafe, corrupt or unsupported.
-        GateError: the metric falls by more than `max_drop`; `error.report` says by how much.
+        GateError: the metric falls by more than `max_drop`, or the model misses its target; `error.report` says by how much.
         DeviceError: a device that is not there.
-        CompError: a ratio out of reach, a full disk.
+        CompError: a ratio or a target out of reach, a full disk.
 
     Example:
         >>> report = comp_cli.prune("Salesforce/blip-itm-base-coco", ratio=0.5, data="pairs.jsonl", output="blip-compact")
@@ -288,6 +299,8 @@ def prune(
         >>> report = comp_cli.prune("llava-hf/llava-1.5-7b-hf", method="vitcop", tokens=64, output="llava-64")
         >>> report.image_tokens.mean, report.image_tokens.kv_cache_bytes.compact
         >>> sweep = comp_cli.prune("demo", ratio=[0.3, 0.5, 0.7], output="demo-sweep")
+        >>> small = comp_cli.prune("demo", target_size="1.5MB", output="demo-small")
+        >>> small.target.ratio, small.target.measured.value
         >>> [(point.ratio, point.metric.compact, point.folder) for point in sweep.points]
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
@@ -328,18 +341,25 @@ def prune(
         private=private,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
-    folder = default_output(options.model, ratios, method, options.image_tokens) if output is None else Path(output)
+    targets = TargetOptions(target_speedup, target_latency_ms, parse_bytes(target_size, "target_size"))
 
     def work(told: Progress) -> PruneReport | SweepReport:
         from .commands.prune import prune
-        from .commands.prune_options import by_number
+        from .commands.prune_options import by_number, choose_target
         from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
         from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
+        from .commands.targets import prune_to_target
 
+        target = choose_target(targets, options, max_drop, dry_run, link)
+        unnamed = default_output(options.model, ratios, method, options.image_tokens, target)
+        folder = unnamed if output is None else Path(output)
         how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
         asked: dict[str, Any] = how | {"max_drop": max_drop, "hub_options": hub}
+        if target is not None:
+            aimed = asked | {"resume": resume, "max_drop": max_drop if target.is_least else None}
+            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **how)
         if by_number(options, link):
             return and_push(lambda: prune_tokens(options, folder, told, link=link, **asked), options, told, **how)
         if isinstance(ratios, tuple):

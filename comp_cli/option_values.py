@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from .errors import UsageError
-from .options import BACKENDS, TokenOptions, flag
+from .options import BACKENDS, Target, TokenOptions, flag
 from .progress import Progress
 
 P = ParamSpec("P")
@@ -87,7 +87,16 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float | tuple[float, ...] | None, method: str, tokens: TokenOptions | None) -> Path:
+UNITS = {"target_speedup": "x", "target_latency_ms": "ms"}
+
+
+def default_output(
+    model: str,
+    ratio: float | tuple[float, ...] | None,
+    method: str,
+    tokens: TokenOptions | None,
+    target: Target | None = None,
+) -> Path:
     """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
     named = model.split("@")[0] if model.startswith("hf://") else model
     ratios = ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,)
@@ -95,6 +104,8 @@ def default_output(model: str, ratio: float | tuple[float, ...] | None, method: 
     if tokens is not None:
         often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
         amount = f"{method}-{'stages' if often is None else often}"
+    if target is not None:
+        amount = f"comp-{'drop-' * (not target.is_least)}{target.amount}{UNITS.get(target.kind, '')}"
     return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
 
 
@@ -139,13 +150,13 @@ def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return names
 
 
-def parse_bytes(given: str | int | None) -> int | None:
+def parse_bytes(given: str | int | None, name: str = "max_memory") -> int | None:
     """Bytes as a number, or as a text with a unit: "1GiB", "800MB". Raises UsageError for another."""
     if not isinstance(given, str):
         return given
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B|B)?", given.strip(), re.IGNORECASE)
     if found is None:
-        raise UsageError(f"--max-memory {given!r}: expected bytes, such as 1GiB or 800MB.")
+        raise UsageError(f"{flag(name)} {given!r}: expected bytes, such as 1GiB or 800MB.")
     number, unit, binary = found.groups()
     return round(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
 

@@ -38,6 +38,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "tokens": (1, MOST),
     "looks": (1, MOST),
     "max_memory": (1, 2**60),
+    "target_size": (1, 2**60),
 }
 REAL = {
     "ratio": (-math.inf, math.inf),  # what it has to be, a sentence of its own says
@@ -51,6 +52,8 @@ REAL = {
     "max_latency_ms": (0, math.inf),
     "max_memory_mb": (0, math.inf),
     "tokens_share": (-math.inf, math.inf),
+    "target_speedup": (-math.inf, math.inf),
+    "target_latency_ms": (0, math.inf),
 }
 
 
@@ -254,6 +257,50 @@ class TokenOptions(Checked):
         """The options that say how many tokens stay, of those that were given."""
         given = (name for name in ("tokens", "tokens_share", "token_stages") if getattr(self, name) is not None)
         return list(map(flag, given))
+
+
+@dataclass(frozen=True)
+class TargetOptions(Checked):
+    """What decides the ratio in its place, one of them at most.
+
+    Attributes:
+        target_speedup: times that the compact model is faster than the stock dense one, at batch 1 in torch.
+        target_latency_ms: what a forward pass of the compact model may take, ms, at batch 1 in torch.
+        target_size: bytes that model.safetensors of the compact model may have.
+    """
+
+    target_speedup: float | None = None
+    target_latency_ms: float | None = None
+    target_size: int | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that were given, with their values."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a search over the ratio looks for. kind: "target_speedup", "target_latency_ms" or "target_size": the smallest ratio
+    that has it; "max_drop": the largest that loses no more."""
+
+    kind: str
+    wanted: float
+
+    @property
+    def is_least(self) -> bool:
+        """Whether the smallest ratio is looked for."""
+        return self.kind != "max_drop"
+
+    @property
+    def option(self) -> str:
+        """ "--target-speedup 2.5"."""
+        return f"{flag(self.kind)} {self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """As it is typed: "2.5", "100MB"."""
+        return f"{self.wanted / 1e6:g}MB" if self.kind == "target_size" else f"{self.wanted:g}"
 
 
 TOKEN_METHOD = "cover"  # where a number of image tokens is asked for, and no method

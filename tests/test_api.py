@@ -107,7 +107,7 @@ def test_defaults_are_those_of_the_options(name):
     library = inspect.signature(getattr(api, name)).parameters
     chosen = getattr(options, f"{name.capitalize()}Options")
     nested = [found.default for found in fields(chosen) if is_dataclass(found.default)]
-    nested += [options.TokenOptions()] * (name == "prune")  # which other models have none of
+    nested += [options.TokenOptions(), options.TargetOptions()] * (name == "prune")  # of other models, or in place of a ratio
     other_names = {"backends": "backend", "batches": "batch"}
     for cls in (chosen, options.HubOptions, *map(type, nested)):
         names = getattr(cls, "NAMES", {}) | other_names

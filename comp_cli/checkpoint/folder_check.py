@@ -17,9 +17,8 @@ from ..files.store import JSON_LIMIT, departs, read_json
 from . import runtimes
 
 REPORT = "comp_report.json"
-PICTURE = "tokens.png"  # which tokens of samples stay
-# People edit the first; nobody reads the second, which no download brings; comp runs its own runtime, not the others.
-FREE = {"README.md", PICTURE, *runtimes.ALL}
+# People edit the first; comp runs its own runtime, not the others.
+FREE = {"README.md", *runtimes.ALL}
 READ = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"}  # what the libraries open, by suffix
 SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")

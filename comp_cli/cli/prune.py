@@ -18,6 +18,7 @@ from ..options import (
     DataOptions,
     HubOptions,
     PruneOptions,
+    TargetOptions,
     TokenOptions,
     Training,
 )
@@ -69,7 +70,17 @@ def prune(
     output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO or MODEL-METHOD-TOKENS")] = None,
     data: given.Data = DataOptions.data,
     max_drop: Annotated[
-        float | None, option(MAIN, "Points that the metric may fall; more is exit code 3, and nothing is written.")
+        float | None,
+        option(MAIN, "Points that the metric may fall, else exit code 3; alone: remove as much as loses no more."),
+    ] = None,
+    target_speedup: Annotated[
+        float | None, option(MAIN, "In place of --ratio: times faster than the dense model, in torch at batch 1.")
+    ] = TargetOptions.target_speedup,
+    target_latency_ms: Annotated[
+        float | None, option(MAIN, "In place of --ratio: ms of a forward pass here, in torch at batch 1.")
+    ] = TargetOptions.target_latency_ms,
+    target_size: Annotated[
+        str | None, option(MAIN, "In place of --ratio: what model.safetensors may have, 100MB or 95MiB.")
     ] = None,
     task: given.TaskName = PruneOptions.task,
     num_samples: Annotated[
@@ -164,6 +175,10 @@ def prune(
     `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
 
     `comp prune ./my-blip --ratio 0.3,0.5,0.7 --data pairs/ -o sweep` (a folder each, and what each costs)
+
+    `comp prune ./my-blip --target-speedup 2.5 --data pairs/` (finds the ratio, and measures)
+
+    `comp prune ./my-blip --max-drop 1.0 --data pairs/` (as much as possible, at most a point lost)
 
     `comp prune llava-hf/llava-1.5-7b-hf --method vitcop --tokens 64 --link`
 

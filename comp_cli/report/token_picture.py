@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ..checkpoint.folder_check import PICTURE
 from ..errors import UsageError
 from ..files.outputs import atomic_file, check_file, resolve
 from .samples import KeptAt, LayerImportance, Picture, SampleKept, StreamKept, TokenImportance
 
+PICTURE = "tokens.png"  # beside weights, which tokens of samples stay
 MARK = b"drawn by comp"  # in pictures that comp drew, which it may replace
 CELL, GAP, LINE, LEFT = 112, 8, 15, 8  # pixels: a picture, between two, a line of text, the margin
 MOST = 6  # layers that are drawn of a sample; of more these, evenly
