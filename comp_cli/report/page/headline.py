@@ -154,6 +154,9 @@ def _said(value: Any) -> str:
 def sizes(document: Document) -> list[Html]:
     """Cards of what prune reports measure in bytes and FLOPs."""
     found = [size_card(document, name, (key,), short) for key, name in COSTS.items()]
+    if own := document.get("at_own_texts"):
+        mean = f"FLOPs at {in_words(own['tokens'], but=document.at('reference', 'tokens'))}, the mean of your texts"
+        found.append(size_card(document, mean, ("at_own_texts", "flops"), short))
     if document.get("size_bytes"):
         found.append(size_card(document, "weights on disk", ("size_bytes",), short_bytes))
     if document.get("image_tokens"):
