@@ -164,9 +164,15 @@ def sizes(document: Document) -> list[Html]:
     return found
 
 
-def agreement_card(document: Document) -> Html:
-    """How often both models say the same."""
-    return card("same prediction as the dense model", document.figure(("quality", "agreement"), percent))
+def pruned(document: Document) -> list[Html]:
+    """Cards of a model that was pruned: what was lost, what was saved."""
+    found, quality = sizes(document), document.get("quality")
+    if quality and quality["metrics"]:
+        name = quality["metric"]
+        found.insert(0, metric_card(document, name, ("quality", "metrics", name), ("quality", "samples")))
+    if quality:
+        found.append(card("same prediction as the dense model", document.figure(("quality", "agreement"), percent)))
+    return found
 
 
 def totals(document: Document) -> list[Html]:
