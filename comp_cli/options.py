@@ -217,6 +217,8 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        png: picture to write: which tokens stay in a compact model, what matters in a dense one.
+        html: page to write.
     """
 
     model: str
@@ -228,6 +230,8 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    png: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,8 @@ class PruneOptions(Checked):
         image_tokens: how many image tokens of a decoder stay; left out for other models.
         looks: plans that are compared at most; left out for as many as the descent takes.
         max_memory: bytes that the work may take; left out for what the machine has.
+        push_to_hub: repository that the folder is uploaded to; left out where it is not.
+        private: whether that is made for its owners only.
     """
 
     model: str
@@ -366,6 +372,8 @@ class PruneOptions(Checked):
     image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
     looks: int | None = field(default=None, metadata={"if_known": True})
     max_memory: int | None = field(default=None, metadata={"if_known": True})
+    push_to_hub: str | None = field(default=None, metadata={"if_known": True})
+    private: bool = field(default=False, metadata={"unwritten": True})
 
 
 @dataclass(frozen=True)
@@ -396,6 +404,8 @@ class ExportOptions(Checked):
         keep_failed: whether refused graphs are left in OUTPUT.failed.
         device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
         data: the real pairs that they are checked on.
+        push_to_hub: repository that the folder is uploaded to.
+        private: whether that is made for its owners only.
     """
 
     target: str = TARGETS[0]
@@ -409,6 +419,8 @@ class ExportOptions(Checked):
     keep_failed: bool = False
     device: str = "cpu"
     data: DataOptions = DataOptions()
+    push_to_hub: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """A compact checkpoint on disk: what `comp prune` writes, and the proof that it loads."""
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from ..checkpoint.loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
+from ..checkpoint.places import copy_settings, without_places
 from ..checkpoint.precision import of_the_whole
 from ..checkpoint.runtimes import runtime_facts, ship
 from ..data.batches import Batch
@@ -21,10 +21,13 @@ from ..errors import CompError
 from ..families import Family
 from ..files.store import facts, save_tensors
 from ..plan import Plan
+from ..report.card_pictures import save_example, show_pictures
 from ..report.cards import model_card
+from ..report.page.pages import prune_page
 from .dense import Dense
 from .stock import stock_document
 
+PAGE = "report.html"
 GENERATION = "generation_config.json"
 ORIGIN = ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")  # of a report, for config.json
 
@@ -53,7 +56,7 @@ def write_beside(
     config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(without_places(config), indent=2) + "\n")
     if not stock:
         ship(dense.family, folder)
     with quiet_libraries():
@@ -61,11 +64,13 @@ def write_beside(
         save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
     generation = dense.source.folder / GENERATION
     if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
-        shutil.copyfile(generation, folder / GENERATION)
+        copy_settings(generation, folder / GENERATION)
     card = model_card(
         document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if dense.family.topology.reads_images:
+        save_example(folder)
 
 
 def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +81,16 @@ def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str,
 
 
 def write_report(
-    folder: Path, document: dict[str, Any], plan: Plan, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    folder: Path,
+    document: dict[str, Any],
+    plan: Plan,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    pictures: Sequence[Any] = (),
 ) -> None:
-    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices. known: what is said of files
-    that are not to be read again."""
+    """The report as a page, then comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices.
+    known: what is said of files that are not to be read again. pictures: of the samples in the document, PIL images."""
+    (folder / PAGE).write_text(prune_page({"schema_version": 1} | document, pictures), encoding="utf-8")
+    show_pictures(folder)
     files = {path.name: known.get(path.name) or facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
     whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")
