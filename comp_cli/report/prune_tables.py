@@ -162,8 +162,9 @@ def _print_target(report: PruneReport, out: Printer) -> None:
     of_dense = "" if found.dense is None else f", of {target_value(found.kind, found.dense)} dense"
     measured = f"{target_value(found.kind, found.measured)}{of_dense}"
     out.line(f"{flag(found.kind)} {asked}: ratio {found.ratio:g} of {len(found.tried)} that were tried; {measured}.")
-    chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
-    out.line(f"{chosen} {found.on}.")
+    if found.kind != "target_size":
+        chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
+        out.line(f"{chosen} {found.on}.")
     if found.missed:
         out.line(f"Made and measured, it was missed at ratio {', '.join(f'{ratio:g}' for ratio in found.missed)}.")
 
