@@ -206,7 +206,7 @@ def _next(report: PruneReport) -> str:
     """What to do with the folder."""
     place, (family, _, _) = shlex.quote(str(report.output)), find_family({"architectures": [report.architecture]})
     if family.topology.drops_in != "decoder":
-        return f"comp export {place} --onnx"
+        return f"comp export {place}"
     if report.options.uniform:
         return f'{report.architecture}.from_pretrained("{report.output}"), or what else reads this class'
     return f"comp bench {place}"
