@@ -257,8 +257,8 @@ def test_export_wants_a_compact_model_and_options_that_can_be(compact, tiny_fold
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        (["--dtype", "fp8"], 2, "--dtype fp8: unknown"),
-        (["--quantize", "int2"], 2, "--quantize int2: unknown"),
+        (["--dtype", "fp8"], 2, "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
+        (["--quantize", "int2"], 2, "'int2' is not one of 'int8', 'int4'"),
         (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
         (["--layout", "genai"], 2, "--layout genai"),
         (["--layout", "transformers.js"], 2, "transformers.js has no BLIP"),
