@@ -87,15 +87,18 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float | tuple[float, ...] | None, method: str, tokens: TokenOptions | None) -> Path:
-    """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
+def default_output(
+    model: str, ratio: float | tuple[float, ...] | None, method: str, tokens: TokenOptions | None, plan_only: bool = False
+) -> Path:
+    """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder. plan_only: the file of
+    its plan."""
     named = model.split("@")[0] if model.startswith("hf://") else model
     ratios = ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,)
     amount = "-".join(["comp", *(f"{each:g}" for each in ratios)])
     if tokens is not None:
         often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
         amount = f"{method}-{'stages' if often is None else often}"
-    return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
+    return Path(f"{Path(named).name or 'model'}-{amount}{'.plan.json' * plan_only}".lstrip("-@"))
 
 
 def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,18 +5,20 @@ from dataclasses import fields
 from ..checkpoint.hub import DEMOS
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
-from ..options import SALIENCIES, PruneOptions, TokenOptions, flag
+from ..options import EFFORTS, SALIENCIES, PruneOptions, TokenOptions, flag
 from ..search.trainer import check_training
 
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
 # What image tokens of a decoder are removed by, and what of it is for measuring only.
 READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens", "max_memory")
-MEASURING = ("eval_samples", "batch_size")
+MEASURING = ("effort", "eval_samples", "batch_size")
 
 
-def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
-    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
+def check(options: PruneOptions, max_drop: float | None, only: str | None) -> None:
+    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded. only:
+    the option with which no model is made."""
     method = find_method(options.method)
+    check_effort(options)
     if ENCODER not in method.drops_in:
         hint = f"Say how many image tokens stay: {AMOUNTS}."
         raise UsageError(f"--ratio: --method {options.method} removes image tokens of a decoder, by number.", hint=hint)
@@ -48,10 +50,32 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError("--no-cit changes nothing here.", hint=hint)
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise UsageError(f"--max-drop {max_drop:g}: expected points from 0 to 100.")
-    if max_drop is not None and dry_run:
-        raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
+    if max_drop is not None and only:
+        raise UsageError(f"--max-drop needs a model to judge, which {only} does not make.")
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
         raise UsageError("--stage-samples are some of the --num-samples, not more.")
+
+
+def check_ways(
+    options: PruneOptions, *, several: bool, link: bool, plan: object | None, plan_only: bool, dry_run: bool
+) -> None:
+    """Raises UsageError where the ways to a plan contradict one another. several: ratios; plan: a file."""
+    given = [name for name, said in (("--dry-run", dry_run), ("--plan-only", plan_only), ("--plan", plan is not None)) if said]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: expected one of them.")
+    if plan_only and several:
+        raise UsageError("--plan-only makes one plan, of one --ratio.")
+    if not dry_run and given and (link or options.image_tokens is not None or by_number(options, link)):
+        hint = "--dry-run shows the stages; the command itself takes seconds."
+        raise UsageError(f"{given[0]}: image tokens that go by their number need no search.", hint=hint)
+    if plan is not None and several:
+        raise UsageError("--plan has a ratio of its own.", hint="Leave --ratio out.")
+
+
+def check_effort(options: PruneOptions) -> None:
+    """Raises UsageError for an effort of another name."""
+    if options.effort not in EFFORTS:
+        raise UsageError(f"--effort {options.effort}: expected {', '.join(EFFORTS)}.")
 
 
 def by_number(options: PruneOptions, link: bool) -> bool:
@@ -69,6 +93,7 @@ def has_pairs(options: PruneOptions) -> bool:
 def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool) -> None:
     """The same where image tokens of a decoder go, by number."""
     method, wanted = find_method(options.method), options.image_tokens or TokenOptions()
+    check_effort(options)
     if DECODER not in method.drops_in or not method.only_tokens:
         given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
         hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,8 +17,9 @@ from ..engine.statistics import even_prices
 from ..engine.token_ranking import with_score_rule
 from ..errors import UsageError
 from ..models.dense import Dense
-from ..models.described import image_shape
+from ..models.described import Described, image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
+from ..models.plan_file import PlanFile
 from ..models.streamed import StreamedDense
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -46,13 +47,22 @@ class SearchResult:
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
     texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
+    state: State
+    pairs: str  # fingerprint of the calibration pairs
 
 
 def search(
-    dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once | None = None
+    dense: Dense,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    journal: Journal | None,
+    progress: Progress,
+    once: Once | None = None,
+    decided: PlanFile | None = None,
 ) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one, which the first of several processes
-    has. once: what searches of other ratios have made, with options that are the same but for the ratio."""
+    has. once: what searches of other ratios have made, with options that are the same but for the ratio. decided: a plan that
+    was found before: nothing is searched for, and what the model of the plan needs is gathered."""
     begin = time.perf_counter()
     once = once or Once()
     method = METHODS[options.method]
@@ -67,20 +77,23 @@ def search(
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
         judges = once("pairs that judge", lambda: calibration_pairs(dense, pairs, options, options.stage_samples))
+    content = fingerprint(batches)
     if journal:
-        journal.settings["content of the calibration pairs"] = fingerprint(batches)
+        journal.settings["content of the calibration pairs"] = content
+    if decided is not None and decided.pairs != content:
+        progress.warn(f"{decided.path} was found on other calibration pairs: the model will not be that of its search.")
     saved = from_main(lambda: journal.load() if journal else None)
-    state = state_of(dense, options, saved)
+    state = decided.state_for(dense) if decided is not None else state_of(dense, options, saved)
     way: Trained | TrainingFree | Streaming
     if isinstance(dense, StreamedDense):
-        way = Streaming(dense, options, batches, judges, journal, progress)
+        way = Streaming(dense, options, batches, judges, journal, progress, searches=decided is None)
     elif options.training.steps:
-        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once)
+        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once, searches=decided is None)
     else:
-        way = TrainingFree(dense, options, batches, judges, journal, progress, once)
+        way = TrainingFree(dense, options, batches, judges, journal, progress, once, searches=decided is None)
     if saved:
         way.restore(saved, state.plan)
-    if not way.is_over:
+    if not way.is_over and decided is None:
         if isinstance(state, allocation.AllocationState):
             compare_plans(dense, options, way, state, batches, progress)
         else:
@@ -89,7 +102,8 @@ def search(
     seconds = None if saved else time.perf_counter() - begin
     taken = state.stages if isinstance(state, stages.SearchState) else []
     looks = state.looks if isinstance(state, allocation.AllocationState) else []
-    return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
+    model = way.finish(state, model, progress)
+    return SearchResult(state.plan, taken, looks, model, seconds, texts, state, content)
 
 
 def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samples: int) -> list[Batch]:
@@ -97,7 +111,10 @@ def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samp
     return batches_of(dense, pairs, "calibration", samples, options.batch_size, options.seed)
 
 
-def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
+D = TypeVar("D", Dense, Described)
+
+
+def with_modes(dense: D, modes: tuple[str, ...] | None) -> D:
     """The dense model with those modes on that were asked for, None for the usual ones. Raises UsageError for unknown ones."""
     if modes is None:
         return dense
@@ -108,7 +125,7 @@ def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
     return replace(dense, family=family, reference=replace(dense.reference, family=family))
 
 
-def check_asked(dense: Dense, options: ResolvedOptions) -> None:
+def check_asked(dense: Dense | Described, options: ResolvedOptions) -> None:
     """Raises UsageError where modes, or a way for image tokens to leave, do not fit the method or the model. Before data is
     read."""
     method = METHODS[options.method]
@@ -164,7 +181,7 @@ def compare_plans(
             way.save(state)
             bar.advance(found.in_words())
 
-        streams = streams_of(dense, batches, space.leaving)
+        streams = streams_of(dense, space.leaving, short=longest_text(batches) < dense.text_tokens)
         steps: Sequence[float] = allocation.STEPS
         if not way.thorough:  # looks are dear: one start, long steps
             streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
@@ -176,7 +193,7 @@ def compare_plans(
     state.plan = plan
 
 
-def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
+def space_of(dense: Dense | Described, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
     """What plans are made of: parts of no mode that is on stay whole."""
     floors, modes = schedule.Floors.of(dense.family, dense.plan), dense.family.modes.values()
     on = {part for mode in modes for part in mode.parts}
@@ -184,7 +201,7 @@ def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor
     return allocation.Space(dense.plan, dense.reference, prices, floors, frozenset(stay), leaving_of(dense, options))
 
 
-def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
+def leaving_of(dense: Dense | Described, options: ResolvedOptions) -> Leaving | None:
     """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
     cannot be pruned by."""
     if not any(tower.writes for tower in dense.family.towers):
@@ -200,13 +217,12 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     return found
 
 
-def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> dict[str, tuple[int, tuple[float, ...]]]:
+def streams_of(dense: Dense | Described, leaving: Leaving | None, *, short: bool) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
-    only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
+    only where those of the calibration are as long as the reference, not `short`: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
     modes, whole = dense.family.modes, stages.mode_shares(counted, dense.reference)
     large = [mode for mode in whole if modes[mode].stream and whole[mode] >= allocation.LEAST_SHARE * counted.total]
-    short = longest_text(batches) < dense.text_tokens
     found = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]

@@ -1,0 +1,102 @@
+"""The plan that a search usually ends with, made without data and without weights: what an estimate assumes.
+
+FLOPs follow from the ratio. What data decides is which units go, and how much of the reduction tokens bring. Here the units of
+a part lose in value evenly, and tokens bring the share that the descent of the method begins with. Plans in which tokens bring
+hardly any of the reduction, or nearly all of it, say how far the sizes of a real run can be from that.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine import allocation, flops, stages
+from ..engine.allocation import Cut
+from ..engine.methods import METHODS
+from ..engine.scoring import Key
+from ..models.dense import Dense
+from ..models.described import Described
+from ..options import ResolvedOptions
+from ..plan import Plan
+from .run import space_of, streams_of
+from .uniform_plans import uniform_plans
+
+LEAST, MOST = 0.2, 0.8  # shares of the reduction that tokens brought in nearly all searches so far
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """plan: taken for that of the run. others: of the same ratio, between which its sizes are. words: how they were made."""
+
+    plan: Plan
+    others: tuple[Plan, ...]
+    words: str
+
+
+def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:
+    """Of a model whose modes are those that were asked for. Raises DeadEnd where no plan of the ratio was found."""
+    method, ratio = METHODS[options.method], options.ratio
+    space = space_of(dense, options, prices_without_data(dense))
+    if options.uniform:
+        plans = [plan for _, plan in uniform_plans(dense, space, ratio)]
+        words = f"the middle one of {len(plans)} uniform plans of the ratio; the run compares them"
+        return Assumed(plans[len(plans) // 2], tuple(plans), words)
+    images = streams_of(dense, space.leaving, short=True)
+    if method.only_tokens:
+        plan = _by_tokens(space, images, ratio)
+        if plan is None:
+            raise stages.out_of_reach(ratio, space.most(images))
+        return Assumed(plan, (), "image tokens alone, all in one place")
+    if not method.removes("tokens") or not images:
+        return Assumed(_of_shares(space, {}, (0.0,), ratio)[0], (), "parameters alone, the units of a part of even value")
+    middle = allocation.START if method.phases is None else (1 - math.sqrt(1 - ratio)) / ratio
+    plan, *_ = _of_shares(space, images, (middle, *allocation.LARGE, LEAST, 0.0), ratio)
+    others = tuple(_of_shares(space, images, (0.0, LEAST, MOST), ratio)) if method.phases is None else ()
+    words = f"{100 * middle:.0f} % of the reduction by image tokens where they reach it, the units of a part of even value"
+    return Assumed(plan, others, words)
+
+
+def prices_without_data(dense: Dense | Described) -> dict[Key, Tensor]:
+    """A price of every unit, (units,), rising evenly in a part. Between parts by the mean of two extremes: as many FLOPs cost
+    as much everywhere, and as many weights do. (Prices with data of models with few text tokens lie between these.)"""
+    found = {}
+    for row in flops.count(dense.plan, dense.reference).layers:
+        layer = dense.plan.tower(row.tower).layers[row.layer]
+        for part, whole in row.parts.items():
+            width, sizes = len(layer.parts[part].units), dense.reference.sizes[row.tower, part]
+            weights = sum(outputs * inputs for outputs, inputs in sizes.rows) + math.prod(sizes.column)
+            found[row.tower, row.layer, part] = (torch.arange(width) + 0.5) / width * math.sqrt(whole / width * weights)
+    return found
+
+
+def _of_shares(
+    space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], shares: tuple[float, ...], ratio: float
+) -> list[Plan]:
+    """Plans of the ratio whose image tokens bring these shares of it, where they reach it, in the order of the shares. Raises
+    DeadEnd where none does."""
+    found = [plan for share in shares if (plan := next(_plans(space, images, share, ratio), None)) is not None]
+    if not found:
+        raise stages.out_of_reach(ratio, space.most(images))
+    return found
+
+
+def _plans(
+    space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], share: float, ratio: float
+) -> Iterator[Plan]:
+    """With tokens of the largest stream going in the places where the descent begins, the deepest first."""
+    if not share or not images:
+        places: list[dict[str, Cut]] = [{}]
+    else:
+        stream, (layers, depths) = next(iter(images.items()))
+        places = [{stream: Cut(min(round(depth * layers), layers - 1), share)} for depth in reversed(depths)]
+    for cuts in places:
+        if (plan := space.candidate(ratio, cuts)) is not None:
+            yield plan
+
+
+def _by_tokens(space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], ratio: float) -> Plan | None:
+    for stream in images:
+        return space.cut_tokens(space.dense, stream, 0, space.total * (1 - ratio))
+    return None
