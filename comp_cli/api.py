@@ -253,7 +253,8 @@ def prune(
         plan_only: search, and write the plan to a file, `output` (default: MODEL-comp-RATIO.plan.json); no model is made.
         plan: a file that plan_only wrote: the folder of its search is made without searching. Its options hold; what
             contradicts them is refused.
-        looks: plans that are compared at most (default: as many as the descent takes; of a model larger than memory 2).
+        looks: plans that are compared at most, 0 for the one that the descent begins with (default: as many as it takes; of a
+            model larger than memory 2).
         max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
             are more is worked on layer by layer from its files.
         progress: receives messages, warnings and progress (default: none; the library is silent).

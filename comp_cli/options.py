@@ -36,7 +36,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "iterations": (1, MOST),
     "threads": (0, 1024),
     "tokens": (1, MOST),
-    "looks": (1, MOST),
+    "looks": (0, MOST),
     "max_memory": (1, 2**60),
 }
 REAL = {
@@ -111,7 +111,7 @@ class Effort:
     """How much a run looks at where nobody says it; the fields are those of PruneOptions.
 
     Attributes:
-        looks: None for as many as the descent takes.
+        looks: None for as many as the descent takes; 0 for none: the plan that it begins with is taken.
         thorough: whether plans are compared at length: both halves of the pairs judge, the descent begins at every place that
             it knows and ends in short steps. None for small models only.
     """
@@ -122,6 +122,7 @@ class Effort:
     stages: BySize
     looks: BySize | None = None
     thorough: bool | None = None
+    double_prices: bool = True  # whether units are priced in fp64
 
     def is_thorough(self, is_large: bool) -> bool:
         """Of a model that is large or not."""
@@ -130,12 +131,13 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(
-        num_samples=BySize(64, 6, 32),
-        stage_samples=BySize(64, 4, 32),
-        eval_samples=BySize(256, 12, 64),
+        num_samples=BySize(64, 4, 16),
+        stage_samples=BySize(64, 4, 16),
+        eval_samples=BySize(256, 8, 32),
         stages=BySize(10, 4),
-        looks=BySize(4, 2),
+        looks=BySize(4, 0),
         thorough=False,
+        double_prices=False,
     ),
     "normal": Effort(
         num_samples=BySize(256, 32),
@@ -328,7 +330,7 @@ class PruneOptions(Checked):
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
         image_tokens: how many image tokens of a decoder stay; left out for other models.
-        looks: plans that are compared at most; left out for as many as the descent takes.
+        looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
         max_memory: bytes that the work may take; left out for what the machine has.
         effort: how much is looked at where nothing else is said: "fast", "normal" or "best".
     """

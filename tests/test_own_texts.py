@@ -152,7 +152,9 @@ def test_what_is_said_to_do_gives_the_ratio(tiny_folder, data, tmp_path):
 
 def test_a_plan_alone_takes_the_calibration_texts(tiny_folder, tmp_path):
     data = tiny.table(tmp_path, caption=lambda number: FULL if number == 1 else SHORT)
-    report = comp_cli.prune(tiny_folder, ratio=0.4, data=data, method="joint", plan_only=True, output=tmp_path / "plan.json", **FAST)
+    report = comp_cli.prune(
+        tiny_folder, ratio=0.4, data=data, method="joint", plan_only=True, output=tmp_path / "plan.json", **FAST
+    )
     mean = report.texts["calibration"].tokens["language"]
     assert report.at_own_texts.purpose == "calibration" and report.at_own_texts.tokens["language"] == round(mean) < 12
 

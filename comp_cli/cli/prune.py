@@ -100,7 +100,7 @@ def prune(
         option(SEARCH, "As many heads and channels in every layer of a decoder: a folder of the stock class.", "--uniform"),
     ] = PruneOptions.uniform,
     looks: Annotated[
-        int | None, option(SEARCH, "Plans that are compared at most (default: as many as it takes; from disk 2).")
+        int | None, option(SEARCH, "Plans that are compared at most; 0 for none (default: as many as it takes; from disk 2).")
     ] = PruneOptions.looks,
     stage_samples: Annotated[
         int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {USUAL.stage_samples}).")

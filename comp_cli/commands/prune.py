@@ -74,7 +74,7 @@ def numbers_of(dense: Dense | Described, options: PruneOptions) -> ResolvedOptio
         "training": ResolvedTraining(**vars(options.training) | {"lr": options.training.lr or usual(LEARNING_RATE)}),
     }
     if effort.looks is not None and METHODS[options.method].compares_plans:
-        numbers["looks"] = options.looks or usual(effort.looks)
+        numbers["looks"] = usual(effort.looks) if options.looks is None else options.looks
     return ResolvedOptions(**vars(options) | numbers)
 
 

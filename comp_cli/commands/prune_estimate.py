@@ -81,9 +81,9 @@ def estimate_several(
         seconds=round(time.perf_counter() - begun, 1),
     )
     if errors:
-        error = CompError("; ".join(f"ratio {point.ratio:g}: {point.failed}" for point in points if point.failed))
-        error.report = report
-        raise error
+        missed = CompError("; ".join(f"ratio {point.ratio:g}: {point.failed}" for point in points if point.failed))
+        missed.report = report
+        raise missed
     return report
 
 

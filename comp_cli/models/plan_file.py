@@ -198,13 +198,14 @@ def as_json(options: Any) -> dict[str, Any]:
 
 def from_json(cls: type[T], found: Mapping[str, Any]) -> T:
     """The options that `as_json` wrote. Raises TypeError and UsageError for what is none."""
-    hints, made = get_type_hints(cls), {}
+    hints: dict[str, Any] = get_type_hints(cls)
+    made: dict[str, Any] = {}
     for name, value in found.items():
         if name not in hints:
             raise TypeError(f"unknown option {name}")
-        nested = [kind for kind in members(hints[name]) if is_dataclass(kind)]
+        nested: Any = next((kind for kind in members(hints[name]) if is_dataclass(kind)), None)
         if nested and isinstance(value, dict):
-            made[name] = from_json(nested[0], value)
+            made[name] = from_json(nested, value)
         else:
             made[name] = tuple(value) if isinstance(value, list) else value
     check_types(cls, made)

@@ -108,7 +108,7 @@ class AtOwnTexts:
     """FLOPs at the mean length of the texts in the user's data, each by itself, without padding.
 
     Attributes:
-        purpose: pairs whose texts they are: "evaluation", or after a dry run "calibration", whose texts are truncated.
+        purpose: pairs whose texts they are: "evaluation", or with --plan-only "calibration", whose texts are truncated.
         tokens: tokens that enter each tower, rounded.
         ratio: FLOPs reduction at this input.
         flops: FLOPs of one sample at this input.

@@ -7,7 +7,7 @@ hardly any of the reduction, or nearly all of it, say how far the sizes of a rea
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,25 +49,33 @@ def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:
         if plan is None:
             raise stages.out_of_reach(ratio, space.most(images))
         return Assumed(plan, (), "image tokens alone, all in one place")
-    if not method.removes("tokens") or not images:
-        return Assumed(_of_shares(space, {}, (0.0,), ratio)[0], (), "parameters alone, the units of a part of even value")
-    middle = allocation.START if method.phases is None else (1 - math.sqrt(1 - ratio)) / ratio
+    middle, few, most, words = 0.0, (0.0,), (0.0,), "parameters alone"
+    if method.removes("tokens") and images:
+        middle = allocation.START if method.phases is None else (1 - math.sqrt(1 - ratio)) / ratio
+        few, most = ((0.0, LEAST), (MOST,)) if method.phases is None else ((middle,), (middle,))
+        words = f"{100 * middle:.0f} % of the reduction by image tokens where they reach it"
     plan, *_ = _of_shares(space, images, (middle, *allocation.LARGE, LEAST, 0.0), ratio)
-    others = tuple(_of_shares(space, images, (0.0, LEAST, MOST), ratio)) if method.phases is None else ()
-    words = f"{100 * middle:.0f} % of the reduction by image tokens where they reach it, the units of a part of even value"
-    return Assumed(plan, others, words)
+    others = []
+    for shares, by_weights in ((few, 0.0), (most, 1.0)):
+        extreme = replace(space, prices=prices_without_data(dense, by_weights))
+        others += [found for share in shares if (found := next(_plans(extreme, images, share, ratio), None)) is not None]
+    return Assumed(
+        plan, tuple(others), f"{words}; the units of a part of even value, which loses as much by FLOPs as by weights"
+    )
 
 
-def prices_without_data(dense: Dense | Described) -> dict[Key, Tensor]:
-    """A price of every unit, (units,), rising evenly in a part. Between parts by the mean of two extremes: as many FLOPs cost
-    as much everywhere, and as many weights do. (Prices with data of models with few text tokens lie between these.)"""
+def prices_without_data(dense: Dense | Described, by_weights: float = 0.5) -> dict[Key, Tensor]:
+    """A price of every unit, (units,), rising evenly in a part. Between parts by the (geometric) mean of two extremes: as many
+    FLOPs cost as much everywhere, at 0, and as many weights do, at 1. Prices with data usually lie between these."""
     found = {}
     for row in flops.count(dense.plan, dense.reference).layers:
         layer = dense.plan.tower(row.tower).layers[row.layer]
         for part, whole in row.parts.items():
             width, sizes = len(layer.parts[part].units), dense.reference.sizes[row.tower, part]
             weights = sum(outputs * inputs for outputs, inputs in sizes.rows) + math.prod(sizes.column)
-            found[row.tower, row.layer, part] = (torch.arange(width) + 0.5) / width * math.sqrt(whole / width * weights)
+            found[row.tower, row.layer, part] = (
+                (torch.arange(width) + 0.5) / width * (whole / width) ** (1 - by_weights) * weights**by_weights
+            )
     return found
 
 

@@ -162,6 +162,10 @@ def compare_plans(
     space = space_of(dense, options, way.prices or {})
     if options.uniform:
         return compare_uniform(dense, options, way, state, space, progress)
+    if options.looks == 0:
+        streams = streams_of(dense, space.leaving, short=longest_text(batches) < dense.text_tokens)
+        state.plan = allocation.unseen(space, options.ratio, streams)
+        return way.save(state)
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
         plan = space.candidate(options.ratio, cuts)

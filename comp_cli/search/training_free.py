@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.batches import Batch
@@ -66,7 +67,8 @@ class TrainingFree:
         if not (priced and searches):
             return grams, None
         with self.progress.track("pricing what can be removed", len(share(keys))) as bar:
-            own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys))
+            precision = torch.float64 if self.effort.double_prices else torch.float32
+            own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys), precision)
         return grams, dict(zip(keys, gathered(list(own.values())), strict=True))
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
