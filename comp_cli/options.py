@@ -258,6 +258,8 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        png: picture to write: which tokens stay in a compact model, what matters in a dense one.
+        html: page to write.
     """
 
     model: str
@@ -269,6 +271,8 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    png: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -333,6 +337,8 @@ class PruneOptions(Checked):
         looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
         max_memory: bytes that the work may take; left out for what the machine has.
         effort: how much is looked at where nothing else is said: "fast", "normal" or "best".
+        push_to_hub: repository that the folder is uploaded to; left out where it is not.
+        private: whether that is made for its owners only.
     """
 
     model: str
@@ -365,6 +371,8 @@ class PruneOptions(Checked):
     looks: int | None = field(default=None, metadata={"if_known": True})
     max_memory: int | None = field(default=None, metadata={"if_known": True})
     effort: str = "normal"
+    push_to_hub: str | None = field(default=None, metadata={"if_known": True})
+    private: bool = field(default=False, metadata={"unwritten": True})
 
 
 @dataclass(frozen=True)
@@ -395,6 +403,8 @@ class ExportOptions(Checked):
         keep_failed: whether refused graphs are left in OUTPUT.failed.
         device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
         data: the real pairs that they are checked on.
+        push_to_hub: repository that the folder is uploaded to.
+        private: whether that is made for its owners only.
     """
 
     target: str = TARGETS[0]
@@ -408,6 +418,8 @@ class ExportOptions(Checked):
     keep_failed: bool = False
     device: str = "cpu"
     data: DataOptions = DataOptions()
+    push_to_hub: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True)

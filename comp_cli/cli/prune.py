@@ -151,6 +151,8 @@ def prune(
     plan: Annotated[
         Path | None, option(OUTPUT, "A file of --plan-only: make its model without searching.", metavar="FILE")
     ] = None,
+    push_to_hub: given.PushToHub = PruneOptions.push_to_hub,
+    private: given.Private = PruneOptions.private,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,

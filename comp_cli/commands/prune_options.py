@@ -12,6 +12,7 @@ AMOUNTS = "--tokens, --tokens-share or --token-stages"
 # What image tokens of a decoder are removed by, and what of it is for measuring only.
 READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens", "max_memory")
 MEASURING = ("effort", "eval_samples", "batch_size")
+PUBLISHING = ("push_to_hub", "private")
 
 
 def check(options: PruneOptions, max_drop: float | None, only: str | None) -> None:
@@ -68,6 +69,8 @@ def check_ways(
     if not dry_run and given and (link or options.image_tokens is not None or by_number(options, link)):
         hint = "--dry-run shows the stages; the command itself takes seconds."
         raise UsageError(f"{given[0]}: image tokens that go by their number need no search.", hint=hint)
+    if plan_only and options.push_to_hub is not None:
+        raise UsageError("--push-to-hub needs a model, which --plan-only does not make.")
     if plan is not None and several:
         raise UsageError("--plan has a ratio of its own.", hint="Leave --ratio out.")
 
@@ -126,7 +129,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
-    read = (*READ, *MEASURING) if has_pairs(options) else READ
+    read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
     if options.method == "random-token":
         read = (*read, "seed")
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]

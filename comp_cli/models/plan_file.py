@@ -27,7 +27,17 @@ from ..plan import Heads, Plan
 from .dense import Dense
 
 KIND, SCHEMA_VERSION = "comp plan", 1
-FREE = ("model", "data", "device", "dtype", "eval_samples", "max_memory", "task")  # what whoever applies a plan may say anew
+FREE = (
+    "model",
+    "data",
+    "device",
+    "dtype",
+    "eval_samples",
+    "max_memory",
+    "task",
+    "push_to_hub",
+    "private",
+)  # what whoever applies a plan may say anew
 State = SearchState | AllocationState
 T = TypeVar("T")
 

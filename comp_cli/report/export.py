@@ -122,6 +122,7 @@ class ExportReport(Report):
         files: SHA-256 of every file.
         seconds: duration of the whole run, s.
         output: the folder that was written; null where none was.
+        pushed: address of the commit on the Hub; left out where nothing was uploaded.
     """
 
     comp_version: str
@@ -151,3 +152,4 @@ class ExportReport(Report):
     files: dict[str, str] | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None
+    pushed: str | None = if_known()
