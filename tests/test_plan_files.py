@@ -10,11 +10,11 @@ from comp_cli.errors import CompError, RefusedError, UsageError
 
 FAST = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
 CASES = {
-    "comp": ("blip", {"ratio": 0.4}),
+    "comp": ("blip", {"ratio": 0.4, "looks": 2}),
     "comp-paper": ("blip", {"ratio": 0.3, "method": "comp-paper", "stages": 4}),
     "wanda": ("clip", {"ratio": 0.4, "method": "wanda"}),
     "tuned": ("blip", {"ratio": 0.4, "method": "joint", "steps": 2, "train_batch_size": 4}),
-    "decoder": ("llava", {"ratio": 0.4}),
+    "decoder": ("llava", {"ratio": 0.4, "looks": 2}),
     "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
     "larger than memory": ("llava", {"ratio": 0.4, "max_memory": None}),
 }
