@@ -72,7 +72,7 @@ def check_ways(
     if plan_only and options.push_to_hub is not None:
         raise UsageError("--push-to-hub needs a model, which --plan-only does not make.")
     if plan is not None and several:
-        raise UsageError("--plan has a ratio of its own.", hint="Leave --ratio out.")
+        raise UsageError("--ratio: a --plan has one of its own.", hint="Leave --ratio out.")
 
 
 def check_effort(options: PruneOptions) -> None:

@@ -43,14 +43,14 @@ def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:
         plans = [plan for _, plan in uniform_plans(dense, space, ratio)]
         words = f"the middle one of {len(plans)} uniform plans of the ratio; the run compares them"
         return Assumed(plans[len(plans) // 2], tuple(plans), words)
-    images = streams_of(dense, space.leaving, short=True)
+    images = streams_of(dense, space.leaving, short=True) if method.removes("tokens") else {}
     if method.only_tokens:
         plan = _by_tokens(space, images, ratio)
         if plan is None:
             raise stages.out_of_reach(ratio, space.most(images))
         return Assumed(plan, (), "image tokens alone, all in one place")
     middle, few, most, words = 0.0, (0.0,), (0.0,), "parameters alone"
-    if method.removes("tokens") and images:
+    if images:
         middle = allocation.START if method.phases is None else (1 - math.sqrt(1 - ratio)) / ratio
         few, most = ((0.0, LEAST), (MOST,)) if method.phases is None else ((middle,), (middle,))
         words = f"{100 * middle:.0f} % of the reduction by image tokens where they reach it"
