@@ -49,7 +49,9 @@ def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:
         if plan is None:
             raise stages.out_of_reach(ratio, space.most(images))
         return Assumed(plan, (), "image tokens alone, all in one place")
-    middle, few, most, words = 0.0, (0.0,), (0.0,), "parameters alone"
+    middle, words = 0.0, "parameters alone"
+    few: tuple[float, ...] = (0.0,)
+    most: tuple[float, ...] = (0.0,)
     if images:
         middle = allocation.START if method.phases is None else (1 - math.sqrt(1 - ratio)) / ratio
         few, most = ((0.0, LEAST), (MOST,)) if method.phases is None else ((middle,), (middle,))
