@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
@@ -52,6 +53,7 @@ from .judging import check_drop, compare
 from .prune_options import check
 
 Work = Callable[..., PruneReport]  # as `prune_in_memory`
+Verify = Callable[[Dense, nn.Module, PruneReport], None]  # of the dense model, the compact one, and what is known of them
 
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
@@ -106,7 +108,8 @@ def prune(
     join(process_device(options.device))
     pick_dtype(options.dtype)
     how: dict[str, Any] = {"overwrite": overwrite, "plan_only": plan_only, "max_drop": max_drop, "hub_options": hub_options}
-    return prune_once(options, output, progress, Once(), resume=resume, work=work, decided=decided, **how)
+    how |= {"decided": decided, "plan_file": output if plan_only else None}
+    return prune_once(options, output, progress, Once(), resume=resume, work=work, **how)
 
 
 def prune_once(
@@ -123,27 +126,33 @@ def prune_once(
     written: Callable[[], None] = lambda: None,
     work: Work | None = None,
     decided: PlanFile | None = None,
+    plan_file: Path | None = None,
 ) -> PruneReport:
     """What `prune` does with options that are checked. once: what runs of other ratios have made. written: hears that the
-    folder is in its place, before the journal goes. work: in the place of `prune_in_memory`."""
+    folder is in its place, before the journal goes. work: in the place of `prune_in_memory`, which has the others as well."""
     work = work or prune_in_memory
     how: dict[str, Any] = {"overwrite": overwrite, "plan_only": plan_only, "max_drop": max_drop, "hub_options": hub_options}
-    how |= {"written": written, "decided": decided}
+    how |= {"written": written, "decided": decided, "plan_file": plan_file}
     if plan_only or not is_main_process():  # of several processes one writes
-        return replace(work(options, output, None, progress, once, **how), output=output if plan_only else None)
+        return replace(work(options, output, None, progress, once, **how), output=plan_file)
     typed, output = output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         journal = Journal(output, {})
         if not resume:
             journal.remove()
-        finished = drop_finished(journal, output)
-        if finished and not overwrite:
-            message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
-            raise UsageError(message, hint="Use it, or replace it with --overwrite.")
-        check_replaceable(output, overwrite)
+        check_free(journal, output, typed, overwrite)
         journal.compare(early_settings(options))
         return replace(work(options, output, journal, progress, once, **how), output=typed)
+
+
+def check_free(journal: Journal, output: Path, typed: Path, overwrite: bool) -> None:
+    """Raises UsageError where the output is there, and is not to be replaced. typed: as the user has it."""
+    finished = drop_finished(journal, output)
+    if finished and not overwrite:
+        message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
+        raise UsageError(message, hint="Use it, or replace it with --overwrite.")
+    check_replaceable(output, overwrite)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -200,9 +209,12 @@ def prune_in_memory(
     written: Callable[[], None],
     known: Found | None = None,
     decided: PlanFile | None = None,
+    plan_file: Path | None = None,
+    verify: Verify = lambda dense, compact, report: None,
 ) -> PruneReport:
     """The work, with the output reserved; without a journal it ends with the plan, or is one of several processes' that do not
-    write. known: the model, where it was looked for already."""
+    write. known: the model, where it was looked for already. decided: a plan that was found before. plan_file: where the plan
+    goes that it ends with. verify: raises GateError where the model is not to be written."""
     started = time.perf_counter()
     opened = once("dense model", lambda: open_all(options, progress, hub_options, known))
     dense, pairs, resolved = opened.dense, opened.pairs, replace(opened.resolved, ratio=options.ratio or 0.0)
@@ -227,7 +239,7 @@ def prune_in_memory(
             pairs=counts(pairs, resolved),
         )
         if plan_only:
-            save_plan(output, dense, options, found)
+            save_plan(plan_file, dense, options, found)
             return with_own_texts(report, dense, plan, "calibration", found.texts, progress)
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
@@ -237,6 +249,7 @@ def prune_in_memory(
         report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
         report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
         check_drop(report, quality, max_drop, progress)
+        verify(dense, compact, report)
     except (DeadEnd, GateError):
         if journal:
             journal.remove()
@@ -270,10 +283,10 @@ def check_plan_only(options: PruneOptions, output: Path, overwrite: bool) -> Non
     check_plan_output(output, overwrite)
 
 
-def save_plan(output: Path, dense: Dense, options: PruneOptions, found: SearchResult) -> None:
-    """Write the file of a plan, of which several processes have found the same."""
-    if is_main_process():
-        write_plan(output, dense, without_places(options), found.state, found.pairs)
+def save_plan(file: Path | None, dense: Dense, options: PruneOptions, found: SearchResult) -> None:
+    """Write the file of a plan, if one is wanted; several processes have found the same."""
+    if file is not None and is_main_process():
+        write_plan(file, dense, without_places(options), found.state, found.pairs)
 
 
 def kept_with_folder(report: PruneReport) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def _prune(
     max_drop: float | None,
     written: Callable[[], None],
     decided: PlanFile | None = None,
+    plan_file: Path | None = None,
 ) -> PruneReport:
     started = time.perf_counter()
     dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
@@ -172,7 +173,7 @@ def _prune(
             streamed=Streamed(found.needed_bytes),
         )
         if journal is None:
-            save_plan(output, dense, options, result)
+            save_plan(plan_file, dense, options, result)
             return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), found)
         with atomic_folder(output, overwrite=overwrite) as folder:
             writer = CompactWriter(folder, dense, plan)

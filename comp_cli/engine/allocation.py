@@ -43,6 +43,7 @@ class Cut:
 
 
 Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
+Streams = Mapping[str, tuple[int, Sequence[float]]]  # stream -> layers of its tower, and how deep in it a descent begins
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Space:
 
 def descend(
     look: Callable[[dict[str, Cut]], Look],
-    towers: Mapping[str, tuple[int, Sequence[float]]],
+    towers: Streams,
     tell: Callable[[Look], None],
     known: list[Look],
     steps: Sequence[float] = STEPS,

@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..engine import allocation, flops, stages
+from ..engine import allocation, flops
 from ..engine.allocation import Cut
 from ..engine.methods import METHODS
 from ..engine.scoring import Key
+from ..errors import DeadEnd
 from ..models.dense import Dense
 from ..models.described import Described
 from ..options import ResolvedOptions
 from ..plan import Plan
+from .reach import nearest_in_reach, out_of_reach
 from .run import space_of, streams_of
 from .uniform_plans import uniform_plans
 
@@ -47,7 +49,7 @@ def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:
     if method.only_tokens:
         plan = _by_tokens(space, images, ratio)
         if plan is None:
-            raise stages.out_of_reach(ratio, space.most(images))
+            raise _unreachable(space, images, ratio)
         return Assumed(plan, (), "image tokens alone, all in one place")
     middle, words = 0.0, "parameters alone"
     few: tuple[float, ...] = (0.0,)
@@ -81,20 +83,16 @@ def prices_without_data(dense: Dense | Described, by_weights: float = 0.5) -> di
     return found
 
 
-def _of_shares(
-    space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], shares: tuple[float, ...], ratio: float
-) -> list[Plan]:
+def _of_shares(space: allocation.Space, images: allocation.Streams, shares: tuple[float, ...], ratio: float) -> list[Plan]:
     """Plans of the ratio whose image tokens bring these shares of it, where they reach it, in the order of the shares. Raises
     DeadEnd where none does."""
     found = [plan for share in shares if (plan := next(_plans(space, images, share, ratio), None)) is not None]
     if not found:
-        raise stages.out_of_reach(ratio, space.most(images))
+        raise _unreachable(space, images, ratio)
     return found
 
 
-def _plans(
-    space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], share: float, ratio: float
-) -> Iterator[Plan]:
+def _plans(space: allocation.Space, images: allocation.Streams, share: float, ratio: float) -> Iterator[Plan]:
     """With tokens of the largest stream going in the places where the descent begins, the deepest first."""
     if not share or not images:
         places: list[dict[str, Cut]] = [{}]
@@ -106,7 +104,12 @@ def _plans(
             yield plan
 
 
-def _by_tokens(space: allocation.Space, images: dict[str, tuple[int, tuple[float, ...]]], ratio: float) -> Plan | None:
+def _unreachable(space: allocation.Space, images: allocation.Streams, ratio: float) -> DeadEnd:
+    works, reached = nearest_in_reach(ratio, space, images, allocation.STEPS)
+    return out_of_reach(ratio, reached, works)
+
+
+def _by_tokens(space: allocation.Space, images: allocation.Streams, ratio: float) -> Plan | None:
     for stream in images:
         return space.cut_tokens(space.dense, stream, 0, space.total * (1 - ratio))
     return None
