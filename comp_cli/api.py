@@ -177,6 +177,7 @@ def prune(
     label_column: str | None = DataOptions.label_column,
     answer_column: str | None = DataOptions.answer_column,
     split_column: str | None = DataOptions.split_column,
+    effort: str = PruneOptions.effort,
     num_samples: int | None = PruneOptions.num_samples,
     eval_samples: int | None = PruneOptions.eval_samples,
     text_tokens: int = PruneOptions.text_tokens,
@@ -209,6 +210,8 @@ def prune(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
+    plan_only: bool = False,
+    plan: StrPath | None = None,
     looks: int | None = PruneOptions.looks,
     max_memory: str | int | None = PruneOptions.max_memory,
     push_to_hub: str | None = PruneOptions.push_to_hub,
@@ -244,7 +247,9 @@ def prune(
         label_column: column that says whether image and text match; "" for none.
         answer_column: column with the answers to questions; "" for none.
         split_column: column that names each row's split; "" for none.
-        num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
+        effort: how much is looked at: "fast", "normal" or "best" (docs/methods.md says what each costs); num_samples,
+            stage_samples, eval_samples, stages and looks win where they are given.
+        num_samples: image-text pairs for calibration (default: by effort and the model's size, as for all samples and stages).
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
         modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
@@ -275,8 +280,13 @@ def prune(
         dtype: "fp32", "bf16" or "fp16" for the written weights (default: checkpoint dtype).
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
-        dry_run: make the plan, write nothing.
-        looks: plans that are compared at most (default: as many as the descent takes; of a model larger than memory 2).
+        dry_run: estimate parameters, size, FLOPs, latency and memory within seconds, from config.json, headers and timed
+            layers; write nothing. `report.estimate` says what was assumed.
+        plan_only: search, and write the plan to a file, `output` (default: MODEL-comp-RATIO.plan.json); no model is made.
+        plan: a file that plan_only wrote: the folder of its search is made without searching. Its options hold; what
+            contradicts them is refused.
+        looks: plans that are compared at most, 0 for the one that the descent begins with (default: as many as it takes; of a
+            model larger than memory 2).
         max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
             are more is worked on layer by layer from its files.
         push_to_hub: repository on the Hub, "org/name", that the folder is uploaded to when it is complete, and `max_drop` is
@@ -285,8 +295,8 @@ def prune(
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
-        What was pruned and what it costs in accuracy. `report.quality` is None after a dry run. Of several ratios a
-        `SweepReport`.
+        What was pruned and what it costs in accuracy. `report.quality` is None with `dry_run` and `plan_only`. Of several
+        ratios a `SweepReport`.
 
     Raises:
         UsageError: an argument that cannot be, an output that exists.
@@ -339,6 +349,7 @@ def prune(
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
         looks=looks,
         max_memory=parse_bytes(max_memory),
+        effort=effort,
         push_to_hub=push_to_hub,
         private=private,
     )
@@ -346,29 +357,48 @@ def prune(
     targets = TargetOptions(target_speedup, target_latency_ms, parse_bytes(target_size, "target_size"))
 
     def work(told: Progress) -> PruneReport | SweepReport:
+        from .checkpoint.publish import check_name
         from .commands.prune import prune
-        from .commands.prune_options import by_number, choose_target
+        from .commands.prune_estimate import estimate, estimate_several
+        from .commands.prune_options import by_number, check_ways, choose_target
         from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
         from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
         from .commands.targets import prune_to_target
 
-        target = choose_target(targets, options, max_drop, dry_run, link)
-        unnamed = default_output(options.model, ratios, method, options.image_tokens, target)
+        ways: dict[str, Any] = {"plan": plan, "plan_only": plan_only, "dry_run": dry_run}
+        check_ways(options, targets, several=isinstance(ratios, tuple), link=link, **ways)
+        how: dict[str, Any] = {"max_drop": max_drop, "hub_options": hub}
+        pushed: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
+        if plan is not None:
+            from .models.plan_file import read_plan, with_plan
+
+            decided = read_plan(Path(plan))
+            applied = with_plan(options, decided)
+            place = default_output(applied.model, applied.ratio, applied.method, None) if output is None else Path(output)
+            how |= {"decided": decided, "work": prune_within_memory, "overwrite": overwrite, "resume": resume}
+            return and_push(lambda: prune(applied, place, told, **how), applied, told, **pushed)
+        only = "--dry-run" if dry_run else "--plan-only" if plan_only else None
+        target = choose_target(targets, options, max_drop, only, link)
+        unnamed = default_output(options.model, ratios, method, options.image_tokens, target, plan_only)
         folder = unnamed if output is None else Path(output)
-        how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
-        asked: dict[str, Any] = how | {"max_drop": max_drop, "hub_options": hub}
         if target is not None:
-            aimed = asked | {"resume": resume, "max_drop": max_drop if target.is_least else None}
-            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **how)
+            aimed = how | pushed | {"resume": resume, "max_drop": max_drop if target.is_least else None}
+            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **pushed)
         if by_number(options, link):
-            return and_push(lambda: prune_tokens(options, folder, told, link=link, **asked), options, told, **how)
+            return and_push(lambda: prune_tokens(options, folder, told, link=link, **how, **pushed), options, told, **pushed)
+        if dry_run:
+            check_name(options.push_to_hub, options.private, dry_run)
+            return (
+                estimate_several(options, ratios, told, **how) if isinstance(ratios, tuple) else estimate(options, told, **how)
+            )
+        how |= {"overwrite": overwrite, "resume": resume}
         if isinstance(ratios, tuple):
             check_single(options)
-            return sweep(options, ratios, folder, told, resume=resume, **asked)
-        asked |= {"resume": resume, "work": prune_within_memory}
-        return and_push(lambda: prune(options, folder, told, **asked), options, told, **how)
+            return sweep(options, ratios, folder, told, **how)
+        how |= {"work": prune_within_memory, "plan_only": plan_only}
+        return and_push(lambda: prune(options, folder, told, **how), options, told, **pushed)
 
     return _reported(work, progress)
 

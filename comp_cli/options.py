@@ -39,7 +39,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "iterations": (1, MOST),
     "threads": (0, 1024),
     "tokens": (1, MOST),
-    "looks": (1, MOST),
+    "looks": (0, MOST),
     "max_memory": (1, 2**60),
     "target_size": (1, 2**60),
 }
@@ -113,10 +113,54 @@ def brief(number: float) -> str:
     return f"{number:g}" if number >= 0.01 else f"{number:.0e}".replace("e-0", "e-")
 
 
-STAGES = BySize(40, 10)
-NUM_SAMPLES = BySize(256, 32)
-STAGE_SAMPLES = BySize(256, 8, 32)
-EVAL_SAMPLES = BySize(1000, 64, 256)
+@dataclass(frozen=True)
+class Effort:
+    """How much a run looks at where nobody says it; the fields are those of PruneOptions.
+
+    Attributes:
+        looks: None for as many as the descent takes; 0 for none: the plan that it begins with is taken.
+        thorough: whether plans are compared at length: both halves of the pairs judge, the descent begins at every place that
+            it knows and ends in short steps. None for small models only.
+    """
+
+    num_samples: BySize
+    stage_samples: BySize
+    eval_samples: BySize
+    stages: BySize
+    looks: BySize | None = None
+    thorough: bool | None = None
+    double_prices: bool = True  # whether units are priced in fp64
+
+    def is_thorough(self, is_large: bool) -> bool:
+        """Of a model that is large or not."""
+        return not is_large if self.thorough is None else self.thorough
+
+
+EFFORTS = {
+    "fast": Effort(
+        num_samples=BySize(64, 4, 16),
+        stage_samples=BySize(64, 4, 16),
+        eval_samples=BySize(256, 8, 32),
+        stages=BySize(10, 4),
+        looks=BySize(4, 0),
+        thorough=False,
+        double_prices=False,
+    ),
+    "normal": Effort(
+        num_samples=BySize(256, 32),
+        stage_samples=BySize(256, 8, 32),
+        eval_samples=BySize(1000, 64, 256),
+        stages=BySize(40, 10),
+    ),
+    "best": Effort(
+        num_samples=BySize(512, 64),
+        stage_samples=BySize(512, 32, 64),
+        eval_samples=BySize(1000, 64, 256),
+        stages=BySize(40, 20),
+        thorough=True,
+    ),
+}
+USUAL = EFFORTS["normal"]
 LEARNING_RATE = BySize(1e-4, 1e-5)
 STREAMED_LOOKS = 2  # plans that are compared where every one of them takes the weights from disk
 
@@ -341,8 +385,9 @@ class PruneOptions(Checked):
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
         image_tokens: how many image tokens of a decoder stay; left out for other models.
-        looks: plans that are compared at most; left out for as many as the descent takes.
+        looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
         max_memory: bytes that the work may take; left out for what the machine has.
+        effort: how much is looked at where nothing else is said: "fast", "normal" or "best".
         push_to_hub: repository that the folder is uploaded to; left out where it is not.
         private: whether that is made for its owners only.
     """
@@ -376,6 +421,7 @@ class PruneOptions(Checked):
     image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
     looks: int | None = field(default=None, metadata={"if_known": True})
     max_memory: int | None = field(default=None, metadata={"if_known": True})
+    effort: str = "normal"
     push_to_hub: str | None = field(default=None, metadata={"if_known": True})
     private: bool = field(default=False, metadata={"unwritten": True})
 
@@ -385,10 +431,10 @@ class ResolvedOptions(PruneOptions):
     """With the numbers that the size of the model decides, for a model whose parameters or tokens go by a ratio."""
 
     ratio: float = 0.0
-    stages: int = int(STAGES.small)
-    num_samples: int = int(NUM_SAMPLES.small)
-    stage_samples: int = int(STAGE_SAMPLES.small)
-    eval_samples: int = int(EVAL_SAMPLES.small)
+    stages: int = int(USUAL.stages.small)
+    num_samples: int = int(USUAL.num_samples.small)
+    stage_samples: int = int(USUAL.stage_samples.small)
+    eval_samples: int = int(USUAL.eval_samples.small)
     training: ResolvedTraining = ResolvedTraining()
 
 

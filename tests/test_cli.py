@@ -99,7 +99,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_folder, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["comp", "wanda"])
 def test_methods(tiny_folder, tmp_path, method):
-    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "--dry-run", "--json", *FAST)
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "-o", tmp_path / "c", "--json", *FAST)
     assert json.loads(result.stdout)["options"]["method"] == method
 
 

@@ -11,10 +11,16 @@ from comp_cli.errors import DeadEnd
 FEW = {"num_samples": 8, "eval_samples": 8, "batch_size": 4, "text_tokens": 12, "device": "cpu"}
 
 
+def planned(folder, ratio, **more):
+    """A search without its model."""
+    how = FEW | more | {"plan_only": True, "overwrite": True}
+    return comp_cli.prune(folder, ratio=ratio, output=folder.parent / "plan.json", **how)
+
+
 def advised(folder, ratio, **more):
     """What the refusal of a ratio says to try."""
     with pytest.raises(DeadEnd, match="cannot be reached") as caught:
-        comp_cli.prune(folder, ratio=ratio, dry_run=True, **FEW, **more)
+        planned(folder, ratio, **more)
     (found,) = re.findall(r"^Try --ratio (0\.\d+)\.$", caught.value.hint)
     return float(found)
 
@@ -39,7 +45,7 @@ SLOW = [pytest.mark.slow]
 def test_it_works_for_every_kind_of_method(tmp_path, family, more):
     folder = tiny.write(family, tmp_path / family)
     ratio = advised(folder, 0.98, **more)
-    report = comp_cli.prune(folder, ratio=ratio, dry_run=True, **FEW, **more)
+    report = planned(folder, ratio, **more)
     assert report.ratio == pytest.approx(ratio, abs=0.0101)
 
 
@@ -50,8 +56,8 @@ def test_between_two_plans_the_nearer_is_named(tmp_path):
     for hundredth in range(5, 40, 5):
         ratio, more = hundredth / 100, {"uniform": True, "modes": "language_params"}
         try:
-            comp_cli.prune(folder, ratio=ratio, dry_run=True, **FEW, **more)
+            planned(folder, ratio, **more)
         except DeadEnd:
             gaps += 1
-            comp_cli.prune(folder, ratio=advised(folder, ratio, **more), dry_run=True, **FEW, **more)
+            planned(folder, advised(folder, ratio, **more), **more)
     assert gaps

@@ -27,6 +27,7 @@ from ..models.compact import write_beside, write_report
 from ..models.dense import Found, find_dense
 from ..models.described import describe_dense
 from ..models.pairs import Pairs, batches_of, choose_pairs, cut_texts, warn_cut_texts
+from ..models.plan_file import PlanFile
 from ..models.streamed import StreamedDense, open_streamed
 from ..models.streamed_folder import CompactWriter, check_folder, working_set
 from ..options import STREAMED_LOOKS, HubOptions, PruneOptions, ResolvedOptions
@@ -49,6 +50,7 @@ from .prune import (
     kept_with_folder,
     prune_in_memory,
     resolve_defaults,
+    save_plan,
     settings_of,
     with_own_texts,
 )
@@ -145,9 +147,11 @@ def _prune(
     hub_options: HubOptions,
     *,
     overwrite: bool,
-    dry_run: bool,
+    plan_only: bool,
     max_drop: float | None,
     written: Callable[[], None],
+    decided: PlanFile | None = None,
+    plan_file: Path | None = None,
 ) -> PruneReport:
     started = time.perf_counter()
     dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
@@ -157,7 +161,7 @@ def _prune(
         left = folder_size(dense.source.folder) * (1 - resolved.ratio)
         check_room(output, left + scratch_size(dense, resolved), "the compact model, with what the search keeps on disk,")
     try:
-        result = search(dense, pairs, resolved, journal, progress)
+        result = search(dense, pairs, resolved, journal, progress, decided=decided)
         plan = result.plan.told_apart(dense.plan)
         held = of_the_whole({name: torch_dtype(dense.weights.header(name).dtype) for name in dense.state}, dense.state)
         report = replace(
@@ -169,6 +173,7 @@ def _prune(
             streamed=Streamed(found.needed_bytes),
         )
         if journal is None:
+            save_plan(plan_file, dense, options, result)
             return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), found)
         with atomic_folder(output, overwrite=overwrite) as folder:
             writer = CompactWriter(folder, dense, plan)
@@ -201,7 +206,7 @@ def opened(
     dense = open_streamed(described, spool, options.score_rows)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
-    if METHODS[options.method].compares_plans and options.looks is None:  # each takes the weights from disk a few times
+    if METHODS[options.method].compares_plans and resolved.looks is None:  # each takes the weights from disk a few times
         resolved = replace(resolved, looks=STREAMED_LOOKS)
     samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)
     least = working_set(dense, dense.plan, samples, options.batch_size)

@@ -76,7 +76,7 @@ def prune_to_target(
     check_launch()
     join(process_device(options.device))
     pick_dtype(options.dtype)
-    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
+    how: dict[str, Any] = {"overwrite": overwrite, "plan_only": dry_run, "max_drop": max_drop, "hub_options": hub_options}
     if dry_run or not is_main_process():
         return TargetRun(options, target, output, None, progress, how).run()
     typed, output = output, resolve(output)

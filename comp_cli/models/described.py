@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
@@ -16,10 +16,11 @@ from ..checkpoint.header_check import as_named_now, check_shapes, few, on_meta, 
 from ..checkpoint.weight_files import check_checkpoint
 from ..engine import flops
 from ..engine.description_check import Shape
+from ..engine.slicing import slice_state
 from ..errors import RefusedError
 from ..families import Family
 from ..files.store import TensorHeader
-from ..options import HUB_DEFAULTS, TEXT_TOKENS, HubOptions
+from ..options import HUB_DEFAULTS, LARGE_FLOPS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
 from .dense import Accepts, Found, find_dense
@@ -42,6 +43,23 @@ class Described:
     files: tuple[str, ...]
     headers: Mapping[str, TensorHeader]  # under the names that the files have
     params: int  # shared ones count once
+    state: Mapping[str, Tensor]  # weights without memory, shared ones once
+
+    @property
+    def is_large(self) -> bool:
+        """See Dense."""
+        return flops.count(self.plan, self.reference).total >= LARGE_FLOPS
+
+    @property
+    def text_tokens(self) -> int:
+        """See Dense."""
+        return self.family.topology.text_tokens(self.reference.tokens)
+
+    def params_of(self, plan: Plan) -> int:
+        """Parameters of the model of a plan; shared ones count once."""
+        sliced = slice_state(self.state, self.family, plan)
+        before = sum(tensor.numel() for tensor in self.state.values())
+        return self.params - before + sum(tensor.numel() for tensor in sliced.values())
 
     @property
     def architecture(self) -> str:
@@ -105,7 +123,7 @@ def describe_dense(
         loading.check_sizes(hf_config.to_dict(), family, named, source.folder)
         check_shapes(named, skeleton, source.folder)
     check_complete(named, skeleton, source.name)
-    full = hf_config.to_dict()
+    full, tied = hf_config.to_dict(), cast(dict[str, str], skeleton.all_tied_weights_keys)
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     return Described(
         source=source,
@@ -119,6 +137,7 @@ def describe_dense(
         files=tuple(files),
         headers=headers,
         params=sum(parameter.numel() for _, parameter in own_parameters(skeleton)),
+        state={name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied},
     )
 
 
