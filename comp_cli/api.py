@@ -6,6 +6,7 @@ the same sentences. The library is silent: see `Progress`. Light to import; what
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -67,6 +68,7 @@ def analyze(
     score_rows: int = AnalyzeOptions.score_rows,
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
+    threads: int = AnalyzeOptions.threads,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
@@ -90,6 +92,7 @@ def analyze(
         score_rows: query rows that score image tokens; 0 for all.
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
@@ -118,6 +121,7 @@ def analyze(
         device=device,
         data=DataOptions(_text(data), split, *columns),
         task=task,
+        threads=threads,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
@@ -126,7 +130,7 @@ def analyze(
 
         return analyze(options, told, hub_options=hub)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -163,6 +167,7 @@ def prune(
     score_rows: int = PruneOptions.score_rows,
     seed: int = PruneOptions.seed,
     device: str = PruneOptions.device,
+    threads: int = PruneOptions.threads,
     steps: int = Training.steps,
     epochs: float | None = Training.epochs,
     lr: float | None = Training.lr,
@@ -224,6 +229,7 @@ def prune(
         score_rows: query rows that score image tokens; 0 for all (CoMP's full form).
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         steps: fine-tuning steps (0: training-free).
         epochs: fine-tuning epochs over the data, in place of steps.
         lr: learning rate (default: by the model's size).
@@ -299,6 +305,7 @@ def prune(
         cit=cit,
         explore=explore,
         history=history,
+        threads=threads,
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
         looks=looks,
         max_memory=parse_bytes(max_memory),
@@ -321,7 +328,7 @@ def prune(
         how |= {"resume": resume, "work": prune_within_memory}
         return prune(options, folder, told, max_drop=max_drop, hub_options=hub, **how)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -340,6 +347,7 @@ def export(
     split_column: str | None = DataOptions.split_column,
     atol: float | None = ExportOptions.atol,
     device: str = ExportOptions.device,
+    threads: int = ExportOptions.threads,
     optimize: bool = ExportOptions.optimize,
     target: str = ExportOptions.target,
     opset: int = ExportOptions.opset,
@@ -364,6 +372,7 @@ def export(
         split_column: column that names each row's split; "" for none.
         atol: max. abs. error against PyTorch (default: by precision).
         device: where parity is checked: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
         target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
         opset: ONNX opset, 18 to 23; of decoders that read images always 23.
@@ -396,6 +405,7 @@ def export(
         keep_failed=keep_failed,
         device=device,
         data=DataOptions(_text(data), None, image_column, text_column, None, answer_column, split_column),
+        threads=threads,
     )
 
     def work(told: Progress) -> ExportReport:
@@ -405,7 +415,7 @@ def export(
         place = source.with_name(source.name + "-onnx") if output is None else Path(output)
         return export(source, place, options, told, overwrite=overwrite)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -440,7 +450,7 @@ def bench(
         batch: batch sizes; one number, one text with commas, or several numbers.
         iterations: least number of timed runs of each variant.
         duration: least seconds of timed runs for each batch size, s.
-        threads: CPU threads; 0 for all cores.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         text_tokens: text length of the inputs, tokens.
         seed: random seed, of the inputs and of the bootstrap.
         min_speedup: gate: every row must be so many times faster than stock on its backend.
@@ -485,7 +495,7 @@ def bench(
 
         return bench(resolve_folder(_path(folder), told), _text(baseline), options, told, hub_options=hub)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -573,6 +583,12 @@ def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
     return generation.load_writer(Path(folder), str(loading.pick_device(device)))
 
 
+def _threads(asked: int) -> AbstractContextManager[None]:
+    from .commands.threads import at_work
+
+    return at_work(asked)
+
+
 def _text(path: StrPath | None) -> str | None:
     return None if path is None else os.fspath(path)
 
@@ -581,11 +597,13 @@ def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _reported(work: Callable[[Progress], R], progress: Progress | None) -> R:
-    """The report of some work, with its warnings; that of a missed gate as well."""
+def _reported(work: Callable[[Progress], R], progress: Progress | None, threads: int | None = None) -> R:
+    """The report of some work, with its warnings; that of a missed gate as well. threads: that it works with, None where it
+    calculates nothing."""
     told = Recorder(progress)
     try:
-        return replace(work(told), warnings=tuple(told.warnings))
+        with nullcontext() if threads is None else _threads(threads):
+            return replace(work(told), warnings=tuple(told.warnings))
     except CompError as error:
         if error.report is not None:
             error.report = replace(error.report, warnings=tuple(told.warnings))

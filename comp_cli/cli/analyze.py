@@ -31,6 +31,7 @@ def analyze(
     score_rows: given.ScoreRows = AnalyzeOptions.score_rows,
     seed: given.Seed = AnalyzeOptions.seed,
     device: given.Device = AnalyzeOptions.device,
+    threads: given.Threads = AnalyzeOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,

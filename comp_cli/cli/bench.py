@@ -39,7 +39,7 @@ def bench(
     ] = Gates.max_memory_mb,
     iterations: Annotated[int, option(COMPUTING, "Least number of timed runs of each variant.")] = BenchOptions.iterations,
     duration: Annotated[float, option(COMPUTING, "Least seconds of timed runs for each batch size.")] = BenchOptions.duration,
-    threads: Annotated[int, option(COMPUTING, "CPU threads; 0 for all cores.")] = BenchOptions.threads,
+    threads: given.Threads = BenchOptions.threads,
     text_tokens: given.TextTokens = BenchOptions.text_tokens,
     seed: given.Seed = BenchOptions.seed,
     revision: given.Revision = HubOptions.revision,

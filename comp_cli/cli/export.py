@@ -56,6 +56,7 @@ def export(
     ] = ExportOptions.target,
     opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23; of large decoders 23.")] = ExportOptions.opset,
     device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
+    threads: given.Threads = ExportOptions.threads,
     overwrite: given.Overwrite = False,
     keep_failed: Annotated[
         bool, option(OUTPUT, "Leave refused graphs in OUTPUT.failed.", "--keep-failed")

@@ -21,6 +21,7 @@ from ..report.analyze import (
     LayerInfluence,
 )
 from ..report.base import Reference
+from . import threads
 from .analyze_decoder import analyze_decoder
 
 PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
@@ -37,6 +38,7 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = pick_device(options.device)
     dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.text_tokens)
@@ -64,6 +66,7 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
         data=pairs.describe("calibration"),
         pairs=pair_counts(pairs),
         texts=texts,
+        threads=threads.in_use(),
     )
 
 

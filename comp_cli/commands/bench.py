@@ -7,6 +7,7 @@ what pruning brings.
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..measure import decoding, gates, timing, variants
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
+from ..models.described import dense_flops
 from ..onnx import profiling
 from ..onnx.write import write_graph
 from ..options import HUB_DEFAULTS, BenchOptions, HubOptions
@@ -34,6 +36,7 @@ from ..report import bench_plot
 from ..report.base import Sizes
 from ..report.bench import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
 from ..report.bench_tables import gate_sentence
+from . import threads
 from .bench_decoder import Case, bench_decoder, only_torch
 from .environment import processor_name
 
@@ -49,13 +52,14 @@ def bench(
     writes = family.topology.drops_in == DECODER
     options = only_torch(options, progress) if writes else options
     device = check(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     dtype = decoding.precision(device) if writes else torch.float32
     source, folders, models = open_models(folder, config, baseline, progress, hub_options, dtype)
+    full = config_of(models["dense"])
+    threads.fit(dense_flops(full, family, architecture, options.text_tokens) * max(options.batches))
     case = Case(folder, source.name, family, architecture, tasks.TASKS[name], folders, models, machine(device))
     measure = bench_decoder if writes else bench_encoder
     report = measure(case, options, device, progress, hub_options.allow_pickle)
+    report = replace(report, threads=threads.in_use())
     if options.plot:
         bench_plot.plot(report, options.plot)
     if missed := [outcome for outcome in report.gates if not outcome.passed]:

@@ -35,6 +35,7 @@ from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, find_last, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
+from ..models.described import dense_flops
 from ..models.pairs import pair_counts, warn_cut_texts
 from ..onnx import parity, rewrite, transformers_js
 from ..onnx.checks import least_runtime, require_runtime
@@ -46,6 +47,7 @@ from ..report.base import Texts
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
+from . import threads
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
@@ -111,6 +113,7 @@ def _export(
     processor = load_processor(folder)
     model = load_model(folder, family=family, dtype=torch.float32)
     described = config_of(model)
+    threads.fit(dense_flops(described, family, architecture, TEXT_TOKENS) * parity.BATCH)
     longest = longest_text(described.to_dict(), family, processor)
     checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
@@ -166,6 +169,7 @@ def _export(
             keep=_keeps(config),
             logit_scale=numbers.get("logit_scale"),
             logit_bias=numbers.get("logit_bias"),
+            threads=threads.in_use(),
             checked_on=options.device,
             data=source.describe("evaluation") if source else "generated scenes",
             pairs=pair_counts(source) if source else {},

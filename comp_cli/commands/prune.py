@@ -12,6 +12,7 @@ from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
+from ..engine import flops
 from ..engine.allocation import Look
 from ..engine.methods import DECODER, check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
@@ -48,6 +49,7 @@ from ..search.once import Once
 from ..search.processes import check_launch, is_main_process, join, process_device, processes
 from ..search.run import search
 from ..search.trainer import count_steps, precision
+from . import threads
 from .judging import check_drop, compare
 from .prune_options import check
 
@@ -170,7 +172,9 @@ def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions,
         **sizes,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
-    return Opened(dense, pairs, resolve_defaults(dense, pairs, options, progress))
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
+    return Opened(dense, pairs, resolved)
 
 
 def prune_in_memory(
@@ -257,15 +261,14 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that numbers depend on: a run may go on with more memory, or less."""
-    return {name: value for name, value in asdict(options).items() if name != "max_memory"}
+    """The options that a run must have in common with the one that it goes on from: not how much of the machine it may take."""
+    return {name: value for name, value in asdict(options).items() if name not in ("max_memory", "threads")}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
     """What of the place and the versions is known at once."""
-    where = {"threads": torch.get_num_threads(), "processes": processes()}
     return {
-        **where,
+        "processes": processes(),
         "comp": __version__,
         "torch": str(torch.__version__),
         "precision of the training": precision(options.training),
@@ -320,6 +323,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         compared=(),
         texts={},
         pairs={},
+        threads=threads.in_use(),
         plan=plan,
     )
 

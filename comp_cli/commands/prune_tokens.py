@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from ..engine import token_schedules
+from ..engine import flops, token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
 from ..families import Family
@@ -29,6 +29,7 @@ from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_tables import image_tokens
 from ..search.processes import check_launch, is_main_process, join, process_device
+from . import threads
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens, has_pairs
@@ -153,7 +154,9 @@ def measured(
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
     if found := exceeds(known, options, hub_options):
         quality, own = measure(options, plan, known, found, progress, hub_options)
-        return replace(report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes)), found
+        return replace(
+            report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes), threads=threads.in_use()
+        ), found
     dense = open_dense(
         options.model,
         progress,
@@ -165,8 +168,9 @@ def measured(
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)
-    return replace(report, quality=quality, pairs=pair_counts(pairs)), None
+    return replace(report, quality=quality, pairs=pair_counts(pairs), threads=threads.in_use()), None
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import DeviceError
@@ -55,7 +54,7 @@ def profile(path: Path, inputs: Mapping[str, Tensor], device: str = "cpu", runs:
     Profiling slows small nodes a little: these times are for shares, never for latency.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        session = sessions.open_session(path, device, torch.get_num_threads(), profile=Path(scratch) / "profile")
+        session = sessions.open_session(path, device, profile=Path(scratch) / "profile")
         for _ in range(1 + runs):
             session.run(None, sessions.feeds(inputs))
         events = json.loads(Path(session.end_profiling()).read_text())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import PairCounts, Reference, Report, Texts, if_known
+from .base import PairCounts, Reference, Report, Texts, Threads, if_known
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ class AnalyzeReport(Report):
         pairs: what became of the rows of the user's data, by purpose.
         texts: texts that were truncated.
         decoder: costs of a decoder that reads images.
+        threads: CPU threads that it worked with.
     """
 
     comp_version: str
@@ -217,3 +218,4 @@ class AnalyzeReport(Report):
     pairs: dict[str, PairCounts]
     texts: Texts
     decoder: DecoderCost | None = if_known()
+    threads: Threads | None = if_known()

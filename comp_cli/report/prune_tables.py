@@ -59,7 +59,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
     out.table(f"Plan for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
-        f"{millions(report.params.compact)}. Nothing was written (--dry-run)."
+        f"{millions(report.params.compact)}. Nothing was written (--dry-run). On {report.threads}."
     )
     _print_at_own_texts(report, out)
 
@@ -139,7 +139,7 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(
         f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s."
+        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s on {report.threads}."
     )
     _print_at_own_texts(report, out)
     if report.cost is not None:

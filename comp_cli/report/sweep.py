@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import PruneOptions
-from .base import Report, Sizes, Values, if_known
+from .base import Report, Sizes, Threads, Values, if_known
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class SweepReport(Report):
         samples: pairs that were judged on; left out after a dry run.
         data: where they come from; left out after a dry run.
         points: one for each ratio, in the order that was asked for.
+        threads: CPU threads that it worked with.
         seconds: duration of the whole run, s.
         output: the folder that holds the folders; null after a dry run.
     """
@@ -83,5 +84,6 @@ class SweepReport(Report):
     samples: int | None = if_known()
     data: str | None = if_known()
     points: tuple[Point, ...]
+    threads: Threads | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None
