@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import CompError
 from ..progress import Bar, NoBar
@@ -36,7 +38,8 @@ class Output:
         self.mode = mode
         self.console = Console(stderr=True, highlight=False)
         self.results = sys.stdout  # while a command works, what others print goes to stderr
-        self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
+        self.wraps = self.results.isatty() or "COLUMNS" in os.environ  # elsewhere a line is a line
+        self.stdout = Console(file=self.results, highlight=False, width=None if self.wraps else 120)
         self.shows_bars = progress and mode == "human"
         self.warnings: list[str] = []
 
@@ -66,17 +69,24 @@ class Output:
         """A table for people, on stdout; the first column is text, the others are numbers."""
         if self.mode != "human":
             return
-        table = Table(title=escape(printable(title)), title_justify="left", title_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(printable(str(cell))) for cell in row))
+        cells = [[printable(str(cell)) for cell in row] for row in rows]
+        widths, padding = column_widths([list(columns), *cells], self.stdout.width)
+        table = Table(padding=(0, padding))
+        for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+            table.add_column(escape(column), justify="right" if index else "left", overflow="fold", width=width)
+        for row in cells:
+            table.add_row(*map(escape, row))
+        self._line(printable(title), "bold")
         self._print(table)
 
     def line(self, message: str) -> None:
-        """A line of the result for people."""
+        """A line of the result for people; in a terminal it wraps at words, but for a command that is to be copied."""
         if self.mode == "human":
-            self._print(printable(message), markup=False, soft_wrap=True)
+            self._line(printable(message))
+
+    def _line(self, text: str, style: str = "") -> None:
+        soft = not self.wraps or text.startswith("Next: ")
+        self._print(Text(text, style, overflow="ignore"), soft_wrap=soft, crop=False)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, or in quiet mode the path that was written."""
@@ -89,9 +99,9 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, markup: bool | None = None, soft_wrap: bool | None = None) -> None:
+    def _print(self, what: Any, **how: Any) -> None:
         with self.stdout.capture() as captured:
-            self.stdout.print(what, markup=markup, soft_wrap=soft_wrap)
+            self.stdout.print(what, **how)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
@@ -153,6 +163,25 @@ class Lines:
             left = (now - begun) / (self._done - before) * (self._total - self._done)
             said.append(f"about {duration(left)} left")
         self._say(", ".join(said))
+
+
+def column_widths(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
+    """Widths of the columns of a table that is `width` wide, borders included, and the padding at both sides of a cell.
+
+    rows: the header first. Where all cannot stand in one line, headers wrap at words, then padding goes, then the texts of the
+    first column wrap. Numbers stay whole.
+    """
+    columns = [[cell_len(line) for line in column] for column in zip(*rows, strict=True)]
+    widest = [max(column) for column in columns]
+    words = [max((cell_len(word) for word in header.split()), default=0) for header in rows[0]]
+    least = [max(word, *column[1:]) if column[1:] else word for word, column in zip(words, columns, strict=True)]
+    for widths, padding in ((widest, 1), (least, 1), (least, 0)):
+        room = width - (2 * padding + 1) * len(widths) - 1 - sum(widths[1:])
+        if room >= widths[0]:
+            return widths, padding
+        if widths is least and room >= max((cell_len(word) for row in rows for word in row[0].split()), default=0):
+            return [room, *widths[1:]], padding
+    return [max(room, 1), *least[1:]], 0
 
 
 def duration(seconds: float) -> str:

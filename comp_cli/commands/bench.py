@@ -59,6 +59,9 @@ def bench(
     case = Case(folder, source.name, family, architecture, tasks.TASKS[name], folders, models, machine(device))
     measure = bench_decoder if writes else bench_encoder
     report = measure(case, options, device, progress, hub_options.allow_pickle)
+    factors = [factor for row in report.speedups for factor in (row.speedup, row.by_kernels, row.by_pruning) if factor]
+    if said := timing.unsteady(factors, min(row.runs for row in report.timings)):
+        progress.warn(said)
     report = replace(report, threads=threads.in_use())
     if options.plot:
         bench_plot.plot(report, options.plot)

@@ -105,7 +105,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
     needed = round(4 * numbers * (2 - (options.ratio or 1)))
     room = memory.allowed() if options.max_memory is None else options.max_memory
-    return Streamed(needed, room) if room is not None and needed > room else None
+    return Streamed(needed, room) if needed > room else None
 
 
 def check_streamable(options: PruneOptions) -> None:

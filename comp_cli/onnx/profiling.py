@@ -15,6 +15,10 @@ from ..errors import DeviceError
 from . import sessions
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+GPU_WHEEL = (
+    "pip install 'comp-cli[gpu]', then pip install --force-reinstall --no-deps onnxruntime-gpu, whose files must come last; or "
+    "use --device cpu."
+)
 
 
 Shape = tuple[int, ...]
@@ -81,7 +85,7 @@ def check_cuda() -> None:
 
     if CUDA not in onnxruntime.get_available_providers():
         why: str | None = f"onnxruntime {onnxruntime.__version__} is built without it"
-        hint = "Install onnxruntime-gpu in place of onnxruntime, or use --device cpu."
+        hint = GPU_WHEEL
     else:
         why = missing_library(Path(onnxruntime.__file__).parent / "capi")
         hint = "Install what onnxruntime-gpu needs (CUDA and cuDNN of the version it was built for), or use --device cpu."

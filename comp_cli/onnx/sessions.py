@@ -45,7 +45,7 @@ def open_session(path: Path, device: str = "cpu", tf32: bool = True, profile: Pa
     if first != wanted:
         raise DeviceError(
             f"ONNX Runtime runs on {first}, not on {wanted}.",
-            hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
+            hint="It needs the CUDA and cuDNN libraries of the version that it was built for; comp env says what is missing.",
         )
     return session
 

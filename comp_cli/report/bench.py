@@ -67,12 +67,14 @@ class PeakMemory:
         side: "dense" (stock), "own_dense" (dense, comp runtime) or "compact".
         batch: batch size.
         bytes: resident memory; on CUDA allocated memory.
+        baseline_bytes: resident memory of that process before the model was loaded: Python and its libraries; on CUDA 0.
     """
 
     backend: str
     side: str
     batch: int
     bytes: int
+    baseline_bytes: int
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
     print_streamed(report, out)
-    out.line(f"Wrote {report.output}. Next: {_next(report)}")
+    out.line(f"Wrote {report.output}.")
+    out.line(f"Next: {_next(report)}")
 
 
 def print_streamed(report: PruneReport, out: Printer) -> None:
