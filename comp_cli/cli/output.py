@@ -40,7 +40,8 @@ class Output:
         self.results = sys.stdout  # while a command works, what others print goes to stderr
         self.wraps = self.results.isatty() or "COLUMNS" in os.environ  # elsewhere a line is a line
         self.stdout = Console(file=self.results, highlight=False, width=None if self.wraps else 120)
-        self.shows_bars = progress and mode == "human"
+        self.tells_progress = progress and mode == "human"
+        self.shows_bars = self.tells_progress and self.console.is_terminal
         self.warnings: list[str] = []
 
     def say(self, message: str) -> None:
@@ -57,13 +58,15 @@ class Output:
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Bar]:
         """A bar with the time left; now and then a plain line where stderr is no terminal."""
-        if not (self.shows_bars and self.console.is_terminal):
+        if not self.shows_bars:
             self.say(f"{title} ...")
-            yield Lines(self.say, title, total) if self.shows_bars else NoBar()
+            yield Lines(self.say, title, total) if self.tells_progress else NoBar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield TerminalBar(progress, progress.add_task(printable(title), total=total))
+            bar = TerminalBar(progress, progress.add_task(printable(title), total=total), total)
+            yield bar
+            bar.end()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table for people, on stdout; the first column is text, the others are numbers."""
@@ -133,13 +136,21 @@ class Output:
 
 
 class TerminalBar:
-    """A moving bar."""
+    """A moving bar. A total that was expected, and is passed, grows with every step: there is at least one more."""
 
-    def __init__(self, progress: Progress, task: TaskID):
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, total: int):
+        self._progress, self._task, self._total, self._done = progress, task, total, 0
 
     def advance(self, title: str | None = None, by: int = 1) -> None:
-        self._progress.update(self._task, advance=by, description=printable(title) if title else None)
+        self._done += by
+        if self._done > self._total:
+            self._total = self._done + 1
+        said = printable(title) if title else None
+        self._progress.update(self._task, advance=by, total=self._total, description=said)
+
+    def end(self) -> None:
+        """All is done, be it more or less than was expected."""
+        self._progress.update(self._task, total=self._done, refresh=True)
 
 
 class Lines:
@@ -154,12 +165,13 @@ class Lines:
     def advance(self, title: str | None = None, by: int = 1) -> None:
         now, self._done = self._clock(), self._done + by
         self._first = self._first or (now, self._done)
-        if now - self._said < LINE_SECONDS or self._done >= self._total:
+        if now - self._said < LINE_SECONDS or self._done == self._total:
             return
         self._said = now
-        said = [f"{self._title}: {self._done}/{self._total}"] + ([title] if title else [])
+        of = f"/{self._total}" if self._done < self._total else f", {self._total} were expected"
+        said = [f"{self._title}: {self._done}{of}"] + ([title] if title else [])
         begun, before = self._first
-        if self._done > before:
+        if before < self._done < self._total:
             left = (now - begun) / (self._done - before) * (self._total - self._done)
             said.append(f"about {duration(left)} left")
         self._say(", ".join(said))
@@ -168,20 +180,22 @@ class Lines:
 def column_widths(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
     """Widths of the columns of a table that is `width` wide, borders included, and the padding at both sides of a cell.
 
-    rows: the header first. Where all cannot stand in one line, headers wrap at words, then padding goes, then the texts of the
-    first column wrap. Numbers stay whole.
+    rows: the header first. Where all cannot stand in one line, headers wrap at words, then the texts of the first column, then
+    padding goes. Numbers stay whole.
     """
-    columns = [[cell_len(line) for line in column] for column in zip(*rows, strict=True)]
+    columns = [[cell_len(cell) for cell in column] for column in zip(*rows, strict=True)]
     widest = [max(column) for column in columns]
-    words = [max((cell_len(word) for word in header.split()), default=0) for header in rows[0]]
-    least = [max(word, *column[1:]) if column[1:] else word for word, column in zip(words, columns, strict=True)]
-    for widths, padding in ((widest, 1), (least, 1), (least, 0)):
-        room = width - (2 * padding + 1) * len(widths) - 1 - sum(widths[1:])
+    whole = [max([_longest_word(head), *column[1:]]) for head, column in zip(rows[0], columns, strict=True)]
+    words = [max(_longest_word(row[0]) for row in rows), *whole[1:]]
+    for widths, padding in ((widest, 1), (whole, 1), (words, 1), (words, 0)):
+        room = width - (2 * padding + 1) * len(widths) - 1 - sum(widths[1:])  # for the first column
         if room >= widths[0]:
-            return widths, padding
-        if widths is least and room >= max((cell_len(word) for row in rows for word in row[0].split()), default=0):
-            return [room, *widths[1:]], padding
-    return [max(room, 1), *least[1:]], 0
+            return [min(room, whole[0]) if widths is words else widths[0], *widths[1:]], padding
+    return words, 0
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
 
 
 def duration(seconds: float) -> str:
