@@ -33,7 +33,7 @@ from .options import (
     TokenOptions,
     Training,
 )
-from .progress import Progress, Recorder
+from .progress import Progress, Recorder, Silent
 from .report.analyze import AnalyzeReport
 from .report.base import Report
 from .report.bench import BenchReport
@@ -69,15 +69,19 @@ def analyze(
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
     threads: int = AnalyzeOptions.threads,
+    png: StrPath | None = AnalyzeOptions.png,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
+    html: StrPath | None = AnalyzeOptions.html,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AnalyzeReport:
-    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere.
+    """Show where FLOPs and parameters are, how unequal heads, channels and tokens are, and how their scores interfere; of a
+    compact model what is left of every layer, and which tokens of sample images and texts stay.
 
     Args:
-        model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
+        model: Hub id, hf:// URI, folder (also one that `prune` wrote), "demo" or "demo-vlm".
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
         task: evaluation task (default: inferred from the architecture).
         num_samples: image-text pairs for calibration.
@@ -93,9 +97,12 @@ def analyze(
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
         threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
+        png: picture to write: which tokens stay in a compact model, a heat map of what matters in a dense one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin where there is no safetensors.
+        html: page to write: the report to look at, one file that needs nothing else.
+        overwrite: replace a page that comp wrote before.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -109,6 +116,7 @@ def analyze(
     Example:
         >>> report = comp_cli.analyze("demo", num_samples=16)
         >>> report.layers[0].flops["ffn"]
+        >>> comp_cli.analyze("blip-compact", png="tokens.png").compact.layers[0].heads
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
     options = AnalyzeOptions(
@@ -122,15 +130,27 @@ def analyze(
         data=DataOptions(_text(data), split, *columns),
         task=task,
         threads=threads,
+        png=_path(png),
+        html=_path(html),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
     def work(told: Progress) -> AnalyzeReport:
         from .commands.analyze import analyze
 
+        if options.html is not None:
+            from .report.page.files import check_page
+
+            check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
-    return _reported(work, progress, threads)
+    report = _reported(work, progress, threads)
+    if options.html is not None:  # with what was warned of
+        from .report.page.files import write_page
+        from .report.page.pages import analyze_page
+
+        write_page(options.html, analyze_page(report.to_json(), report.pictures))
+    return report
 
 
 @checked
@@ -190,6 +210,8 @@ def prune(
     dry_run: bool = False,
     looks: int | None = PruneOptions.looks,
     max_memory: str | int | None = PruneOptions.max_memory,
+    push_to_hub: str | None = PruneOptions.push_to_hub,
+    private: bool = PruneOptions.private,
     progress: Progress | None = None,
 ) -> PruneReport | SweepReport:
     """Remove attention heads, feed-forward channels and tokens together, and write a compact checkpoint.
@@ -253,6 +275,9 @@ def prune(
         looks: plans that are compared at most (default: as many as the descent takes; of a model larger than memory 2).
         max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
             are more is worked on layer by layer from its files.
+        push_to_hub: repository on the Hub, "org/name", that the folder is uploaded to when it is complete, and `max_drop` is
+            met: as one commit, or not at all. One that holds something is refused unless `overwrite` is given.
+        private: make the repository a private one.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -309,6 +334,8 @@ def prune(
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
         looks=looks,
         max_memory=parse_bytes(max_memory),
+        push_to_hub=push_to_hub,
+        private=private,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
     folder = default_output(options.model, ratios, method, options.image_tokens) if output is None else Path(output)
@@ -318,15 +345,18 @@ def prune(
         from .commands.prune_options import by_number
         from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
+        from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
 
         how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
+        asked: dict[str, Any] = how | {"max_drop": max_drop, "hub_options": hub}
         if by_number(options, link):
-            return prune_tokens(options, folder, told, link=link, max_drop=max_drop, hub_options=hub, **how)
+            return and_push(lambda: prune_tokens(options, folder, told, link=link, **asked), options, told, **how)
         if isinstance(ratios, tuple):
-            return sweep(options, ratios, folder, told, resume=resume, max_drop=max_drop, hub_options=hub, **how)
-        how |= {"resume": resume, "work": prune_within_memory}
-        return prune(options, folder, told, max_drop=max_drop, hub_options=hub, **how)
+            check_single(options)
+            return sweep(options, ratios, folder, told, resume=resume, **asked)
+        asked |= {"resume": resume, "work": prune_within_memory}
+        return and_push(lambda: prune(options, folder, told, **asked), options, told, **how)
 
     return _reported(work, progress, threads)
 
@@ -351,15 +381,19 @@ def export(
     optimize: bool = ExportOptions.optimize,
     target: str = ExportOptions.target,
     opset: int = ExportOptions.opset,
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
     overwrite: bool = False,
     keep_failed: bool = ExportOptions.keep_failed,
+    push_to_hub: str | None = ExportOptions.push_to_hub,
+    private: bool = ExportOptions.private,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write ONNX graphs with the token pruning inside, checked against PyTorch.
 
     Args:
-        folder: a folder that `prune` wrote (default: the last one below the current folder).
-        output: folder to write (default: FOLDER-onnx).
+        folder: a folder that `prune` wrote, or a compact model on the Hub (default: the last one below the current folder).
+        output: folder to write (default: FOLDER-onnx; of a model on the Hub NAME-onnx in the current folder).
         dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
         quantize: "int8": int8 dynamic quantization; "int4": int4 weights, of the language model of a decoder that reads images;
             layers that change predictions stay in float.
@@ -376,8 +410,13 @@ def export(
         optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
         target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
         opset: ONNX opset, 18 to 23; of decoders that read images always 23.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
         overwrite: replace a folder that comp wrote before.
         keep_failed: leave refused graphs in OUTPUT.failed.
+        push_to_hub: repository on the Hub, "org/name", that the folder is uploaded to when it is complete: as one commit, or
+            not at all. One that holds something is refused unless `overwrite` is given.
+        private: make the repository a private one.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -406,14 +445,19 @@ def export(
         device=device,
         data=DataOptions(_text(data), None, image_column, text_column, None, answer_column, split_column),
         threads=threads,
+        push_to_hub=push_to_hub,
+        private=private,
     )
 
     def work(told: Progress) -> ExportReport:
-        from .commands.export import export, resolve_folder
+        from .checkpoint.compact_source import beside, find_compact
+        from .commands.export import export
+        from .commands.publishing import and_push
 
-        source = resolve_folder(_path(folder), told)
-        place = source.with_name(source.name + "-onnx") if output is None else Path(output)
-        return export(source, place, options, told, overwrite=overwrite)
+        source = find_compact(_text(folder), told, HubOptions(revision, _path(cache_dir)))
+        place = beside(source, "-onnx") if output is None else Path(output)
+        how = {"overwrite": overwrite}
+        return and_push(lambda: export(source.folder, place, options, told, **how), options, told, **how)
 
     return _reported(work, progress, threads)
 
@@ -443,7 +487,7 @@ def bench(
     """Time the dense against the compact model, interleaved; the rows include stock transformers and its plain ONNX export.
 
     Args:
-        folder: a folder that `prune` wrote (default: the last one below the current folder).
+        folder: a folder that `prune` wrote, or a compact model on the Hub (default: the last one below the current folder).
         baseline: dense model to compare with (default: the one that the folder was made of).
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
         backend: some of "torch", "onnx" and "compile" (torch.compile); one text with commas, or several.
@@ -457,7 +501,7 @@ def bench(
         max_latency_ms: gate: median latency of every compact row, ms for a whole batch.
         max_memory_mb: gate: peak memory of the compact model at the largest batch, MiB.
         plot: picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.
-        revision: branch, tag or commit of the baseline on the Hub.
+        revision: branch, tag or commit on the Hub, of the one of both models that is there and names none.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin of the baseline where there is no safetensors.
         progress: receives messages, warnings and progress (default: none; the library is silent).
@@ -490,10 +534,13 @@ def bench(
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
     def work(told: Progress) -> BenchReport:
+        from .checkpoint.compact_source import find_compact, options_of_each
         from .commands.bench import bench
-        from .commands.export import resolve_folder
 
-        return bench(resolve_folder(_path(folder), told), _text(baseline), options, told, hub_options=hub)
+        of_compact, of_baseline = options_of_each(_text(folder), _text(baseline), hub)
+        source = find_compact(_text(folder), told, of_compact)
+        address = source.address if source.kind == "hub" else None
+        return bench(source.folder, _text(baseline), options, told, hub_options=of_baseline, address=address)
 
     return _reported(work, progress, threads)
 
@@ -503,7 +550,7 @@ def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeRepo
     """Put today's runtime beside the weights of a compact folder that an older comp wrote. The weights stay as they are.
 
     Args:
-        folder: a folder that `prune` wrote. It changes as a whole or not at all.
+        folder: a folder that `prune` wrote, on this machine. It changes as a whole or not at all.
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
@@ -515,8 +562,9 @@ def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeRepo
     """
 
     def work(told: Progress) -> UpgradeReport:
-        from .commands.upgrade import upgrade
+        from .commands.upgrade import check_here, upgrade
 
+        check_here(os.fspath(folder))
         return upgrade(Path(folder), told)
 
     return _reported(work, progress)
@@ -530,13 +578,22 @@ def environment() -> EnvironmentReport:
 
 
 @checked
-def load(folder: StrPath, *, dtype: str | None = None, device: str = "cpu") -> "PreTrainedModel":
-    """The model of a checkpoint folder, compact or dense, in eval mode.
+def load(
+    folder: StrPath,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
+) -> "PreTrainedModel":
+    """The model of a checkpoint, compact or dense, in eval mode. No code that lies beside the weights is run.
 
     Args:
-        folder: a folder that `prune` wrote, or a dense checkpoint.
+        folder: a folder that `prune` wrote, or a dense checkpoint; or one on the Hub, as an id or an hf:// URI.
         dtype: "fp32", "bf16" or "fp16" (default: checkpoint dtype).
         device: "cpu", "cuda", "cuda:N" or "auto"; never falls back.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
 
     Returns:
         A transformers model. It takes what the stock class takes: `pixel_values` (batch, 3, height, width), `input_ids` and
@@ -550,20 +607,32 @@ def load(folder: StrPath, *, dtype: str | None = None, device: str = "cpu") -> "
     Example:
         >>> model = comp_cli.load("blip-compact")
         >>> model(**inputs).itm_score
+        >>> model = comp_cli.load("hf://me/blip-compact@v1")
     """
-    from .checkpoint import loading
+    from .checkpoint import hub, loading
+    from .families import find_architecture
 
-    model = loading.load_model(Path(folder), dtype=loading.pick_dtype(dtype))
-    return cast("PreTrainedModel", model.to(loading.pick_device(device)))
+    wanted, place = loading.pick_dtype(dtype), loading.pick_device(device)
+    options: dict[str, Any] = {"revision": revision, "cache_dir": _path(cache_dir), "accepts": find_architecture}
+    source = hub.resolve(os.fspath(folder), **options, progress=Silent())
+    return cast("PreTrainedModel", loading.load_model(source.folder, dtype=wanted).to(place))
 
 
 @checked
-def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
+def load_onnx(
+    folder: StrPath,
+    *,
+    device: str = "cpu",
+    revision: str | None = HubOptions.revision,
+    cache_dir: StrPath | None = HubOptions.cache_dir,
+) -> "PreTrainedModel":
     """A captioning or question-answering model whose `generate` runs the ONNX graphs that `export` wrote.
 
     Args:
-        folder: a folder that `export` wrote.
+        folder: a folder that `export` wrote; or one on the Hub, as an id or an hf:// URI.
         device: "cpu", "cuda", "cuda:N" or "auto"; never falls back.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept (default: $HF_HOME).
 
     Returns:
         A model that takes what the stock `generate` takes: prompts, beams, sampling.
@@ -577,10 +646,12 @@ def load_onnx(folder: StrPath, *, device: str = "cpu") -> "PreTrainedModel":
         >>> writer = comp_cli.load_onnx("caption-onnx")
         >>> writer.generate(**inputs, num_beams=3)
     """
-    from .checkpoint import loading
+    from .checkpoint import hub, loading
     from .onnx import generation
 
-    return generation.load_writer(Path(folder), str(loading.pick_device(device)))
+    place = str(loading.pick_device(device))
+    source = hub.resolve_graphs(os.fspath(folder), revision=revision, cache_dir=_path(cache_dir), progress=Silent())
+    return generation.load_writer(source.folder, place)
 
 
 def _threads(asked: int) -> AbstractContextManager[None]:

@@ -216,6 +216,8 @@ class AnalyzeOptions(Checked):
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
         threads: CPU threads; 0 for as many as pay.
+        png: picture to write: which tokens stay in a compact model, what matters in a dense one.
+        html: page to write.
     """
 
     model: str
@@ -228,6 +230,8 @@ class AnalyzeOptions(Checked):
     data: DataOptions = DataOptions()
     task: str | None = None
     threads: int = THREADS
+    png: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,8 @@ class PruneOptions(Checked):
         image_tokens: how many image tokens of a decoder stay; left out for other models.
         looks: plans that are compared at most; left out for as many as the descent takes.
         max_memory: bytes that the work may take; left out for what the machine has.
+        push_to_hub: repository that the folder is uploaded to; left out where it is not.
+        private: whether that is made for its owners only.
     """
 
     model: str
@@ -324,6 +330,8 @@ class PruneOptions(Checked):
     image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
     looks: int | None = field(default=None, metadata={"if_known": True})
     max_memory: int | None = field(default=None, metadata={"if_known": True})
+    push_to_hub: str | None = field(default=None, metadata={"if_known": True})
+    private: bool = field(default=False, metadata={"unwritten": True})
 
 
 @dataclass(frozen=True)
@@ -355,6 +363,8 @@ class ExportOptions(Checked):
         device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
         data: the real pairs that they are checked on.
         threads: CPU threads; 0 for as many as pay.
+        push_to_hub: repository that the folder is uploaded to.
+        private: whether that is made for its owners only.
     """
 
     target: str = TARGETS[0]
@@ -369,6 +379,8 @@ class ExportOptions(Checked):
     device: str = "cpu"
     data: DataOptions = DataOptions()
     threads: int = THREADS
+    push_to_hub: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True)

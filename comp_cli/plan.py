@@ -235,6 +235,33 @@ class Plan:
         )
         return cls(found["architecture"], tuple(towers), tuple(map(TokenStage.from_json, found.get("token_stages", ()))))
 
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any], dense: "Plan") -> "Plan":
+        """The plan of a block `comp` of config.json, which says how many units are left, not which: the first ones stand for
+        them. dense: the plan of the dense model."""
+
+        def kept(units: Units, said: Any) -> Units:
+            count = said.get("num_key_value_heads", said["num_heads"]) if isinstance(units, Heads) else said
+            return replace(units, units=units.units[:count])
+
+        def layer(tower: TowerPlan, before: LayerPlan, said: Mapping[str, Any]) -> LayerPlan:
+            parts = {name: kept(units, said[name]) for name, units in before.parts.items()}
+            added = (said[name] - len(units.units) for name, units in before.parts.items() if isinstance(units, Channels))
+            keep = said["keep"] or {}
+            return LayerPlan(parts, keep if isinstance(keep, dict) else {tower.name: keep}, max([0, *added]))
+
+        def tower(before: TowerPlan, said: Mapping[str, Any]) -> TowerPlan:
+            pairs = zip(before.layers, said["layers"], strict=True)
+            rules = said.get("streams", {before.name: said})
+            streams = {
+                name: StreamPlan(rule["score_rows"], rule.get("score_rule", "attention"), rule.get("fuse", False))
+                for name, rule in rules.items()
+            }
+            return TowerPlan(before.name, tuple(layer(before, *pair) for pair in pairs), streams)
+
+        towers = tuple(map(tower, dense.towers, block["towers"]))
+        return cls(dense.architecture, towers, tuple(map(TokenStage.from_json, block.get("token_stages", ()))))
+
     def comp_block(self, family: Family, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         """The block `comp` of config.json: the sizes that the runtime needs, and `facts` about the origin. config: the whole
         config.json of the dense model, defaults filled in."""

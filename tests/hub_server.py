@@ -1,16 +1,22 @@
 """A loopback server that speaks the part of the hub's API which huggingface_hub calls, and remembers what it was asked.
 
-Verified against huggingface_hub 2.4: /api/models/ID[/revision/REV], /api/models/ID/tree/SHA, /ID/resolve/REV/FILE.
+Verified against huggingface_hub 2.4: /api/models/ID[/revision/REV], /api/models/ID/tree/SHA, /ID/resolve/REV/FILE; and of
+uploads /api/whoami-v2, /api/repos/create and delete, /api/validate-yaml, preupload, LFS batches (with HF_HUB_DISABLE_XET), and
+commits as lines of JSON.
 """
 
+import base64
 import hashlib
 import json
+import shutil
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".onnx", ".data", ".png", ".bin")  # what goes over LFS
 
 
 @dataclass
@@ -21,6 +27,7 @@ class Repo:
     closed: str | None = None
     token: str | None = None  # opens a closed repository
     extra_names: list[str] = field(default_factory=list)  # listed, whether they exist or not
+    private: bool = False
 
     def find(self, revision: str) -> tuple[str, Path] | None:
         """Commit and folder of a branch, tag or commit."""
@@ -59,6 +66,11 @@ class HubServer:
         self.status: int | None = None  # answer everything with it, e.g. 503
         self.says: dict[str, bytes] = {}  # end of an address -> what is answered there, whatever is right
         self.tampers: dict[str, bytes] = {}  # file -> what is sent in its place, under the right ETag
+        self.who: dict = {"name": "me", "orgs": [{"name": "team", "roleInOrg": "write"}]}  # of every token but hf_wrong
+        self.fails: dict[str, int] = {}  # part of an address -> status of every POST, PUT or DELETE to it; 0 hangs up
+        self.place: Path | None = None  # where what is uploaded is kept
+        self.blobs: dict[str, bytes] = {}  # of large files, by SHA-256
+        self.commits: list[tuple[str, str]] = []  # names of repositories, with what was said of each commit
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -91,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(200, content)
         if self.headers.get("Authorization") == "Bearer hf_wrong":
             return self.answer(401, **{"X-Error-Message": "Invalid credentials in Authorization header"})
+        if path == "/api/whoami-v2":
+            return self.said(self.hub.who)
         if path.startswith("/api/models/"):
             return self.api(path.removeprefix("/api/models/").split("/"))
         if "/resolve/" in path:
@@ -100,8 +114,76 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        path, content = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.seen.append(Seen(self.command, path, self.headers.get("Authorization")))
+        if (status := next((status for part, status in self.hub.fails.items() if part in path), None)) is not None:
+            self.close_connection = not status
+            return self.answer(status) if status else None
+        if path.startswith("/blob/"):
+            self.hub.blobs[path.removeprefix("/blob/")] = content
+            return self.answer(200)
+        if "Authorization" not in self.headers:
+            return self.answer(401)
+        if path.endswith("/info/lfs/objects/batch"):
+            upload = {"href": f"{self.hub.url}/blob/"}
+            asked = json.loads(content)["objects"]
+            objects = [one | {"actions": {"upload": {"href": upload["href"] + one["oid"]}}} for one in asked]
+            return self.said({"transfer": "basic", "objects": objects})
+        if path == "/api/validate-yaml":
+            return self.said({"errors": [], "warnings": []})
+        if path in ("/api/repos/create", "/api/repos/delete"):
+            return self.of_repos(path.rsplit("/", 1)[1], json.loads(content))
+        name, verb = "/".join(path.split("/")[3:5]), path.split("/")[5]
+        if verb == "preupload":
+            mode = {True: "lfs", False: "regular"}
+            paths = [one["path"] for one in json.loads(content)["files"]]
+            files = [{"path": p, "uploadMode": mode[p.endswith(LARGE)], "shouldIgnore": False} for p in paths]
+            return self.said({"files": files})
+        return self.commit(name, [json.loads(line) for line in content.splitlines()])
+
+    do_PUT = do_DELETE = do_POST
+
+    def of_repos(self, verb: str, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if verb == "delete":
+            return self.answer(200 if self.hub.repos.pop(name, None) else 404)
+        if name in self.hub.repos:
+            return self.answer(409)
+        folder = self.hub.place / f"{name.replace('/', '--')}-0-{len(self.hub.seen)}"
+        folder.mkdir(parents=True)
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        self.hub.repos[name] = Repo({"main": folder}, private=asked.get("visibility") == "private")
+        self.said({"url": f"{self.hub.url}/{name}"})
+
+    def commit(self, name: str, lines: list[dict]) -> None:
+        """All of a commit, or none: into a copy of the folder, which takes its place."""
+        repo, head = self.hub.repos[name], lines[0]["value"]
+        old = repo.revisions["main"]
+        if head.get("parentCommit") not in (None, commit(old)):
+            return self.answer(412)
+        new = self.hub.place / f"{name.replace('/', '--')}-{len(self.hub.seen)}"
+        shutil.copytree(old, new)
+        for line in lines[1:]:
+            value = line["value"]
+            path = new / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "deletedFile":
+                path.unlink()
+            else:
+                large = line["key"] == "lfsFile"
+                path.write_bytes(self.hub.blobs[value["oid"]] if large else base64.b64decode(value["content"]))
+        repo.revisions["main"] = new
+        self.hub.commits.append((name, head["summary"]))
+        oid = commit(new)
+        self.said({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "hookOutput": ""})
+
+    def said(self, answer: dict) -> None:
+        self.answer(200, json.dumps(answer).encode())
+
     def api(self, parts: list[str]) -> None:
-        name, verb, revision = "/".join(parts[:2]), parts[2:3], "/".join(parts[3:])
+        deep = 1 if parts[0] in self.hub.repos else 2  # a repository of nobody's has no slash in its name
+        name, verb, revision = "/".join(parts[:deep]), parts[deep : deep + 1], "/".join(parts[deep + 1 :])
         if not (found := self.open(name, revision or "main", listing=True)):
             return None
         sha, folder = found
@@ -109,7 +191,15 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == ["tree"]:
             entries = [{"type": "file", "path": listed, "size": 1, "oid": "0" * 40} for listed in names]
             return self.answer(200, json.dumps(entries).encode())
-        info = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": n} for n in names], "tags": []}
+        siblings = [{"rfilename": listed} for listed in names]
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": sha,
+            "siblings": siblings,
+            "tags": [],
+            "private": self.hub.repos[name].private,
+        }
         return self.answer(200, json.dumps(info).encode())
 
     def file(self, name: str, revision: str, filename: str) -> None:
@@ -142,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_) -> None:

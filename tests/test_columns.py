@@ -119,7 +119,7 @@ def test_analyses(printed, tiny_folder, decoder):
 
 
 def test_image_tokens(printed, decoder):
-    report = comp_cli.prune(decoder, method="pyramiddrop", tokens=4, dry_run=True)
+    report = comp_cli.prune(decoder, method="pyramiddrop", tokens=18, dry_run=True)
     printed(lambda found, out: token_tables.print_tokens_pruned(found, found.image_tokens, out), report)
 
 
@@ -131,5 +131,4 @@ def test_exports(printed, compact_folder, tmp_path):
 def test_helps(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert result.exit_code == 0 and max(map(len, result.stdout.splitlines())) <= 80
-    known = {name for found in app.registered_commands for name in re.findall(r"--[a-z][a-z-]+", result.stdout)}
-    assert "…" not in result.stdout and known
+    assert "…" not in result.stdout

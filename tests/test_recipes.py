@@ -30,7 +30,7 @@ from comp_cli.models.dense import Dense, open_dense
 from comp_cli.onnx.checks import LEAST, SHARED_BIAS
 from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, TokenOptions, Training
 from comp_cli.plan import Channels, Plan
-from comp_cli.report import card_code, cards
+from comp_cli.report import card_code, card_head, cards
 from comp_cli.report.base import Sizes
 from comp_cli.topology import DualEncoder, EncoderDecoder, card_examples
 
@@ -349,7 +349,7 @@ def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
 def test_a_readme_that_says_nothing_of_use_does_no_harm(said, tmp_path):
     (tmp_path / "README.md").write_text(said)
     document = {"base_model": "dense", "quality": {"metrics": None}}
-    assert cards.metadata(document, tmp_path).to_yaml().startswith("library_name: transformers")
+    assert card_head.metadata(document, tmp_path).to_yaml().startswith("library_name: transformers")
 
 
 def test_nothing_written_names_the_place_where_it_was_made(every):

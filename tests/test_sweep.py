@@ -76,6 +76,7 @@ def test_every_folder_is_what_its_own_command_writes_and_the_calibration_is_one(
         "ratio-0.3",
         "comp_sweep.json",
         "tradeoff.md",
+        "tradeoff.html",
     }
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -12,6 +12,7 @@ from test_decoder_engine import QUIET, options, wide  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
+from comp_cli.commands.analyze import analyze
 from comp_cli.commands.prune import prune
 from comp_cli.engine import flops
 from comp_cli.engine.schedule import TOLERANCE
@@ -19,6 +20,7 @@ from comp_cli.engine.uniform import Uniform, spread
 from comp_cli.errors import DeadEnd, RefusedError, UsageError
 from comp_cli.models.dense import open_dense
 from comp_cli.models.stock import class_refuses, config_refuses, written_sizes
+from comp_cli.options import AnalyzeOptions
 from comp_cli.search.run import space_of, with_modes
 from comp_cli.search.uniform_plans import check_uniform, uniform_plans
 
@@ -179,6 +181,9 @@ def test_the_folder_is_one_of_the_stock_class_and_says_what_the_compact_model_sa
     card = (folder / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained(folder" in card and "trust_remote_code" not in card
     assert open_dense(str(folder), QUIET, text_tokens=8).params(report.plan.within(report.plan)) == report.params.compact
+    beside = analyze(AnalyzeOptions(str(folder)), QUIET).compact
+    assert (beside.flops, beside.params, beside.ratio) == (report.flops, report.params, report.ratio)
+    assert [(row.heads, row.ffn) for row in beside.layers] == [(row.heads, row.ffn) for row in report.layers]
 
 
 NEXT = {

@@ -17,7 +17,8 @@ from ..files.store import JSON_LIMIT, departs, read_json
 from . import runtimes
 
 REPORT = "comp_report.json"
-FREE = {"README.md", *runtimes.ALL}  # people edit the one; comp runs its own runtime, not the others
+# People edit the first; comp runs its own runtime, not the others.
+FREE = {"README.md", *runtimes.ALL}
 READ = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin"}  # what the libraries open, by suffix
 SMALL = READ - {".safetensors", ".bin"}
 CONFIGS = ("config.json", "generation_config.json")
@@ -118,9 +119,9 @@ def _inside(place: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str
 def check_report(folder: Path) -> None:
     """Raises RefusedError where comp's own report lies in the folder and a file is not, byte for byte, the one that it lists.
 
-    README.md and the runtime may be edited. Of weights that are links to the dense model's, size and header are compared (see
-    `store.unread_facts`). Without a report (a model that was trained further and saved elsewhere) there is nothing to compare
-    with.
+    README.md, the runtime and what no library opens may be edited. Of weights that are links to the dense model's, size and
+    header are compared (see `store.unread_facts`). Without a report (a model that was trained further, saved elsewhere) there
+    is nothing to compare with.
     """
     if not (folder / REPORT).is_file():
         return
@@ -130,7 +131,7 @@ def check_report(folder: Path) -> None:
         raise RefusedError(f"{folder / REPORT}: expected the files of the folder under 'files'.", hint=_cure(folder))
     for name, known in files.items():
         path = folder / name
-        if name in FREE:
+        if name in FREE or os.path.splitext(name)[1] not in READ:  # pictures and pages: nothing opens them, or fetches them
             continue
         if name != os.path.basename(name) or not path.is_file():
             raise RefusedError(f"{folder}: {name!r}, which {REPORT} lists, is missing.", hint=_cure(folder))

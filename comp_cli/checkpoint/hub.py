@@ -15,7 +15,7 @@ from ..files.store import read_json
 from ..progress import Progress
 from .download_check import check_downloads
 from .folder_check import shown
-from .weight_files import check_checkpoint, pick_weights, pickled, safe
+from .weight_files import check_checkpoint, pick_graphs, pick_weights
 
 PACKAGE = Path(__file__).parent.parent
 DEMOS = {"demo": PACKAGE / "demo", "demo-vlm": PACKAGE / "demo_vlm"}  # models inside the package
@@ -44,9 +44,10 @@ ALIASES = {
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md")
 # What the client raises where an answer is JSON, but not that of the hub.
 NOT_THE_HUB = (ValueError, TypeError, KeyError, AttributeError, AssertionError, IndexError, RuntimeError)
+LARGE = (".safetensors", ".bin", ".onnx")  # what holds the numbers of a model
 NESTED = "*/*"  # fnmatch's * crosses slashes: ONNX, OpenVINO and checkpoint folders inside a repository stay there
 
-
+Pick = Callable[..., list[str]]  # names of a repository's files, owner= its id -> those that hold the numbers of its model
 NEAR = 2  # folders up from an output to what it shares with a dense model's folder
 
 
@@ -100,6 +101,27 @@ def resolve(
     An existing folder wins over a hub id. Raises UsageError for a name that can be neither, RefusedError for a checkpoint that
     is refused (not found, gated, no such revision, broken, or pickled without `allow_pickle`), CompError where the hub cannot
     be reached."""
+    pick = partial(pick_weights, allow_pickle=allow_pickle)
+    source = locate(model, revision=revision, cache_dir=cache_dir, pick=pick, accepts=accepts, progress=progress)
+    check_checkpoint(source.folder, allow_pickle=allow_pickle)
+    return source
+
+
+def resolve_graphs(model: str, *, revision: str | None, cache_dir: Path | None, progress: Progress) -> Source:
+    """The same for what `comp export` wrote; the graphs are looked at where they are opened."""
+    return locate(model, revision=revision, cache_dir=cache_dir, pick=pick_graphs, progress=progress)
+
+
+def locate(
+    model: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None,
+    pick: Pick,
+    accepts: Callable[[dict[str, Any]], object] = lambda config: None,
+    progress: Progress,
+) -> Source:
+    """Where what was typed lies, downloaded where it is on the hub, and not yet looked at; see `resolve`."""
     if "\0" in model:
         said = f"MODEL is {shown(model)}: no name holds a NUL."
         raise UsageError(said, hint="MODEL is demo, demo-vlm, a folder, or a hub id.")
@@ -111,24 +133,19 @@ def resolve(
     if demo is not None:
         if not demo.is_dir():
             raise CompError(f"The {model} model is missing: no folder {demo}.", hint="Install comp again, from its wheel.")
-        source = Source(demo, model, None, "demo")
-    elif local:
+        return Source(demo, model, None, "demo")
+    if local:
         folder = Path(typed).resolve()
-        source = Source(folder, folder.name, None, "folder")
-    else:
-        name, revision = _read_hub_name(model, revision)
-        fetch = partial(
-            download,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_pickle=allow_pickle,
-            accepts=accepts,
-            progress=progress,
-        )
-        name, folder = download_known(name, fetch, progress)
-        source = Source(folder, name, folder.name, "hub")
-    check_checkpoint(source.folder, allow_pickle=allow_pickle)
-    return source
+        return Source(folder, folder.name, None, "folder")
+    name, revision = _read_hub_name(model, revision)
+    fetch = partial(download, revision=revision, cache_dir=cache_dir, pick=pick, accepts=accepts, progress=progress)
+    name, folder = download_known(name, fetch, progress)
+    return Source(folder, name, folder.name, "hub")
+
+
+def on_hub(model: str) -> bool:
+    """Whether what was typed is looked for on the hub: no built-in model, and no folder that is here."""
+    return model not in DEMOS and not os.path.isdir(os.path.expanduser(model))
 
 
 def download_known(name: str, fetch: Callable[[str], Path], progress: Progress) -> tuple[str, Path]:
@@ -137,11 +154,10 @@ def download_known(name: str, fetch: Callable[[str], Path], progress: Progress) 
     real = ALIASES.get(name)
     if real is None:
         return name, fetch(name)
-    if "/" in name:
-        try:
-            return name, fetch(name)
-        except NotThere:
-            pass
+    try:
+        return name, fetch(name)
+    except NotThere:  # on the hub; where that is off limits or does not answer, in the cache
+        pass
     progress.say(f"{name}: taking {real}, its id on the hub.")
     return real, fetch(real)
 
@@ -151,7 +167,7 @@ def download(
     *,
     revision: str | None,
     cache_dir: Path | None,
-    allow_pickle: bool,
+    pick: Pick,
     accepts: Callable[[dict[str, Any]], object] = lambda config: None,
     progress: Progress,
 ) -> Path:
@@ -173,9 +189,9 @@ def download(
         names = list(sizes)
         if not names:  # another program filled this cache: all there is lies here
             names = os.listdir(folder)
-            if not (safe(names) or pickled(names)):
+            if not any(name.endswith(LARGE) for name in names):
                 raise errors.LocalEntryNotFoundError("no weights in the cache")
-        weights = pick_weights(names, allow_pickle=allow_pickle, owner=model)
+        weights = pick(names, owner=model)
         small = [name for name in os.listdir(folder) if name not in weights]
         check_downloads(folder, small, announced, known, model)
         accepts(read_json(folder / "config.json"))
@@ -263,11 +279,23 @@ def explain(error: BaseException, model: str, revision: str | None) -> CompError
     return CompError(f"Cannot fetch {model}: {error}")
 
 
+def only_a_path(model: str) -> bool:
+    """Whether what was typed can be no name on the hub."""
+    if model.startswith(("hf://", "https://", "http://")):
+        return False
+    return not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+
+
+def names_revision(model: str) -> bool:
+    """Whether the address of a model on the hub says which branch, tag or commit."""
+    return _read_hub_name(model, None)[1] is not None
+
+
 def _read_hub_name(model: str, revision: str | None) -> tuple[str, str | None]:
     """Hub id and revision of what was typed. Raises UsageError where it can only be a path, or is no model's address."""
     if model.startswith(("hf://", "https://", "http://")):
         return _read_uri(model, revision)
-    if not model.strip() or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
+    if only_a_path(model):
         found = "is a file, not a folder" if os.path.isfile(os.path.expanduser(model)) else "does not exist"
         hint = "MODEL is demo, a folder with a checkpoint, or a hub id such as Salesforce/blip-itm-base-coco."
         raise UsageError(f"The folder {model!r} {found}.", hint=hint)

@@ -38,6 +38,15 @@ def pick_weights(names: Collection[str], *, allow_pickle: bool, owner: str) -> l
     return weights
 
 
+def pick_graphs(names: Collection[str], *, owner: str) -> list[str]:
+    """Of a repository's file names those that hold graphs and their weights. Raises RefusedError where there are none."""
+    graphs = sorted(name for name in names if name.endswith((".onnx", ".onnx.data")) and "/" not in name)
+    if not graphs or "config.json" not in names:
+        expected = "config.json and .onnx files, as comp export writes them"
+        raise RefusedError(f"{owner} holds no graphs: expected {expected}.")
+    return graphs
+
+
 def check_checkpoint(folder: Path, *, allow_pickle: bool) -> list[str]:
     """The files that hold the weights. Raises RefusedError where `pick_weights` refuses the folder's files, a shard is missing
     or lies outside, or folder_check.py finds what no library should read."""

@@ -59,6 +59,8 @@ def bench(
 
     `comp bench compact --baseline demo`
 
+    `comp bench hf://me/blip-compact@v1 --batch 1` (a compact model on the Hub, against the one that it was made of)
+
     `comp bench compact --device cuda --batch 1,8,32 --json`
 
     `comp bench compact --backend onnx --batch 1 --min-speedup 1.8` (a gate for CI: exit code 3)

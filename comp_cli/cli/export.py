@@ -7,7 +7,7 @@ import typer
 
 from .. import api
 from ..errors import UsageError
-from ..options import DataOptions, ExportOptions
+from ..options import DataOptions, ExportOptions, HubOptions
 from ..report.export import ExportReport
 from . import shared_options as given
 from .output import Output
@@ -57,10 +57,14 @@ def export(
     opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23; of large decoders 23.")] = ExportOptions.opset,
     device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
     threads: given.Threads = ExportOptions.threads,
+    revision: given.Revision = HubOptions.revision,
+    cache_dir: given.CacheDir = HubOptions.cache_dir,
     overwrite: given.Overwrite = False,
     keep_failed: Annotated[
         bool, option(OUTPUT, "Leave refused graphs in OUTPUT.failed.", "--keep-failed")
     ] = ExportOptions.keep_failed,
+    push_to_hub: given.PushToHub = ExportOptions.push_to_hub,
+    private: given.Private = ExportOptions.private,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -73,6 +77,8 @@ def export(
     `comp export compact --onnx`
 
     `comp export --onnx -o served` (takes the last compact model below the current folder)
+
+    `comp export me/blip-compact --onnx -o served` (a compact model on the Hub)
 
     `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
     """

@@ -145,6 +145,8 @@ def prune(
     overwrite: given.Overwrite = False,
     resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[bool, option(OUTPUT, "Print the plan, write nothing.", "--dry-run")] = False,
+    push_to_hub: given.PushToHub = PruneOptions.push_to_hub,
+    private: given.Private = PruneOptions.private,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,

@@ -16,9 +16,10 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 Model = Annotated[str, typer.Argument(help="A Hub id, hf:// URI, folder, or `demo` (shipped with comp).", show_default=False)]
 Folder = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
-        help="A folder that `comp prune` wrote (default: the last one below the current folder).", show_default=False
+        help="A folder that `comp prune` wrote, or a compact model's Hub id or hf:// URI (default: the last one here).",
+        show_default=False,
     ),
 ]
 
@@ -51,6 +52,13 @@ Revision = Annotated[str | None, option(HUB, "Branch, tag or commit on the Hub."
 CacheDir = Annotated[Path | None, option(HUB, "Where downloads are kept (default: $HF_HOME).")]
 AllowPickle = Annotated[bool, option(HUB, "Load pytorch_model.bin where there is no safetensors.", "--allow-pickle")]
 
+PushToHub = Annotated[
+    str | None,
+    option(HUB, "Repository that the folder is uploaded to when it is complete, whole or not at all.", metavar="ORG/NAME"),
+]
+Private = Annotated[bool, option(HUB, "Make that repository a private one.", "--private")]
+
+Png = Annotated[Path | None, option(OUTPUT, "Draw what matters, or of a compact model which tokens stay.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Replace a folder that comp wrote before.", "--overwrite")]
 Format = Annotated[str, option(OUTPUT, "human, json or quiet.", "--format")]
 Json = Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")]

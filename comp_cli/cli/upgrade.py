@@ -13,7 +13,7 @@ from .perform import perform
 
 def upgrade(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -27,4 +27,4 @@ def upgrade(
 
     `comp upgrade blip-compact`
     """
-    perform(context, lambda options, out: api.upgrade(**options, progress=out), print_upgraded, lambda report: folder)
+    perform(context, lambda options, out: api.upgrade(**options, progress=out), print_upgraded, lambda report: Path(folder))

@@ -1,38 +1,78 @@
 """`comp analyze`: where parameters and FLOPs are, how unequal heads, channels and tokens are, how their scores interfere."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..checkpoint.loading import pick_device
 from ..engine import diagnostics, flops, importance, scoring
 from ..engine.methods import DECODER
-from ..models.dense import Dense, find_dense, open_dense
+from ..errors import RefusedError, UsageError
+from ..families import Family
+from ..models.dense import Dense, find_model, open_dense
 from ..models.pairs import batches_of, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
 from ..report.analyze import (
     AnalyzeReport,
-    Cost,
     Diagnostics,
-    LayerCost,
     LayerDiagnosis,
     LayerInequality,
     LayerInfluence,
 )
 from ..report.base import Reference
+from ..report.interference import conclusions
+from ..report.samples import LayerImportance, TokenImportance
+from ..report.token_picture import check_picture, heat_map, token_picture, write
 from . import threads
+from .analyze_compact import analyze_compact, origin_of
 from .analyze_decoder import analyze_decoder
+from .layer_costs import PARTS, costs
 
-PARTS = ("attention", "cross", "ffn")  # columns of the report: names of parts, in families' descriptions
+GROUPS = 32  # of channels, in the report
 
 
 def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS) -> AnalyzeReport:
     """Score a dense model on calibration pairs, or describe a decoder that reads images. Raises what `open_dense` and
     `choose_pairs` raise."""
-    _, _, (family, _, _) = find_dense(
-        options.model, progress, options.task, lambda config, family, architecture: None, hub_options
-    )
+    check(options)
+    found = find_model(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
+    source, config, (family, _, _) = found
+    if (origin := origin_of(source.folder, config)) is not None:
+        report = analyze_compact(found, origin, options, progress, hub_options)
+    else:
+        report = analyze_dense(family, options, progress, hub_options)
+    if options.png is not None:
+        draw(report, options.png)
+    return report
+
+
+def check(options: AnalyzeOptions) -> None:
+    """What would otherwise fail in the end. Raises UsageError, and RefusedError for a folder of graphs."""
+    if options.png is not None:
+        check_picture(options.png)
+    folder = Path(options.model).expanduser()
+    if (folder / "export.json").is_file():
+        said = f"{options.model} holds ONNX graphs, and comp analyze reads weights."
+        raise RefusedError(said, hint="Give the compact folder that comp export made them of.")
+
+
+def draw(report: AnalyzeReport, path: Path) -> None:
+    """Of a compact model which tokens of samples stay, of a dense one a heat map of importance. Raises UsageError where there
+    is neither."""
+    if report.kept_samples:
+        image = token_picture(report.kept_samples, report.pictures)
+    elif report.importance or report.token_importance:
+        image = heat_map(report.importance, report.token_importance)
+    else:
+        why = "no token leaves it, or it was not run on samples" if report.compact else "nothing of it is scored"
+        raise UsageError(f"--png {path}: of {report.model} there is no picture: {why}.")
+    write(image, path)
+
+
+def analyze_dense(family: Family, options: AnalyzeOptions, progress: Progress, hub_options: HubOptions) -> AnalyzeReport:
+    """Score a dense model, or describe a decoder."""
     if family.topology.drops_in == DECODER:
         return analyze_decoder(options, progress, hub_options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
@@ -67,45 +107,9 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
         pairs=pair_counts(pairs),
         texts=texts,
         threads=threads.in_use(),
+        importance=unit_importance(scores, dense.family),
+        token_importance=token_importance(scores, dense),
     )
-
-
-def costs(dense: Dense) -> tuple[Cost, Cost, tuple[LayerCost, ...]]:
-    """Parameters and FLOPs of the model and of what lies outside its layers, and those of every layer's attention,
-    cross-attention and feed-forward part."""
-    counted = flops.count(dense.plan, dense.reference)
-    params = part_params(dense)
-    layers = tuple(
-        LayerCost(
-            row.tower,
-            row.layer,
-            flops={part: row.parts.get(part, 0) for part in PARTS},
-            params={part: params.get((row.tower, row.layer, part), 0) for part in PARTS},
-        )
-        for row in counted.layers
-    )
-    total = dense.params(dense.plan)
-    return Cost(total, total - sum(params.values())), Cost(counted.total, counted.fixed), layers
-
-
-def part_params(dense: Dense) -> dict[scoring.Key, int]:
-    """Parameters of each prunable part, norms counted with the part that they belong to."""
-    found: dict[scoring.Key, int] = {}
-    for tower in dense.family.towers:
-        root = f"{tower.encoder}.{tower.layers}."
-        inside = {_first(part.column): part.name for part in tower.parts if part.is_attention}
-        for name, tensor in dense.state.items():
-            if not name.startswith(root):
-                continue
-            index, _, path = name.removeprefix(root).partition(".")
-            key = (tower.name, int(index), inside.get(_first(path), tower.parts[-1].name))
-            found[key] = found.get(key, 0) + tensor.numel()
-    return found
-
-
-def _first(path: str) -> str:
-    """The module right inside a layer that a path goes through."""
-    return path.partition(".")[0]
 
 
 def inequality(dense: Dense, scores: scoring.Scores) -> tuple[LayerInequality, ...]:
@@ -125,6 +129,34 @@ def inequality(dense: Dense, scores: scoring.Scores) -> tuple[LayerInequality, .
     return tuple(rows)
 
 
+def unit_importance(scores: scoring.Scores, family: Family) -> tuple[LayerImportance, ...]:
+    """How much heads and channels matter: the scores themselves, those of channels in groups."""
+    rows = []
+    for (tower, layer, part), found in scores.units.items():
+        ranked = found if family.tower(tower).part(part).is_attention else found.sort(descending=True).values
+        groups = ranked.tensor_split(min(GROUPS, len(ranked))) if ranked is not found else ranked.split(1)
+        values = tuple(round(group.mean().item(), 4) for group in groups)
+        rows.append(LayerImportance(tower, layer, part, len(found), values))
+    return tuple(rows)
+
+
+def token_importance(scores: scoring.Scores, dense: Dense) -> tuple[TokenImportance, ...]:
+    """The mean token score of every patch, and of every place of a text that some sample has."""
+    rows = []
+    for (name, layer), found in scores.tokens.items():
+        _, stream = dense.family.streams[name]
+        if not stream.prunable:
+            continue
+        found = found[:, int(stream.skips_first) :]
+        known = found.isfinite()
+        found = found[:, known.any(0)].masked_fill(~known[:, known.any(0)], 0)
+        means = found.sum(0) / known[:, known.any(0)].sum(0)
+        image = stream.source == "image"
+        grid = dense.family.topology.raster(dense.hf_config.to_dict(), {}, len(means)) if image else None
+        rows.append(TokenImportance(name, layer, grid, tuple(round(value, 4) for value in means.tolist())))
+    return tuple(rows)
+
+
 def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> Diagnostics:
     """CoMP's two findings per layer, with the shares that define them."""
     layers = []
@@ -141,4 +173,5 @@ def diagnosis(dense: Dense, found: diagnostics.Diagnosis) -> Diagnostics:
                     influence=None if influence is None else LayerInfluence(**asdict(influence)),
                 )
             )
-    return Diagnostics(diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG, tuple(layers))
+    shares = (diagnostics.TOP, diagnostics.LEAST, diagnostics.KEPT, diagnostics.STRONG)
+    return Diagnostics(*shares, tuple(layers), conclusions(layers, diagnostics.LEAST))

@@ -44,19 +44,27 @@ Key = tuple[str, str]  # (backend, side)
 
 
 def bench(
-    folder: Path, baseline: str | None, options: BenchOptions, progress: Progress, *, hub_options: HubOptions = HUB_DEFAULTS
+    folder: Path,
+    baseline: str | None,
+    options: BenchOptions,
+    progress: Progress,
+    *,
+    hub_options: HubOptions = HUB_DEFAULTS,
+    address: str | None = None,
 ) -> BenchReport:
-    """Measure. Raises GateError after that where a gate was not met; the error carries the report."""
+    """Measure. address: of a compact model that came from the hub. Raises GateError where a gate was not met, after all was
+    measured; the error carries the report."""
     config = read_config(folder)
     family, architecture, name = find_family(config)
     writes = family.topology.drops_in == DECODER
     options = only_torch(options, progress) if writes else options
     device = check(options)
     dtype = decoding.precision(device) if writes else torch.float32
-    source, folders, models = open_models(folder, config, baseline, progress, hub_options, dtype)
+    source, folders, models = open_models(folder, config, baseline, progress, hub_options, dtype, address)
+    named = address or str(folder), source.name
     full = config_of(models["dense"])
     threads.fit(dense_flops(full, family, architecture, options.text_tokens) * max(options.batches))
-    case = Case(folder, source.name, family, architecture, tasks.TASKS[name], folders, models, machine(device))
+    case = Case(folder, *named, family, architecture, tasks.TASKS[name], folders, models, machine(device))
     measure = bench_decoder if writes else bench_encoder
     report = measure(case, options, device, progress, hub_options.allow_pickle)
     factors = [factor for row in report.speedups for factor in (row.speedup, row.by_kernels, row.by_pruning) if factor]
@@ -103,7 +111,7 @@ def bench_encoder(
     timings, speedups = figures(taken, reduction, options.seed)
     return BenchReport(
         comp_version=__version__,
-        compact=str(case.folder),
+        compact=case.compact,
         baseline=case.baseline,
         architecture=case.architecture,
         machine=case.machine,
@@ -138,16 +146,18 @@ def check(options: BenchOptions) -> torch.device:
     return device
 
 
-def made_of(folder: Path, comp: dict[str, Any]) -> str:
-    """The dense model that a compact folder was made of. Raises UsageError where it does not say, or a folder is not where it
-    was."""
+def made_of(folder: Path, comp: dict[str, Any], fetched: str | None = None) -> str:
+    """The dense model that a compact folder was made of. fetched: the address of one that came from the hub, which names no
+    folder of this machine. Raises UsageError where it does not say, or a folder is not where it was."""
     name, address = comp.get("base_model"), comp.get("base_address")
+    if fetched and not (isinstance(address, str) and (address in hub.DEMOS or address.startswith("hf://"))):
+        address = None
     if isinstance(address, str) and address.startswith(".."):  # the way to a folder
         there = (folder.resolve() / address).resolve()
         address = str(there) if there.is_dir() else None
     if not address:
         was = f"records the base model {name}, and no way to it" if name else "records no base model"
-        raise UsageError(f"{folder} {was}.", hint="Name the dense model: --baseline MODEL")
+        raise UsageError(f"{fetched or folder} {was}.", hint="Name the dense model: --baseline MODEL")
     return address
 
 
@@ -158,12 +168,13 @@ def open_models(
     progress: Progress,
     hub_options: HubOptions,
     dtype: torch.dtype | None,
+    address: str | None = None,
 ) -> tuple[hub.Source, dict[str, Path], dict[str, nn.Module]]:
     """The baseline's source, and the folders of the dense and the compact model and these. `config` is that of the compact one;
-    dtype: None for that of each checkpoint."""
+    dtype: None for that of each checkpoint; address: see `bench`."""
     family, architecture, _ = find_family(config)
     compact = load_model(folder, family=family, dtype=dtype)  # first: a block that is none names no baseline
-    baseline = baseline or made_of(folder, config["comp"])
+    baseline = baseline or made_of(folder, config["comp"], address)
     source = hub.resolve(baseline, progress=progress, accepts=find_architecture, **vars(hub_options))
     dense_config = read_config(source.folder)
     if "comp" in dense_config:

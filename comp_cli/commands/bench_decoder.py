@@ -50,6 +50,7 @@ class Case:
     """What is measured: the models of SIDES and their folders."""
 
     folder: Path  # of the compact model
+    compact: str  # what it is called: the folder, or an address on the hub
     baseline: str
     family: Family
     architecture: str
@@ -99,7 +100,7 @@ def bench_decoder(
     peaks = peak_memory(places, prompts[max(prompts)], family, device, allow_pickle, progress)
     return BenchReport(
         comp_version=__version__,
-        compact=str(case.folder),
+        compact=case.compact,
         baseline=case.baseline,
         architecture=case.architecture,
         machine=case.machine,

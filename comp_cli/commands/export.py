@@ -33,7 +33,7 @@ from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
 from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
-from ..files.store import count_weights, find_last, folder_size, read_config, sha256
+from ..files.store import count_weights, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
 from ..models.described import dense_flops
 from ..models.pairs import pair_counts, warn_cut_texts
@@ -44,6 +44,7 @@ from ..onnx.write import check_target, write_graphs
 from ..options import LAYOUTS, OPSET, TARGETS, TEXT_TOKENS, ExportOptions
 from ..progress import Progress
 from ..report.base import Texts
+from ..report.card_pictures import save_example
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
@@ -180,7 +181,9 @@ def _export(
             parity=tuple(rows),
             size_bytes=folder_size((partial / names[0]).parent),
         )
-        card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest)
+        if family.topology.reads_images:
+            save_example(partial)
+        card = graphs_card(report.to_json(), generation, family, task, processor, partial, longest, folder, options.push_to_hub)
         (partial / "README.md").write_text(card, encoding="utf-8")
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         report = replace(report, files={path.relative_to(partial).as_posix(): sha256(path) for path in paths})
@@ -328,23 +331,6 @@ def _move(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file():
             path.replace(target / path.name)
-
-
-def resolve_folder(folder: Path | None, progress: Progress) -> Path:
-    """The folder that was named, or the last compact model below the current folder."""
-    if folder is None:
-        folder = find_last("comp_report.json", resolve(Path(), "the current folder"))
-        if folder is None:
-            raise UsageError(
-                "no folder named, and no compact model below the current folder.",
-                hint="Make one with: comp prune demo --ratio 0.5 -o compact",
-            )
-        progress.say(f"taking {folder}")
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder.", hint="Name a folder that `comp prune` wrote.")
-    if "comp" not in read_config(folder):
-        raise RefusedError(f"{folder} is not a compact model.", hint=f"Make one with: comp prune {folder} --ratio 0.5")
-    return folder.resolve()
 
 
 def _keeps(config: dict[str, Any]) -> dict[str, list[int | None]]:

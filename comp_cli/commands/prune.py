@@ -24,6 +24,7 @@ from ..models.dense import Dense, Found, by_model_size, open_dense
 from ..models.described import Described
 from ..models.own_texts import at_own_texts, saved, warn_less
 from ..models.pairs import Pairs, choose_pairs, pair_counts
+from ..models.samples import Runs, of_scenes
 from ..options import (
     EVAL_SAMPLES,
     HUB_DEFAULTS,
@@ -43,6 +44,7 @@ from ..report.base import PairCounts, Reference, Sizes, Texts
 from ..report.cards import prune_command, without_places
 from ..report.prune import PlanCompared, PruneReport, SearchCost, StageTaken
 from ..report.prune_tables import layer_rows
+from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
 from ..search.once import Once
@@ -232,13 +234,16 @@ def prune_in_memory(
         raise
     if journal is None:
         return report
+    samples, pictures = of_scenes(compact, Runs(dense.family, dense.task, dense.collate_whole), progress)
+    report = replace(report, kept_samples=samples, pictures=pictures)
     with atomic_folder(output, overwrite=overwrite) as folder:
         progress.say("writing ...")
+        write_beside_weights(samples, pictures, folder)
         write_checkpoint(folder, dense, compact, plan, report.to_json(), dtypes)
         check_reload(folder, dense, compact, dense.random_inputs(2, 4))
         size = Sizes(folder_size(dense.source.folder), folder_size(folder))
         report = replace(report, size_bytes=size)
-        write_report(folder, kept_with_folder(report), plan)
+        write_report(folder, kept_with_folder(report), plan, pictures=report.pictures)
         journal.finish(folder / "comp_report.json")
     written()
     journal.remove()
@@ -261,8 +266,9 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that a run must have in common with the one that it goes on from: not how much of the machine it may take."""
-    return {name: value for name, value in asdict(options).items() if name not in ("max_memory", "threads")}
+    """The options that numbers depend on: a run may go on with more of the machine, or less, and go elsewhere."""
+    others = ("max_memory", "threads", "push_to_hub", "private")
+    return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
@@ -305,6 +311,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
     sizes, ratio = saved(dense, plan, dense.reference)
     if ratio <= 0:
         raise CompError("nothing was pruned.", hint="Raise --ratio.")
+    by_part = (dense.part_params(dense.plan), dense.part_params(plan)) if isinstance(dense, Dense) else None
     return PruneReport(
         comp_version=__version__,
         torch_version=str(torch.__version__),
@@ -318,7 +325,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         reference=Reference(dense.reference.tokens),
         flops=sizes,
         params=params,
-        layers=layer_rows(plan, dense.plan, dense.reference),
+        layers=layer_rows(plan, dense.plan, dense.reference, by_part),
         stages=(),
         compared=(),
         texts={},

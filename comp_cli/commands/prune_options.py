@@ -11,6 +11,7 @@ from ..search.trainer import check_training
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
 # What image tokens of a decoder are removed by, and what of it is for measuring only.
 READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens", "max_memory")
+PUBLISHING = ("push_to_hub", "private")
 MEASURING = ("eval_samples", "batch_size")
 
 
@@ -101,7 +102,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
-    read = (*READ, *MEASURING) if has_pairs(options) else READ
+    read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
     if options.method == "random-token":
         read = (*read, "seed")
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]

@@ -182,7 +182,7 @@ def _prune(
             write_beside(folder, dense, plan, report.to_json(), held)
             check_folder(folder, dense.architecture)
             report = replace(report, size_bytes=Sizes(folder_size(dense.source.folder), folder_size(folder)))
-            write_report(folder, kept_with_folder(report), plan)
+            write_report(folder, kept_with_folder(report), plan, pictures=report.pictures)
             journal.finish(folder / "comp_report.json")
         written()
     except (DeadEnd, GateError):

@@ -20,6 +20,7 @@ from ..models.compact import write_report
 from ..models.dense import find_dense, open_dense
 from ..models.described import Described, ImageShape, describe_dense, image_shape
 from ..models.pairs import choose_pairs, pair_counts
+from ..models.samples import Runs, of_scenes
 from ..models.token_folder import check_folder_loads, write_folder
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
 from ..plan import Plan, TokenStage
@@ -27,6 +28,7 @@ from ..progress import Progress
 from ..report.base import Sizes, Streamed
 from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
+from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
 from ..search.processes import check_launch, is_main_process, join, process_device
 from . import threads
@@ -81,9 +83,10 @@ def prune_tokens(
         report = replace(report, size_bytes=Sizes(weights, weights))
         with atomic_folder(output, overwrite=overwrite) as folder:
             progress.say("writing ...")
+            write_beside_weights(report.kept_samples, report.pictures, folder)
             known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
             check_folder_loads(folder, dense)
-            write_report(folder, kept_with_folder(report), plan, known)
+            write_report(folder, kept_with_folder(report), plan, known, report.pictures)
     return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 
@@ -148,7 +151,8 @@ def measured(
     report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
 ) -> tuple[PruneReport, Streamed | None]:
     """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now, or where
-    they do not fit, read layer by layer, and then what was streamed."""
+    they do not fit, read layer by layer, and then what was streamed. Which tokens of scenes stay is heard where the weights
+    are loaded anyway."""
     if options.data.data is None:
         options = replace(options, eval_samples=options.eval_samples or SCENES)
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
@@ -169,8 +173,11 @@ def measured(
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
     threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
-    quality, _ = compare(dense, dense.runtime(plan), pairs, resolved, progress)
-    return replace(report, quality=quality, pairs=pair_counts(pairs), threads=threads.in_use()), None
+    compact = dense.runtime(plan)
+    quality, _ = compare(dense, compact, pairs, resolved, progress)
+    samples, pictures = of_scenes(compact, Runs(dense.family, dense.task, dense.collate_whole), progress)
+    report = replace(report, threads=threads.in_use())
+    return replace(report, quality=quality, pairs=pair_counts(pairs), kept_samples=samples, pictures=pictures), None
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

@@ -1,7 +1,8 @@
 """`comp prune` with several ratios: a folder each, of one calibration, and what each ratio costs.
 
 In the folder OUT lie `ratio-0.3` and so on, each exactly what `comp prune --ratio 0.3` writes, and the trade-off as
-`comp_sweep.json` and `tradeoff.md`. Which folders are finished stands in the journal of OUT; every run has its own as well.
+`comp_sweep.json`, `tradeoff.md` and `tradeoff.html`. Which folders are finished stands in the journal of OUT; every run has its
+own as well.
 """
 
 import json
@@ -23,7 +24,8 @@ from ..files.store import departs, facts, read_json, sha256
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions
 from ..progress import Progress
 from ..report.cards import without_places
-from ..report.sweep import Point, SweepReport
+from ..report.page.pages import sweep_page
+from ..report.sweep import Point, SweepReport, knee
 from ..report.sweep_tables import markdown
 from ..search.journal import Journal
 from ..search.once import Once
@@ -33,7 +35,7 @@ from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
 
-REPORT, TABLE, MARKER = "comp_sweep.json", "tradeoff.md", "comp_report.json"
+REPORT, TABLE, PAGE, MARKER = "comp_sweep.json", "tradeoff.md", "tradeoff.html", "comp_report.json"
 PLACE = "-o/--output"
 
 
@@ -175,6 +177,7 @@ class Sweep:
             data=quality.get("data"),
             points=tuple(points),
             threads=threads.in_use(),
+            knee=knee(points),
             seconds=round(seconds, 1),
         )
 
@@ -209,7 +212,7 @@ def check_free(output: Path, ratios: Sequence[float], journal: Journal, overwrit
     for folder in (output / folder_name(ratio) for ratio in ratios):
         if not is_finished(folder, journal):
             check_replaceable(folder, overwrite)
-    found = [name for name in (REPORT, TABLE) if (output / name).exists()]
+    found = [name for name in (REPORT, TABLE, PAGE) if (output / name).exists()]
     if found and not overwrite:
         raise UsageError(f"The output {output} holds a {found[0]}.", hint="--overwrite replaces what comp wrote.")
     if found and not _is_ours(output):
@@ -220,8 +223,8 @@ def check_free(output: Path, ratios: Sequence[float], journal: Journal, overwrit
 def _is_ours(output: Path) -> bool:
     """Whether the files beside the folders are as comp wrote them."""
     try:
-        told = read_json(output / REPORT)["files"][TABLE]
-        return not departs(output / TABLE, told)
+        told = read_json(output / REPORT)["files"]
+        return not any(departs(output / name, told[name]) for name in (TABLE, PAGE) if name in told or (output / name).exists())
     except (CompError, OSError, KeyError, TypeError):
         return False
 
@@ -231,8 +234,11 @@ def write_files(output: Path, report: SweepReport) -> None:
     with atomic_file(output / TABLE) as path:
         path.write_text(markdown(report), encoding="utf-8")
     document = {name: value for name, value in report.to_json().items() if name not in ("output", "warnings", "seconds")}
+    with atomic_file(output / PAGE) as path:
+        path.write_text(sweep_page(document), encoding="utf-8")
     with atomic_file(output / REPORT) as path:
-        path.write_text(json.dumps(document | {"files": {TABLE: facts(output / TABLE)}}) + "\n", encoding="utf-8")
+        files = {name: facts(output / name) for name in (TABLE, PAGE)}
+        path.write_text(json.dumps(document | {"files": files}) + "\n", encoding="utf-8")
 
 
 def failure(report: SweepReport, errors: Sequence[CompError]) -> CompError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, signals
+from ..checkpoint import hub
 from ..checkpoint.folder_check import check_report
 from ..checkpoint.loading import load_model
 from ..checkpoint.runtimes import FILES, runtime_facts, runtime_files
@@ -35,6 +36,15 @@ def upgrade(folder: Path, progress: Progress) -> UpgradeReport:
     with reserve(folder, source=None):
         changed = _upgrade(folder, progress)
     return UpgradeReport(folder=folder, comp_version=__version__, changed=changed)
+
+
+def check_here(folder: str) -> None:
+    """Raises UsageError for what is on the hub: files change where they lie."""
+    if hub.on_hub(folder) and not hub.only_a_path(folder):
+        name = folder.removeprefix("hf://").partition("@")[0]
+        steps = f"hf download {name} --local-dir {name.rsplit('/', 1)[-1]}, comp upgrade on that folder, and hf upload"
+        said = f"{folder}: no such folder here, and comp upgrade changes files where they lie."
+        raise UsageError(said, hint=f"Of a model on the hub: {steps}.")
 
 
 def _upgrade(folder: Path, progress: Progress) -> dict[str, str]:

@@ -126,7 +126,7 @@ def count(plan: Plan, ref: Reference) -> Flops:
         tower = ref.family.tower(planned.name)
         tokens = {stream.name: ref.tokens[stream.name] for stream in tower.streams}
         for index, layer in enumerate(planned.layers):
-            tokens |= _left(plan, tower, index, ref)
+            tokens = tokens | _left(plan, tower, index, ref)  # another dict: rows hold those before
             rows.append(_layer(planned, tower, index, layer, tokens, handed_out, ref))
             tokens = rows[-1].handed_on
         handed_out |= tokens

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,10 +21,13 @@ from ..errors import CompError
 from ..families import Family
 from ..files.store import facts, save_tensors
 from ..plan import Plan
+from ..report.card_pictures import save_example, show_pictures
 from ..report.cards import model_card
+from ..report.page.pages import prune_page
 from .dense import Dense
 from .stock import stock_document
 
+PAGE = "report.html"
 GENERATION = "generation_config.json"
 ORIGIN = ("comp_version", "base_model", "base_revision", "base_address", "task", "ratio")  # of a report, for config.json
 
@@ -66,6 +69,8 @@ def write_beside(
         document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if dense.family.topology.reads_images:
+        save_example(folder)
 
 
 def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +81,16 @@ def _with_block(dense: Dense, plan: Plan, document: dict[str, Any]) -> dict[str,
 
 
 def write_report(
-    folder: Path, document: dict[str, Any], plan: Plan, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    folder: Path,
+    document: dict[str, Any],
+    plan: Plan,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    pictures: Sequence[Any] = (),
 ) -> None:
-    """comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices. known: what is said of files
-    that are not to be read again."""
+    """The report as a page, then comp_report.json, last: sizes and hashes of every file, and the plan with all kept indices.
+    known: what is said of files that are not to be read again. pictures: of the samples in the document, PIL images."""
+    (folder / PAGE).write_text(prune_page({"schema_version": 1} | document, pictures), encoding="utf-8")
+    show_pictures(folder)
     files = {path.name: known.get(path.name) or facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
     whole = {"schema_version": 1} | document | {"files": files, "plan": plan.to_json()}
     (folder / "comp_report.json").write_text(json.dumps(whole) + "\n")

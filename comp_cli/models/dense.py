@@ -24,6 +24,7 @@ from ..files.store import read_config
 from ..options import HUB_DEFAULTS, LARGE_FLOPS, SCORE_ROWS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
+from .part_params import part_params
 
 Found = tuple[hub.Source, dict[str, Any], tuple[Family, str, str]]  # source, config.json; family, architecture, task
 Accepts = Callable[[dict[str, Any], Family, str], None]  # of a config.json as it is, its family and architecture
@@ -80,6 +81,11 @@ class Dense:
         """Parameters of the model of a plan; shared ones count once."""
         sliced = slice_state(self.state, self.family, plan).values()
         return sum({tensor.data_ptr(): tensor.numel() for tensor in sliced}.values())
+
+    def part_params(self, plan: Plan) -> dict[scoring.Key, int]:
+        """Parameters of each part of a plan's layers. Of shapes alone: no weight is copied."""
+        shapes = {name: tensor.to("meta") for name, tensor in self.state.items()}
+        return part_params(slice_state(shapes, self.family, plan).items(), self.family)
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
         """The inputs of batches where the weights are, in their precision."""
@@ -148,13 +154,22 @@ def open_dense(
 def find_dense(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
     """Where a dense model is, its config.json, and its family, architecture and task; see `open_dense`."""
 
-    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
-        found = find_family(config, task)
+    def dense(config: dict[str, Any], family: Family, architecture: str) -> None:
         if "comp" in config:
             raise RefusedError(
                 f"{model} is a compact model already.",
                 hint="Start from the dense model that it was made of: its config.json names it under comp.base_model.",
             )
+        accepts(config, family, architecture)
+
+    return find_model(model, progress, task, dense, hub_options)
+
+
+def find_model(model: str, progress: Progress, task: str | None, accepts: Accepts, hub_options: HubOptions) -> Found:
+    """The same of a model that may be compact."""
+
+    def described(config: dict[str, Any]) -> tuple[Family, str, str]:
+        found = find_family(config, task)
         accepts(config, *found[:2])
         return found
 

@@ -23,16 +23,21 @@ TRAINED = {"demo": ("itm",), "demo-vlm": ("vqa", "caption")}  # tasks of the bui
 def choose_pairs(dense: Dense, options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> Pairs:
     """The user's pairs, or generated scenes with a warning for models that do not know them."""
     if options.data is not None:
-        named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
-        columns = Columns(*named)
         progress.say(f"{dense.task.name}: {dense.task.compares}")
-        return open_pairs(options.data, progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
+        return own_pairs(options, progress, cache_dir)
     known = dense.source.kind == "demo" and dense.task.name in TRAINED[dense.source.name]
     if dense.source.kind != "demo":
         progress.warn(f"{dense.source.name} is calibrated on generated scenes: --data with your own pairs keeps more accuracy.")
     elif not known:
         progress.warn(f"the model {dense.source.name} was never trained for {dense.task.name}: what it says is chance.")
     return generated_pairs(dense.task, labelled=known)
+
+
+def own_pairs(options: DataOptions, progress: Progress, cache_dir: Path | None = None) -> PairSet:
+    """The user's pairs, of options that name some."""
+    named = (options.image_column, options.text_column, options.label_column, options.answer_column, options.split_column)
+    columns = Columns(*named)
+    return open_pairs(str(options.data), progress=progress, split=options.split, columns=columns, cache_dir=cache_dir)
 
 
 def generated_pairs(task: Task, labelled: bool) -> ScenePairs:

@@ -16,6 +16,7 @@ from ..errors import CompError
 from ..files.hand_on import copy, link
 from ..plan import PADDING, Plan
 from ..progress import Progress
+from ..report.card_pictures import save_example
 from ..report.token_card import token_card
 from .compact import ORIGIN, auto_map
 from .described import Described, check_complete
@@ -64,6 +65,7 @@ def write_folder(
         shutil.copyfile(path, folder / TEMPLATES / path.name)
     card = token_card(document, dense.family, dense.task, dense.source.folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    save_example(folder)
     return known
 
 

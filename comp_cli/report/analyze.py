@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from .base import PairCounts, Reference, Report, Texts, Threads, if_known
+from .base import PairCounts, Reference, Report, Sizes, Texts, Threads, if_known, unwritten
+from .prune import TokensLeft
+from .samples import LayerImportance, Picture, SampleKept, TokenImportance
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,35 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True)
+class Conclusion:
+    """What one finding says of a tower.
+
+    Attributes:
+        tower: name of the tower.
+        finding: "tokens" (are the tokens that drive the importance of parameters the top tokens?) or "heads" (do heads of
+            little importance decide which tokens stay?).
+        verdict: "interferes" (remove parameters and tokens together), "separate" (one after the other is fine by this
+            finding), or "unclear".
+        share: of "tokens" the overlap, of "heads" the share of the least important heads that influence strongly; means over
+            layers.
+        judged: what is compared with the limits: of "tokens" how far the overlap is from chance (0) to all (1), of "heads" the
+            share.
+        low: limit at the lower end: below it tokens are others, up to it few heads influence strongly.
+        high: limit at the upper end: from it on tokens are mostly the same, or many heads influence strongly.
+        sentence: the same in words.
+    """
+
+    tower: str
+    finding: str
+    verdict: str
+    share: float
+    judged: float
+    low: float
+    high: float
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Diagnostics:
     """CoMP's two findings per layer (arXiv 2604.02956, section 1), with the shares that define them.
 
@@ -105,6 +136,7 @@ class Diagnostics:
         kept_tokens: share of a sample's tokens that would be kept.
         strong: a head influences strongly if this share of the kept tokens changes without it.
         layers: the findings.
+        conclusions: what follows for the model.
     """
 
     top_tokens: float
@@ -112,6 +144,7 @@ class Diagnostics:
     kept_tokens: float
     strong: float
     layers: tuple[LayerDiagnosis, ...]
+    conclusions: tuple[Conclusion, ...]
 
 
 @dataclass(frozen=True)
@@ -176,6 +209,74 @@ class DecoderCost:
     savings: tuple[Saving, ...]
 
 
+@dataclass(frozen=True)
+class LayerCompared:
+    """A layer of a compact model beside the same layer of the dense one. Units and tokens are [compact, dense].
+
+    Attributes:
+        tower: name of the tower.
+        layer: index of the layer in it.
+        heads: attention heads; null where there is none.
+        cross_heads: heads of the cross-attention; null where there is none.
+        ffn: feed-forward channels; null where there are none.
+        tokens: tokens that the layer hands on, those of all its streams; in a decoder that image tokens leave, those that the
+            layer sees.
+        flops: FLOPs of the layer at the reference input.
+        params: parameters of the layer.
+    """
+
+    tower: str
+    layer: int
+    heads: list[int] | None
+    cross_heads: list[int] | None
+    ffn: list[int] | None
+    tokens: list[int]
+    flops: Sizes
+    params: Sizes
+
+
+@dataclass(frozen=True)
+class PartCompared:
+    """FLOPs and parameters of a part, of the dense and of the compact model.
+
+    Attributes:
+        tower: name of the tower; "outside" for what is no layer: embeddings, heads, projections.
+        part: "attention", "cross" (cross-attention), "ffn" (feed-forward), or "" outside of the layers.
+        flops: of a sample at the reference input.
+        params: parameters; shared ones count once.
+    """
+
+    tower: str
+    part: str
+    flops: Sizes
+    params: Sizes
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A compact model beside the dense one that it was made of.
+
+    Attributes:
+        base_model: what the dense model is called.
+        method: how it was pruned.
+        ratio: FLOPs reduction: 1 - FLOPs(compact) / FLOPs(dense).
+        flops: FLOPs of one sample at the reference input.
+        params: parameters; shared ones count once.
+        parts: FLOPs and parameters by tower and part.
+        layers: every layer.
+        stages: where image tokens leave a decoder; left out for other models.
+    """
+
+    base_model: str
+    method: str
+    ratio: float
+    flops: Sizes
+    params: Sizes
+    parts: tuple[PartCompared, ...]
+    layers: tuple[LayerCompared, ...]
+    stages: tuple[TokensLeft, ...] | None = if_known()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeReport(Report):
     """Where FLOPs and parameters are, how unequal units are, and how their scores interfere.
@@ -199,6 +300,10 @@ class AnalyzeReport(Report):
         texts: texts that were truncated.
         decoder: costs of a decoder that reads images.
         threads: CPU threads that it worked with.
+        compact: of a compact model, its layers beside the dense ones; left out for a dense one.
+        importance: how much heads and channels of a dense model matter; none of a compact one or of a decoder.
+        token_importance: how much the tokens of a dense model matter; none of a compact one or of a decoder.
+        kept_samples: samples, and which of their tokens stay in a compact model; none where no tokens leave.
     """
 
     comp_version: str
@@ -219,3 +324,8 @@ class AnalyzeReport(Report):
     texts: Texts
     decoder: DecoderCost | None = if_known()
     threads: Threads | None = if_known()
+    compact: Compared | None = if_known()
+    importance: tuple[LayerImportance, ...] = ()
+    token_importance: tuple[TokenImportance, ...] = ()
+    kept_samples: tuple[SampleKept, ...] = ()
+    pictures: tuple[Picture, ...] = unwritten(())  # of kept_samples, in their order

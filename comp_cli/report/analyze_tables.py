@@ -3,9 +3,11 @@
 import shlex
 from collections.abc import Sequence
 
-from .analyze import AnalyzeReport, DecoderCost, Diagnostics
+from .analyze import AnalyzeReport, Compared, DecoderCost, Diagnostics, LayerCompared
+from .base import Sizes
 from .numbers import Printer, gflops, mib, millions, percent
 from .prune_tables import in_words
+from .samples import SampleKept
 
 
 def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Sequence[str]) -> None:
@@ -13,6 +15,8 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Seque
 
     model: as it was typed. again: options that the next command repeats.
     """
+    if report.compact is not None:
+        return print_compact(report, report.compact, out, model)
     if report.decoder is not None:
         return print_decoder(report, report.decoder, out, model, again)
     total_flops, total_params = report.flops.total, report.params.total
@@ -78,6 +82,67 @@ def print_decoder(report: AnalyzeReport, found: DecoderCost, out: Printer, model
         out.line(f"Next: {shlex.join(words)}")
 
 
+def print_compact(report: AnalyzeReport, found: Compared, out: Printer, model: str) -> None:
+    """A compact model beside its dense one, by part and by layer, and which tokens of samples stay."""
+    rows = [
+        [f"{one.tower} {one.part}".strip(), gflops(one.flops.dense), gflops(one.flops.compact), _change(one.flops)]
+        + [millions(one.params.dense), millions(one.params.compact), _change(one.params)]
+        for one in found.parts
+        if one.flops.dense or one.params.dense
+    ]
+    rows.append(
+        ["all", gflops(found.flops.dense), gflops(found.flops.compact), _change(found.flops)]
+        + [millions(found.params.dense), millions(found.params.compact), _change(found.params)]
+    )
+    title = f"{report.model}: {found.base_model} pruned by {found.method}, ratio {found.ratio:.3f}"
+    out.table(title, ["part", "FLOPs", "are now", "", "params", "are now", ""], rows)
+    for tower in dict.fromkeys(one.tower for one in found.layers):
+        print_layers(tower, [one for one in found.layers if one.tower == tower], out)
+    if found.stages:
+        rows = [[f"before layer {one.layer}", one.rule, f"{one.of} -> {one.kept}"] for one in found.stages]
+        out.table("Image tokens that stay", ["stage", "rule", "tokens"], rows)
+    out.line(f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-accumulates.")
+    for sample in report.kept_samples:
+        print_sample(sample, out)
+    if report.kept_samples:
+        words = ["comp", "analyze", model, "--png", "tokens.png"]
+        out.line(f"Samples: {report.data}. As a picture: {shlex.join(words)}")
+
+
+def print_layers(tower: str, layers: Sequence[LayerCompared], out: Printer) -> None:
+    """The layers of a tower, a column for each kind of units that it has."""
+    kinds = {"heads": "heads", "cross heads": "cross_heads", "FFN": "ffn", "tokens": "tokens"}
+    shown = {title: name for title, name in kinds.items() if any(getattr(one, name) for one in layers)}
+    rows = [
+        [str(one.layer), *(_from_to(getattr(one, name)) for name in shown.values()), _change(one.flops), _change(one.params)]
+        for one in layers
+    ]
+    out.table(f"Layers of the {tower} tower: dense -> compact", ["layer", *shown, "FLOPs", "params"], rows)
+
+
+def print_sample(sample: SampleKept, out: Printer) -> None:
+    """How many patches stay where, and the words that do: those that leave in brackets."""
+    out.line(" ".join(filter(None, [sample.text and f'"{sample.text}"', sample.said and f"-> {sample.said}"])) or "An image:")
+    for stream in sample.streams:
+        if stream.words is None:
+            steps = ", ".join(f"{len(kept.kept)} {stream.at} layer {kept.layer}" for kept in stream.layers)
+            out.line(f"  {stream.tokens} patches{': ' if steps else ' stay'}{steps}")
+            continue
+        for kept in stream.layers:
+            words = (word if index in kept.kept else f"({word})" for index, word in enumerate(stream.words))
+            out.line(f"  {stream.at} layer {kept.layer}: {' '.join(words)}")
+
+
+def _from_to(pair: list[int] | None) -> str:
+    """Of [compact, dense]."""
+    return "-" if pair is None else f"{pair[1]}" if pair[0] == pair[1] else f"{pair[1]} -> {pair[0]}"
+
+
+def _change(sizes: Sizes) -> str:
+    """In whole percents."""
+    return f"{100 * (sizes.compact / sizes.dense - 1):+.0f} %" if sizes.dense else "-"
+
+
 def print_diagnosis(found: Diagnostics, out: Printer) -> None:
     """One row per layer, and what the columns mean."""
     rows = []
@@ -105,3 +170,5 @@ def print_diagnosis(found: Diagnostics, out: Printer) -> None:
         f"kept-set change: share of the best {kept} of the tokens that changes without one of the {least} least important "
         f"heads of the layer, and without any one; strong: how many of the least important change {strong} or more."
     )
+    for one in found.conclusions:
+        out.line(one.sentence)

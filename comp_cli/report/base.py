@@ -15,9 +15,9 @@ def if_known() -> Any:
     return field(default=None, metadata={"if_known": True})
 
 
-def unwritten() -> Any:
+def unwritten(default: Any = None) -> Any:
     """A field that is no part of the document."""
-    return field(default=None, metadata={"unwritten": True})
+    return field(default=default, metadata={"unwritten": True})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from ..families import Family
 from ..tasks import Task
 from ..topology.card_examples import PICTURE
 
-PLACES = f'folder, picture = ".", "{PICTURE}"  # this folder, and a picture of yours'
 UPRIGHT = 'image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, without alpha'
 
 RUN = """
@@ -59,6 +58,19 @@ def block(*parts: str) -> str:
     return "```python\n" + "\n".join(part.strip("\n") + "\n" for part in parts) + "```"
 
 
+def places(hub_id: str | None, *, images: bool, graphs: bool = False) -> tuple[str, str]:
+    """What to import, and the lines that say where model and picture are: in the folder of the card, or on the hub. graphs:
+    whether files are opened, which have to be here for it."""
+    if hub_id is None:
+        own = f'folder, picture = ".", "{PICTURE}"  # this folder, and a picture of yours'
+        return "", own if images else 'folder = "."  # this folder'
+    if graphs:
+        lines = [f'folder = snapshot_download("{hub_id}")', *[f'picture = f"{{folder}}/{PICTURE}"  # or one of yours'] * images]
+        return "from huggingface_hub import snapshot_download", "\n".join(lines)
+    lines = [f'folder = "{hub_id}"', *[f'picture = hf_hub_download(folder, "{PICTURE}")  # or one of yours'] * images]
+    return "from huggingface_hub import hf_hub_download" * images, "\n".join(lines)
+
+
 # Graphs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +82,7 @@ def for_graphs(
     processor: Any,
     folder: Path,
     longest: int,
+    hub_id: str | None = None,
 ) -> str | None:
     """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures or
     texts are prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
@@ -82,18 +95,19 @@ def for_graphs(
     names = [Path(name).stem for name in document["graphs"]]
     first = sorted(line for line in reads if line.startswith("import"))
     later = [line for line in reads if line.startswith("from")]
+    fetch, where = places(hub_id, images=images is not None, graphs=True)
     imports = [
         *first,
         "import numpy as np",
         "import onnxruntime",
+        *([fetch] if fetch else []),
         *(["from PIL import Image, ImageOps"] if images else []),
         *later,
     ]
-    places = PLACES if images else 'folder = "."  # this folder'
     spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation, processor)
     if ending is None:
         return None
-    return block("\n".join(imports), places, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
+    return block("\n".join(imports), where, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 
 def pixels_of(processor: Any) -> str | None:
@@ -145,38 +159,40 @@ def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], st
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def for_checkpoint(family: Family, task: Task, longest: int, *, facts: Mapping[str, float]) -> str:
+def for_checkpoint(family: Family, task: Task, longest: int, *, facts: Mapping[str, float], hub_id: str | None = None) -> str:
     """The code for a compact checkpoint, with transformers and without comp. longest: tokens that texts are padded to where the
     model wants all of one length; facts: see `Topology.facts`."""
     if family.topology.drops_in == "decoder":
-        return for_decoder(family, task)
+        return for_decoder(family, task, hub_id=hub_id)
     images, kind = family.topology.reads_images, family.topology.processor_class
     imports = ["import torch", f"from transformers import AutoModel, {kind}"]
     imports += ["from transformers.image_utils import load_image"] if images else []
     imports[1:1] = ["from PIL import ImageOps"] if images and not family.topology.reads_texts else []
-    places = PLACES if images else 'folder = "."  # this folder'
+    fetch, where = places(hub_id, images=images)
+    imports[1:1] = [fetch] if fetch else []
     opened = (
         "model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()  # runs modeling_comp.py\n"
         f"processor = {kind}.from_pretrained(folder)"
     )
-    return block("\n".join(imports), places, opened, family.topology.checkpoint_code(task, longest, facts))
+    return block("\n".join(imports), where, opened, family.topology.checkpoint_code(task, longest, facts))
 
 
-def for_decoder(family: Family, task: Task, *, remote: bool = True) -> str:
+def for_decoder(family: Family, task: Task, *, remote: bool = True, hub_id: str | None = None) -> str:
     """The code for a compact decoder that reads images, with transformers and without comp. remote: whether code lies beside
     the weights."""
-    imports = (
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\nfrom transformers.image_utils import load_image"
-    )
+    fetch, where = places(hub_id, images=True)
+    imports = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
+    imports = [*([fetch] if fetch else []), *imports, "from transformers.image_utils import load_image"]
     trusts = ", trust_remote_code=True" * remote
     opened = (
         f'model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto"{trusts}).eval()\n'
         "processor = AutoProcessor.from_pretrained(folder)"
     )
-    return block(imports, PLACES, opened, family.topology.checkpoint_code(task, 0, {}))
+    return block("\n".join(imports), where, opened, family.topology.checkpoint_code(task, 0, {}))
 
 
-def for_generate(code: str) -> str:
+def for_generate(code: str, hub_id: str | None = None) -> str:
     """The code that writes a text with comp and exported graphs."""
-    imports = "import comp_cli\nfrom transformers import AutoProcessor\nfrom transformers.image_utils import load_image"
-    return block(imports, PLACES, code)
+    fetch, where = places(hub_id, images=True)
+    imports = ["import comp_cli", *([fetch] if fetch else []), "from transformers import AutoProcessor"]
+    return block("\n".join([*imports, "from transformers.image_utils import load_image"]), where, code)

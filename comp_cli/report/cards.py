@@ -1,13 +1,11 @@
 """README.md of what comp writes: compact checkpoints, and graphs."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 from transformers import GenerationConfig
 
 from ..checkpoint.runtimes import FILES, runtime_of
@@ -16,12 +14,12 @@ from ..options import LAYOUTS
 from ..runtime.modeling_comp import TESTED
 from ..tasks import Task
 from . import card_code
+from .card_head import card, graphs_metadata, metadata
 from .numbers import gflops, millions, percent
 from .prune_tables import in_words, metric_value
 
 LEAST_TRANSFORMERS = TESTED[0]  # as in pyproject.toml
-KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
-TAGS = ("comp", "pruned", "structured-pruning", "token-pruning")
+WITHOUT = "Without it transformers stops at `ignore_mismatched_sizes`: give `trust_remote_code=True`, nothing else cures it."
 FLAGS = {"batch_size": "train-batch-size"}  # of training, where its name is not that of the option
 
 
@@ -38,12 +36,9 @@ def model_card(
     """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
     to one length; facts: see `Topology.facts`; stock: whether the class is a stock one."""
     base = document["base_model"]
-    license = metadata(document, source).license
+    head = metadata(document, source, family=family)
+    license, hub_id = head.license, document["options"].get("push_to_hub")
     lines = [
-        "---",
-        metadata(document, source).to_yaml(),
-        "---",
-        "",
         f"# {base}, compact at ratio {document['ratio']:.2f}",
         "",
         f"{document['architecture']} for {task.name}, made by comp {document['comp_version']}: attention heads, feed-forward "
@@ -58,7 +53,7 @@ def model_card(
         *quality_lines(document["quality"]),
         "## Use",
         "",
-        *(_use_of_stock(family, task) if stock else _use(family, task, longest, facts)),
+        *(_use_of_stock(family, task, hub_id) if stock else _use(family, task, longest, facts, hub_id)),
         "",
         "`comp_cli.load(folder)` loads the same and checks it, and needs no remote code. `comp_report.json` holds the plan "
         "with every kept head and channel, the measurements, and hashes of the files.",
@@ -66,29 +61,29 @@ def model_card(
         *(["", f"Its license is that of {base}: {license or 'see there'}."] if license or "/" in base else []),
         "",
     ]
-    return "\n".join(lines)
+    return card(head, lines)
 
 
-def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float]) -> list[str]:
+def _use(family: Family, task: Task, longest: int, facts: Mapping[str, float], hub_id: str | None) -> list[str]:
     """How a checkpoint is used whose layers are of unequal sizes."""
     module, *others = FILES[family.topology.runtime]
     lies = f"`{module}`{' and the other `.py` files' if others else ''}, which {'lie' if others else 'lies'} beside the weights"
     least = runtime_of(family).TESTED[0]
     return [
         f"With transformers {least} or newer. `trust_remote_code` runs {lies}: the stock classes cannot express "
-        "layers of unequal sizes.",
+        f"layers of unequal sizes. {WITHOUT}",
         "",
-        card_code.for_checkpoint(family, task, longest, facts=facts),
+        card_code.for_checkpoint(family, task, longest, facts=facts, hub_id=hub_id),
     ]
 
 
-def _use_of_stock(family: Family, task: Task) -> list[str]:
+def _use_of_stock(family: Family, task: Task, hub_id: str | None) -> list[str]:
     """How a checkpoint is used whose layers are alike."""
     return [
         f"With transformers {LEAST_TRANSFORMERS} or newer, and with whatever else reads this class from config.json: "
         "all layers of a tower are of one size, and no code lies beside the weights.",
         "",
-        card_code.for_decoder(family, task, remote=False),
+        card_code.for_decoder(family, task, remote=False, hub_id=hub_id),
     ]
 
 
@@ -111,28 +106,6 @@ def quality_lines(quality: dict[str, Any]) -> list[str]:
     rows.append(["prediction agreement with the dense model", "-", percent(quality["agreement"])])
     table = ["| | dense | compact |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return [f"On {quality['samples']} samples that pruning did not see ({quality['data']}):", "", *table, ""]
-
-
-def metadata_of(source: Path) -> dict[str, Any]:
-    """What the README.md of a model says in its head; nothing where there is none, or none that can be read."""
-    try:
-        return metadata_load(source / "README.md") or {}
-    except Exception:  # whatever stands in a file that people write
-        return {}
-
-
-def metadata(document: dict[str, Any], source: Path, tags: Sequence[str] = TAGS) -> ModelCardData:
-    """The head of a model card: what the hub reads."""
-    base = document["base_model"]
-    known = metadata_of(source).items()
-    told: dict[str, Any] = {name: value for name, value in known if name in KEPT and isinstance(value, str | list)}
-    return ModelCardData(
-        base_model=base if "/" in base else None,
-        library_name="transformers",
-        metrics=list((document.get("quality") or {}).get("metrics") or {}) or None,
-        tags=list(tags),
-        **told,
-    )
 
 
 def prune_command(options: Any, **more: Any) -> str:
@@ -184,9 +157,12 @@ def graphs_card(
     processor: Any,
     folder: Path,
     longest: int,
+    source: Path,
+    hub_id: str | None = None,
 ) -> str:
     """README.md of exported graphs; `generation` says how texts begin and end, where they write any. folder: where the files of
-    the processor lie; longest: tokens of a text that the model takes."""
+    the processor lie; longest: tokens of a text that the model takes; source: the folder of the compact checkpoint; hub_id: of
+    the repository that the graphs will lie in."""
 
     def listed(values: dict[str, Any]) -> str:
         cache = [name for name in values if name.startswith(("past_key_values.", "present."))]
@@ -194,10 +170,11 @@ def graphs_card(
         return ", ".join(parts + [f"`{cache[0]}` and {len(cache) - 1} more" for _ in cache[:1]])
 
     own = document["layout"] == LAYOUTS[0]  # or of a client that has code for everything
-    code = card_code.for_graphs(document, generation, family, task, processor, folder, longest) if own else None
+    code = card_code.for_graphs(document, generation, family, task, processor, folder, longest, hub_id) if own else None
     script = family.topology.client_code(document, task, generation, processor)
     words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
     needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
+    needed += ["huggingface_hub"] * (hub_id is not None)
     lines = [
         f"# {document['source'].get('base_model', 'model')} as ONNX",
         "",
@@ -219,5 +196,5 @@ def graphs_card(
         lines += [f"With node, `npm install {package}`:", "", f"```js\n{said}\n```", ""]
     if own and (writes := family.topology.generate_code):
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
-        lines += [card_code.for_generate(writes), ""]
-    return "\n".join(lines)
+        lines += [card_code.for_generate(writes, hub_id), ""]
+    return card(graphs_metadata(document, source, family), lines)

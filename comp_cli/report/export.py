@@ -123,6 +123,7 @@ class ExportReport(Report):
         threads: CPU threads that it worked with.
         seconds: duration of the whole run, s.
         output: the folder that was written; null where none was.
+        pushed: address of the commit on the Hub; left out where nothing was uploaded.
     """
 
     comp_version: str
@@ -153,3 +154,4 @@ class ExportReport(Report):
     threads: Threads | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None
+    pushed: str | None = if_known()

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..options import PruneOptions
 from ..plan import Plan
 from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Threads, Values, if_known, unwritten
+from .samples import Picture, SampleKept
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class LayerKept:
         ffn: feed-forward channels; null where there are none.
         tokens: tokens that the layer hands on, and those that enter the tower.
         flops: FLOPs of the compact layer at the reference input.
+        flops_of: FLOPs of its parts, dense and compact: attention, cross (cross-attention), ffn (feed-forward). What no plan
+            prunes of a layer counts with the last one.
+        params_of: parameters of these parts; left out where no weights were read.
     """
 
     tower: str
@@ -29,6 +33,8 @@ class LayerKept:
     ffn: list[int] | None
     tokens: list[int]
     flops: int
+    flops_of: dict[str, Sizes]
+    params_of: dict[str, Sizes] | None = if_known()
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,8 @@ class PruneReport(Report):
         seconds: duration of the whole run, s.
         cost: what the search took; left out after a resume.
         output: the folder that was written; null where none was.
+        kept_samples: generated scenes, and which of their tokens stay; none where no tokens leave, or nothing was run.
+        pushed: address of the commit on the Hub; left out where nothing was uploaded.
         plan: every kept head, channel and token count; comp_report.json holds it.
     """
 
@@ -238,4 +246,7 @@ class PruneReport(Report):
     seconds: float | None = if_known()
     cost: SearchCost | None = if_known()
     output: Path | None = None
+    kept_samples: tuple[SampleKept, ...] = ()
+    pushed: str | None = if_known()
     plan: Plan | None = unwritten()
+    pictures: tuple[Picture, ...] = unwritten(())  # of kept_samples, in their order

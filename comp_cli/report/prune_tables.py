@@ -7,9 +7,11 @@ from ..engine import flops
 from ..families import find_family
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
+from .base import Sizes
 from .numbers import Printer, change, gflops, mib, millions, percent
 from .prune import ImageTokens, LayerKept, PruneReport, Quality
 
+Params = Mapping[tuple[str, int, str], int]  # (tower, layer, part) -> parameters
 KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
 
 
@@ -18,10 +20,13 @@ def metric_value(name: str, value: float) -> str:
     return percent(value) if is_share(name) else f"{100 * value:.1f}"
 
 
-def layer_rows(plan: Plan, dense: Plan, reference: flops.Reference) -> tuple[LayerKept, ...]:
-    """One row per layer: what is left of heads, channels and tokens."""
+def layer_rows(
+    plan: Plan, dense: Plan, reference: flops.Reference, params: tuple[Params, Params] | None = None
+) -> tuple[LayerKept, ...]:
+    """One row per layer: what is left of heads, channels and tokens. params: of every part, dense and compact."""
     rows = []
     counted = {(row.tower, row.layer): row for row in flops.count(plan, reference).layers}
+    before_it = {(row.tower, row.layer): row for row in flops.count(dense, reference).layers}
     for tower in plan.towers:
         full = dense.tower(tower.name).layers
         for index, (layer, before) in enumerate(zip(tower.layers, full, strict=True)):
@@ -35,9 +40,23 @@ def layer_rows(plan: Plan, dense: Plan, reference: flops.Reference) -> tuple[Lay
                     ffn=_of(layer, before, "ffn"),
                     tokens=[row.tokens_out, sum(reference.tokens[stream] for stream in tower.streams)],
                     flops=row.total,
+                    flops_of=_of_parts(before_it[tower.name, index], row),
+                    params_of=None if params is None else _params_of(params, tower.name, index),
                 )
             )
     return tuple(rows)
+
+
+def _of_parts(dense: flops.LayerFlops, compact: flops.LayerFlops) -> dict[str, Sizes]:
+    """FLOPs of the parts of a layer; what no plan prunes of it counts with the last one."""
+    last = list(dense.parts)[-1]
+    return {part: Sizes(*(side.parts[part] + side.whole * (part == last) for side in (dense, compact))) for part in dense.parts}
+
+
+def _params_of(params: tuple[Params, Params], tower: str, index: int) -> dict[str, Sizes]:
+    dense, compact = params
+    own = (key for key in dense if key[:2] == (tower, index))
+    return {key[2]: Sizes(dense[key], compact[key]) for key in own}
 
 
 def _of(layer: LayerPlan, dense: LayerPlan, part: str) -> list[int] | None:

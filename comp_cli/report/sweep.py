@@ -1,11 +1,14 @@
 """The report of `comp prune` with several ratios."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..options import PruneOptions
 from .base import Report, Sizes, Threads, Values, if_known
+
+ROUNDING = 1e-9  # heights above a line that are none
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,25 @@ class Point:
         )
 
 
+def knee(points: Sequence[Point]) -> float | None:
+    """The ratio at the knee of a trade-off: of the largest distance above the chord, the straight line from the dense model to
+    the point of the largest reduction. Distances to one line are in the order of heights above it, whatever the units. None
+    where fewer than three points were measured, or none lies above."""
+    labelled = any(point.metric is not None for point in points)
+    measured = []  # (FLOPs reduction, metric that counts, ratio); agreement where nothing is labelled
+    for point in points:
+        worth = point.metric.compact if point.metric is not None else None if labelled else point.agreement
+        if worth is not None and point.reached:
+            measured.append((point.reached, worth, point.ratio))
+    if len(measured) < 3:
+        return None
+    dense = next((point.metric.dense for point in points if point.metric is not None), 1.0)
+    end, last, _ = max(measured)
+    heights = {ratio: worth - (dense + (last - dense) * reached / end) for reached, worth, ratio in measured}
+    best = max(heights, key=lambda ratio: heights[ratio])
+    return best if heights[best] > ROUNDING else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepReport(Report):
     """What several ratios cost in accuracy: one compact model each, of one calibration.
@@ -69,6 +91,8 @@ class SweepReport(Report):
         data: where they come from; left out after a dry run.
         points: one for each ratio, in the order that was asked for.
         threads: CPU threads that it worked with.
+        knee: the ratio of the largest distance above the straight line from the dense model to the largest ratio; left out
+            where fewer than three were measured, or none lies above.
         seconds: duration of the whole run, s.
         output: the folder that holds the folders; null after a dry run.
     """
@@ -85,5 +109,6 @@ class SweepReport(Report):
     data: str | None = if_known()
     points: tuple[Point, ...]
     threads: Threads | None = if_known()
+    knee: float | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None

@@ -7,7 +7,8 @@ from ..families import Family
 from ..runtime.modeling_comp_vlm import TESTED
 from ..tasks import Task
 from .card_code import for_decoder
-from .cards import metadata, quality_lines
+from .card_head import card, metadata
+from .cards import quality_lines
 from .numbers import change, gflops, mib
 from .prune_tables import in_words
 
@@ -25,8 +26,7 @@ LIMITS = """## Limits
 def token_card(document: dict[str, Any], family: Family, task: Task, source: Path) -> str:
     """README.md of a folder. source: the folder of the dense model."""
     base, found, options = document["base_model"], document["image_tokens"], document["options"]
-    head = metadata(document, source, tags=("comp", "token-pruning"))
-    head.pipeline_tag = head.pipeline_tag or "image-text-to-text"
+    head = metadata(document, source, tags=("comp", "token-pruning"), family=family)
     stages = [f"| before layer {one['layer']} | {one['rule']} | {one['kept']} of {one['of']} |" for one in found["stages"]]
     saved = {
         "FLOPs of the prompt": (document["flops"], gflops),
@@ -39,10 +39,6 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
     ]
     quality = document.get("quality")
     lines = [
-        "---",
-        head.to_yaml(),
-        "---",
-        "",
         f"# {base}, {found['mean']:.0f} of {found['of']} image tokens",
         "",
         f"{document['architecture']} with its own weights, made by comp {document['comp_version']}: image tokens leave its "
@@ -66,7 +62,7 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         f"With transformers {LEAST_TRANSFORMERS} or newer. `trust_remote_code` runs `modeling_comp_vlm.py` and the other `.py` "
         "files beside the weights.",
         "",
-        for_decoder(family, task),
+        for_decoder(family, task, hub_id=options.get("push_to_hub")),
         "",
         '`pipeline("image-text-to-text", folder, trust_remote_code=True)` answers the same. So does `comp_cli.load(folder)`, '
         "which checks the folder and needs no remote code. `comp_report.json` holds the numbers, and what the files were.",
@@ -75,4 +71,4 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         *(["", f"Its license is that of {base}: {head.license or 'see there'}."] if head.license or "/" in base else []),
         "",
     ]
-    return "\n".join(lines)
+    return card(head, lines)

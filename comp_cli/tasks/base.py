@@ -121,6 +121,10 @@ class Task:
         """Logits (rows, candidates) of the outputs of exported graphs."""
         return outputs[self.outputs[0]].flatten(0, -2)
 
+    def said(self, outputs: Outputs) -> str | None:
+        """What a model says of one sample, in words; None where it is no answer that can be read."""
+        return None
+
     def accepts(self, pair: Pair) -> bool:
         return (self.has_negatives or pair.label != 0) and (not self.has_answers or pair.answer is not None)
 

@@ -40,5 +40,8 @@ class Matching(Task):
     def predictions(self, outputs: Outputs) -> Tensor:
         return outputs[0].argmax(-1)
 
+    def said(self, outputs: Outputs) -> str:
+        return f"match {outputs[0].softmax(-1)[0, 1].item():.2f}"
+
     def metrics(self, rankings: list[Ranking]) -> dict[str, float]:
         return {"accuracy": rankings[0].top_k_accuracy()}

@@ -59,6 +59,10 @@ class Retrieval(Task):
         """No guess: every text belongs to its image."""
         return torch.arange(len(outputs[0]))
 
+    def said(self, outputs: Outputs) -> str:
+        images, texts, _ = outputs
+        return f"cosine {(images * texts).sum().item():.2f}"
+
     def metrics(self, rankings: list[Ranking]) -> dict[str, float]:
         to_text, to_image = rankings
         found = {"recall@1": (to_text.top_k_accuracy() + to_image.top_k_accuracy()) / 2}

@@ -5,6 +5,7 @@ A family holds one. Nothing here imports torch before it is needed: families are
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,12 @@ class Topology(ABC):
     def image_tokens(self, config: Config) -> dict[str, Any]:
         """Where image tokens enter a decoder, for the runtime: comp.image_tokens of config.json. Nothing for others."""
         return {}
+
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        """Rows and columns of the patches of one image, which has `tokens` of them, row by row; None where they are no raster.
+        inputs: what was made of this image alone."""
+        side = math.isqrt(tokens)
+        return (side, side) if side * side == tokens else None
 
     # Batches -----------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,11 @@ class Pictures(ABC):
         """Tokens that see each other in a layer of the vision tower."""
         return self.sizes(config).sequences
 
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        """Rows and columns of the image tokens of one picture, which has `tokens` of them, row by row; None where they are no
+        raster, as those of several tiles. inputs: what was made of this picture alone."""
+        return None
+
 
 def side_of(vision: Config) -> int:
     """Pixels of the side of a tile."""
@@ -112,6 +117,10 @@ class Tile(Pictures):
     def grid(self, vision: Config) -> int:
         """Patches along a side."""
         return side_of(vision) // patch_of(vision)
+
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        side = math.isqrt(tokens)
+        return (side, side) if self.square and tokens == self.sizes(config).tokens == side**2 else None
 
     def random(self, config: Config, batch: int, images: int, generator: torch.Generator) -> dict[str, Tensor]:
         import torch
@@ -250,6 +259,11 @@ class AnySize(Pictures):
             PIXELS: torch.randn(number * grid**2, self.numbers(config), generator=generator),
             "image_grid_thw": torch.tensor([[1, grid, grid]] * number),
         }
+
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        merge = config["vision_config"]["spatial_merge_size"]
+        _, rows, columns = (int(number) for number in inputs["image_grid_thw"][0])
+        return rows // merge, columns // merge
 
     def numbers(self, config: Config) -> int:
         """Numbers of a patch: colours, frames, pixels."""

@@ -119,6 +119,9 @@ class ImageTextDecoder(Topology):
         module = f"{self.features}.{self.attention.format(deepest - 1)}"
         return {"module": module, "query": self.ranking[0], "key": self.ranking[1]}
 
+    def raster(self, config: Config, inputs: Mapping[str, Tensor], tokens: int) -> tuple[int, int] | None:
+        return self.pictures.raster(config, inputs, tokens)
+
     # The reference input -----------------------------------------------------------------------------------------------
 
     def lengths(self, family: Family, config: Config, text_tokens: int) -> dict[str, int]:
