@@ -265,7 +265,8 @@ class Candidate:
 
 
 def out_of_reach(ratio: float, reached: float) -> DeadEnd:
-    hint = f"Try --ratio {math.floor(100 * reached) / 100:.2f}."
+    towards = math.ceil if reached > ratio else math.floor  # units that are too coarse go too far for a lower ratio as well
+    hint = f"Try --ratio {towards(round(100 * reached, 6)) / 100:.2f}."
     if reached < 0.01:
         hint = "This method finds nothing to remove; for texts, --text-tokens must not be longer than those of --data."
     return DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)

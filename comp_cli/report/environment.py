@@ -59,5 +59,5 @@ def _sizes(device: dict[str, Any]) -> list[str]:
     if "cores" not in device:
         return memory
     said = [f"{device['cores']} cores, {device['usable_cores']} usable ({device['because']})"]
-    said += [f"{device['threads']} threads in PyTorch"] if "threads" in device else []
+    said += [f"PyTorch threads: {device['threads']}"] if "threads" in device else []
     return said + [f"{size}, {mib(device['usable_memory_bytes'])} usable" for size in memory]

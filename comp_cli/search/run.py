@@ -173,7 +173,7 @@ def compare_plans(
         best = allocation.descend(look, streams, tell, list(state.looks), steps, most)
     plan = space.candidate(options.ratio, best.cuts) if best else None
     if plan is None:
-        raise stages.out_of_reach(options.ratio, space.most(streams))
+        raise stages.out_of_reach(options.ratio, space.reachable(options.ratio, streams))
     state.plan = plan
 
 
