@@ -25,11 +25,13 @@ from .options import (
     TOKEN_METHOD,
     AnalyzeOptions,
     BenchOptions,
+    CompareOptions,
     DataOptions,
     ExportOptions,
     Gates,
     HubOptions,
     PruneOptions,
+    TargetOptions,
     TokenOptions,
     Training,
 )
@@ -37,6 +39,7 @@ from .progress import Progress, Recorder, Silent
 from .report.analyze import AnalyzeReport
 from .report.base import Report
 from .report.bench import BenchReport
+from .report.compare import CompareReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
 from .report.prune import PruneReport
@@ -167,6 +170,9 @@ def prune(
     output: StrPath | None = None,
     data: StrPath | None = DataOptions.data,
     max_drop: float | None = None,
+    target_speedup: float | None = TargetOptions.target_speedup,
+    target_latency_ms: float | None = TargetOptions.target_latency_ms,
+    target_size: str | int | None = TargetOptions.target_size,
     task: str | None = PruneOptions.task,
     method: str = PruneOptions.method,
     split: str | None = DataOptions.split,
@@ -219,8 +225,8 @@ def prune(
     Args:
         model: Hub id, hf:// URI, folder, "demo" or "demo-vlm".
         ratio: FLOPs reduction, 0 to 1 (0.5 removes half), of the whole model at the reference input. Every method asks for it,
-            but those of the image tokens of a decoder, which ask for exactly one of the next three. Several, as a list or as
-            a text with commas, make a folder each, of one calibration.
+            or for one of the targets, but those of the image tokens of a decoder, which ask for exactly one of the next three.
+            Several, as a list or as a text with commas, make a folder each, of one calibration.
         tokens: image tokens of an image: the mean over the layers of the language model, or what a one-shot rule keeps.
         tokens_share: the same as a share of an image's tokens, for images of any size.
         token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
@@ -228,9 +234,13 @@ def prune(
         compat: follow the authors' code where it departs from their formula.
         link: hard links to the model's weights in place of copies; both must be on one disk.
         output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
-            holds a folder each, such as ratio-0.5, and what each costs, comp_sweep.json and tradeoff.md.
+            holds a folder each, such as ratio-0.5, and what each costs: comp_sweep.json, tradeoff.md, tradeoff.html.
         data: image-text pairs: jsonl, csv, parquet, image folder, or Hub data set (default: built-in synthetic scenes).
-        max_drop: points that the metric may fall; more raises GateError, and nothing is written.
+        max_drop: points that the metric may fall; more raises GateError, and nothing is written. Without a ratio and a target
+            it decides: as much is removed as loses no more.
+        target_speedup: in place of a ratio: times that the compact model is faster than the dense one, in torch at batch 1.
+        target_latency_ms: in place of a ratio: ms that a forward pass of the compact model may take, in torch at batch 1.
+        target_size: in place of a ratio: what model.safetensors may have, "100MB", "95MiB" or bytes.
         task: evaluation task (default: inferred from the architecture).
         method: what is scored and removed, and how; `comp prune --help` lists the methods.
         split: split of the data to calibrate on; never a test split.
@@ -287,9 +297,9 @@ def prune(
     Raises:
         UsageError: an argument that cannot be, an output that exists.
         RefusedError: a model or data that is unsafe, corrupt or unsupported.
-        GateError: the metric falls by more than `max_drop`; `error.report` says by how much.
+        GateError: the metric falls by more than `max_drop`, or the model misses its target; `error.report` says by how much.
         DeviceError: a device that is not there.
-        CompError: a ratio out of reach, a full disk.
+        CompError: a ratio or a target out of reach, a full disk.
 
     Example:
         >>> report = comp_cli.prune("Salesforce/blip-itm-base-coco", ratio=0.5, data="pairs.jsonl", output="blip-compact")
@@ -297,6 +307,8 @@ def prune(
         >>> report = comp_cli.prune("llava-hf/llava-1.5-7b-hf", method="vitcop", tokens=64, output="llava-64")
         >>> report.image_tokens.mean, report.image_tokens.kv_cache_bytes.compact
         >>> sweep = comp_cli.prune("demo", ratio=[0.3, 0.5, 0.7], output="demo-sweep")
+        >>> small = comp_cli.prune("demo", target_size="1.5MB", output="demo-small")
+        >>> small.target.ratio, small.target.measured.value
         >>> [(point.ratio, point.metric.compact, point.folder) for point in sweep.points]
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
@@ -338,18 +350,25 @@ def prune(
         private=private,
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
-    folder = default_output(options.model, ratios, method, options.image_tokens) if output is None else Path(output)
+    targets = TargetOptions(target_speedup, target_latency_ms, parse_bytes(target_size, "target_size"))
 
     def work(told: Progress) -> PruneReport | SweepReport:
         from .commands.prune import prune
-        from .commands.prune_options import by_number
+        from .commands.prune_options import by_number, choose_target
         from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
         from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
+        from .commands.targets import prune_to_target
 
+        target = choose_target(targets, options, max_drop, dry_run, link)
+        unnamed = default_output(options.model, ratios, method, options.image_tokens, target)
+        folder = unnamed if output is None else Path(output)
         how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
         asked: dict[str, Any] = how | {"max_drop": max_drop, "hub_options": hub}
+        if target is not None:
+            aimed = asked | {"resume": resume, "max_drop": max_drop if target.is_least else None}
+            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **how)
         if by_number(options, link):
             return and_push(lambda: prune_tokens(options, folder, told, link=link, **asked), options, told, **how)
         if isinstance(ratios, tuple):
@@ -479,6 +498,7 @@ def bench(
     max_latency_ms: float | None = Gates.max_latency_ms,
     max_memory_mb: float | None = Gates.max_memory_mb,
     plot: StrPath | None = BenchOptions.plot,
+    save: StrPath | None = BenchOptions.save,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
@@ -501,6 +521,7 @@ def bench(
         max_latency_ms: gate: median latency of every compact row, ms for a whole batch.
         max_memory_mb: gate: peak memory of the compact model at the largest batch, MiB.
         plot: picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.
+        save: JSON document to write, for `compare`; also where a gate is not met.
         revision: branch, tag or commit on the Hub, of the one of both models that is there and names none.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin of the baseline where there is no safetensors.
@@ -530,6 +551,7 @@ def bench(
         seed=seed,
         gates=Gates(min_speedup, max_latency_ms, max_memory_mb),
         plot=_path(plot),
+        save=_path(save),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
@@ -542,7 +564,52 @@ def bench(
         address = source.address if source.kind == "hub" else None
         return bench(source.folder, _text(baseline), options, told, hub_options=of_baseline, address=address)
 
-    return _reported(work, progress, threads)
+    def keep(report: Report) -> None:
+        from .commands.bench import save
+
+        if options.save and isinstance(report, BenchReport):
+            save(report, options.save)
+
+    return _reported(work, progress, threads, keep)
+
+
+@checked
+def compare(
+    before: StrPath,
+    after: StrPath,
+    *,
+    max_regression: float | None = CompareOptions.max_regression,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Compare two benchmarks: what became slower or faster beyond the noise, and by how much.
+
+    Args:
+        before: a file that `bench` wrote with `save`.
+        after: a later one, of the same machine and dense model.
+        max_regression: gate: percent that a row of the compact model may be slower, where that is beyond its intervals.
+        progress: receives messages, warnings and progress (default: none; the library is silent).
+
+    Returns:
+        Ratios of times (after over before) with intervals, speed-ups and cost of the compact model before and after.
+
+    Raises:
+        UsageError: an argument that cannot be.
+        RefusedError: a file that is no benchmark, or benchmarks of another machine, device, number of threads, dense model,
+            batch or input.
+        GateError: the gate is not met; `error.report` holds the comparison.
+
+    Example:
+        >>> report = comp_cli.compare("last.json", "new.json", max_regression=5)
+        >>> [(row.backend, row.batch, row.ratio.value, row.verdict) for row in report.changes if row.side == "compact"]
+    """
+    options = CompareOptions(max_regression)
+
+    def work(told: Progress) -> CompareReport:
+        from .commands.compare import compare
+
+        return compare(Path(before), Path(after), options, told)
+
+    return _reported(work, progress)
 
 
 @checked
@@ -668,14 +735,22 @@ def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _reported(work: Callable[[Progress], R], progress: Progress | None, threads: int | None = None) -> R:
+def _reported(
+    work: Callable[[Progress], R],
+    progress: Progress | None,
+    threads: int | None = None,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> R:
     """The report of some work, with its warnings; that of a missed gate as well. threads: that it works with, None where it
-    calculates nothing."""
+    calculates nothing. keep: what is done with either report."""
     told = Recorder(progress)
     try:
         with nullcontext() if threads is None else _threads(threads):
-            return replace(work(told), warnings=tuple(told.warnings))
+            report = replace(work(told), warnings=tuple(told.warnings))
     except CompError as error:
         if error.report is not None:
             error.report = replace(error.report, warnings=tuple(told.warnings))
+            keep(error.report)
         raise
+    keep(report)
+    return report

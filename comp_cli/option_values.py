@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from .errors import UsageError
-from .options import BACKENDS, TokenOptions, flag
+from .options import BACKENDS, Target, TokenOptions, flag
 from .progress import Progress
 
 P = ParamSpec("P")
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 EMPTY_IS_NONE = ("label_column", "answer_column", "split_column")  # what '' says of them: there is none
 MOST_RATIOS = 20  # of a sweep: each is a folder
-POSITIONAL = ("model", "folder")
+POSITIONAL = ("model", "folder", "before", "after")
 EXPECTED: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
@@ -52,14 +52,28 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _check_argument(name: str, value: object, annotation: Any) -> None:
-    members = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kinds = [get_origin(member) or member for member in members]
     about = name.upper() if name in POSITIONAL else flag(name)
-    if not any(_is_a(value, kind) for kind in kinds):
-        wanted = " or ".join(EXPECTED[kind] for kind in kinds)
+    if not fits(value, annotation):
+        wanted = " or ".join(EXPECTED[kind] for kind in members(annotation))
         raise UsageError(f"{about} {reprlib.repr(value)}: expected {wanted}.")
     if isinstance(value, str | os.PathLike):
         check_text(about, os.fspath(value), may_be_empty=name in EMPTY_IS_NONE)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation names, without what they hold."""
+    every = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return tuple(get_origin(one) or one for one in every)
+
+
+def fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of a type that an annotation names."""
+    return any(_is_a(value, kind) for kind in members(annotation))
+
+
+def expected(annotation: Any) -> str:
+    """The types of an annotation in words, for whoever cannot say None."""
+    return " or ".join(EXPECTED[kind] for kind in members(annotation) if kind not in (NoneType, os.PathLike))
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -87,7 +101,16 @@ def check_text(about: str, text: str, *, may_be_empty: bool) -> None:
         raise UsageError(f"{about} is not valid UTF-8: {text!r}.") from None
 
 
-def default_output(model: str, ratio: float | tuple[float, ...] | None, method: str, tokens: TokenOptions | None) -> Path:
+UNITS = {"target_speedup": "x", "target_latency_ms": "ms"}
+
+
+def default_output(
+    model: str,
+    ratio: float | tuple[float, ...] | None,
+    method: str,
+    tokens: TokenOptions | None,
+    target: Target | None = None,
+) -> Path:
     """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
     named = model.split("@")[0] if model.startswith("hf://") else model
     ratios = ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,)
@@ -95,6 +118,8 @@ def default_output(model: str, ratio: float | tuple[float, ...] | None, method: 
     if tokens is not None:
         often = tokens.tokens if tokens.tokens_share is None else f"{tokens.tokens_share:g}"
         amount = f"{method}-{'stages' if often is None else often}"
+    if target is not None:
+        amount = f"comp-{'drop-' * (not target.is_least)}{target.amount}{UNITS.get(target.kind, '')}"
     return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
 
 
@@ -139,13 +164,13 @@ def parse_modes(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return names
 
 
-def parse_bytes(given: str | int | None) -> int | None:
+def parse_bytes(given: str | int | None, name: str = "max_memory") -> int | None:
     """Bytes as a number, or as a text with a unit: "1GiB", "800MB". Raises UsageError for another."""
     if not isinstance(given, str):
         return given
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B|B)?", given.strip(), re.IGNORECASE)
     if found is None:
-        raise UsageError(f"--max-memory {given!r}: expected bytes, such as 1GiB or 800MB.")
+        raise UsageError(f"{flag(name)} {given!r}: expected bytes, such as 1GiB or 800MB.")
     number, unit, binary = found.groups()
     return round(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
 

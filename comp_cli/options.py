@@ -20,6 +20,9 @@ LAYOUTS = ("optimum", "transformers.js")  # names of graphs in a folder, and wha
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
+QUANTIZATIONS = ("int8", "int4")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+BUILT_IN = ("demo", "demo-vlm")  # models inside the package
 SALIENCIES = ("key-norm", "attention")  # what ranks image tokens inside the language model, for the method vitcop
 MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
 
@@ -39,6 +42,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "tokens": (1, MOST),
     "looks": (1, MOST),
     "max_memory": (1, 2**60),
+    "target_size": (1, 2**60),
 }
 REAL = {
     "ratio": (-math.inf, math.inf),  # what it has to be, a sentence of its own says
@@ -51,7 +55,10 @@ REAL = {
     "min_speedup": (0, math.inf),
     "max_latency_ms": (0, math.inf),
     "max_memory_mb": (0, math.inf),
+    "max_regression": (0, math.inf),
     "tokens_share": (-math.inf, math.inf),
+    "target_speedup": (-math.inf, math.inf),
+    "target_latency_ms": (0, math.inf),
 }
 
 
@@ -259,6 +266,50 @@ class TokenOptions(Checked):
         return list(map(flag, given))
 
 
+@dataclass(frozen=True)
+class TargetOptions(Checked):
+    """What decides the ratio in its place, one of them at most.
+
+    Attributes:
+        target_speedup: times that the compact model is faster than the stock dense one, at batch 1 in torch.
+        target_latency_ms: what a forward pass of the compact model may take, ms, at batch 1 in torch.
+        target_size: bytes that model.safetensors of the compact model may have.
+    """
+
+    target_speedup: float | None = None
+    target_latency_ms: float | None = None
+    target_size: int | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that were given, with their values."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a search over the ratio looks for. kind: "target_speedup", "target_latency_ms" or "target_size": the smallest ratio
+    that has it; "max_drop": the largest that loses no more."""
+
+    kind: str
+    wanted: float
+
+    @property
+    def is_least(self) -> bool:
+        """Whether the smallest ratio is looked for."""
+        return self.kind != "max_drop"
+
+    @property
+    def option(self) -> str:
+        """ "--target-speedup 2.5"."""
+        return f"{flag(self.kind)} {self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """As it is typed: "2.5", "100MB"."""
+        return f"{self.wanted / 1e6:g}MB" if self.kind == "target_size" else f"{self.wanted:g}"
+
+
 TOKEN_METHOD = "cover"  # where a number of image tokens is asked for, and no method
 
 
@@ -413,6 +464,7 @@ class BenchOptions(Checked):
         seed: random seed, of the inputs and of the bootstrap.
         gates: what must be shown.
         plot: picture to write.
+        save: JSON document to write, for comp compare.
     """
 
     device: str = "auto"
@@ -425,3 +477,15 @@ class BenchOptions(Checked):
     seed: int = 0
     gates: Gates = Gates()
     plot: Path | None = None
+    save: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompareOptions(Checked):
+    """What `comp compare` is asked for.
+
+    Attributes:
+        max_regression: percent that a row of the compact model may be slower, where that is beyond its intervals.
+    """
+
+    max_regression: float | None = None

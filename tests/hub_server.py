@@ -184,11 +184,16 @@ class _Handler(BaseHTTPRequestHandler):
     def api(self, parts: list[str]) -> None:
         deep = 1 if parts[0] in self.hub.repos else 2  # a repository of nobody's has no slash in its name
         name, verb, revision = "/".join(parts[:deep]), parts[deep : deep + 1], "/".join(parts[deep + 1 :])
+        below = ""
+        if verb == ["tree"]:
+            revision, _, below = revision.partition("/")
         if not (found := self.open(name, revision or "main", listing=True)):
             return None
         sha, folder = found
         names = files(folder) + self.hub.repos[name].extra_names
         if verb == ["tree"]:
+            if below and not (names := [listed for listed in names if listed.startswith(f"{below}/")]):
+                return self.answer(404, code="EntryNotFound")
             entries = [{"type": "file", "path": listed, "size": 1, "oid": "0" * 40} for listed in names]
             return self.answer(200, json.dumps(entries).encode())
         siblings = [{"rfilename": listed} for listed in names]

@@ -115,16 +115,6 @@ def test_a_candidate_out_of_reach_is_none(space):
     assert replace(space, floors=Floors(tokens=36)).candidate(0.02, {"vision": Cut(0, 0.95)}) is None
 
 
-@pytest.mark.parametrize("wanted", [0.995, 0.5])
-def test_the_ratio_that_is_advised_has_a_plan_and_none_nearer_has(space, wanted):
-    coarse = replace(space, floors=Floors(ffn_multiple=64))  # in steps that pass by many ratios
-    advised, cuts = coarse.reachable(wanted, ["vision"]), ({}, {"vision": Cut(0, 0.95)})
-    has_plan = {percent: any(coarse.candidate(percent / 100, cut) for cut in cuts) for percent in range(2, 100)}
-    assert has_plan[round(100 * advised)]
-    assert not any(has_plan[percent] for percent in has_plan if abs(percent / 100 - wanted) < abs(advised - wanted) - 1e-9)
-    assert replace(space, floors=Floors(ffn_share=1.0, tokens=10**6), stay=frozenset(space.prices)).reachable(0.5, []) == 0
-
-
 class Landscape:
     """A loss for every cut, lowest at a layer and a share; remembers what it was asked."""
 

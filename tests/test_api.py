@@ -22,7 +22,7 @@ from comp_cli.cli.app import app
 from comp_cli.cli.perform import OUTPUT
 from comp_cli.option_values import EMPTY_IS_NONE
 
-COMMANDS = ("analyze", "prune", "export", "bench")
+COMMANDS = ("analyze", "prune", "export", "bench", "compare")
 FEW = {"num_samples": 8, "batch_size": 4, "text_tokens": 12, "device": "cpu"}
 FAST = FEW | {"eval_samples": 8, "method": "joint"}
 OF_THE_RUN = {"seconds", "cost", "output"}  # what differs from run to run
@@ -107,7 +107,7 @@ def test_defaults_are_those_of_the_options(name):
     library = inspect.signature(getattr(api, name)).parameters
     chosen = getattr(options, f"{name.capitalize()}Options")
     nested = [found.default for found in fields(chosen) if is_dataclass(found.default)]
-    nested += [options.TokenOptions()] * (name == "prune")  # which other models have none of
+    nested += [options.TokenOptions(), options.TargetOptions()] * (name == "prune")  # of other models, or in place of a ratio
     other_names = {"backends": "backend", "batches": "batch"}
     for cls in (chosen, options.HubOptions, *map(type, nested)):
         names = getattr(cls, "NAMES", {}) | other_names

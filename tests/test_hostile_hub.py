@@ -141,6 +141,9 @@ def test_the_typed_id_comes_before_what_people_mean_by_it(hub, tmp_path):
     found = ask_once(hub, tmp_path / "cache", "Salesforce/blip-itm-base")
     assert found["name"] == "Salesforce/blip-itm-base" and not found["said"]
     assert ask_once(hub, tmp_path / "cache", "blip-itm-base")["name"] == "Salesforce/blip-itm-base-coco"
+    hub.repos["blip-itm-base"] = hub.repos["Salesforce/blip-itm-base"]  # of nobody's, as the first models of the hub are
+    found = ask_once(hub, tmp_path / "cache", "blip-itm-base")
+    assert found["name"] == "blip-itm-base" and not found["said"]
     del hub.repos["Salesforce/blip-itm-base"]
     found = ask_once(hub, tmp_path / "other", "Salesforce/blip-itm-base")
     assert found["name"] == "Salesforce/blip-itm-base-coco" and found["said"]

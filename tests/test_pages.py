@@ -137,12 +137,18 @@ CONTRAST = """(() => {
     }
     return 'rgb(255, 255, 255)';
   };
+  const cell = (one, page) => {  // a number in a heat map, on the square before it
+    const square = one.previousElementSibling, style = getComputedStyle(square);
+    const share = square.getAttribute('fill-opacity') * style.opacity, over = numbers(style.fill), under = numbers(page);
+    return `rgb(${over.map((v, i) => share * v + (1 - share) * under[i])})`;
+  };
   const found = [];
   for (const one of document.querySelectorAll('body *')) {
-    if (one.closest('script, .cell') || ![...one.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    if (one.closest('script') || ![...one.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
     const style = getComputedStyle(one), drawn = one.namespaceURI.endsWith('svg');
     if (one.tagName === 'title') continue;
-    const pair = [light(drawn ? style.fill : style.color), light(behind(one))].sort((a, b) => b - a);
+    const under = one.matches('.cell') ? cell(one, behind(one)) : behind(one);
+    const pair = [light(drawn ? style.fill : style.color), light(under)].sort((a, b) => b - a);
     const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
     if (ratio < 4.5) found.push([one.tagName, one.className.baseVal ?? one.className, one.textContent.slice(0, 30), ratio]);
   }

@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from transformers.image_utils import load_image
@@ -32,6 +33,7 @@ from comp_cli.options import OPSET, DataOptions, ExportOptions, PruneOptions, To
 from comp_cli.plan import Channels, Plan
 from comp_cli.report import card_code, card_head, cards
 from comp_cli.report.base import Sizes
+from comp_cli.report.card_pictures import show_pictures
 from comp_cli.topology import DualEncoder, EncoderDecoder, card_examples
 
 QUIET = Output("quiet")
@@ -339,6 +341,10 @@ def test_license_and_pipeline_are_those_of_the_dense_model(every, tmp_path):
     told = head(tmp_path)
     assert (told["license"], told["pipeline_tag"], told["base_model"]) == ("bsd-3-clause", "image-to-text", "org/blip")
     assert told["metrics"] == ["accuracy"] and "widget" not in told
+    of_compact, of_dense = sorted(ModelCard.load(tmp_path / "README.md").data.eval_results, key=lambda one: one.metric_value)
+    assert (of_dense.metric_value, of_dense.metric_name) == (0.9, "accuracy of the dense model")
+    assert (of_compact.metric_value, of_compact.metric_type, of_compact.task_type) == (0.85, "accuracy", "image-to-text")
+    assert of_compact.dataset_type == card_head.SYNTHETIC and of_compact.dataset_name == "mine.jsonl"
     assert "| accuracy | 90.0 % | 85.0 % |" in card and "On 64 samples" in card and "mine.jsonl" in card
     assert "\ncomp prune org/blip --ratio 0.4\n" in card
 
@@ -350,6 +356,38 @@ def test_a_readme_that_says_nothing_of_use_does_no_harm(said, tmp_path):
     (tmp_path / "README.md").write_text(said)
     document = {"base_model": "dense", "quality": {"metrics": None}}
     assert card_head.metadata(document, tmp_path).to_yaml().startswith("library_name: transformers")
+
+
+@pytest.mark.parametrize("named, kind", [(None, "synthetic"), ("pairs.jsonl", "own"), ("org/pairs", "org/pairs")])
+def test_results_are_of_the_data_that_they_are_of(named, kind):
+    quality = {"metrics": {"accuracy": {"dense": 0.9, "compact": 0.8}}, "data": "said"}
+    document = {"quality": quality, "task": "itm", "options": {"data": {"data": named}}}
+    assert {one.dataset_type for one in card_head.results(document, None)} == {kind}
+    assert card_head.results(document | {"quality": {"metrics": None}}, None) is None
+
+
+def test_the_kind_of_pipeline_is_one_that_takes_the_class():
+    kinds = {
+        "CLIPModel": "zero-shot-image-classification",
+        "SiglipModel": "zero-shot-image-classification",
+        "BlipForConditionalGeneration": "image-text-to-text",
+        "LlavaForConditionalGeneration": "image-text-to-text",
+        "BlipForQuestionAnswering": "visual-question-answering",
+        "BlipForImageTextRetrieval": None,  # its pipeline would run another class, with random weights
+    }
+    assert {name: card_head.pipeline_of(name, "retrieval") for name in kinds} == kinds
+    assert card_head.pipeline_of("CLIPTextModelWithProjection", "text-embedding") == "feature-extraction"
+
+
+def test_pictures_in_the_folder_are_shown_in_its_card(tmp_path):
+    (tmp_path / "README.md").write_text("# Model\n\n## Use\n\ncode\n")
+    show_pictures(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Model\n\n## Use\n\ncode\n"
+    (tmp_path / "tokens.png").touch()
+    (tmp_path / "report.html").touch()
+    show_pictures(tmp_path)
+    before, _, after = (tmp_path / "README.md").read_text().partition("\n## Use\n")
+    assert "(tokens.png)" in before and "[report.html](report.html)" in before and after == "\ncode\n"
 
 
 def test_nothing_written_names_the_place_where_it_was_made(every):

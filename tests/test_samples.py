@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 import comp_cli
 from comp_cli.cli.app import app
 from comp_cli.data.rows import Pair
+from comp_cli.engine import flops
 from comp_cli.errors import RefusedError, UsageError
 from comp_cli.models.dense import open_dense
 from comp_cli.models.samples import Runs, kept_sample, kept_samples
-from comp_cli.plan import TokenStage
+from comp_cli.plan import Plan, TokenStage
 from comp_cli.report.samples import KeptAt, SampleKept, StreamKept
 from comp_cli.report.token_picture import DARK, dimmed, heat_map, token_picture, write_beside_weights
 
@@ -270,6 +271,30 @@ def test_people_read_it_at_80_columns(compact_folder, monkeypatch):
     kept, dense = next(row["ffn"] for row in told if row["ffn"][0] != row["ffn"][1])
     assert f"{dense} -> {kept}" in said and "Layers of the vision tower" in said
     assert max(len(line) for line in said.splitlines() if line[:1] in "┏┃┡│└") <= 80
+
+
+@pytest.mark.parametrize("name", ["blip", "clip", "llava", "qwen2.5-vl"])
+def test_the_block_of_config_json_says_the_numbers_of_its_plan(name, made):
+    dense = made(name)
+    plan = keeping(dense.plan)
+    for tower in dense.plan.towers:
+        units = {"attention": (0, 1), "ffn": range(3, 40)}
+        for part in units.keys() & tower.layers[1].parts.keys():
+            plan = plan.with_layer(tower.name, 1, plan.tower(tower.name).layers[1].keeping(part, tuple(units[part])))
+    if dense.family.topology.drops_in == "decoder":
+        plan = replace(dense.plan, stages=(TokenStage(1, "random", share=0.5, settings={"seed": 3}),))
+    plan = plan.told_apart(dense.plan)  # which adds channels of zeros where tokens alone leave
+    block = json.loads(json.dumps(plan.comp_block(dense.family, dense.hf_config.to_dict())))
+    found = Plan.from_block(block, dense.plan)
+    assert found.streams == plan.streams and found.stages == plan.stages
+    for tower, wanted in zip(found.towers, plan.towers, strict=True):
+        for layer, other in zip(tower.layers, wanted.layers, strict=True):
+            assert {part: len(layer.kept(part)) for part in layer.parts} == {
+                part: len(other.kept(part)) for part in other.parts
+            }
+            assert (layer.keep, layer.padding) == (other.keep, other.padding)
+    counted = (flops.count(each, dense.reference).total for each in (found, plan))
+    assert len(set(counted)) == 1
 
 
 # Pictures ----------------------------------------------------------------------------------------------------------------

@@ -184,6 +184,9 @@ def test_the_folder_is_one_of_the_stock_class_and_says_what_the_compact_model_sa
     beside = analyze(AnalyzeOptions(str(folder)), QUIET).compact
     assert (beside.flops, beside.params, beside.ratio) == (report.flops, report.params, report.ratio)
     assert [(row.heads, row.ffn) for row in beside.layers] == [(row.heads, row.ffn) for row in report.layers]
+    (folder / "config.json").write_text(json.dumps(config))  # whose report says nothing of it
+    with pytest.raises(RefusedError, match="not about the config.json beside it"):
+        analyze(AnalyzeOptions(str(folder)), QUIET)
 
 
 NEXT = {

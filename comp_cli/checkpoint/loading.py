@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ..families import Family, check_supported, compact_block, find_architecture
 from ..files.store import TensorHeader, read_config, read_json
 from .folder_check import check_folder, check_report, shown
 from .header_check import as_named_now, check_depth, check_shapes, few, on_meta, read_headers
+from .places import copy_settings, without_places
 from .plan_check import check_block
 from .processor_check import check_code, check_processor
 from .runtimes import runtime_of
@@ -240,13 +240,13 @@ def save_processor(processor: Any, folder: Path, source: Path | None = None) -> 
     processor.save_pretrained(folder)
     name, whole = "video_preprocessor_config.json", "processor_config.json"
     if source is not None and (source / name).is_file():
-        shutil.copyfile(source / name, folder / name)
+        copy_settings(source / name, folder / name)
     if source is not None and (source / whole).is_file() and "video_processor" in (found := read_json(source / whole)):
         settings = read_json(folder / whole) | {"video_processor": found["video_processor"]}
         (folder / whole).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.exists():
-        settings = {name: value for name, value in read_json(path).items() if name not in ("is_local", "local_files_only")}
+        settings = without_places(read_json(path))
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """A folder that comp wrote becomes a repository on the hub: whole, as one commit, or not at all. Light to import."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Target:
 
     def later(self, folder: Path) -> str:
         """The command line that uploads a folder by hand."""
-        return f"hf upload {self.name} {folder} .{' --private' * self.private}"
+        return f"hf upload {self.name} {shlex.quote(str(folder))} .{' --private' * self.private}"
 
 
 @dataclass(frozen=True)
@@ -156,31 +157,39 @@ def _take_back(api: Any, target: Target, error: BaseException) -> None:
 @contextmanager
 def sentences(target: Target) -> Iterator[None]:
     """What huggingface_hub raises of an upload, as a sentence: RefusedError where the hub says no, CompError for the rest."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     try:
         yield
     except CompError:
         raise
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise RefusedError(f"{OPTION} {target.name}: the hub does not know this token (status 401).", hint=LOGIN) from error
-        if status in (403, 404):
-            said = f"{OPTION} {target.name}: the hub does not let this token write there (status {status})."
-            raise RefusedError(said, hint=LOGIN) from error
-        if status in (409, 412):
-            said = f"{OPTION} {target.name}: somebody else wrote there in the meantime (status {status})."
-            raise CompError(said, hint="Look at what is there, and upload again.") from error
-        raise CompError(f"{OPTION} {target.name}: the hub failed (status {status}): {_said(error)}") from error
-    except (errors.HTTPError, errors.XetDownloadError, OSError) as error:
-        said = f"{OPTION} {target.name}: cannot reach the hub at {constants.ENDPOINT} ({_said(error)})."
-        raise CompError(said, hint="Check network, proxy and HF_ENDPOINT.") from error
-    except NOT_THE_HUB as error:
-        said = f"{OPTION} {target.name}: unexpected response from {constants.ENDPOINT} ({_said(error)})."
-        raise CompError(said, hint="Check HF_ENDPOINT, and whether a login page is in the way.") from error
+    except (errors.HTTPError, errors.XetDownloadError, OSError, *NOT_THE_HUB) as error:
+        wrapped = isinstance(error, RuntimeError) and error.__cause__ is not None  # that of a large file
+        raise _explain(error.__cause__ if wrapped else error, target) from error
 
 
-def _said(error: BaseException) -> str:
+def _explain(error: BaseException | None, target: Target) -> CompError:
+    from huggingface_hub import constants, errors
+
+    about = f"{OPTION} {target.name}:"
+    match error:
+        case errors.HfHubHTTPError(response=response):
+            status = response.status_code
+            if status == 401:
+                return RefusedError(f"{about} the hub does not know this token (status 401).", hint=LOGIN)
+            if status in (403, 404):
+                return RefusedError(f"{about} the hub does not let this token write there (status {status}).", hint=LOGIN)
+            if status in (409, 412):
+                said = f"{about} somebody else wrote there in the meantime (status {status})."
+                return CompError(said, hint="Look at what is there, and upload again.")
+            return CompError(f"{about} the hub failed (status {status}): {_said(error)}", hint="Try again later.")
+        case errors.HTTPError() | errors.XetDownloadError() | OSError():
+            said = f"{about} cannot reach the hub at {constants.ENDPOINT} ({_said(error)})."
+            return CompError(said, hint="Check network, proxy and HF_ENDPOINT.")
+    said = f"{about} unexpected response from {constants.ENDPOINT} ({_said(error)})."
+    return CompError(said, hint="Check HF_ENDPOINT, and whether a login page is in the way.")
+
+
+def _said(error: BaseException | None) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,6 +9,7 @@ from .. import api
 from ..errors import UsageError
 from ..options import DataOptions, ExportOptions, HubOptions
 from ..report.export import ExportReport
+from . import choices
 from . import shared_options as given
 from .output import Output
 from .perform import perform
@@ -22,11 +23,9 @@ def export(
     folder: given.Folder = None,
     onnx: Annotated[bool, option(MAIN, "Write ONNX (the only format so far).", "--onnx")] = False,
     output: Annotated[Path | None, given.output_dir("FOLDER-onnx")] = None,
-    dtype: Annotated[
-        str, option(MAIN, "fp32, fp16 or bf16 for the weights; inputs and outputs stay fp32.")
-    ] = ExportOptions.dtype,
+    dtype: Annotated[choices.Dtype, option(MAIN, "Of the weights; inputs and outputs stay fp32.")] = ExportOptions.dtype,
     quantize: Annotated[
-        str | None,
+        choices.Quantization | None,
         option(
             MAIN,
             "int8 (dynamic), or int4 (weights of a large decoder); layers that change predictions stay in float.",
@@ -34,7 +33,7 @@ def export(
         ),
     ] = ExportOptions.quantize,
     layout: Annotated[
-        str, option(MAIN, "optimum, or transformers.js: a large decoder as that client runs it.")
+        choices.Layout, option(MAIN, "optimum, or transformers.js: a large decoder as that client runs it.")
     ] = ExportOptions.layout,
     split: Annotated[
         bool,
@@ -52,10 +51,12 @@ def export(
         bool, option(GRAPHS, "ONNX Runtime's fusions, ahead of time; kept if the graphs still agree.", "--optimize")
     ] = ExportOptions.optimize,
     target: Annotated[
-        str, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
+        choices.Target, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
     ] = ExportOptions.target,
     opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23; of large decoders 23.")] = ExportOptions.opset,
-    device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
+    device: Annotated[
+        str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.", autocompletion=choices.devices)
+    ] = ExportOptions.device,
     threads: given.Threads = ExportOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
@@ -65,6 +66,7 @@ def export(
     ] = ExportOptions.keep_failed,
     push_to_hub: given.PushToHub = ExportOptions.push_to_hub,
     private: given.Private = ExportOptions.private,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,

@@ -10,7 +10,7 @@ from ..engine import diagnostics, flops, importance, scoring
 from ..engine.methods import DECODER
 from ..errors import RefusedError, UsageError
 from ..families import Family
-from ..models.dense import Dense, find_model, open_dense
+from ..models.dense import Dense, Found, find_model, open_dense
 from ..models.pairs import batches_of, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..options import HUB_DEFAULTS, AnalyzeOptions, HubOptions
 from ..progress import Progress
@@ -38,11 +38,11 @@ def analyze(options: AnalyzeOptions, progress: Progress, *, hub_options: HubOpti
     `choose_pairs` raise."""
     check(options)
     found = find_model(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
-    source, config, (family, _, _) = found
+    source, config, _ = found
     if (origin := origin_of(source.folder, config)) is not None:
         report = analyze_compact(found, origin, options, progress, hub_options)
     else:
-        report = analyze_dense(family, options, progress, hub_options)
+        report = analyze_dense(found, options, progress, hub_options)
     if options.png is not None:
         draw(report, options.png)
     return report
@@ -71,13 +71,14 @@ def draw(report: AnalyzeReport, path: Path) -> None:
     write(image, path)
 
 
-def analyze_dense(family: Family, options: AnalyzeOptions, progress: Progress, hub_options: HubOptions) -> AnalyzeReport:
+def analyze_dense(found: Found, options: AnalyzeOptions, progress: Progress, hub_options: HubOptions) -> AnalyzeReport:
     """Score a dense model, or describe a decoder."""
+    _, _, (family, _, _) = found
     if family.topology.drops_in == DECODER:
         return analyze_decoder(options, progress, hub_options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = pick_device(options.device)
-    dense = open_dense(options.model, progress, device=device, task=options.task, hub_options=hub_options, **sizes)
+    dense = open_dense(options.model, progress, device=device, hub_options=hub_options, found=found, **sizes)
     threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
@@ -87,7 +88,7 @@ def analyze_dense(family: Family, options: AnalyzeOptions, progress: Progress, h
     with progress.track("scoring heads, channels and tokens", len(batches)) as bar:
         scores = scoring.collect(runtime, dense.family, dense.plan, dense.on_device(batches), advance=bar.advance)
     with progress.track("comparing parameter and token scores", len(batches)) as bar:
-        found = diagnostics.diagnose(runtime, dense.family, dense.plan, dense.on_device(batches), bar.advance)
+        interference = diagnostics.diagnose(runtime, dense.family, dense.plan, dense.on_device(batches), bar.advance)
     params, counted, layers = costs(dense)
     return AnalyzeReport(
         comp_version=__version__,
@@ -100,7 +101,7 @@ def analyze_dense(family: Family, options: AnalyzeOptions, progress: Progress, h
         flops=counted,
         layers=layers,
         inequality=inequality(dense, scores),
-        diagnostics=diagnosis(dense, found),
+        diagnostics=diagnosis(dense, interference),
         score_rows={name: stream.score_rows for name, stream in dense.plan.streams.items()},
         samples=sum(batch.samples for batch in batches),
         data=pairs.describe("calibration"),

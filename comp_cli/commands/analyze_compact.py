@@ -30,7 +30,7 @@ from ..engine.scoring import Key
 from ..errors import RefusedError
 from ..families import Family, compact_block
 from ..files.memory import allowed
-from ..files.store import read_json
+from ..files.store import departs, read_json
 from ..models.dense import Found, collator, longest_text
 from ..models.described import own_parameters
 from ..models.pairs import Pairs, own_pairs, pair_counts
@@ -70,33 +70,39 @@ def origin_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not (folder / REPORT).is_file():
         return None
     report = read_json(folder / REPORT)
-    uniform = (
-        isinstance(report.get("options"), dict) and report["options"].get("uniform") and isinstance(report.get("plan"), dict)
-    )
-    return report | {"method": report["options"]["method"]} if uniform else None
+    asked = report.get("options")
+    if not isinstance(asked, dict) or not asked.get("uniform") or not isinstance(report.get("plan"), dict):
+        return None
+    known = (report.get("files") or {}).get("config.json")
+    if not isinstance(known, dict) or (how := departs(folder / "config.json", known)):
+        said = f"{folder / REPORT} is not about the config.json beside it"
+        raise RefusedError(
+            f"{said}{f' ({how})' if isinstance(known, dict) else ''}.", hint=f"Remove {REPORT}: the model is dense then."
+        )
+    return report | {"method": asked.get("method")}
 
 
 def analyze_compact(
     found: Found, origin: Mapping[str, Any], options: AnalyzeOptions, progress: Progress, hub_options: HubOptions
 ) -> AnalyzeReport:
     """Describe a compact model. Raises RefusedError for a folder that `load_model` refuses, as far as headers tell."""
-    source, _, (family, architecture, name) = found
-    folder, task = source.folder, tasks.TASKS[name].of(family.topology)
+    source, config, (family, architecture, name) = found
+    folder, stock, task = source.folder, "comp" not in config, tasks.TASKS[name].of(family.topology)
     progress.say(f"reading the headers of {source.name} ({architecture}) ...")
     described, _ = describe(folder)
-    compact_class: Any = getattr(transformers, architecture)
-    if "towers" in origin:
-        compact_class = runtime_of(family).compact_class(architecture)
-    check_headers(folder, described, family, compact_class, progress)
+    stock_class: Any = getattr(transformers, architecture)
+    compact_class = stock_class if stock else runtime_of(family).compact_class(architecture)
+    check_headers(folder, described, family, compact_class)
     processor = load_processor(folder)
-    full = dense_config(described.to_dict(), origin, family)
+    whole = described.to_dict()
+    full = of_uniform(whole, origin, family) if stock else of_block(whole, origin)
     with sentences(folder), quiet_libraries():
-        skeleton = on_meta(getattr(transformers, architecture), type(described).from_dict(full))
+        skeleton = on_meta(stock_class, type(described).from_dict(full))
         built = on_meta(compact_class, described)
     shapes = {path: tuple(tensor.shape) for path, tensor in skeleton.state_dict().items()}
     reference = flops.reference(full, family, shapes, cut_at(processor, text_tokens(folder, options)))
     before = dense_plan(full, family, architecture)
-    plan = Plan.from_block(origin, before) if "towers" in origin else Plan.from_json(origin["plan"])
+    plan = Plan.from_json(origin["plan"]) if stock else Plan.from_block(origin, before)
     dense, compact = (side_of(*pair, family) for pair in ((before, skeleton), (plan, built)))
     counted = flops.count(plan, reference)
     threads.fit(counted.total * options.batch_size)
@@ -134,9 +140,7 @@ def text_tokens(folder: Path, options: AnalyzeOptions) -> int:
     return asked if type(asked) is int and asked > 0 else options.text_tokens
 
 
-def check_headers(
-    folder: Path, config: transformers.PretrainedConfig, family: Family, compact_class: type, progress: Progress
-) -> None:
+def check_headers(folder: Path, config: transformers.PretrainedConfig, family: Family, compact_class: type) -> None:
     """Raises RefusedError where weights and config.json do not fit, as `load_model` does, from headers alone."""
     files = check_checkpoint(folder, allow_pickle=False)
     with sentences(folder), quiet_libraries():
@@ -145,18 +149,20 @@ def check_headers(
         check_shapes(headers, on_meta(compact_class, config), folder)
 
 
-def dense_config(config: dict[str, Any], origin: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The whole config.json of the dense model, of that of the compact one. Where a block `comp` says the sizes config.json has
-    the dense ones, but for one that tells the folder apart; a stock class has the compact ones, and the report the others."""
-    made = {name: value for name, value in config.items() if name != "comp"}
-    if "towers" in origin:
-        told = origin.get("told_apart")
-        return made if told is None else changed_config(made, {told["section"]: {told["name"]: told["dense"]}})
-    first = {row["tower"]: row for row in reversed(origin["layers"])}
+def of_block(config: dict[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole config.json of the dense model: that of the compact one has its sizes, but for one that tells the folder
+    apart."""
+    made, told = {name: value for name, value in config.items() if name != "comp"}, block.get("told_apart")
+    return made if told is None else changed_config(made, {told["section"]: {told["name"]: told["dense"]}})
+
+
+def of_uniform(config: dict[str, Any], report: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The same of a stock class, whose config.json has the compact sizes, by the report of its pruning."""
+    first = {row["tower"]: row for row in reversed(report["layers"])}
     names = {"attention": "heads", "cross": "cross_heads", "ffn": "ffn"}
     sizes: dict[str, dict[str, int]] = {}
     for tower in family.towers:
-        layer = Plan.from_json(origin["plan"]).tower(tower.name).layers[0]
+        layer = Plan.from_json(report["plan"]).tower(tower.name).layers[0]
         for part in tower.parts:
             dense = first[tower.name][names[part.name]][1]
             if dense == len(layer.kept(part.name)):
@@ -165,13 +171,13 @@ def dense_config(config: dict[str, Any], origin: Mapping[str, Any], family: Fami
             own[part.units] = dense
             if part.is_attention:
                 own[part.queries] = dense * getattr(layer.parts[part.name], "group", 1)
-    return changed_config(made, sizes)
+    return changed_config(config, sizes)
 
 
 def side_of(plan: Plan, skeleton: nn.Module, family: Family) -> Side:
     """skeleton: the model without memory for its weights."""
-    own: list[tuple[str, Tensor]] = list(own_parameters(skeleton))
-    return Side(plan, sum(tensor.numel() for _, tensor in own), part_params(own, family))
+    own: dict[str, Tensor] = dict(own_parameters(skeleton))
+    return Side(plan, sum(tensor.numel() for tensor in own.values()), part_params(own.items(), family))
 
 
 def compared(origin: Mapping[str, Any], dense: Side, compact: Side, reference: flops.Reference) -> Compared:
@@ -216,8 +222,8 @@ def parts_compared(
 ) -> Iterable[PartCompared]:
     """By tower and part, and last what lies outside of all layers. What no plan prunes of a layer counts with its last part."""
 
-    def whole(counted: flops.Flops, tower: str) -> int:
-        return sum(layer.whole for layer in counted.layers if layer.tower == tower)
+    def cost(counted: flops.Flops, tower: str, part: str, last: bool) -> int:
+        return sum(layer.parts[part] + last * layer.whole for layer in counted.layers if layer.tower == tower)
 
     def params(side: Side, tower: str, part: str) -> int:
         return sum(number for (name, _, kind), number in side.parts.items() if (name, kind) == (tower, part))
@@ -225,9 +231,9 @@ def parts_compared(
     for tower in family.towers:
         for part in tower.parts:
             last = part == tower.parts[-1]
-            costs = [counted.part(tower.name, part.name) + last * whole(counted, tower.name) for counted in (before, after)]
+            costs = Sizes(*(cost(counted, tower.name, part.name, last) for counted in (before, after)))
             sizes = Sizes(*(params(side, tower.name, part.name) for side in (dense, compact)))
-            yield PartCompared(tower.name, part.name, Sizes(*costs), sizes)
+            yield PartCompared(tower.name, part.name, costs, sizes)
     outside = Sizes(*(side.total - sum(side.parts.values()) for side in (dense, compact)))
     yield PartCompared("outside", "", Sizes(before.fixed, after.fixed), outside)
 

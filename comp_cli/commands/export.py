@@ -25,6 +25,7 @@ from ..checkpoint.loading import (
     quiet_libraries,
     save_processor,
 )
+from ..checkpoint.places import copy_settings
 from ..checkpoint.precision import cast
 from ..data.batches import Collator
 from ..data.pairset import PairSet
@@ -142,7 +143,7 @@ def _export(
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
         require_runtime(least, partial)
         save_cutting(processor, partial, family, longest)
-        shutil.copyfile(folder / "config.json", partial / "config.json")
+        copy_settings(folder / "config.json", partial / "config.json")
         if options.layout == LAYOUTS[1]:
             decoder = family.topology.decoder_graphs(family, described.to_dict())
             names = transformers_js.lay_out(partial, decoder)

@@ -116,12 +116,25 @@ def check_drop(report: PruneReport, quality: Quality, allowed: float | None, pro
     """Raises GateError where the metric (without labels the agreement) fell by more points than allowed."""
     if allowed is None:
         return
-    name, metrics = quality.metric, quality.metrics
-    if allowed < 100 / quality.samples and is_share(name):
+    if allowed < 100 / quality.samples and is_share(quality.metric):
         progress.warn(f"--max-drop {allowed:g} is less than one of {quality.samples} pairs: --eval-samples gives it more.")
-    fell = metrics[name] if metrics else Values(1.0, quality.agreement)
-    if not 100 * (fell.dense - fell.compact) <= allowed:
-        name = name if metrics else "agreement"
-        said = f"{name} falls from {metric_value(name, fell.dense)} to {metric_value(name, fell.compact)}"
+    if not lost(quality) <= allowed:
         hint = "Nothing was written. Try a lower --ratio, or --steps to fine-tune."
-        raise GateError(f"{said}; --max-drop allows {allowed:g} points.", hint=hint, report=report)
+        raise GateError(f"{loss_in_words(quality)}; --max-drop allows {allowed:g} points.", hint=hint, report=report)
+
+
+def counted(quality: Quality) -> tuple[str, Values]:
+    """What --max-drop is about: the metric, without labels the agreement with the dense model."""
+    metrics = quality.metrics
+    return (quality.metric, metrics[quality.metric]) if metrics else ("agreement", Values(1.0, quality.agreement))
+
+
+def lost(quality: Quality) -> float:
+    """Points that it fell by."""
+    _, fell = counted(quality)
+    return 100 * (fell.dense - fell.compact)
+
+
+def loss_in_words(quality: Quality) -> str:
+    name, fell = counted(quality)
+    return f"{name} falls from {metric_value(name, fell.dense)} to {metric_value(name, fell.compact)}"

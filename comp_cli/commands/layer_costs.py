@@ -21,12 +21,12 @@ def costs(dense: Dense) -> tuple[Cost, Cost, tuple[LayerCost, ...]]:
 
 
 def layer_costs(counted: flops.Flops, params: Mapping[Key, int]) -> tuple[LayerCost, ...]:
-    """Those of every layer's parts. params: see `part_params`."""
+    """Those of every layer's parts; what no plan prunes of a layer counts with the last one. params: see `part_params`."""
     return tuple(
         LayerCost(
             row.tower,
             row.layer,
-            flops={part: row.parts.get(part, 0) for part in PARTS},
+            flops={part: row.parts.get(part, 0) + row.whole * (part == list(row.parts)[-1]) for part in PARTS},
             params={part: params.get((row.tower, row.layer, part), 0) for part in PARTS},
         )
         for row in counted.layers

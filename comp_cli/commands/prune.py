@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
@@ -56,6 +57,7 @@ from .judging import check_drop, compare
 from .prune_options import check
 
 Work = Callable[..., PruneReport]  # as `prune_in_memory`
+Verify = Callable[[Dense, nn.Module, PruneReport], None]  # of the dense model, the compact one, and what is known of them
 
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
@@ -128,13 +130,18 @@ def prune_once(
         journal = Journal(output, {})
         if not resume:
             journal.remove()
-        finished = drop_finished(journal, output)
-        if finished and not overwrite:
-            message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
-            raise UsageError(message, hint="Use it, or replace it with --overwrite.")
-        check_replaceable(output, overwrite)
+        check_free(journal, output, typed, overwrite)
         journal.compare(early_settings(options))
         return replace(work(options, output, journal, progress, once, **how, written=written), output=typed)
+
+
+def check_free(journal: Journal, output: Path, typed: Path, overwrite: bool) -> None:
+    """Raises UsageError where the output is there, and is not to be replaced. typed: as the user has it."""
+    finished = drop_finished(journal, output)
+    if finished and not overwrite:
+        message = f"The output {typed} is complete: the run that wrote it was stopped before it could say so."
+        raise UsageError(message, hint="Use it, or replace it with --overwrite.")
+    check_replaceable(output, overwrite)
 
 
 def drop_finished(journal: Journal, output: Path) -> bool:
@@ -192,9 +199,10 @@ def prune_in_memory(
     hub_options: HubOptions,
     written: Callable[[], None],
     known: Found | None = None,
+    verify: Verify = lambda dense, compact, report: None,
 ) -> PruneReport:
     """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write.
-    known: the model, where it was looked for already."""
+    known: the model, where it was looked for already. verify: raises GateError where the model is not to be written."""
     started = time.perf_counter()
     opened = once("dense model", lambda: open_all(options, progress, hub_options, known))
     dense, pairs, resolved = opened.dense, opened.pairs, replace(opened.resolved, ratio=options.ratio or 0.0)
@@ -228,6 +236,7 @@ def prune_in_memory(
         report = replace(report, command=command, base_address=address, quality=quality, pairs=counts(pairs, resolved))
         report = with_own_texts(report, dense, plan, "evaluation", quality.texts, progress)
         check_drop(report, quality, max_drop, progress)
+        verify(dense, compact, report)
     except (DeadEnd, GateError):
         if journal:
             journal.remove()

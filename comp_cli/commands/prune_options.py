@@ -1,11 +1,11 @@
 """What `comp prune` cannot be asked for: options that contradict one another, or change nothing. Nothing is read for it."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from ..checkpoint.hub import DEMOS
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
-from ..options import SALIENCIES, PruneOptions, TokenOptions, flag
+from ..options import SALIENCIES, PruneOptions, Target, TargetOptions, TokenOptions, flag
 from ..search.trainer import check_training
 
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
@@ -23,7 +23,8 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError(f"--ratio: --method {options.method} removes image tokens of a decoder, by number.", hint=hint)
     if options.ratio is None:
         other = " For an image-text decoder: --tokens." * (DECODER in method.drops_in)
-        raise UsageError("--ratio is missing.", hint=f"It is the FLOPs reduction: --ratio 0.5 removes half.{other}")
+        hint = f"It is the FLOPs reduction: --ratio 0.5 removes half. Or name a target, such as --target-speedup 2.{other}"
+        raise UsageError("--ratio is missing.", hint=hint)
     if not 0 < options.ratio < 1:
         raise UsageError(
             f"--ratio {options.ratio}: expected a number between 0 and 1.",
@@ -53,6 +54,40 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
         raise UsageError("--stage-samples are some of the --num-samples, not more.")
+
+
+def choose_target(
+    targets: TargetOptions, options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool
+) -> Target | None:
+    """What decides the ratio, where no ratio is given; None where one is, or where image tokens go by number. Raises UsageError
+    where several things decide, and for a target that cannot be."""
+    given = targets.given
+    names = [flag(name) for name in given]
+    if given and by_number(options, link):
+        hint = f"Leave it out, and say how many stay: {AMOUNTS}; or prune parameters too, by --method comp."
+        raise UsageError(f"{names[0]} finds a ratio, and image tokens of a decoder go by number here.", hint=hint)
+    if len(given) > 1 or (given and options.ratio is not None):
+        both = " and ".join([*(["--ratio"] if options.ratio is not None else []), *names])
+        hint = "Give one of them; --max-drop beside it is a gate. What else is reached, the report and comp bench say."
+        raise UsageError(f"{both}: one decides how much is removed.", hint=hint)
+    if not given and (max_drop is None or options.ratio is not None or by_number(options, link)):
+        return None
+    found = Target(*next(iter(given.items()), ("max_drop", max_drop or 0.0)))
+    if found.kind == "target_speedup" and found.wanted <= 1:
+        raise UsageError(f"{found.option}: expected a number above 1.", hint="2 is twice as fast as the dense model.")
+    if found.kind == "target_latency_ms" and found.wanted <= 0:
+        raise UsageError(f"{found.option}: expected milliseconds above 0.")
+    check(replace(options, ratio=0.5), found.wanted if found.kind == "max_drop" else max_drop, dry_run)  # any ratio
+    if options.max_memory is not None:
+        said = f"--max-memory: {flag(found.kind)} tries several ratios with one calibration in memory."
+        raise UsageError(said, hint="Give a --ratio, or leave --max-memory out.")
+    if options.training.stage_share:
+        said = f"--stage-share: {flag(found.kind)} tries several ratios, and the stages of each would be trained."
+        raise UsageError(said, hint="Leave --stage-share out, or give a --ratio.")
+    if not found.is_least and (options.training.steps or options.training.epochs):
+        said = "--max-drop alone chooses the ratio on pairs that fine-tuning would have seen."
+        raise UsageError(said, hint="Find the ratio without --steps, then give it: --ratio R --steps N --max-drop X.")
+    return found
 
 
 def by_number(options: PruneOptions, link: bool) -> bool:

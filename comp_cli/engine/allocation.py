@@ -42,6 +42,7 @@ class Cut:
 
 
 Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
+Streams = Mapping[str, tuple[int, Sequence[float]]]  # stream -> layers of its tower, and how deep in it a descent begins
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,11 @@ class Space:
             return None
         return self.remove_cheapest(plan, total * (1 - ratio))
 
-    def reachable(self, ratio: float, streams: Iterable[str]) -> float:
-        """The percent nearest to a ratio that a descent over these streams finds a plan of; 0 where it finds none."""
+    def most(self, streams: Iterable[str]) -> float:
+        """The largest ratio that a descent over these streams can find."""
         cuts: tuple[Cuts, ...] = ({}, {stream: Cut(0, SHARES[1]) for stream in streams})
-        percents = range(2, 100)  # the dense model itself is within the tolerance of less
-        by_distance = sorted((percent / 100 for percent in percents), key=lambda each: abs(each - ratio))
-        return next((each for each in by_distance if any(self.candidate(each, cut) for cut in cuts)), 0.0)
+        plans = (self.nearest(1.0, each) for each in cuts)
+        return 1 - min(flops.count(plan, self.ref).total for plan in plans if plan) / self.total
 
     def cut_tokens(self, plan: Plan, stream: str, layer: int, target: float) -> Plan | None:
         """Keep as many tokens of a stream behind a layer as the FLOPs allow; None where the floors forbid it, or where it would
@@ -221,7 +221,7 @@ class Space:
 
 def descend(
     look: Callable[[dict[str, Cut]], Look],
-    towers: Mapping[str, tuple[int, Sequence[float]]],
+    towers: Streams,
     tell: Callable[[Look], None],
     known: list[Look],
     steps: Sequence[float] = STEPS,

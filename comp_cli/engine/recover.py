@@ -43,8 +43,10 @@ def refit(
         columns = torch.cat([kept, torch.tensor([channels])]).to(found.device)
         whole = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
     cross = whole @ found[:, columns].double()
+    now = whole[:, columns]
+    del whole  # of the widest part each of these is as large as a layer
     # The ridge pulls towards the plain slice, not towards zero: nothing pruned, nothing changed.
-    fitted = ridge_fit(found[columns][:, columns].double(), cross.T, whole[:, columns], ridge)
+    fitted = ridge_fit(found[columns][:, columns].double(), cross.T, now, ridge)
     if bias is None:
         return fitted.to(weight.dtype).contiguous(), None
     return fitted[:, :-1].to(weight.dtype).contiguous(), fitted[:, -1].to(bias.dtype).contiguous()
@@ -54,12 +56,14 @@ def ridge_fit(inner: Tensor, cross: Tensor, now: Tensor, ridge: float) -> Tensor
     """The weights (outputs, columns) nearest to a target in least squares, pulled towards those that are there, `now`.
 
     inner: Gram matrix of what is read, (columns, columns); cross: its products with the target, (columns, outputs); all in
-    fp64. ridge: times the mean of the Gram matrix's diagonal.
+    fp64. Both are overwritten, for of the widest part each is as large as a layer. ridge: times the mean of the Gram matrix's
+    diagonal.
     """
     shrink = ridge * inner.diagonal().mean().clamp(min=1e-30)  # where all that is read is zero
-    inner = inner.clone()
     inner.diagonal().add_(shrink)
-    return torch.cholesky_solve(cross + shrink * now.T, torch.linalg.cholesky(inner)).T  # positive definite by the ridge
+    lower = inner.T  # in the order of columns, in which it is factored where it lies
+    torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
+    return torch.cholesky_solve(cross.addcmul_(shrink, now.T), lower).T
 
 
 Fitted = dict[Key, tuple[Tensor, dict[str, Tensor]]]  # what was kept last, and the fit

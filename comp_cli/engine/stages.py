@@ -24,6 +24,8 @@ from . import flops
 from .schedule import TOLERANCE, Floors, prune_to
 from .scoring import Scores
 
+NOTHING = 0.01  # a smaller ratio is none
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -265,11 +267,13 @@ class Candidate:
 
 
 def out_of_reach(ratio: float, reached: float) -> DeadEnd:
-    towards = math.ceil if reached > ratio else math.floor  # units that are too coarse go too far for a lower ratio as well
-    hint = f"Try --ratio {towards(round(100 * reached, 6)) / 100:.2f}."
-    if reached < 0.01:
+    """What is advised is where this search came to; whether another one comes so far, search/reach.py tries."""
+    hint = f"Try --ratio {math.floor(100 * reached) / 100:.2f}."
+    if reached < NOTHING:
         hint = "This method finds nothing to remove; for texts, --text-tokens must not be longer than those of --data."
-    return DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)
+    error = DeadEnd(f"ratio {ratio} cannot be reached: the nearest plan has {reached:.3f}.", hint=hint)
+    error.reached = reached
+    return error
 
 
 def mode_shares(counted: flops.Flops, ref: flops.Reference) -> dict[str, int]:

@@ -21,6 +21,9 @@ BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
 PIECE = 4 * 2**20  # bytes that are read at once
 
 
+LAST_FIRST = ("BOOL", "F16", "BF16", "F32", "F64", "I64")  # the types in which the library writes tensors, the last one first
+
+
 class Place(NamedTuple):
     """Where a tensor lies in a file: its first byte and the one behind its last."""
 
@@ -33,6 +36,18 @@ class Place(NamedTuple):
     def row(self) -> int:
         """Bytes of a row of the first axis."""
         return (self.end - self.begin) // max(self.shape[0], 1)
+
+
+def file_size(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of the file that the library writes of tensors, name -> type and shape, with its header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (kind, shape) in sorted(kinds.items(), key=lambda item: (-LAST_FIRST.index(item[1][0]), item[0])):
+        size = math.prod(shape) * BITS[kind] // 8
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    told = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + told + -told % 8 + at
 
 
 def read_places(path: Path) -> dict[str, Place]:

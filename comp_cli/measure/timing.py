@@ -59,11 +59,52 @@ def time_interleaved(
     return taken
 
 
+def time_until(
+    runners: Mapping[Variant, Runner],
+    inputs: Inputs,
+    read: Callable[[dict[Variant, list[float]]], tuple[float, float, float]],
+    iterations: int,
+    width: float,
+    seconds: tuple[float, float],
+) -> tuple[float, float, float]:
+    """A value and its interval, read of the milliseconds of every variant: of at least so many rounds and seconds, and of more
+    until the interval is narrower than a share `width` of the value, or the most seconds are over."""
+    taken: dict[Variant, list[float]] = {key: [] for key in runners}
+    start = None
+    for done, found in enumerate(rounds(runners, inputs), start=1):
+        start = start or time.perf_counter()
+        for key, ms in found.items():
+            taken[key].append(ms)
+        spent = time.perf_counter() - start
+        if done < iterations or done % iterations or spent < seconds[0]:
+            continue
+        value, low, high = read(taken)
+        if high - low <= width * value or spent >= seconds[1]:
+            return value, low, high
+    raise AssertionError("rounds are endless")
+
+
 def summary(backend: str, side: str, batch: int, times: Sequence[float]) -> Latency:
     """The row of one variant from its times in milliseconds."""
     median = statistics.median(times)
     p90, p99 = np.percentile(times, [90, 99]).tolist()
-    return Latency(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median)
+    return Latency(backend, side, batch, len(times), median, p90, p99, 1000 * batch / median, *interval(times))
+
+
+def interval(times: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of their median, by a bootstrap over rounds."""
+    measured = np.asarray(times)
+    drawn = np.random.default_rng(0).integers(len(times), size=(RESAMPLES, len(times)))
+    low, high = np.percentile(np.median(measured[drawn], axis=-1), [2.5, 97.5]).tolist()
+    return low, high
+
+
+def median_interval(times: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The median, and the ends of its 95 % interval: a bootstrap over rounds."""
+    found = np.asarray(times)
+    drawn = np.random.default_rng(seed).integers(len(found), size=(RESAMPLES, len(found)))
+    low, high = np.percentile(np.median(found[drawn], axis=-1), [2.5, 97.5]).tolist()
+    return float(np.median(found)), low, high
 
 
 def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Factor:

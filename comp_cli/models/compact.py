@@ -1,7 +1,6 @@
 """A compact checkpoint on disk: what `comp prune` writes, and the proof that it loads."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from ..checkpoint.loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
+from ..checkpoint.places import copy_settings, without_places
 from ..checkpoint.precision import of_the_whole
 from ..checkpoint.runtimes import runtime_facts, ship
 from ..data.batches import Batch
@@ -56,7 +56,7 @@ def write_beside(
     config = stock_document(dense, plan) if stock else _with_block(dense, plan, document)
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(without_places(config), indent=2) + "\n")
     if not stock:
         ship(dense.family, folder)
     with quiet_libraries():
@@ -64,7 +64,7 @@ def write_beside(
         save_processor(load_processor(dense.source.folder), folder, dense.source.folder)
     generation = dense.source.folder / GENERATION
     if generation.is_file() and dense.family.topology.drops_in == "decoder":  # whose end of a text nothing else may say
-        shutil.copyfile(generation, folder / GENERATION)
+        copy_settings(generation, folder / GENERATION)
     card = model_card(
         document, dense.family, dense.task, dense.source.folder, longest=dense.text_tokens, facts=numbers, stock=stock
     )

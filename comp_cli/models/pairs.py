@@ -1,22 +1,45 @@
 """The pairs that a model is calibrated and judged on: the user's, or generated scenes; and batches of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..data.batches import Batch
 from ..data.pairset import PairSet
-from ..data.rows import Columns
+from ..data.rows import Accepts, Columns, Pair, every
 from ..data.scene_pairs import ScenePairs
 from ..data.sources import open_pairs
 from ..data.splits import Purpose
 from ..options import DataOptions
-from ..progress import Progress
+from ..progress import Progress, Silent
 from ..report.base import PairCounts, Texts
 from ..tasks import Task
 from .dense import Dense
 
-Pairs = ScenePairs | PairSet
+
+@dataclass(frozen=True)
+class ListedPairs:
+    """Pairs that were read already, for every purpose the same. said: where they come from."""
+
+    listed: Sequence[Pair]
+    said: str
+
+    def describe(self, purpose: Purpose) -> str:
+        return self.said
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Whoever read them has counted the rows."""
+        return {}
+
+    def read(self, purpose: Purpose, limit: int | None = None, seed: int = 0, accepts: Accepts = every) -> Iterator[Pair]:
+        """All of them, in their order."""
+        return iter(self.listed)
+
+
+Pairs = ScenePairs | PairSet | ListedPairs
 TRAINED = {"demo": ("itm",), "demo-vlm": ("vqa", "caption")}  # tasks of the built-in models
 
 
@@ -48,6 +71,22 @@ def generated_pairs(task: Task, labelled: bool) -> ScenePairs:
 def batches_of(dense: Dense, pairs: Pairs, purpose: Purpose, samples: int, batch_size: int, seed: int = 0) -> list[Batch]:
     """Batches of model inputs for a purpose, "calibration" or "evaluation"; the two share no image."""
     return list(dense.collate.batches(pairs.read(purpose, samples, seed, dense.task.accepts), batch_size))
+
+
+def pairs_to_choose_on(dense: Dense, pairs: Pairs, read: int, most: int, seed: int = 0) -> tuple[ListedPairs, bool]:
+    """Up to `most` pairs of the calibration's side, so that the evaluation has seen none of them, and whether the calibration,
+    which has read the first `read` pairs, has seen none of them either. Where it took all, its own are all there is."""
+    quiet = replace(pairs, told={}, progress=Silent()) if isinstance(pairs, PairSet) else pairs
+    seen = pairs.calibrated if isinstance(pairs, PairSet) else set()
+
+    def stream() -> Iterator[Pair]:
+        return quiet.read("calibration", None, seed, dense.task.accepts)
+
+    where = pairs.describe("calibration")
+    unseen = (pair for pair in islice(stream(), read, None) if not seen or pair.image_id not in seen)
+    if found := list(islice(unseen, most)):
+        return ListedPairs(found, f"{where}, behind the calibration pairs"), True
+    return ListedPairs(list(islice(stream(), min(read, most))), f"{where}, the calibration pairs themselves"), False
 
 
 def cut_texts(batches: Sequence[Batch], longest: int) -> Texts:

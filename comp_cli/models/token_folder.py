@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.download_check import is_hash
 from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
 from ..checkpoint.loading import check_sizes, describe, load_processor
+from ..checkpoint.places import copy_settings, without_places
 from ..checkpoint.runtimes import runtime_facts, runtime_of, ship
 from ..checkpoint.weight_files import check_checkpoint
 from ..errors import CompError
@@ -56,10 +57,11 @@ def write_folder(
         runtime=runtime_facts(dense.family),
     )
     config = told_apart(dense) | {"auto_map": auto_map(dense.family, dense.architecture)}
-    (folder / "config.json").write_text(json.dumps(config | {"comp": config["comp"] | block}, indent=2) + "\n")
+    config = without_places(config | {"comp": config["comp"] | block})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ship(dense.family, folder)
     for path in sorted({path for pattern in BESIDE for path in dense.source.folder.glob(pattern)}):
-        shutil.copyfile(path, folder / path.name)
+        copy_settings(path, folder / path.name)
     for path in sorted((dense.source.folder / TEMPLATES).glob("*.jinja")):
         (folder / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / TEMPLATES / path.name)
@@ -134,5 +136,6 @@ def check_folder_loads(folder: Path, dense: Described) -> None:
 def differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Names of what two configs say otherwise, leaving out what is written for comp and for loaders."""
     left_out = {"comp", "auto_map", "_name_or_path"}
+    expected, found = without_places(expected), without_places(found)
     names = (expected.keys() | found.keys()) - left_out
     return sorted(name for name in names if expected.get(name) != found.get(name))

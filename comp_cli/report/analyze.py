@@ -27,7 +27,7 @@ class LayerCost:
     Attributes:
         tower: name of the tower.
         layer: index of the layer in it.
-        flops: by part: attention, cross (cross-attention), ffn (feed-forward).
+        flops: by part: attention, cross (cross-attention), ffn (feed-forward). What is never pruned counts with the last one.
         params: parameters, by part.
     """
 

@@ -7,21 +7,18 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from transformers.models.auto import modeling_auto
 
-from ..families import Family
 from ..options import LAYOUTS
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the metadata of a dense model
 TAGS = ("comp", "pruned", "structured-pruning", "token-pruning")
-DECODER = "image-text-to-text"
-PIPELINES = {  # of tasks whose pipeline is beyond doubt
-    "zero-shot": "zero-shot-image-classification",
-    "retrieval": "zero-shot-image-classification",
-    "image-embedding": "image-feature-extraction",
-    "text-embedding": "feature-extraction",
-    "caption": "image-to-text",
-    "vqa": "visual-question-answering",
+CLASSES = {  # pipelines, with the stock classes that they take, by model_type
+    "zero-shot-image-classification": modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "visual-question-answering": modeling_auto.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES,
 }
+TASKS = {"image-embedding": "image-feature-extraction", "text-embedding": "feature-extraction"}
 HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")  # a local path is told by its name alone, see `cards.without_places`
 OWN, SYNTHETIC = "own", "synthetic"  # kinds of data that no data set of the hub is
 
@@ -39,11 +36,11 @@ def metadata_of(source: Path) -> dict[str, Any]:
         return {}
 
 
-def metadata(document: dict[str, Any], source: Path, tags: Sequence[str] = TAGS, family: Family | None = None) -> ModelCardData:
+def metadata(document: dict[str, Any], source: Path, tags: Sequence[str] = TAGS) -> ModelCardData:
     """Of the report of `comp prune`. source: the folder of the dense model, whose card is asked first."""
     base, metrics = document["base_model"], (document.get("quality") or {}).get("metrics") or {}
     told = kept_of(source)
-    told.setdefault("pipeline_tag", pipeline_of(document, family))
+    told.setdefault("pipeline_tag", pipeline_of(document.get("architecture"), document.get("task")))
     return ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
@@ -61,11 +58,10 @@ def kept_of(source: Path) -> dict[str, Any]:
     return {name: value for name, value in known if name in KEPT and isinstance(value, str | list)}
 
 
-def pipeline_of(document: dict[str, Any], family: Family | None) -> str | None:
-    """The kind of pipeline that takes a model; None where it is not certain, as for image-text matching."""
-    if family is not None and family.topology.drops_in == "decoder":
-        return DECODER
-    return PIPELINES.get(document.get("task", ""))
+def pipeline_of(architecture: str | None, task: str | None) -> str | None:
+    """The kind of pipeline that takes a stock class; None where it is not certain, as for image-text matching."""
+    taken = (name for name, classes in CLASSES.items() if architecture in classes.values())
+    return next(taken, TASKS.get(task or ""))
 
 
 def model_name(document: dict[str, Any]) -> str:
@@ -90,11 +86,11 @@ def results(document: dict[str, Any], pipeline: str | None) -> list[EvalResult] 
     ]
 
 
-def graphs_metadata(document: dict[str, Any], source: Path, family: Family) -> ModelCardData:
+def graphs_metadata(document: dict[str, Any], source: Path) -> ModelCardData:
     """Of the report of `comp export`. source: the folder of the compact checkpoint."""
     base = document["source"].get("base_model") or ""
     told = kept_of(source)
-    told.setdefault("pipeline_tag", pipeline_of(document["source"], family))
+    told.setdefault("pipeline_tag", pipeline_of(document["architecture"], document["source"].get("task")))
     if "/" in base and document["quantization"]:  # one of the relations that the hub knows; there is none for what is pruned
         told["base_model_relation"] = "quantized"
     return ModelCardData(

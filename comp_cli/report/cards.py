@@ -36,7 +36,7 @@ def model_card(
     """README.md of a compact checkpoint. source: the folder of the dense model; longest: tokens of a text where all are padded
     to one length; facts: see `Topology.facts`; stock: whether the class is a stock one."""
     base = document["base_model"]
-    head = metadata(document, source, family=family)
+    head = metadata(document, source)
     license, hub_id = head.license, document["options"].get("push_to_hub")
     lines = [
         f"# {base}, compact at ratio {document['ratio']:.2f}",
@@ -197,4 +197,4 @@ def graphs_card(
     if own and (writes := family.topology.generate_code):
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
         lines += [card_code.for_generate(writes, hub_id), ""]
-    return card(graphs_metadata(document, source, family), lines)
+    return card(graphs_metadata(document, source), lines)

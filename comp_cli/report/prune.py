@@ -181,6 +181,61 @@ class ImageTokens:
     weights: str | None = if_known()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A measurement of a model.
+
+    Attributes:
+        value: in the unit of the target.
+        low: lower end of its 95 % interval; the value itself where it is exact.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RatioTried:
+    """A ratio that was tried on the way to a target.
+
+    Attributes:
+        ratio: FLOPs reduction that was asked for.
+        found: what was measured; null where no plan has the ratio.
+        whole: whether the plan was searched for as `comp prune --ratio` does it; or else made of the last one that was.
+    """
+
+    ratio: float
+    found: Reading | None
+    whole: bool
+
+
+@dataclass(frozen=True)
+class TargetReached:
+    """What decided the ratio in its place.
+
+    Attributes:
+        kind: "target_speedup" (times), "target_latency_ms" (ms), "target_size" (bytes), or "max_drop" (points).
+        wanted: what was asked for.
+        measured: of the model that was written, measured anew; after a dry run that of the plan.
+        dense: the same of the dense model; null for speed-ups and losses, which are relative to it.
+        ratio: the ratio that was found.
+        on: what it was measured on.
+        tried: the ratios that were tried, in their order; losses on pairs that the final figure does not count.
+        missed: ratios whose model was made, and missed what was wanted when it was measured anew.
+    """
+
+    kind: str
+    wanted: float
+    measured: Reading
+    dense: Reading | None
+    ratio: float
+    on: str
+    tried: tuple[RatioTried, ...]
+    missed: tuple[float, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneReport(Report):
     """What was pruned, and what it costs in accuracy. A dry run ends with the plan: what is measured on the compact model is
@@ -213,6 +268,8 @@ class PruneReport(Report):
         size_bytes: size of the folders, bytes.
         seconds: duration of the whole run, s.
         cost: what the search took; left out after a resume.
+        target: what decided the ratio in its place; left out where one was given, and in comp_report.json, which is that of the
+            ratio.
         output: the folder that was written; null where none was.
         kept_samples: generated scenes, and which of their tokens stay; none where no tokens leave, or nothing was run.
         pushed: address of the commit on the Hub; left out where nothing was uploaded.
@@ -245,6 +302,7 @@ class PruneReport(Report):
     size_bytes: Sizes | None = if_known()
     seconds: float | None = if_known()
     cost: SearchCost | None = if_known()
+    target: TargetReached | None = if_known()
     output: Path | None = None
     kept_samples: tuple[SampleKept, ...] = ()
     pushed: str | None = if_known()

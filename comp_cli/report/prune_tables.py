@@ -5,11 +5,12 @@ from collections.abc import Mapping
 
 from ..engine import flops
 from ..families import find_family
+from ..options import flag
 from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .base import Sizes
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .prune import ImageTokens, LayerKept, PruneReport, Quality
+from .prune import ImageTokens, LayerKept, PruneReport, Quality, Reading
 
 Params = Mapping[tuple[str, int, str], int]  # (tower, layer, part) -> parameters
 KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
@@ -80,6 +81,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
         f"{millions(report.params.compact)}. Nothing was written (--dry-run). On {report.threads}."
     )
+    _print_target(report, out)
     _print_at_own_texts(report, out)
 
 
@@ -142,6 +144,30 @@ def in_words(tokens: Mapping[str, int], but: Mapping[str, int] | None = None) ->
     return ", ".join(f"{number} {kind} tokens" for kind, number in named.items())
 
 
+def target_value(kind: str, found: Reading) -> str:
+    """What was measured for a target, with its interval where it has one."""
+    if kind == "target_size":
+        return f"{found.value / 1e6:,.3f} MB"
+    if kind == "max_drop":
+        return f"{found.value:.2f} points"
+    unit = "times" if kind == "target_speedup" else "ms"
+    return f"{found.value:.2f} {unit} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _print_target(report: PruneReport, out: Printer) -> None:
+    """What decided the ratio."""
+    if (found := report.target) is None:
+        return
+    asked = f"{found.wanted / 1e6:g}MB" if found.kind == "target_size" else f"{found.wanted:g}"
+    of_dense = "" if found.dense is None else f", of {target_value(found.kind, found.dense)} dense"
+    measured = f"{target_value(found.kind, found.measured)}{of_dense}"
+    out.line(f"{flag(found.kind)} {asked}: ratio {found.ratio:g} of {len(found.tried)} that were tried; {measured}.")
+    chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
+    out.line(f"{chosen} {found.on}.")
+    if found.missed:
+        out.line(f"Made and measured, it was missed at ratio {', '.join(f'{ratio:g}' for ratio in found.missed)}.")
+
+
 def _print_at_own_texts(report: PruneReport, out: Printer) -> None:
     if (own := report.at_own_texts) is not None:
         at = in_words(own.tokens, but=report.reference.tokens)
@@ -161,6 +187,7 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
         f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s on {report.threads}."
     )
     _print_at_own_texts(report, out)
+    _print_target(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
     print_streamed(report, out)

@@ -26,7 +26,7 @@ LIMITS = """## Limits
 def token_card(document: dict[str, Any], family: Family, task: Task, source: Path) -> str:
     """README.md of a folder. source: the folder of the dense model."""
     base, found, options = document["base_model"], document["image_tokens"], document["options"]
-    head = metadata(document, source, tags=("comp", "token-pruning"), family=family)
+    head = metadata(document, source, tags=("comp", "token-pruning"))
     stages = [f"| before layer {one['layer']} | {one['rule']} | {one['kept']} of {one['of']} |" for one in found["stages"]]
     saved = {
         "FLOPs of the prompt": (document["flops"], gflops),

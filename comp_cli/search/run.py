@@ -15,7 +15,7 @@ from ..engine.methods import METHODS
 from ..engine.scoring import Key
 from ..engine.statistics import even_prices
 from ..engine.token_ranking import with_score_rule
-from ..errors import UsageError
+from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense
 from ..models.described import image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
@@ -29,6 +29,7 @@ from .journal import Journal
 from .layer_by_layer import Streaming
 from .once import Once
 from .processes import from_main
+from .reach import nearest_in_reach, out_of_reach, repeated
 from .training_free import State, TrainingFree
 from .uniform_plans import check_uniform, compare_uniform, uniform_plans
 from .with_training import Trained
@@ -48,13 +49,74 @@ class SearchResult:
     texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
 
 
+@dataclass(frozen=True)
+class Sought:
+    """A plan that was found, and what makes its model. known: whether it, or some of it, was found before."""
+
+    state: State
+    way: Trained | TrainingFree | Streaming
+    texts: Texts
+    known: bool
+
+
 def search(
     dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once | None = None
 ) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one, which the first of several processes
     has. once: what searches of other ratios have made, with options that are the same but for the ratio."""
     begin = time.perf_counter()
-    once = once or Once()
+    found = seek(dense, pairs, options, journal, progress, once or Once())
+    state, model = found.state, found.way.build(found.state.plan)
+    seconds = None if found.known else time.perf_counter() - begin
+    taken = state.stages if isinstance(state, stages.SearchState) else []
+    looks = state.looks if isinstance(state, allocation.AllocationState) else []
+    return SearchResult(state.plan, taken, looks, found.way.finish(state, model, progress), seconds, found.texts)
+
+
+def seek(
+    dense: Dense,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    journal: Journal | None,
+    progress: Progress,
+    once: Once,
+    *,
+    advises: bool = True,
+) -> Sought:
+    """The plan of a method, as `search` does it. What was found for a ratio before stands in `once`, unless its weights were
+    trained on the way. advises: whether the error of a ratio out of reach names one that is not, which takes a while."""
+    ready = prepare(dense, pairs, options, journal, progress, once)
+    dense, way, saved = ready.dense, ready.way, ready.saved
+    done = once("plans that were found", dict[float, State])
+    known = None if saved else done.get(options.ratio)
+    state = known or state_of(dense, options, saved)
+    if saved:
+        way.restore(saved, state.plan)
+    if not way.is_over and known is None:
+        if isinstance(state, allocation.AllocationState):
+            compare_plans(dense, options, way, state, ready.batches, progress, advises=advises)
+        else:
+            run_stages(dense, options, way.measure, state, lambda: way.save(state), progress, advises=advises)
+    if not options.training.stage_steps:
+        done[options.ratio] = state
+    return Sought(state, way, ready.texts, known=saved is not None or known is not None)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a search begins with. dense: as it is searched. saved: what the journal holds."""
+
+    dense: Dense
+    way: Trained | TrainingFree | Streaming
+    batches: list[Batch]
+    texts: Texts
+    saved: dict[str, Any] | None
+
+
+def prepare(
+    dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once
+) -> Ready:
+    """The calibration. Of options without a ratio (0) it is that of any."""
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
     check_asked(dense, options)
@@ -70,7 +132,6 @@ def search(
     if journal:
         journal.settings["content of the calibration pairs"] = fingerprint(batches)
     saved = from_main(lambda: journal.load() if journal else None)
-    state = state_of(dense, options, saved)
     way: Trained | TrainingFree | Streaming
     if isinstance(dense, StreamedDense):
         way = Streaming(dense, options, batches, judges, journal, progress)
@@ -78,18 +139,7 @@ def search(
         way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once)
     else:
         way = TrainingFree(dense, options, batches, judges, journal, progress, once)
-    if saved:
-        way.restore(saved, state.plan)
-    if not way.is_over:
-        if isinstance(state, allocation.AllocationState):
-            compare_plans(dense, options, way, state, batches, progress)
-        else:
-            run_stages(dense, options, way.measure, state, lambda: way.save(state), progress)
-    model = way.build(state.plan)
-    seconds = None if saved else time.perf_counter() - begin
-    taken = state.stages if isinstance(state, stages.SearchState) else []
-    looks = state.looks if isinstance(state, allocation.AllocationState) else []
-    return SearchResult(state.plan, taken, looks, way.finish(state, model, progress), seconds, texts)
+    return Ready(dense, way, batches, texts, saved)
 
 
 def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samples: int) -> list[Batch]:
@@ -116,7 +166,8 @@ def check_asked(dense: Dense, options: ResolvedOptions) -> None:
         raise UsageError(f"--method {options.method}: none of what it removes is among the modes that are on.")
     if options.uniform:
         check_uniform(dense, options, method.compares_plans)
-        uniform_plans(dense, space_of(dense, options, even_prices(dense.plan)), options.ratio)  # whether there are any
+        if options.ratio:
+            uniform_plans(dense, space_of(dense, options, even_prices(dense.plan)), options.ratio)  # whether there are any
     leaves = leaving_of(dense, options) if method.compares_plans else None
     if options.tokens_method and leaves is None:
         said = (
@@ -139,12 +190,15 @@ def compare_plans(
     state: allocation.AllocationState,
     batches: list[Batch],
     progress: Progress,
+    *,
+    advises: bool = True,
 ) -> None:
     """Whole plans of the ratio, told as they pass; `state` ends with the best one. Raises DeadEnd where the ratio is out of
     reach."""
     space = space_of(dense, options, way.prices or {})
     if options.uniform:
         return compare_uniform(dense, options, way, state, space, progress)
+    streams, steps = descent_of(dense, way, batches, space)
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
         plan = space.candidate(options.ratio, cuts)
@@ -165,16 +219,23 @@ def compare_plans(
             way.save(state)
             bar.advance(found.in_words())
 
-        streams = streams_of(dense, batches, space.leaving)
-        steps: Sequence[float] = allocation.STEPS
-        if not way.thorough:  # looks are dear: one start, long steps
-            streams, steps = {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, steps[:1]
         most = options.looks or math.inf
         best = allocation.descend(look, streams, tell, list(state.looks), steps, most)
     plan = space.candidate(options.ratio, best.cuts) if best else None
     if plan is None:
-        raise stages.out_of_reach(options.ratio, space.reachable(options.ratio, streams))
+        works, reached = nearest_in_reach(options.ratio, space, streams, steps) if advises else (None, space.most(streams))
+        raise out_of_reach(options.ratio, reached, works)
     state.plan = plan
+
+
+def descent_of(
+    dense: Dense, way: Trained | TrainingFree | Streaming, batches: list[Batch], space: allocation.Space
+) -> tuple[allocation.Streams, Sequence[float]]:
+    """Where descents begin, and in which steps they go: where looks are dear, from one start in long ones."""
+    streams = streams_of(dense, batches, space.leaving)
+    if way.thorough:
+        return streams, allocation.STEPS
+    return {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, allocation.STEPS[:1]
 
 
 def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
@@ -239,8 +300,10 @@ def run_stages(
     state: stages.SearchState,
     save: Callable[[], None],
     progress: Progress,
+    *,
+    advises: bool = True,
 ) -> None:
-    """The stages of a method, told as they pass."""
+    """The stages of a method, told as they pass. Raises DeadEnd where the ratio is out of reach, with one that is not."""
     method, floors = METHODS[options.method], schedule.Floors.of(dense.family, dense.plan)
     each = max(1, options.stages // len(method.phases)) if method.phases and options.training.stage_steps else 1
     expected = each * len(method.phases) if method.phases else options.stages
@@ -253,11 +316,24 @@ def run_stages(
             save()
             bar.advance(f"ratio {stage.ratio:.3f} by {stage.mode}, metric {stage.metric:.3f}")
 
-        if method.phases:
-            rest = (method.phases, each, floors, state, tell)
-            stages.prune_in_phases(dense.plan, dense.reference, options.ratio, measure, *rest)
-        else:
-            stages.search(dense.plan, dense.reference, options.ratio, measure, strategy_of(options), floors, state, tell)
+        def go(ratio: float, state: stages.SearchState, tell: Callable[[stages.Stage], None]) -> None:
+            begin = dense.plan, dense.reference, ratio, measure
+            if method.phases:
+                stages.prune_in_phases(*begin, method.phases, each, floors, state, tell)
+            else:
+                stages.search(*begin, strategy_of(options), floors, state, tell)
+
+        def again(ratio: float) -> None:
+            go(ratio, stages.SearchState.start(dense.plan, options.seed), lambda _: None)
+
+        try:
+            go(options.ratio, state, tell)
+        except DeadEnd as error:
+            works = None
+            if advises and not options.training.stage_steps:
+                progress.say("looking for a ratio that can be reached ...")
+                works = repeated(error, again)
+            raise out_of_reach(options.ratio, error.reached, works) from None
 
 
 def strategy_of(options: ResolvedOptions) -> stages.Strategy:

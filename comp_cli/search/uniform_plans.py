@@ -1,9 +1,10 @@
 """The search of a plan that a stock class takes: the few uniform plans of a ratio are compared by what they lose."""
 
 import math
+from collections.abc import Iterator
 
 from ..engine import allocation, flops
-from ..engine.stages import out_of_reach
+from ..engine.schedule import TOLERANCE
 from ..engine.uniform import Sizes, Uniform, spread
 from ..errors import RefusedError, UsageError
 from ..models.dense import Dense
@@ -12,6 +13,7 @@ from ..options import ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from .layer_by_layer import Streaming
+from .reach import nearest, out_of_reach
 from .training_free import TrainingFree
 from .with_training import Trained
 
@@ -36,18 +38,28 @@ def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[t
     uniform = Uniform(space)
     every = [(sizes, uniform.plan(sizes)) for sizes in uniform.of_ratio(ratio)]
     if not every:
-        raise out_of_reach(ratio, uniform.most)
+        works = nearest(ratio, lambda each: any(takes(dense, uniform, each)), uniform.most + TOLERANCE)
+        raise out_of_reach(ratio, uniform.most, works)
     said = [config_refuses(dense, plan) for _, plan in every]
     some = spread([found for found, why in zip(every, said, strict=True) if why is None])
     later = [class_refuses(dense, plan) for _, plan in some]
     taken = [found for found, why in zip(some, later, strict=True) if why is None]
     if not taken:
         why = next(why for why in (*later, *said) if why is not None)
+        works = nearest(ratio, lambda each: any(takes(dense, uniform, each)), uniform.most + TOLERANCE)
+        another = "" if works is None else f"--ratio {works:g} has one; "
         raise RefusedError(
             f"--uniform: no plan of ratio {ratio} is one that {dense.architecture} takes: {why}.",
-            hint="Another --ratio may have one; without --uniform every layer has its own size, and the folder brings code.",
+            hint=f"{another}without --uniform every layer has its own size, and the folder brings code.",
         )
     return taken
+
+
+def takes(dense: Dense, uniform: Uniform, ratio: float) -> Iterator[bool]:
+    """Of the plans of a ratio that are looked at, whether the stock class takes them."""
+    plans = [(sizes, uniform.plan(sizes)) for sizes in uniform.of_ratio(ratio)]
+    fit = spread([found for found in plans if config_refuses(dense, found[1]) is None])
+    return (class_refuses(dense, plan) is None for _, plan in fit)
 
 
 def compare_uniform(

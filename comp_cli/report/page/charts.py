@@ -135,14 +135,14 @@ def heat_map(label: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Html:
         marks.append(tag("text", name, class_="tick", x="5.5%", y=top + 14, text_anchor="end"))
         room = (1 - left) / max(len(cells), 1)
         for place, cell in enumerate(cells):
-            where, strong = left + place * room, "on" if cell.share > 0.55 else "off"
+            where = left + place * room
             how = {"x": percent_of(where), "width": percent_of(room * 0.97), "y": top + 1, "height": HEAT_ROW - 2}
             marks.append(
                 tag("rect", tag("title", cell.said), class_="heat", fill_opacity=f"{max(cell.share, 0.03):.2f}", **how)
             )
             if cell.written is not None:
                 middle = {"x": percent_of(where + room / 2), "y": top + 14, "text_anchor": "middle"}
-                marks.append(tag("text", cell.written, class_=f"cell {strong}", **middle))
+                marks.append(tag("text", cell.written, class_="cell", **middle))
     return drawn(label, HEAT_ROW * len(rows), marks)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .markup import Html, Piece, tag
 
 LEFT, RIGHT = 11.0, 3.0  # percent of the width that the axis on the left takes, and that stay free on the right
-TOP, BOTTOM = 14, 34  # pixels above and below what is drawn
+TOP, BOTTOM = 20, 36  # pixels above and below what is drawn
 TICKS = 4  # lines across a chart, about
 
 
@@ -87,8 +87,8 @@ def grid(frame: Frame, ticks: Sequence[float], spell: Callable[[float], str]) ->
 def below(frame: Frame, places: Sequence[tuple[float, str]], title: str) -> Iterator[Html]:
     """Texts under the field, at places from 0 to 1, and what they are."""
     for share, text in places:
-        yield tag("text", text, class_="tick", x=frame.x(share), y=TOP + frame.height + 15, text_anchor="middle")
-    yield tag("text", title, class_="axis", x=frame.x(0.5), y=TOP + frame.height + 31, text_anchor="middle")
+        yield tag("text", text, class_="tick", x=frame.x(share), y=TOP + frame.height + 17, text_anchor="middle")
+    yield tag("text", title, class_="axis", x=frame.x(0.5), y=TOP + frame.height + 33, text_anchor="middle")
 
 
 def line(frame: Frame, points: Sequence[tuple[float, float]], kind: str) -> Iterator[Html]:

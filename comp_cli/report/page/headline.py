@@ -7,7 +7,7 @@ from ...tasks.base import is_share
 from ..numbers import percent, short, short_bytes
 from ..prune_tables import in_words
 from .figures import Document, Path, Spell, signed_points
-from .markup import Html, Piece, joined, tag
+from .markup import Html, Piece, tag
 from .shell import folded, section, sentences, table
 
 COSTS = {"flops": "FLOPs of a sample", "params": "parameters"}
@@ -89,10 +89,14 @@ def quality(document: Document) -> Html | None:
     rows.append(["KL(dense, compact), nats", "", document.figure(("quality", "divergence"), lambda x: f"{x:.4f}"), ""])
     samples = document.figure(("quality", "samples"), lambda n: f"{n:,}")
     lead = ["Dense and compact on ", samples, f" pairs that pruning did not see ({found['data']})."]
-    if found["metrics"] and is_share(found["metric"]):
-        one = joined([" One pair is ", f"{100 / found['samples']:.2g} points: differences of a few pairs may be chance."])
-        lead.append(one)
+    if found["metrics"]:
+        lead.append(one_pair(found["metric"], found["samples"]))
     return section("What was lost", table(["", "dense", "compact", "difference"], rows), lead=lead)
+
+
+def one_pair(metric: str, samples: int) -> str:
+    """How fine a metric is, as a sentence; nothing for one that is no share of the samples."""
+    return f" One pair is {100 / samples:.2g} points: differences of a few pairs may be chance." if is_share(metric) else ""
 
 
 def command(document: Document) -> Html | None:
@@ -105,7 +109,7 @@ def cautions(document: Document) -> Html | None:
     """What a reader should know of the numbers, of what the document says; warnings of the run among them."""
     lines: list[Piece] = list(document.get("warnings") or [])
     measured = document.get("quality") or {}
-    if "quality" in document.content or document.get("samples"):
+    if "quality" in document.content or document.get("diagnostics"):
         data = measured.get("data") or document.get("data") or ""
         if data.startswith("generated scenes") and not _is_built_in(document):
             lines.append("Measured on generated scenes, not on pictures of yours: --data says what it is for them.")
@@ -168,12 +172,16 @@ def totals(document: Document) -> list[Html]:
     if document.get("decoder"):
         found.append(card("KV cache behind the prompt", document.figure(("decoder", "kv_cache_bytes"), short_bytes)))
         found.append(card("image tokens", document.figure(("decoder", "image_tokens"), lambda n: f"{n:,}")))
-    if document.get("samples"):
-        found.append(card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data")))
-    return found
+    return [*found, *_samples(document)]
 
 
 def compared(document: Document) -> list[Html]:
     """Cards of a compact model that was analyzed."""
     found = [size_card(document, name, ("compact", key), short) for key, name in COSTS.items()]
-    return [*found, card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data"))]
+    return [*found, *_samples(document)]
+
+
+def _samples(document: Document) -> list[Html]:
+    """What was looked at; nothing where nothing was."""
+    shown = bool(document.get("samples"))
+    return [card("samples", document.figure(("samples",), lambda n: f"{n:,}"), document.at("data"))] * shown

@@ -55,7 +55,7 @@ def conclusions(document: Document) -> Html:
         limits = ["Judged: ", judged, " (limits ", low, " and ", high, ")."]
         what = " of the way from chance to all" if one["finding"] == "tokens" else " of the least important heads"
         head = tag("b", f"{VERDICTS[one['verdict']]}: {one['tower']}, {FINDINGS[one['finding']]}")
-        said = tag("span", one["sentence"].partition(": ")[2])
+        said = tag("p", one["sentence"].partition(": ")[2])
         items.append(tag("li", head, said, tag("small", [*limits[:2], what, *limits[2:]])))
     return tag("ul", items, class_="findings")
 
