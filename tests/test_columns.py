@@ -86,7 +86,7 @@ def measured(backends, batches, times):
         peak_memory_bytes=tuple(PeakMemory(backend, side, 128, 9000 * MIB, 340 * MIB)
                                 for backend in ("torch", "onnx") for side in sides),
         flops_reduction=2.0,
-        timings=tuple(Latency(backend, side, batch, 10, times, 1.1 * times, 1.2 * times, 1234.5)
+        timings=tuple(Latency(backend, side, batch, 10, times, 1.1 * times, 1.2 * times, 1234.5, times, 1.1 * times)
                       for backend, batch in every for side in sides),
         speedups=tuple(Speedup(backend, batch, factor(12.34), factor(1.2), factor(10.2), 0.85, factor(23.45))
                        for backend, batch in every),
