@@ -389,6 +389,7 @@ def export(
     quantize: str | None = ExportOptions.quantize,
     layout: str = ExportOptions.layout,
     split: bool = ExportOptions.split,
+    with_preprocessing: bool = ExportOptions.with_preprocessing,
     data: StrPath | None = DataOptions.data,
     image_column: str | None = DataOptions.image_column,
     text_column: str | None = DataOptions.text_column,
@@ -416,8 +417,10 @@ def export(
         dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
         quantize: "int8": int8 dynamic quantization; "int4": int4 weights, of the language model of a decoder that reads images;
             layers that change predictions stay in float.
-        layout: "optimum", or "transformers.js": graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
         split: write vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once.
+        with_preprocessing: graphs take pictures as they are, uint8 (images, height, width, 3) of any size, and resize, crop and
+            normalise them; refused where a graph cannot do what the processor does.
         data: image-text pairs to check parity on (default: built-in synthetic scenes).
         image_column: column with images or their paths (default: found by its name, as for all columns).
         text_column: column with texts.
@@ -458,6 +461,7 @@ def export(
         dtype=dtype,
         quantize=quantize,
         layout=layout,
+        with_preprocessing=with_preprocessing,
         optimize=optimize,
         atol=atol,
         keep_failed=keep_failed,

@@ -16,7 +16,7 @@ SCORE_ROWS = 64  # query rows that score image tokens; ranks nearly as all rows 
 LARGE_FLOPS = 10e9  # for one pair: models from here on are large
 OPSET = 20
 THREADS = 0  # chosen by the size of the model, and by the cores that the process has
-LAYOUTS = ("optimum", "transformers.js")  # names of graphs in a folder, and what the graphs of decoders that read images take
+LAYOUTS = ("optimum", "transformers.js")  # names of files in a folder, and what the graphs of decoders that read images take
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -407,7 +407,8 @@ class ExportOptions(Checked):
         split: whether images and texts get a graph each.
         dtype: of the weights; inputs and outputs stay fp32.
         quantize: "int8" for int8 dynamic quantization, "int4" for int4 weights of a decoder that reads images.
-        layout: "optimum", or "transformers.js" for graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
+        with_preprocessing: whether graphs take pictures as they are, uint8 of any size, and make pixel values themselves.
         optimize: whether ONNX Runtime's fusions are applied ahead of time.
         atol: max. abs. error against PyTorch; None for that of the dtype or quantization.
         keep_failed: whether refused graphs are left in OUTPUT.failed.
@@ -424,6 +425,7 @@ class ExportOptions(Checked):
     dtype: str = DTYPES[0]
     quantize: str | None = None
     layout: str = LAYOUTS[0]
+    with_preprocessing: bool = False
     optimize: bool = False
     atol: float | None = None
     keep_failed: bool = False

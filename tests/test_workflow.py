@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "docs" / "workflows"
 SMALL = {
-    "ratio = 0.5": 'ratio = 0.02\nmethod = "joint"\nnum-samples = 4\nbatch-size = 4',
+    "ratio = 0.5": 'ratio = 0.05\nmethod = "wanda"\nnum-samples = 4\nbatch-size = 4',
     "eval-samples = 256": "eval-samples = 4",
 }
 SMALL |= {"[1, 8]": "1\niterations = 3\nduration = 0.1", '["torch", "onnx"]': '"torch"'}

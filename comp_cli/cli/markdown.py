@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-SPECIAL = re.compile(r"[\\`*\[\]<>|~]|(?<!\w)_|_(?!\w)")  # an underscore between letters means nothing
+SPECIAL = re.compile(r"[\\`*\[\]<|~]|(?<!\w)_|_(?!\w)|^[>#+]")  # an underscore between letters means nothing
 
 
 def escaped(text: str) -> str:

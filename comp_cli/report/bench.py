@@ -74,7 +74,7 @@ class PeakMemory:
     side: str
     batch: int
     bytes: int
-    baseline_bytes: int
+    baseline_bytes: int = 0
 
 
 @dataclass(frozen=True)
