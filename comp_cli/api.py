@@ -6,6 +6,7 @@ the same sentences. The library is silent: see `Progress`. Light to import; what
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -70,6 +71,7 @@ def analyze(
     score_rows: int = AnalyzeOptions.score_rows,
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
+    threads: int = AnalyzeOptions.threads,
     png: StrPath | None = AnalyzeOptions.png,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
@@ -97,6 +99,7 @@ def analyze(
         score_rows: query rows that score image tokens; 0 for all.
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         png: picture to write: which tokens stay in a compact model, a heat map of what matters in a dense one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
@@ -129,6 +132,7 @@ def analyze(
         device=device,
         data=DataOptions(_text(data), split, *columns),
         task=task,
+        threads=threads,
         png=_path(png),
         html=_path(html),
     )
@@ -143,7 +147,7 @@ def analyze(
             check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
-    report = _reported(work, progress)
+    report = _reported(work, progress, threads)
     if options.html is not None:  # with what was warned of
         from .report.page.files import write_page
         from .report.page.pages import analyze_page
@@ -190,6 +194,7 @@ def prune(
     score_rows: int = PruneOptions.score_rows,
     seed: int = PruneOptions.seed,
     device: str = PruneOptions.device,
+    threads: int = PruneOptions.threads,
     steps: int = Training.steps,
     epochs: float | None = Training.epochs,
     lr: float | None = Training.lr,
@@ -261,6 +266,7 @@ def prune(
         score_rows: query rows that score image tokens; 0 for all (CoMP's full form).
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         steps: fine-tuning steps (0: training-free).
         epochs: fine-tuning epochs over the data, in place of steps.
         lr: learning rate (default: by the model's size).
@@ -346,6 +352,7 @@ def prune(
         cit=cit,
         explore=explore,
         history=history,
+        threads=threads,
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
         looks=looks,
         max_memory=parse_bytes(max_memory),
@@ -400,7 +407,7 @@ def prune(
         how |= {"work": prune_within_memory, "plan_only": plan_only}
         return and_push(lambda: prune(options, folder, told, **how), options, told, **pushed)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -420,6 +427,7 @@ def export(
     split_column: str | None = DataOptions.split_column,
     atol: float | None = ExportOptions.atol,
     device: str = ExportOptions.device,
+    threads: int = ExportOptions.threads,
     optimize: bool = ExportOptions.optimize,
     target: str = ExportOptions.target,
     opset: int = ExportOptions.opset,
@@ -450,6 +458,7 @@ def export(
         split_column: column that names each row's split; "" for none.
         atol: max. abs. error against PyTorch (default: by precision).
         device: where parity is checked: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
         target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
         opset: ONNX opset, 18 to 23; of decoders that read images always 23.
@@ -488,6 +497,7 @@ def export(
         keep_failed=keep_failed,
         device=device,
         data=DataOptions(_text(data), None, image_column, text_column, None, answer_column, split_column),
+        threads=threads,
         push_to_hub=push_to_hub,
         private=private,
     )
@@ -502,7 +512,7 @@ def export(
         how = {"overwrite": overwrite}
         return and_push(lambda: export(source.folder, place, options, told, **how), options, told, **how)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -538,7 +548,7 @@ def bench(
         batch: batch sizes; one number, one text with commas, or several numbers.
         iterations: least number of timed runs of each variant.
         duration: least seconds of timed runs for each batch size, s.
-        threads: CPU threads; 0 for all cores.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         text_tokens: text length of the inputs, tokens.
         seed: random seed, of the inputs and of the bootstrap.
         min_speedup: gate: every row must be so many times faster than stock on its backend.
@@ -594,7 +604,7 @@ def bench(
         if options.save and isinstance(report, BenchReport):
             save(report, options.save)
 
-    return _reported(work, progress, keep)
+    return _reported(work, progress, threads, keep)
 
 
 @checked
@@ -745,6 +755,12 @@ def load_onnx(
     return generation.load_writer(source.folder, place)
 
 
+def _threads(asked: int) -> AbstractContextManager[None]:
+    from .commands.threads import at_work
+
+    return at_work(asked)
+
+
 def _text(path: StrPath | None) -> str | None:
     return None if path is None else os.fspath(path)
 
@@ -754,12 +770,17 @@ def _path(path: StrPath | None) -> Path | None:
 
 
 def _reported(
-    work: Callable[[Progress], R], progress: Progress | None, keep: Callable[[Report], None] = lambda report: None
+    work: Callable[[Progress], R],
+    progress: Progress | None,
+    threads: int | None = None,
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> R:
-    """The report of some work, with its warnings; that of a missed gate as well. keep: what is done with either."""
+    """The report of some work, with its warnings; that of a missed gate as well. threads: that it works with, None where it
+    calculates nothing. keep: what is done with either report."""
     told = Recorder(progress)
     try:
-        report = replace(work(told), warnings=tuple(told.warnings))
+        with nullcontext() if threads is None else _threads(threads):
+            report = replace(work(told), warnings=tuple(told.warnings))
     except CompError as error:
         if error.report is not None:
             error.report = replace(error.report, warnings=tuple(told.warnings))

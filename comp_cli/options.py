@@ -15,6 +15,7 @@ TEXT_TOKENS = 35  # of the reference input
 SCORE_ROWS = 64  # query rows that score image tokens; ranks nearly as all rows do: benchmarks/score_rows.py
 LARGE_FLOPS = 10e9  # for one pair: models from here on are large
 OPSET = 20
+THREADS = 0  # chosen by the size of the model, and by the cores that the process has
 LAYOUTS = ("optimum", "transformers.js")  # names of files in a folder, and what the graphs of decoders that read images take
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
@@ -265,6 +266,7 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        threads: CPU threads; 0 for as many as pay.
         png: picture to write: which tokens stay in a compact model, what matters in a dense one.
         html: page to write.
     """
@@ -278,6 +280,7 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    threads: int = THREADS
     png: Path | None = None
     html: Path | None = None
 
@@ -384,6 +387,7 @@ class PruneOptions(Checked):
         cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
+        threads: CPU threads; 0 for as many as pay.
         image_tokens: how many image tokens of a decoder stay; left out for other models.
         looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
         max_memory: bytes that the work may take; left out for what the machine has.
@@ -417,6 +421,7 @@ class PruneOptions(Checked):
     cit: bool = True
     explore: bool = True
     history: bool = True
+    threads: int = THREADS
     # These are left out of reports where they are None, as report.base.if_known says it.
     image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
     looks: int | None = field(default=None, metadata={"if_known": True})
@@ -455,6 +460,7 @@ class ExportOptions(Checked):
         keep_failed: whether refused graphs are left in OUTPUT.failed.
         device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
         data: the real pairs that they are checked on.
+        threads: CPU threads; 0 for as many as pay.
         push_to_hub: repository that the folder is uploaded to.
         private: whether that is made for its owners only.
     """
@@ -471,6 +477,7 @@ class ExportOptions(Checked):
     keep_failed: bool = False
     device: str = "cpu"
     data: DataOptions = DataOptions()
+    threads: int = THREADS
     push_to_hub: str | None = None
     private: bool = False
 
@@ -500,7 +507,7 @@ class BenchOptions(Checked):
         batches: batch sizes.
         iterations: least number of timed runs of each variant.
         duration: least seconds of timed runs for each batch size.
-        threads: CPU threads; 0 for all cores.
+        threads: CPU threads; 0 for as many as pay.
         text_tokens: text length of the inputs.
         seed: random seed, of the inputs and of the bootstrap.
         gates: what must be shown.
@@ -513,7 +520,7 @@ class BenchOptions(Checked):
     batches: tuple[int, ...] = (1, 8)
     iterations: int = 10
     duration: float = 5.0
-    threads: int = 0
+    threads: int = THREADS
     text_tokens: int = TEXT_TOKENS
     seed: int = 0
     gates: Gates = Gates()

@@ -60,6 +60,7 @@ def export(
     device: Annotated[
         str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.", autocompletion=choices.devices)
     ] = ExportOptions.device,
+    threads: given.Threads = ExportOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     overwrite: given.Overwrite = False,

@@ -146,6 +146,7 @@ def prune(
     score_rows: given.ScoreRows = PruneOptions.score_rows,
     seed: given.Seed = PruneOptions.seed,
     device: given.Device = PruneOptions.device,
+    threads: given.Threads = PruneOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,

@@ -38,6 +38,7 @@ from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
+from ..models.described import dense_flops
 from ..models.pairs import pair_counts, warn_cut_texts
 from ..onnx import parity, preprocessing, rewrite, transformers_js, wide_decoder
 from ..onnx.checks import least_runtime, require_runtime
@@ -50,6 +51,7 @@ from ..report.card_pictures import save_example
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
+from . import threads
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
@@ -108,6 +110,7 @@ def _export(
     pictures = prepared_in_graphs(folder, family, processor) if options.with_preprocessing else None
     model = load_model(folder, family=family, dtype=torch.float32)
     described = config_of(model)
+    threads.fit(dense_flops(described, family, architecture, TEXT_TOKENS) * parity.BATCH)
     longest = longest_text(described.to_dict(), family, processor)
     checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
@@ -165,6 +168,7 @@ def _export(
             keep=_keeps(config),
             logit_scale=numbers.get("logit_scale"),
             logit_bias=numbers.get("logit_bias"),
+            threads=threads.in_use(),
             checked_on=options.device,
             data=source.describe("evaluation") if source else "generated scenes",
             pairs=pair_counts(source) if source else {},

@@ -13,6 +13,7 @@ from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
+from ..engine import flops
 from ..engine.allocation import Look
 from ..engine.methods import DECODER, METHODS, check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
@@ -49,6 +50,7 @@ from ..search.once import Once
 from ..search.processes import check_launch, is_main_process, join, process_device, processes
 from ..search.run import SearchResult, search
 from ..search.trainer import count_steps, precision
+from . import threads
 from .judging import check_drop, compare
 from .prune_options import check
 
@@ -192,7 +194,9 @@ def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions,
         **sizes,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
-    return Opened(dense, pairs, resolve_defaults(dense, pairs, options, progress))
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
+    return Opened(dense, pairs, resolved)
 
 
 def prune_in_memory(
@@ -303,16 +307,15 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that numbers depend on: a run may go on with more memory, or less, and go elsewhere."""
-    others = ("max_memory", "push_to_hub", "private")
+    """The options that numbers depend on: a run may go on with more of the machine, or less, and go elsewhere."""
+    others = ("max_memory", "threads", "push_to_hub", "private")
     return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
     """What of the place and the versions is known at once."""
-    where = {"threads": torch.get_num_threads(), "processes": processes()}
     return {
-        **where,
+        "processes": processes(),
         "comp": __version__,
         "torch": str(torch.__version__),
         "precision of the training": precision(options.training),
@@ -368,6 +371,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         compared=(),
         texts={},
         pairs={},
+        threads=threads.in_use(),
         plan=plan,
     )
 

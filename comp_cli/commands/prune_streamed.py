@@ -15,6 +15,7 @@ from ..checkpoint.header_check import read_headers
 from ..checkpoint.loading import pick_device
 from ..checkpoint.precision import of_the_whole
 from ..checkpoint.weight_files import check_checkpoint
+from ..engine import flops
 from ..engine.methods import DECODER, METHODS, check_fits
 from ..errors import DeadEnd, GateError, UsageError
 from ..families import Family
@@ -43,6 +44,7 @@ from ..search.once import Once
 from ..search.processes import processes
 from ..search.run import search
 from ..tasks import comparison
+from . import threads
 from .judging import check_drop, quality_of
 from .prune import (
     counts,
@@ -105,7 +107,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
     needed = round(4 * numbers * (2 - (options.ratio or 1)))
     room = memory.allowed() if options.max_memory is None else options.max_memory
-    return Streamed(needed, room) if room is not None and needed > room else None
+    return Streamed(needed, room) if needed > room else None
 
 
 def check_streamable(options: PruneOptions) -> None:
@@ -206,6 +208,7 @@ def opened(
     dense = open_streamed(described, spool, options.score_rows)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     if METHODS[options.method].compares_plans and resolved.looks is None:  # each takes the weights from disk a few times
         resolved = replace(resolved, looks=STREAMED_LOOKS)
     samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)

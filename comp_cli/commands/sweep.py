@@ -31,6 +31,7 @@ from ..search.journal import Journal
 from ..search.once import Once
 from ..search.processes import check_launch, from_main, is_main_process, join, process_device
 from ..search.run import calibration_pairs
+from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
 
@@ -173,6 +174,7 @@ class Sweep:
             samples=quality.get("samples"),
             data=quality.get("data"),
             points=tuple(points),
+            threads=threads.in_use(),
             knee=knee(points),
             seconds=round(seconds, 1),
         )

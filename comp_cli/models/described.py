@@ -78,6 +78,17 @@ class Described:
         return BYTES.get(max(held, key=lambda kind: held[kind]), 4)
 
 
+def dense_flops(config: transformers.PretrainedConfig, family: Family, architecture: str, text_tokens: int) -> int:
+    """FLOPs of one sample of the stock model of a config, at a text of so many tokens; from shapes alone. Of the config of a
+    compact model: of the dense one that it was made of."""
+    full = config.to_dict()
+    with loading.quiet_libraries():
+        skeleton = on_meta(getattr(transformers, architecture), config)
+    shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    plan = dense_plan(full, family, architecture)
+    return flops.count(plan, flops.reference(full, family, shapes, text_tokens)).total
+
+
 class ImageShape(NamedTuple):
     """What a schedule of token stages depends on."""
 

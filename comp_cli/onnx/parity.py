@@ -24,6 +24,7 @@ from ..topology.base import IMAGE, PIXELS
 from ..topology.graph_specs import Run, Step, Values
 from .sessions import OnnxModel
 
+BATCH = 8  # of most cases
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
 LARGEST = 1024  # pixels of the longer side of a picture
 LONG = 5  # captions in a row make a long text
@@ -92,10 +93,10 @@ def make_cases(
     at least; more decide whether decisions agree. Texts that are made long have `longest` tokens, those of the pairs up to
     `whole`, if it is more. pictures: what the graphs do to pictures, where they take these: the pairs hold pictures then, and
     noise is as large as none of them."""
-    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
+    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:BATCH])]
     # Where all samples of a batch are candidates, the decisions of many are asked for together.
-    size = 8 if task.paired_inputs else len(pairs)
-    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
+    size = BATCH if task.paired_inputs else len(pairs)
+    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(BATCH, len(pairs), size))]
     if pictures:
         parts = [of_one_size(part) for part in parts]
     made_long = collator(family, processor, longest, task, model.config)
@@ -167,11 +168,11 @@ def real_pairs(
     source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[Pair], Pair] = lambda pair: pair
 ) -> list[Pair]:
     """Pairs for the cases, made `ready`, from a set of pairs or generated: more of them where weights are rounded."""
-    count = 8 + DECISIONS * rounded
+    count = BATCH + DECISIONS * rounded
     if source is None:
         return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
     found = list(map(ready, source.read("evaluation", count, accepts=task.accepts)))
-    return list(islice(cycle(found), max(8, len(found))))
+    return list(islice(cycle(found), max(BATCH, len(found))))
 
 
 def check(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import PairCounts, Report, Texts, if_known
+from .base import PairCounts, Report, Texts, Threads, if_known
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class ExportReport(Report):
         parity: errors, case by case.
         size_bytes: size of the folder, bytes.
         files: SHA-256 of every file.
+        threads: CPU threads that it worked with.
         seconds: duration of the whole run, s.
         output: the folder that was written; null where none was.
         pushed: address of the commit on the Hub; left out where nothing was uploaded.
@@ -152,6 +153,7 @@ class ExportReport(Report):
     parity: tuple[ParityRow, ...]
     size_bytes: int
     files: dict[str, str] | None = if_known()
+    threads: Threads | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None
     pushed: str | None = if_known()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..options import PruneOptions
 from ..plan import Plan
-from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Values, if_known, unwritten
+from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Threads, Values, if_known, unwritten
 from .samples import Picture, SampleKept
 
 
@@ -285,6 +285,7 @@ class PruneReport(Report):
         pairs: what became of the rows of the user's data, by purpose.
         image_tokens: of a decoder that reads images; left out for other models.
         at_own_texts: FLOPs at texts as long as the user's; left out where they are as long as those of the reference input.
+        threads: CPU threads that it worked with.
         streamed: of a model that was larger than memory; left out for others.
         estimate: of a dry run; left out otherwise.
         command: the command line that does the same.
@@ -319,6 +320,7 @@ class PruneReport(Report):
     pairs: dict[str, PairCounts]
     image_tokens: ImageTokens | None = if_known()
     at_own_texts: AtOwnTexts | None = if_known()
+    threads: Threads | None = if_known()
     streamed: Streamed | None = if_known()
     estimate: Estimate | None = if_known()
     command: str | None = if_known()

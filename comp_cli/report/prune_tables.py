@@ -80,7 +80,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
     out.table(f"{plan} for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
-        f"{millions(report.params.compact)}."
+        f"{millions(report.params.compact)}. On {report.threads}."
     )
     _print_target(report, out)
     _print_at_own_texts(report, out)
@@ -219,14 +219,15 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(
         f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s."
+        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s on {report.threads}."
     )
     _print_at_own_texts(report, out)
     _print_target(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
     print_streamed(report, out)
-    out.line(f"Wrote {report.output}. Next: {_next(report)}")
+    out.line(f"Wrote {report.output}.")
+    out.line(f"Next: {_next(report)}")
 
 
 def print_streamed(report: PruneReport, out: Printer) -> None:

@@ -53,7 +53,8 @@ def print_sweep(report: SweepReport, out: Printer) -> None:
     if report.output is None:
         out.line("Nothing was written (--dry-run): these are estimates, of plans that were assumed.")
     else:
-        out.line(f"{report.seconds or 0:.0f} s. Wrote {report.output}, the table in tradeoff.md, to look at in tradeoff.html.")
+        out.line(f"{report.seconds or 0:.0f} s on {report.threads}.")
+        out.line(f"Wrote {report.output}, the table in tradeoff.md, to look at in tradeoff.html.")
 
 
 def remarks(report: SweepReport) -> list[str]:

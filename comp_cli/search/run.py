@@ -238,7 +238,8 @@ def compare_plans(
         ratio = 1 - flops.count(plan, space.ref).total / space.total
         return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan))
 
-    with progress.track("comparing plans", allocation.EXPECTED) as bar:
+    expected = min(allocation.EXPECTED, options.looks or allocation.EXPECTED)
+    with progress.track("comparing plans", expected) as bar:
         if state.looks:
             progress.say(f"going on after {len(state.looks)} plans (--no-resume starts anew)")
             bar.advance(by=len(state.looks))
