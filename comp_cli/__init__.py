@@ -14,12 +14,13 @@ __version__ = "0.6.0"
 
 TYPE_CHECKING = False  # as in typing, which is not imported: no more than is there already, see __main__
 if TYPE_CHECKING:
-    from .api import analyze, bench, export, load, load_onnx, prune
+    from .api import analyze, bench, compare, export, load, load_onnx, prune
     from .errors import CompError, DeviceError, GateError, RefusedError, UsageError
     from .plan import Plan
     from .progress import Bar, Progress
     from .report.analyze import AnalyzeReport
     from .report.bench import BenchReport
+    from .report.compare import CompareReport
     from .report.export import ExportReport
     from .report.prune import PruneReport
     from .report.sweep import SweepReport
@@ -29,6 +30,7 @@ __all__ = [
     "Bar",
     "BenchReport",
     "CompError",
+    "CompareReport",
     "DeviceError",
     "ExportReport",
     "GateError",
@@ -40,6 +42,7 @@ __all__ = [
     "UsageError",
     "analyze",
     "bench",
+    "compare",
     "export",
     "load",
     "load_onnx",
@@ -47,12 +50,13 @@ __all__ = [
 ]
 
 _PLACES = {
-    "api": ("analyze", "bench", "export", "load", "load_onnx", "prune"),
+    "api": ("analyze", "bench", "compare", "export", "load", "load_onnx", "prune"),
     "errors": ("CompError", "DeviceError", "GateError", "RefusedError", "UsageError"),
     "plan": ("Plan",),
     "progress": ("Bar", "Progress"),
     "report.analyze": ("AnalyzeReport",),
     "report.bench": ("BenchReport",),
+    "report.compare": ("CompareReport",),
     "report.export": ("ExportReport",),
     "report.prune": ("PruneReport",),
     "report.sweep": ("SweepReport",),

@@ -24,6 +24,7 @@ from .options import (
     TOKEN_METHOD,
     AnalyzeOptions,
     BenchOptions,
+    CompareOptions,
     DataOptions,
     ExportOptions,
     Gates,
@@ -37,6 +38,7 @@ from .progress import Progress, Recorder, Silent
 from .report.analyze import AnalyzeReport
 from .report.base import Report
 from .report.bench import BenchReport
+from .report.compare import CompareReport
 from .report.environment import EnvironmentReport
 from .report.export import ExportReport
 from .report.prune import PruneReport
@@ -380,6 +382,7 @@ def export(
     quantize: str | None = ExportOptions.quantize,
     layout: str = ExportOptions.layout,
     split: bool = ExportOptions.split,
+    with_preprocessing: bool = ExportOptions.with_preprocessing,
     data: StrPath | None = DataOptions.data,
     image_column: str | None = DataOptions.image_column,
     text_column: str | None = DataOptions.text_column,
@@ -406,8 +409,10 @@ def export(
         dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
         quantize: "int8": int8 dynamic quantization; "int4": int4 weights, of the language model of a decoder that reads images;
             layers that change predictions stay in float.
-        layout: "optimum", or "transformers.js": graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
         split: write vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once.
+        with_preprocessing: graphs take pictures as they are, uint8 (images, height, width, 3) of any size, and resize, crop and
+            normalise them; refused where a graph cannot do what the processor does.
         data: image-text pairs to check parity on (default: built-in synthetic scenes).
         image_column: column with images or their paths (default: found by its name, as for all columns).
         text_column: column with texts.
@@ -447,6 +452,7 @@ def export(
         dtype=dtype,
         quantize=quantize,
         layout=layout,
+        with_preprocessing=with_preprocessing,
         optimize=optimize,
         atol=atol,
         keep_failed=keep_failed,
@@ -486,6 +492,7 @@ def bench(
     max_latency_ms: float | None = Gates.max_latency_ms,
     max_memory_mb: float | None = Gates.max_memory_mb,
     plot: StrPath | None = BenchOptions.plot,
+    save: StrPath | None = BenchOptions.save,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
     allow_pickle: bool = HubOptions.allow_pickle,
@@ -508,6 +515,7 @@ def bench(
         max_latency_ms: gate: median latency of every compact row, ms for a whole batch.
         max_memory_mb: gate: peak memory of the compact model at the largest batch, MiB.
         plot: picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.
+        save: JSON document to write, for `compare`; also where a gate is not met.
         revision: branch, tag or commit on the Hub, of the one of both models that is there and names none.
         cache_dir: where downloads are kept (default: $HF_HOME).
         allow_pickle: load pytorch_model.bin of the baseline where there is no safetensors.
@@ -537,6 +545,7 @@ def bench(
         seed=seed,
         gates=Gates(min_speedup, max_latency_ms, max_memory_mb),
         plot=_path(plot),
+        save=_path(save),
     )
     hub = HubOptions(revision, _path(cache_dir), allow_pickle)
 
@@ -548,6 +557,51 @@ def bench(
         source = find_compact(_text(folder), told, of_compact)
         address = source.address if source.kind == "hub" else None
         return bench(source.folder, _text(baseline), options, told, hub_options=of_baseline, address=address)
+
+    def keep(report: Report) -> None:
+        from .commands.bench import save
+
+        if options.save and isinstance(report, BenchReport):
+            save(report, options.save)
+
+    return _reported(work, progress, keep)
+
+
+@checked
+def compare(
+    before: StrPath,
+    after: StrPath,
+    *,
+    max_regression: float | None = CompareOptions.max_regression,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Compare two benchmarks: what became slower or faster beyond the noise, and by how much.
+
+    Args:
+        before: a file that `bench` wrote with `save`.
+        after: a later one, of the same machine and dense model.
+        max_regression: gate: percent that a row of the compact model may be slower, where that is beyond its intervals.
+        progress: receives messages, warnings and progress (default: none; the library is silent).
+
+    Returns:
+        Ratios of times (after over before) with intervals, speed-ups and cost of the compact model before and after.
+
+    Raises:
+        UsageError: an argument that cannot be.
+        RefusedError: a file that is no benchmark, or benchmarks of another machine, device, number of threads, dense model,
+            batch or input.
+        GateError: the gate is not met; `error.report` holds the comparison.
+
+    Example:
+        >>> report = comp_cli.compare("last.json", "new.json", max_regression=5)
+        >>> [(row.backend, row.batch, row.ratio.value, row.verdict) for row in report.changes if row.side == "compact"]
+    """
+    options = CompareOptions(max_regression)
+
+    def work(told: Progress) -> CompareReport:
+        from .commands.compare import compare
+
+        return compare(Path(before), Path(after), options, told)
 
     return _reported(work, progress)
 
@@ -669,12 +723,17 @@ def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _reported(work: Callable[[Progress], R], progress: Progress | None) -> R:
-    """The report of some work, with its warnings; that of a missed gate as well."""
+def _reported(
+    work: Callable[[Progress], R], progress: Progress | None, keep: Callable[[Report], None] = lambda report: None
+) -> R:
+    """The report of some work, with its warnings; that of a missed gate as well. keep: what is done with either."""
     told = Recorder(progress)
     try:
-        return replace(work(told), warnings=tuple(told.warnings))
+        report = replace(work(told), warnings=tuple(told.warnings))
     except CompError as error:
         if error.report is not None:
             error.report = replace(error.report, warnings=tuple(told.warnings))
+            keep(error.report)
         raise
+    keep(report)
+    return report

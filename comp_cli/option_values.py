@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 EMPTY_IS_NONE = ("label_column", "answer_column", "split_column")  # what '' says of them: there is none
 MOST_RATIOS = 20  # of a sweep: each is a folder
-POSITIONAL = ("model", "folder")
+POSITIONAL = ("model", "folder", "before", "after")
 EXPECTED: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
@@ -52,14 +52,28 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _check_argument(name: str, value: object, annotation: Any) -> None:
-    members = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kinds = [get_origin(member) or member for member in members]
     about = name.upper() if name in POSITIONAL else flag(name)
-    if not any(_is_a(value, kind) for kind in kinds):
-        wanted = " or ".join(EXPECTED[kind] for kind in kinds)
+    if not fits(value, annotation):
+        wanted = " or ".join(EXPECTED[kind] for kind in members(annotation))
         raise UsageError(f"{about} {reprlib.repr(value)}: expected {wanted}.")
     if isinstance(value, str | os.PathLike):
         check_text(about, os.fspath(value), may_be_empty=name in EMPTY_IS_NONE)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation names, without what they hold."""
+    every = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return tuple(get_origin(one) or one for one in every)
+
+
+def fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of a type that an annotation names."""
+    return any(_is_a(value, kind) for kind in members(annotation))
+
+
+def expected(annotation: Any) -> str:
+    """The types of an annotation in words, for whoever cannot say None."""
+    return " or ".join(EXPECTED[kind] for kind in members(annotation) if kind not in (NoneType, os.PathLike))
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -15,10 +15,13 @@ TEXT_TOKENS = 35  # of the reference input
 SCORE_ROWS = 64  # query rows that score image tokens; ranks nearly as all rows do: benchmarks/score_rows.py
 LARGE_FLOPS = 10e9  # for one pair: models from here on are large
 OPSET = 20
-LAYOUTS = ("optimum", "transformers.js")  # names of graphs in a folder, and what the graphs of decoders that read images take
+LAYOUTS = ("optimum", "transformers.js")  # names of files in a folder, and what the graphs of decoders that read images take
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
+QUANTIZATIONS = ("int8", "int4")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+BUILT_IN = ("demo", "demo-vlm")  # models inside the package
 SALIENCIES = ("key-norm", "attention")  # what ranks image tokens inside the language model, for the method vitcop
 MOST = 10**7  # of samples, steps, tokens and the like: more is a slip of the finger
 
@@ -51,6 +54,7 @@ REAL = {
     "min_speedup": (0, math.inf),
     "max_latency_ms": (0, math.inf),
     "max_memory_mb": (0, math.inf),
+    "max_regression": (0, math.inf),
     "tokens_share": (-math.inf, math.inf),
     "target_speedup": (-math.inf, math.inf),
     "target_latency_ms": (0, math.inf),
@@ -398,7 +402,8 @@ class ExportOptions(Checked):
         split: whether images and texts get a graph each.
         dtype: of the weights; inputs and outputs stay fp32.
         quantize: "int8" for int8 dynamic quantization, "int4" for int4 weights of a decoder that reads images.
-        layout: "optimum", or "transformers.js" for graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
+        with_preprocessing: whether graphs take pictures as they are, uint8 of any size, and make pixel values themselves.
         optimize: whether ONNX Runtime's fusions are applied ahead of time.
         atol: max. abs. error against PyTorch; None for that of the dtype or quantization.
         keep_failed: whether refused graphs are left in OUTPUT.failed.
@@ -414,6 +419,7 @@ class ExportOptions(Checked):
     dtype: str = DTYPES[0]
     quantize: str | None = None
     layout: str = LAYOUTS[0]
+    with_preprocessing: bool = False
     optimize: bool = False
     atol: float | None = None
     keep_failed: bool = False
@@ -453,6 +459,7 @@ class BenchOptions(Checked):
         seed: random seed, of the inputs and of the bootstrap.
         gates: what must be shown.
         plot: picture to write.
+        save: JSON document to write, for comp compare.
     """
 
     device: str = "auto"
@@ -465,3 +472,15 @@ class BenchOptions(Checked):
     seed: int = 0
     gates: Gates = Gates()
     plot: Path | None = None
+    save: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompareOptions(Checked):
+    """What `comp compare` is asked for.
+
+    Attributes:
+        max_regression: percent that a row of the compact model may be slower, where that is beyond its intervals.
+    """
+
+    max_regression: float | None = None

@@ -22,7 +22,7 @@ from comp_cli.cli.app import app
 from comp_cli.cli.perform import OUTPUT
 from comp_cli.option_values import EMPTY_IS_NONE
 
-COMMANDS = ("analyze", "prune", "export", "bench")
+COMMANDS = ("analyze", "prune", "export", "bench", "compare")
 FEW = {"num_samples": 8, "batch_size": 4, "text_tokens": 12, "device": "cpu"}
 FAST = FEW | {"eval_samples": 8, "method": "joint"}
 OF_THE_RUN = {"seconds", "cost", "output"}  # what differs from run to run

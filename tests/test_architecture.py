@@ -29,7 +29,7 @@ ONLY = {
     "plan": {"families"},
     "engine": {"errors", "families", "plan", "runtime"},
     "files": {"errors", "signals"},
-    "cli": {"api", "engine", "errors", "option_values", "options", "progress", "report", "signals"},
+    "cli": {"api", "engine", "errors", "families", "option_values", "options", "progress", "report", "signals"},
 }
 TERMINAL = {"typer", "click", "rich"}
 LIGHT = ["comp_cli", "comp_cli.families", "comp_cli.checkpoint.hub", "comp_cli.cli", "comp_cli.engine.methods", "comp_cli.plan"]

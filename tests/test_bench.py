@@ -222,7 +222,7 @@ def test_cuda_without_cuda_is_refused_before_anything_is_loaded():
 def test_gates_take_the_worst_row_of_the_compact_model():
     speedups = [Speedup(*row, *[Factor(value, value, value)] * 3, 1.0) for *row, value in (("torch", 1, 2.5), ("onnx", 8, 1.5))]
     sides = (("torch", "compact", 40.0), ("onnx", "compact", 30.0), ("torch", "dense", 400.0))
-    timings = [Latency(backend, side, 8, 3, median, median, median, 1.0) for backend, side, median in sides]
+    timings = [Latency(backend, side, 8, 3, median, median, median, 1.0, median, median) for backend, side, median in sides]
     measured = speedups, timings, [PeakMemory("torch", "compact", 8, 100 * 2**20)]
     found = gates.outcomes(Gates(2.0, 50.0, 90.0), *measured)
     assert found == (

@@ -254,8 +254,8 @@ def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_pat
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        (["--dtype", "fp8"], 2, "--dtype fp8: unknown"),
-        (["--quantize", "int2"], 2, "--quantize int2: unknown"),
+        (["--dtype", "fp8"], 2, "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
+        (["--quantize", "int2"], 2, "'int2' is not one of 'int8', 'int4'"),
         (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
         (["--optimize", "--target", "onnx"], 2, "only ONNX Runtime knows"),
         (["--dtype", "bf16"], 5, "nothing is written unchecked"),

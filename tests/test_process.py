@@ -264,8 +264,8 @@ def test_the_path_of_the_result_is_printed_as_it_is_and_words_as_the_encoding_al
 def test_what_asks_for_a_document():
     yes = ["--json", "x --format json", "--format=json", "--js", "--form json", "--format xml", "--format"]
     no = ["", "demo", "-q", "--format human", "--format=quiet", "-- --json", "--jsonl", "--form"[:4]]
-    assert all(streams.wants_json(words.split()) for words in yes)
-    assert not any(streams.wants_json(words.split()) for words in no)
+    assert all(streams.asked_mode(words.split()) == "json" for words in yes)
+    assert not any(streams.asked_mode(words.split()) == "json" for words in no)
 
 
 # Signals

@@ -19,21 +19,22 @@ def advised(folder, ratio, **more):
     return float(found)
 
 
+SLOW = [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     "family, more",
     [
-        ("clip", {}),
-        ("siglip", {"looks": 1}),
-        ("blip-vqa", {"modes": "language_params"}),
-        ("clip", {"method": "comp-paper", "stages": 3}),
-        ("clip-text", {"method": "joint"}),
-        ("clip-vision", {"method": "wanda"}),
-        ("siglip", {"method": "tokens-first"}),
-        ("llava", {}),
-        ("llava", {"modes": "language_params", "tokens_method": None}),
-        ("qwen2-vl", {"uniform": True}),
+        pytest.param("clip", {"looks": 1}, id="comp"),
+        pytest.param("clip-text", {"method": "joint"}, id="phases of tokens and parameters"),
+        pytest.param("llava", {"looks": 1}, id="a decoder"),
+        pytest.param("qwen2-vl", {"uniform": True}, id="uniform"),
+        pytest.param("siglip", {}, id="all looks", marks=SLOW),
+        pytest.param("clip-vision", {"method": "wanda"}, id="one phase", marks=SLOW),
+        pytest.param("clip-vision", {"method": "comp-paper", "stages": 2}, id="stages", marks=SLOW),
+        pytest.param("blip-vqa", {"modes": "language_params", "looks": 1}, id="some modes", marks=SLOW),
+        pytest.param("llava", {"modes": "language_params", "looks": 1}, id="parameters of a decoder", marks=SLOW),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "comp",
 )
 def test_it_works_for_every_kind_of_method(tmp_path, family, more):
     folder = tiny.write(family, tmp_path / family)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from comp_cli.cli.app import app
@@ -67,14 +68,19 @@ def test_documents_of_the_commands(tiny_folder, compact_folder, tmp_path):
         "analyze": [tiny_folder, *FEW],
         "prune": [tiny_folder, "-o", tmp_path / "c", *FAST],
         "export": [compact_folder, "--onnx", "-o", tmp_path / "served"],
-        "bench": [compact_folder, "--baseline", tiny_folder, *SHORT],
+        "bench": [compact_folder, "--baseline", tiny_folder, *SHORT, "--save", tmp_path / "bench.json"],
+        "compare": [tmp_path / "bench.json", tmp_path / "bench.json", "--max-regression", "5"],
+        "env": [],
+        "upgrade": [tmp_path / "c"],
     }
+    asked_for = {"export": "agreement", "env": "packages", "upgrade": "changed"}
+    assert set(given) == set(schema.REPORTS) - {"sweep"} == set(typer.main.get_command(app).commands)
     for name, words in given.items():
         code, found = document(name, *words)
         assert code == 0
         jsonschema.validate(found, strict(name))
         jsonschema.validate(found | {"error": {"code": 3, "message": "a gate.", "hint": None}}, strict(name))
-        found.pop("agreement" if name == "export" else "flops")
+        found.pop(asked_for.get(name, "flops"))
         with pytest.raises(jsonschema.ValidationError):  # the schema asks for what is there
             jsonschema.validate(found, strict(name))
 
@@ -88,7 +94,12 @@ def test_documents_of_failures_and_dry_runs(tiny_folder, compact_folder, tmp_pat
         ("analyze", 2, ["./nowhere"]),
         ("export", 4, [tiny_folder, "--onnx"]),
         ("export", 3, [compact_folder, "--onnx", "--atol", "0", "-o", tmp_path / "served"]),
+        ("compare", 2, ["nowhere.json", "nowhere.json"]),
+        ("compare", 2, ["nowhere.json"]),
+        ("env", 2, ["--frobnicate"]),
+        ("upgrade", 4, [tiny_folder]),
     ]
+    cases += [(name, 0, ["--help"]) for name in schema.REPORTS if name != "sweep"]
     for name, expected, words in cases:
         code, found = document(name, *words)
         assert code == expected, (words, found)

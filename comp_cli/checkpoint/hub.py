@@ -12,13 +12,14 @@ from typing import Any, Literal
 from ..errors import CompError, RefusedError, UsageError
 from ..files.outputs import check_room
 from ..files.store import read_json
+from ..options import BUILT_IN
 from ..progress import Progress
 from .download_check import check_downloads
 from .folder_check import shown
 from .weight_files import check_checkpoint, pick_graphs, pick_weights
 
 PACKAGE = Path(__file__).parent.parent
-DEMOS = {"demo": PACKAGE / "demo", "demo-vlm": PACKAGE / "demo_vlm"}  # models inside the package
+DEMOS = {name: PACKAGE / name.replace("-", "_") for name in BUILT_IN}
 
 KNOWN_IDS = (
     "Salesforce/blip-itm-base-coco",

@@ -41,6 +41,7 @@ def analyze(
         Path | None, option(MAIN, "Page to write: the report to look at, one file without network or script.")
     ] = AnalyzeOptions.html,
     overwrite: Annotated[bool, option(OUTPUT, "Replace a page that comp wrote before.", "--overwrite")] = False,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -71,8 +72,8 @@ def analyze(
 
 
 def _again(context: typer.Context) -> list[str]:
-    """What was typed about the model and its data, which `comp prune` has to be told as well."""
+    """What was typed or stands in a recipe about the model and its data, which `comp prune` has to be told as well."""
     sources = {name: context.get_parameter_source(name) for name in SAME}
-    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    typed = [name for name, source in sources.items() if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")]
     words = [word for name in typed for word in (flag(name), str(context.params[name]))]
     return words + ["--allow-pickle"] * bool(context.params["allow_pickle"])

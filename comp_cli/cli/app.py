@@ -12,6 +12,7 @@ from ..signals import Interrupted
 from . import streams
 from .analyze import analyze
 from .bench import bench
+from .compare import compare
 from .env import env
 from .exit_codes import FAILED, MEANING
 from .export import export
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (analyze, prune, export, bench, env, upgrade):
+for command in (analyze, prune, export, bench, compare, env, upgrade):
     app.command(cls=Command, epilog=EPILOG if command is prune else None)(command)
 
 
@@ -71,7 +72,7 @@ def run_command(has_stdout: bool = True) -> None:
 
 def end_early(end: Interrupted) -> None:
     """A signal before a command began, or behind its end."""
-    mode = "json" if streams.wants_json(sys.argv[1:]) and not Output.spoke else "human"
+    mode = "human" if Output.spoke else streams.asked_mode(sys.argv[1:]) or "human"
     Output.command = shlex.join(["comp", *sys.argv[1:]])
     error = interruption(end, False)
     Output(mode).error(error)

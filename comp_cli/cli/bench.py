@@ -9,12 +9,11 @@ from .. import api
 from ..errors import GateError
 from ..options import BenchOptions, Gates, HubOptions
 from ..report.bench import BenchReport
+from . import choices
 from . import shared_options as given
 from .output import Output
 from .perform import perform
-from .shared_options import COMPUTING, MAIN, OUTPUT, option
-
-GATES = "Gates (exit code 3 where one is not met)"
+from .shared_options import COMPUTING, GATES, MAIN, OUTPUT, option
 
 
 def bench(
@@ -23,11 +22,14 @@ def bench(
     baseline: Annotated[
         str | None, option(MAIN, "Dense model to compare with (default: the one that FOLDER was made of).")
     ] = None,
-    backend: Annotated[str, option(MAIN, "Some of torch, onnx and compile (torch.compile), with commas.")] = ",".join(
-        BenchOptions.backends
-    ),
+    backend: Annotated[
+        str,
+        option(MAIN, "Some of torch, onnx and compile (torch.compile), with commas.", autocompletion=choices.backends),
+    ] = ",".join(BenchOptions.backends),
     batch: Annotated[str, option(MAIN, "Batch sizes, with commas.")] = ",".join(map(str, BenchOptions.batches)),
-    device: Annotated[str, option(MAIN, "auto, cpu, cuda or cuda:N. Never falls back.")] = BenchOptions.device,
+    device: Annotated[
+        str, option(MAIN, "auto, cpu, cuda or cuda:N. Never falls back.", autocompletion=choices.devices)
+    ] = BenchOptions.device,
     min_speedup: Annotated[
         float | None, option(GATES, "Every row is so many times faster than stock on its backend.")
     ] = Gates.min_speedup,
@@ -48,6 +50,8 @@ def bench(
     plot: Annotated[
         Path | None, option(OUTPUT, "Picture to write (.png, .svg, .pdf): latency, and speed-up against the FLOPs limit.")
     ] = BenchOptions.plot,
+    save: Annotated[Path | None, option(OUTPUT, "JSON document to write, for comp compare.")] = BenchOptions.save,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -64,14 +68,16 @@ def bench(
     `comp bench compact --device cuda --batch 1,8,32 --json`
 
     `comp bench compact --backend onnx --batch 1 --min-speedup 1.8` (a gate for CI: exit code 3)
+
+    `comp bench compact --save bench.json` (for `comp compare`)
     """
 
     def show(report: Any, out: Output) -> None:
         from ..report.bench_tables import print_benchmark
 
         print_benchmark(report, out)
-        if plot:
-            out.line(f"Wrote {plot}.")
+        for written in filter(None, (plot, save)):
+            out.line(f"Wrote {written}.")
 
     def call(options: dict[str, Any], out: Output) -> BenchReport:
         try:

@@ -8,7 +8,13 @@ from . import shared_options as given
 from .perform import perform
 
 
-def env(context: typer.Context, form: given.Format = "human", as_json: given.Json = False, quiet: given.Quiet = False) -> None:
+def env(
+    context: typer.Context,
+    recipe: given.Recipe = None,
+    form: given.Format = "human",
+    as_json: given.Json = False,
+    quiet: given.Quiet = False,
+) -> None:
     """Show versions, devices and providers, and what would fail here: for bug reports.
 
     Examples:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import api
-from ..errors import UsageError
 from ..options import DataOptions, ExportOptions, HubOptions
 from ..report.export import ExportReport
+from . import choices
 from . import shared_options as given
 from .output import Output
 from .perform import perform
@@ -20,13 +20,11 @@ GRAPHS = "Graphs"
 def export(
     context: typer.Context,
     folder: given.Folder = None,
-    onnx: Annotated[bool, option(MAIN, "Write ONNX (the only format so far).", "--onnx")] = False,
+    onnx: Annotated[bool, option(MAIN, "Write ONNX, which is the only format, with or without this.", "--onnx")] = True,
     output: Annotated[Path | None, given.output_dir("FOLDER-onnx")] = None,
-    dtype: Annotated[
-        str, option(MAIN, "fp32, fp16 or bf16 for the weights; inputs and outputs stay fp32.")
-    ] = ExportOptions.dtype,
+    dtype: Annotated[choices.Dtype, option(MAIN, "Of the weights; inputs and outputs stay fp32.")] = ExportOptions.dtype,
     quantize: Annotated[
-        str | None,
+        choices.Quantization | None,
         option(
             MAIN,
             "int8 (dynamic), or int4 (weights of a large decoder); layers that change predictions stay in float.",
@@ -34,12 +32,16 @@ def export(
         ),
     ] = ExportOptions.quantize,
     layout: Annotated[
-        str, option(MAIN, "optimum, or transformers.js: a large decoder as that client runs it.")
+        choices.Layout, option(MAIN, "optimum, or transformers.js: CLIP, SigLIP or LLaVA as that client runs them.")
     ] = ExportOptions.layout,
     split: Annotated[
         bool,
         option(MAIN, "vision_model.onnx and text_model.onnx, not model.onnx: an image is encoded once.", "--split"),
     ] = ExportOptions.split,
+    with_preprocessing: Annotated[
+        bool,
+        option(MAIN, "The graph takes a picture as it is, uint8: it resizes, crops and normalises.", "--with-preprocessing"),
+    ] = ExportOptions.with_preprocessing,
     data: Annotated[str | None, option(MAIN, f"Image-text pairs to check parity on: {given.PAIRS}")] = DataOptions.data,
     image_column: given.ImageColumn = DataOptions.image_column,
     text_column: given.TextColumn = DataOptions.text_column,
@@ -52,10 +54,12 @@ def export(
         bool, option(GRAPHS, "ONNX Runtime's fusions, ahead of time; kept if the graphs still agree.", "--optimize")
     ] = ExportOptions.optimize,
     target: Annotated[
-        str, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
+        choices.Target, option(GRAPHS, "onnxruntime (fused attention), or onnx (standard operators only).")
     ] = ExportOptions.target,
     opset: Annotated[int, option(GRAPHS, "ONNX opset, 18 to 23; of large decoders 23.")] = ExportOptions.opset,
-    device: Annotated[str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.")] = ExportOptions.device,
+    device: Annotated[
+        str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.", autocompletion=choices.devices)
+    ] = ExportOptions.device,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     overwrite: given.Overwrite = False,
@@ -64,6 +68,7 @@ def export(
     ] = ExportOptions.keep_failed,
     push_to_hub: given.PushToHub = ExportOptions.push_to_hub,
     private: given.Private = ExportOptions.private,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,
@@ -73,18 +78,17 @@ def export(
 
     Examples:
 
-    `comp export compact --onnx`
+    `comp export compact`
 
-    `comp export --onnx -o served` (takes the last compact model below the current folder)
+    `comp export -o served` (takes the last compact model below the current folder)
 
-    `comp export me/blip-compact --onnx -o served` (a compact model on the Hub)
+    `comp export me/blip-compact -o served` (a compact model on the Hub)
 
-    `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
+    `comp export compact --split --quantize int8 --data pairs.jsonl -o served`
     """
 
     def call(options: dict[str, Any], out: Output) -> ExportReport:
-        if not options.pop("onnx"):
-            raise UsageError("name a format.", hint="comp export FOLDER --onnx")
+        del options["onnx"]
         return api.export(**options, progress=out)
 
     def show(report: Any, out: Output) -> None:

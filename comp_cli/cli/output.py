@@ -1,4 +1,4 @@
-"""The one sink: results go to stdout, everything else to stderr. Modes are human, json and quiet."""
+"""The one sink: results go to stdout, everything else to stderr. Modes are those of `streams.MODES`."""
 
 import json
 import os
@@ -15,9 +15,11 @@ from rich.table import Table
 
 from ..errors import CompError
 from ..progress import Bar, NoBar
+from . import github, markdown
+from .exit_codes import MEANING
 
 SCHEMA_VERSION = 1
-MODES = ("human", "json", "quiet")
+TALKING = ("human", "markdown", "github")  # modes in which what is done is said
 LINE_SECONDS = 15  # at least between two lines of progress where stderr is no terminal
 
 
@@ -26,10 +28,12 @@ class Unprintable(CompError):
 
 
 class Output:
-    """Where a command speaks. With "json" exactly one document goes to stdout; with "quiet" only the result's path; with
-    "mute" nothing goes anywhere (all processes but the first)."""
+    """Where a command speaks. With "json" exactly one document goes to stdout; with "markdown" tables, warnings and errors;
+    with "github" annotations among what people read, and the Markdown to the summary of the step; with "quiet" only the
+    result's path; with "mute" nothing goes anywhere (all processes but the first)."""
 
-    spoke = False  # whether a document was printed for the command that runs
+    asked = ""  # the mode of the command that runs, as far as it is known before its parser is done
+    spoke = False  # whether its end was told on stdout
     command = "comp"  # the command line that runs
 
     def __init__(self, mode: str = "human", progress: bool = True):
@@ -37,18 +41,26 @@ class Output:
         self.console = Console(stderr=True, highlight=False)
         self.results = sys.stdout  # while a command works, what others print goes to stderr
         self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
-        self.shows_bars = progress and mode == "human"
+        self.shows_bars = progress and mode in TALKING
         self.warnings: list[str] = []
+        self.summary: list[str] = []  # Markdown for the summary of the step
 
     def say(self, message: str) -> None:
         """A line about what is being done."""
-        if self.mode == "human":
-            self.console.print(printable(message), markup=False, soft_wrap=True)
+        if self.mode in TALKING:
+            self.tell(message)
+
+    def tell(self, message: str) -> None:
+        """A line on stderr that no mode keeps back: what changes a run that nobody typed."""
+        if self.mode != "mute":
+            self.console.print(self._shown(message), markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """Something the user should know; part of the JSON document as well."""
+        """Something the user should know; part of the JSON document and of the Markdown as well."""
         self.warnings.append(message)
-        if self.mode in ("human", "json"):
+        if self.mode == "github":
+            self._annotate("warning", "warning", message)
+        elif self.mode in ("human", "json", "markdown"):
             self.console.print(f"[yellow]warning:[/] {escape(printable(message))}", soft_wrap=True)
 
     @contextmanager
@@ -63,27 +75,71 @@ class Output:
             yield TerminalBar(progress, progress.add_task(printable(title), total=total))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table for people, on stdout; the first column is text, the others are numbers."""
-        if self.mode != "human":
+        """A table on stdout; the first column is text, the others are numbers."""
+        cells = [[printable(str(cell)) for cell in row] for row in rows]
+        self._mark(markdown.table(printable(title), columns, cells))
+        if self.mode not in ("human", "github"):
             return
-        table = Table(title=escape(printable(title)), title_justify="left", title_style="bold")
+        table = Table(title=escape(self._shown(title)), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(printable(str(cell))) for cell in row))
+        for row in cells:
+            table.add_row(*map(escape, row))
         self._print(table)
 
     def line(self, message: str) -> None:
-        """A line of the result for people."""
-        if self.mode == "human":
-            self._print(printable(message), markup=False, soft_wrap=True)
+        """A line of the result."""
+        self._mark(markdown.paragraph(printable(message)))
+        if self.mode in ("human", "github"):
+            self._print(self._shown(message), markup=False, soft_wrap=True)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
-        """The end of a command: the JSON document, or in quiet mode the path that was written."""
+        """The end of a command: the JSON document, the warnings in Markdown, values for later steps, or in quiet mode the path
+        that was written."""
         if self.mode == "json":
             self._document(document)
         elif self.mode == "quiet" and path:
             self._write(os.fsdecode(path) + "\n", exactly=True)
+        else:
+            self._end_markdown()
+        if self.mode == "github":
+            told = {"output": path, "ratio": document.get("ratio")}
+            self._hand_over(lambda: github.set_outputs({name: str(value) for name, value in told.items() if value is not None}))
+
+    def _mark(self, text: str) -> None:
+        """A piece of Markdown, where this mode has any: to stdout, or for the summary of the step."""
+        if self.mode == "markdown":
+            self._write(text + "\n")
+        elif self.mode == "github":
+            self.summary.append(text + "\n")
+
+    def _end_markdown(self, error: CompError | None = None) -> None:
+        """Warnings, the error, and with that all that goes to the summary."""
+        for warning in self.warnings:
+            self._mark(markdown.alert("WARNING", printable(warning)))
+        if error is not None:
+            self._mark(markdown.alert("CAUTION", printable(_with_hint(error))))
+        if self.mode == "github":
+            self._hand_over(lambda: github.append_summary("".join(self.summary)))
+
+    def _hand_over(self, write: Callable[[], None]) -> None:
+        """Write to a file of the workflow. That it cannot be written changes no result."""
+        try:
+            write()
+        except OSError as failed:
+            said = f"{failed.filename}: {failed.strerror}: the workflow is told nothing there."
+            self._annotate("warning", "warning", said)
+
+    def _annotate(self, kind: str, title: str, message: str) -> None:
+        named = " ".join(word for word in Output.command.split(" ")[:2] if word.isalpha())
+        line = github.annotation(kind, printable(f"{named}: {title}"), printable(message))
+        try:
+            self._write(line + "\n")
+        except Unprintable:  # a log is one, whichever stream it comes by
+            self.console.print(line, markup=False, soft_wrap=True)
+
+    def _shown(self, text: str) -> str:
+        return github.harmless(printable(text)) if self.mode == "github" else printable(text)
 
     def _document(self, content: dict[str, Any]) -> None:
         Output.spoke = True
@@ -110,16 +166,28 @@ class Output:
             raise Unprintable(f"the result cannot be written to stdout: {why}.", hint=hint) from error
 
     def error(self, error: CompError, say: bool = True) -> None:
-        """One sentence, and what to do next. In JSON mode the document says the same, beside the report if there is one."""
-        if self.mode == "json":
-            told = {"code": error.exit_code, "message": error.message, "hint": error.hint}
-            with suppress(Unprintable):  # it is said on stderr
-                self._document(error.document | {"error": told})
-        if not say or self.mode == "mute":
+        """One sentence, and what to do next: on stderr, in GitHub's log as an annotation. In JSON mode the document says the
+        same, beside the report if there is one; in Markdown a box. say: whether stderr has not said it yet."""
+        told = not say or self.mode == "mute"
+        with suppress(Unprintable):  # it is said on stderr
+            if self.mode == "json":
+                found = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+                self._document(error.document | {"error": found})
+            elif self.mode in ("markdown", "github"):
+                Output.spoke = True
+                self._end_markdown(error)
+            if self.mode == "github":
+                self._annotate("error", MEANING.get(error.exit_code, "failed"), _with_hint(error))
+                told = True
+        if told:
             return
-        self.console.print(f"[red]error:[/] {escape(printable(error.message))}", soft_wrap=True)
+        self.console.print(f"[red]error:[/] {escape(self._shown(error.message))}", soft_wrap=True)
         if error.hint:
-            self.console.print(f"[dim]{escape(printable(error.hint))}[/]", soft_wrap=True)
+            self.console.print(f"[dim]{escape(self._shown(error.hint))}[/]", soft_wrap=True)
+
+
+def _with_hint(error: CompError) -> str:
+    return "\n".join(filter(None, (error.message, error.hint)))
 
 
 class TerminalBar:

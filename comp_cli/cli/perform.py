@@ -1,6 +1,7 @@
 """How a command runs: what was typed to a function of the library, its report to where results go, its end to an exit code."""
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -14,9 +15,11 @@ import typer
 from ..errors import CompError, UsageError, explain
 from ..report.base import Report
 from ..signals import Interrupted
+from . import recipes
 from .output import Output
 
-OUTPUT = {"form": "human", "as_json": False, "quiet": False, "no_progress": False}  # options that are the terminal's
+# Options that are the terminal's.
+OUTPUT = {"recipe": None, "form": "human", "as_json": False, "quiet": False, "no_progress": False}
 
 
 def nowhere(report: Any) -> None:
@@ -42,6 +45,7 @@ def perform(
     try:
         with redirect_stdout(sys.stderr):
             check_place()
+            tell_recipe(context, out)
             report = call(given, out)
             show(report, out)
         found = path(report)
@@ -49,9 +53,10 @@ def perform(
         return
     except CompError as raised:
         error = raised
+        name_recipe(context, error)
         trace()
     except (Interrupted, KeyboardInterrupt) as raised:
-        error = interruption(raised, resumes)
+        error = interruption(raised, resumes, context)
     except Exception as raised:
         error = explain(raised)
         trace()
@@ -61,9 +66,30 @@ def perform(
 
 def output_of(chosen: dict[str, Any]) -> Output:
     """Where the command speaks; of several processes that `accelerate launch` started, the first one alone."""
-    mode = "json" if chosen["as_json"] else "quiet" if chosen["quiet"] else chosen["form"]
     first = os.environ.get("RANK", "0") == "0"
-    return Output(mode if first else "mute", progress=not chosen["no_progress"])
+    return Output(chosen["form"] if first else "mute", progress=not chosen["no_progress"])
+
+
+def tell_recipe(context: typer.Context, out: Output) -> None:
+    """Say which options nobody typed. Of a file that nobody named either, whatever the mode."""
+    if names := recipes.followed(context):
+        file = recipes.file_of(context)
+        told = ", ".join(f"{spelled(context, name)} {context.params[name]}" for name in names)
+        (out.say if file.asked else out.tell)(f"options from {file.shown}: {told}")
+
+
+def name_recipe(context: typer.Context, error: CompError) -> None:
+    """Add to what is refused where it stands, if that is a file."""
+    if isinstance(error, UsageError):
+        ends = {name: re.escape(spelled(context, name)) + r"(?![\w-])" for name in recipes.followed(context)}
+        where = [recipes.followed(context)[name] for name, pattern in ends.items() if re.search(pattern, error.message)]
+        error.hint = "\n".join(filter(None, [error.hint, *(f"See {place}." for place in where)])) or None
+
+
+def spelled(context: typer.Context, name: str) -> str:
+    """A parameter as it is typed: --json, MODEL."""
+    found = next(one for one in context.command.params if one.name == name)
+    return found.opts[0] if found.opts[0].startswith("-") else name.upper()
 
 
 def check_place() -> None:
@@ -79,7 +105,7 @@ def trace() -> None:
         traceback.print_exc()
 
 
-def interruption(end: BaseException, resumes: bool) -> CompError:
+def interruption(end: BaseException, resumes: bool, context: typer.Context | None = None) -> CompError:
     """With the command line that goes on; how several processes were started, they do not know."""
     end = end if isinstance(end, Interrupted) else Interrupted(signal.SIGINT)
     if resumes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -87,5 +113,7 @@ def interruption(end: BaseException, resumes: bool) -> CompError:
             f"{end.said}.", exit_code=end.code, hint="The same launch, of as many processes, goes on where it was."
         )
     again = " ".join(word for word in Output.command.split(" ") if word != "--no-resume")
+    if resumes and context is not None and "resume" in recipes.followed(context):
+        again += " --resume"  # whatever the recipe says
     hint = f"The same command goes on where it was: {again}" if resumes else f"Start it again: {again}"
     return CompError(f"{end.said}.", exit_code=end.code, hint=hint)

@@ -12,7 +12,6 @@ from ..options import (
     EVAL_SAMPLES,
     LEARNING_RATE,
     NUM_SAMPLES,
-    SALIENCIES,
     STAGE_SAMPLES,
     STAGES,
     DataOptions,
@@ -22,6 +21,7 @@ from ..options import (
     TokenOptions,
     Training,
 )
+from . import choices
 from . import shared_options as given
 from .output import Output
 from .perform import perform
@@ -61,7 +61,7 @@ def prune(
         str | None, option(TOKENS, "The stages themselves, LAYER:COUNT or LAYER:SHARE: 0:172,2:77,22:15.")
     ] = TokenOptions.token_stages,
     saliency: Annotated[
-        str | None, option(TOKENS, f"What vitcop ranks by in the LLM: {' or '.join(SALIENCIES)} (default: by the model).")
+        choices.Saliency | None, option(TOKENS, "What vitcop ranks by in the LLM (default: by the model).")
     ] = TokenOptions.saliency,
     compat: Annotated[
         bool, option(TOKENS, "Follow the authors' code where it departs from their formula.", "--compat")
@@ -96,14 +96,16 @@ def prune(
     answer_column: given.AnswerColumn = DataOptions.answer_column,
     split_column: given.SplitColumn = DataOptions.split_column,
     method: Annotated[
-        str, option(SEARCH, "What is scored and removed, see Methods below; with --tokens cover.")
+        choices.Method,
+        option(SEARCH, "What is scored and removed, see Methods below; with --tokens cover.", metavar="METHOD"),
     ] = PruneOptions.method,
     stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
     modes: Annotated[
         str | None, option(SEARCH, "What is removed, with commas: language_params,image_tokens (default: by the model).")
     ] = None,
     tokens_method: Annotated[
-        str | None, option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).")
+        choices.TokensMethod | None,
+        option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).", metavar="METHOD"),
     ] = PruneOptions.tokens_method,
     uniform: Annotated[
         bool,
@@ -126,7 +128,7 @@ def prune(
         float, option(TUNING, "Distillation weight w: loss = (1-w) task + w KL(dense, compact).")
     ] = Training.distill,
     mixed_precision: Annotated[
-        str | None, option(TUNING, "no, fp16 or bf16 (default: accelerate's configuration).")
+        choices.Precision | None, option(TUNING, "Of the training (default: accelerate's configuration).")
     ] = Training.mixed_precision,
     recover: Annotated[bool, option(ABLATIONS, "Refit output projections in closed form.")] = PruneOptions.recover,
     sequential: Annotated[
@@ -147,7 +149,7 @@ def prune(
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
     dtype: Annotated[
-        str | None, option(OUTPUT, "fp32, bf16 or fp16 for the written weights (default: checkpoint dtype).")
+        choices.Dtype | None, option(OUTPUT, "Of the written weights (default: checkpoint dtype).")
     ] = PruneOptions.dtype,
     max_memory: Annotated[
         str | None, option(MAIN, "What it may take, 1GiB: a larger image-text decoder goes layer by layer.")
@@ -157,6 +159,7 @@ def prune(
     dry_run: Annotated[bool, option(OUTPUT, "Print the plan, write nothing.", "--dry-run")] = False,
     push_to_hub: given.PushToHub = PruneOptions.push_to_hub,
     private: given.Private = PruneOptions.private,
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from . import choices, recipes
+
 MAIN, DATA, SEARCH, TUNING, TOKENS = "Main options", "Data", "Search", "Fine-tuning", "Image tokens of a decoder"
+GATES = "Gates (exit code 3 where one is not met)"
 ABLATIONS, COMPUTING, HUB, OUTPUT = "Ablations", "Computation", "Hub", "Output"
 
 
@@ -32,7 +35,9 @@ def output_dir(default: str) -> Any:
     return option(MAIN, f"Folder to write (default: {default}).", "--output", "-o", show_default=False)
 
 
-TaskName = Annotated[str | None, option(DATA, "Evaluation task (default: inferred from the architecture).", "--task")]
+TaskName = Annotated[
+    choices.TaskName | None, option(DATA, "Evaluation task (default: inferred from the architecture).", "--task")
+]
 NumSamples = Annotated[int, option(DATA, "Image-text pairs for calibration.")]
 Split = Annotated[str | None, option(DATA, "Split of --data to calibrate on; never a test split.")]
 ImageColumn = Annotated[str | None, option(DATA, "Column with images or their paths.")]
@@ -41,7 +46,7 @@ LabelColumn = Annotated[str | None, option(DATA, "Column that says whether they 
 AnswerColumn = Annotated[str | None, option(DATA, "Column with the answers to questions; '' for none.")]
 SplitColumn = Annotated[str | None, option(DATA, "Column that names each row's split; '' for none.")]
 
-Device = Annotated[str, option(COMPUTING, "auto, cpu, cuda or cuda:N. Never falls back.")]
+Device = Annotated[str, option(COMPUTING, "auto, cpu, cuda or cuda:N. Never falls back.", autocompletion=choices.devices)]
 Seed = Annotated[int, option(COMPUTING, "Random seed.")]
 BatchSize = Annotated[int, option(COMPUTING, "Pairs in one forward pass.")]
 TextTokens = Annotated[int, option(COMPUTING, "Text length of the reference input.")]
@@ -59,7 +64,18 @@ Private = Annotated[bool, option(HUB, "Make that repository a private one.", "--
 
 Png = Annotated[Path | None, option(OUTPUT, "Draw what matters, or of a compact model which tokens stay.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Replace a folder that comp wrote before.", "--overwrite")]
-Format = Annotated[str, option(OUTPUT, "human, json or quiet.", "--format")]
+Format = Annotated[choices.Format, option(OUTPUT, "For people, programs, summaries, workflows of GitHub.", "--format")]
 Json = Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")]
 Quiet = Annotated[bool, option(OUTPUT, "Only the path of the result.", "--quiet", "-q")]
 NoProgress = Annotated[bool, option(OUTPUT, "No progress bars.", "--no-progress")]
+Recipe = Annotated[
+    Path | None,
+    option(
+        OUTPUT,
+        "TOML file with options (default: [tool.comp] of pyproject.toml).",
+        "--recipe",
+        callback=recipes.follow,
+        is_eager=True,
+        show_default=False,
+    ),
+]

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+MODES = ("human", "json", "markdown", "github", "quiet")  # of output, see Output
+
 
 class Lenient:
     """A stream for messages. That nobody can read them is no reason to lose the result."""
@@ -63,16 +65,18 @@ def close_stdout() -> OSError | None:
     return None
 
 
-def wants_json(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for a document, also where the parser refuses it: `--json`, `--format json`, their
-    beginnings, and formats that do not exist, which a program asks for rather than a person."""
+def asked_mode(arguments: Sequence[str]) -> str:
+    """The mode of output that a command line asks for, also where the parser refuses it: `--json`, `--format json`, their
+    beginnings; "" where it says nothing. A format that does not exist is a document, which a program asks for rather than a
+    person."""
     words = list(arguments)
     words = words[: words.index("--")] if "--" in words else words
-    form = None
+    form = "quiet" if {"-q", "--quiet"} & set(words) else ""
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, given, value = word.partition("=")
         if len(name) > 3 and "--json".startswith(name):
-            return True
+            return "json"
         if len(name) > 4 and "--format".startswith(name):
-            form = value if given else following
-    return form is not None and form not in ("human", "quiet")
+            chosen = value if given else following
+            form = chosen if chosen in MODES else "json"
+    return form

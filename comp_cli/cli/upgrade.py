@@ -14,6 +14,7 @@ from .perform import perform
 def upgrade(
     context: typer.Context,
     folder: Annotated[str, typer.Argument(help="A folder that `comp prune` wrote.", show_default=False)],
+    recipe: given.Recipe = None,
     form: given.Format = "human",
     as_json: given.Json = False,
     quiet: given.Quiet = False,

@@ -5,6 +5,7 @@ Dense means what a user would otherwise run: the stock transformers model in tor
 what pruning brings.
 """
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..data.batches import random_inputs
 from ..engine.methods import DECODER
 from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
-from ..files.outputs import check_room
-from ..files.store import folder_size, read_config
+from ..files.outputs import atomic_file, check_file, check_room, resolve
+from ..files.store import folder_size, read_config, read_json
 from ..measure import decoding, gates, timing, variants
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
@@ -133,10 +134,38 @@ def check(options: BenchOptions) -> torch.device:
         variants.check_compiler(device)
     if options.plot:
         bench_plot.check_plot(options.plot)
+    if options.save:
+        check_save(options.save)
     measured = {"torch"} if device.type == "cuda" else {"torch", "onnx"}  # by peak_memory
     if options.gates.max_memory_mb is not None and not measured & set(options.backends):
         raise UsageError("--max-memory-mb: no backend whose memory is measured.", hint="Add torch to --backend.")
     return device
+
+
+def check_save(path: Path) -> None:
+    """Raises UsageError where the document could not be written in the end, or something else lies there."""
+    path = resolve(path, "--save")
+    if not path.parent.is_dir():
+        raise UsageError(f"--save {path}: no such folder.", hint="Create the folder first.")
+    check_file(path)
+    if path.exists() and path.stat().st_size and not is_benchmark(path):
+        hint = "Choose another name, or remove it yourself."
+        raise UsageError(f"--save {path}: exists, and is no benchmark of comp.", hint=hint)
+
+
+def is_benchmark(path: Path) -> bool:
+    """Whether a file holds a document of `comp bench`, also of one that failed."""
+    try:
+        document = read_json(path)
+    except RefusedError:
+        return False
+    return "schema_version" in document and ("timings" in document or "error" in document)
+
+
+def save(report: BenchReport, path: Path) -> None:
+    """Write the document that `--json` prints; the file appears whole or not at all."""
+    with atomic_file(resolve(path, "--save")) as partial:
+        partial.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def made_of(folder: Path, comp: dict[str, Any], fetched: str | None = None) -> str:

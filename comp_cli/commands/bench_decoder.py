@@ -140,4 +140,15 @@ def runners_of(models: dict[str, nn.Module], prompt: timing.Inputs) -> tuple[dic
 def generation_of(side: str, batch: int, taken: dict[Key, list[float]], held: int) -> Generation:
     first, steps = (timing.summary("torch", side, batch, taken[figure, side]) for figure in ("first_token", "step"))
     of_one = steps.median / decoding.STEPS
-    return Generation(side, batch, first.median, of_one, 1000 * batch / of_one, held)
+    return Generation(
+        side=side,
+        batch=batch,
+        first_token_ms=first.median,
+        token_ms=of_one,
+        tokens_per_second=1000 * batch / of_one,
+        kv_cache_bytes=held,
+        first_token_low=first.low,
+        first_token_high=first.high,
+        token_low=steps.low / decoding.STEPS,
+        token_high=steps.high / decoding.STEPS,
+    )

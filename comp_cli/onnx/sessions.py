@@ -1,6 +1,6 @@
 """Graphs as ONNX Runtime runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -82,9 +82,9 @@ class OnnxModel:
         self.given: dict[str, Values] = {}
         self._run = run
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Values:
-        """What the graphs make of the inputs of the model, by name."""
-        return self._run(self.step, self.sessions, feeds(inputs))
+    def run(self, inputs: Mapping[str, Tensor], names: Iterable[str] = ()) -> Values:
+        """What the graphs, or those that are named, make of the inputs of the model, by name."""
+        return self._run(self.step, names or self.sessions, feeds(inputs))
 
     def step(self, name: str, values: Values) -> Values:
         """Run one graph on those of the values that it takes; its outputs by name."""

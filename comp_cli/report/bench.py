@@ -88,6 +88,8 @@ class Latency:
         p90: 90th percentile, ms.
         p99: 99th percentile, ms.
         pairs_per_second: throughput at the median.
+        low: lower end of the median's 95 % interval, ms.
+        high: upper end, ms.
     """
 
     backend: str
@@ -98,6 +100,8 @@ class Latency:
     p90: float
     p99: float
     pairs_per_second: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,10 @@ class Generation:
         token_ms: median time of one further token, ms for the whole batch.
         tokens_per_second: tokens written behind the prompt, of all samples together.
         kv_cache_bytes: keys and values held behind the prompt, of all samples together, bytes.
+        first_token_low: lower end of the 95 % interval of `first_token_ms`.
+        first_token_high: upper end.
+        token_low: lower end of the 95 % interval of `token_ms`.
+        token_high: upper end.
     """
 
     side: str
@@ -158,6 +166,10 @@ class Generation:
     token_ms: float
     tokens_per_second: float
     kv_cache_bytes: int
+    first_token_low: float
+    first_token_high: float
+    token_low: float
+    token_high: float
 
 
 @dataclass(frozen=True)

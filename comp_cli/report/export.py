@@ -103,6 +103,7 @@ class ExportReport(Report):
         opset: ONNX opset.
         target: "onnxruntime" or "onnx".
         layout: "optimum" or "transformers.js".
+        with_preprocessing: whether graphs take pictures as they are.
         dtype: of the weights.
         quantization: null for none.
         fused: nodes that ONNX Runtime's fusions made, by kind.
@@ -133,6 +134,7 @@ class ExportReport(Report):
     opset: int
     target: str
     layout: str
+    with_preprocessing: bool
     dtype: str
     quantization: Quantization | None
     fused: dict[str, int]

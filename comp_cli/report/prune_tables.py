@@ -162,8 +162,9 @@ def _print_target(report: PruneReport, out: Printer) -> None:
     of_dense = "" if found.dense is None else f", of {target_value(found.kind, found.dense)} dense"
     measured = f"{target_value(found.kind, found.measured)}{of_dense}"
     out.line(f"{flag(found.kind)} {asked}: ratio {found.ratio:g} of {len(found.tried)} that were tried; {measured}.")
-    chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
-    out.line(f"{chosen} {found.on}.")
+    if found.kind != "target_size":
+        chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
+        out.line(f"{chosen} {found.on}.")
     if found.missed:
         out.line(f"Made and measured, it was missed at ratio {', '.join(f'{ratio:g}' for ratio in found.missed)}.")
 
@@ -205,7 +206,7 @@ def _next(report: PruneReport) -> str:
     """What to do with the folder."""
     place, (family, _, _) = shlex.quote(str(report.output)), find_family({"architectures": [report.architecture]})
     if family.topology.drops_in != "decoder":
-        return f"comp export {place} --onnx"
+        return f"comp export {place}"
     if report.options.uniform:
         return f'{report.architecture}.from_pretrained("{report.output}"), or what else reads this class'
     return f"comp bench {place}"

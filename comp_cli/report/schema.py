@@ -14,9 +14,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from .analyze import AnalyzeReport
 from .base import Report, written
 from .bench import BenchReport
+from .compare import CompareReport
+from .environment import EnvironmentReport
 from .export import ExportReport
 from .prune import PruneReport
 from .sweep import SweepReport
+from .upgrade import UpgradeReport
 
 REPORTS: dict[str, type[Report]] = {
     "analyze": AnalyzeReport,
@@ -24,6 +27,9 @@ REPORTS: dict[str, type[Report]] = {
     "sweep": SweepReport,
     "export": ExportReport,
     "bench": BenchReport,
+    "compare": CompareReport,
+    "env": EnvironmentReport,
+    "upgrade": UpgradeReport,
 }
 TITLES = {"sweep": "prune --ratio A,B"}
 NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", Path: "string", type(None): "null"}
@@ -47,6 +53,7 @@ def schema(name: str) -> dict[str, Any]:
         "schema_version": {"const": Report.SCHEMA_VERSION, "description": "version of this schema."},
         **found["properties"],
         "error": ERROR,
+        "help": {"type": "string", "description": "what --help says, where it was asked for a document."},
     }
     always = ["schema_version", "warnings"]
     return {
@@ -56,7 +63,11 @@ def schema(name: str) -> dict[str, Any]:
         "type": "object",
         "properties": properties,
         "required": always,
-        "anyOf": [{"required": [n for n in found["required"] if n not in always]}, {"required": ["error"]}],
+        "anyOf": [
+            {"required": [n for n in found["required"] if n not in always]},
+            {"required": ["error"]},
+            {"required": ["help"]},
+        ],
         "$defs": dict(sorted(definitions.items())),
     }
 

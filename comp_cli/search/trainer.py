@@ -30,7 +30,7 @@ from ..engine.slicing import slice_state
 from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense
 from ..models.pairs import Pairs, warn_cut_texts
-from ..options import ResolvedTraining, Training
+from ..options import MIXED_PRECISIONS, ResolvedTraining, Training
 from ..plan import Plan
 from ..progress import Progress
 from ..report.base import Texts
@@ -57,8 +57,8 @@ def check_training(training: Training) -> None:
         raise UsageError("--stage-share and --distill are shares, from 0 to 1.")
     if training.lr is not None and not 0 < training.lr < 1:
         raise UsageError(f"--lr {training.lr}: expected a number between 0 and 1.")
-    if training.mixed_precision not in (None, "no", "fp16", "bf16"):
-        raise UsageError(f"--mixed-precision {training.mixed_precision}: expected no, fp16 or bf16.")
+    if training.mixed_precision not in (None, *MIXED_PRECISIONS):
+        raise UsageError(f"--mixed-precision {training.mixed_precision}: expected one of {', '.join(MIXED_PRECISIONS)}.")
 
 
 def precision(training: Training) -> str:
