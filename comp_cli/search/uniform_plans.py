@@ -56,7 +56,7 @@ def uniform_plans(dense: Dense | Described, space: allocation.Space, ratio: floa
     return taken
 
 
-def takes(dense: Dense, uniform: Uniform, ratio: float) -> Iterator[bool]:
+def takes(dense: Dense | Described, uniform: Uniform, ratio: float) -> Iterator[bool]:
     """Of the plans of a ratio that are looked at, whether the stock class takes them."""
     plans = [(sizes, uniform.plan(sizes)) for sizes in uniform.of_ratio(ratio)]
     fit = spread([found for found in plans if config_refuses(dense, found[1]) is None])
