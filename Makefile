@@ -25,7 +25,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/comp prune demo --ratio 0.5 -o out/demo-compact --overwrite
-	$(BIN)/comp export out/demo-compact --onnx -o out/demo-onnx --overwrite
+	$(BIN)/comp export out/demo-compact -o out/demo-onnx --overwrite
 	$(BIN)/comp bench out/demo-compact --baseline demo
 
 test: setup

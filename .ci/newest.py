@@ -13,7 +13,7 @@ print("# The newest versions on the day of the last `make newest`: what CI's sec
 for name in names:
     try:
         found = version(name).split("+")[0]  # without a local part such as +cpu, which is how a wheel was built
-    except PackageNotFoundError:  # of the pair for different machines the other one
+    except PackageNotFoundError:  # of an extra that is not tested
         continue
     if name != project["name"]:
         print(f"{name}=={found}")

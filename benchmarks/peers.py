@@ -247,7 +247,7 @@ PEERS = {
 def logits_of(made: nn.Module | Path) -> Callable[[timing.Inputs], torch.Tensor]:
     if isinstance(made, nn.Module):
         return lambda inputs: made(**inputs).itm_score
-    session = sessions.open_session(made, threads=1)
+    session = sessions.open_session(made)
     return lambda inputs: torch.from_numpy(session.run(["itm_score"], sessions.feeds(inputs))[0])
 
 

@@ -6,6 +6,7 @@ the same sentences. The library is silent: see `Progress`. Light to import; what
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -70,6 +71,7 @@ def analyze(
     score_rows: int = AnalyzeOptions.score_rows,
     seed: int = AnalyzeOptions.seed,
     device: str = AnalyzeOptions.device,
+    threads: int = AnalyzeOptions.threads,
     png: StrPath | None = AnalyzeOptions.png,
     revision: str | None = HubOptions.revision,
     cache_dir: StrPath | None = HubOptions.cache_dir,
@@ -97,6 +99,7 @@ def analyze(
         score_rows: query rows that score image tokens; 0 for all.
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         png: picture to write: which tokens stay in a compact model, a heat map of what matters in a dense one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept (default: $HF_HOME).
@@ -129,6 +132,7 @@ def analyze(
         device=device,
         data=DataOptions(_text(data), split, *columns),
         task=task,
+        threads=threads,
         png=_path(png),
         html=_path(html),
     )
@@ -143,7 +147,7 @@ def analyze(
             check_page(options.html, overwrite=overwrite)
         return analyze(options, told, hub_options=hub)
 
-    report = _reported(work, progress)
+    report = _reported(work, progress, threads)
     if options.html is not None:  # with what was warned of
         from .report.page.files import write_page
         from .report.page.pages import analyze_page
@@ -177,6 +181,7 @@ def prune(
     label_column: str | None = DataOptions.label_column,
     answer_column: str | None = DataOptions.answer_column,
     split_column: str | None = DataOptions.split_column,
+    effort: str = PruneOptions.effort,
     num_samples: int | None = PruneOptions.num_samples,
     eval_samples: int | None = PruneOptions.eval_samples,
     text_tokens: int = PruneOptions.text_tokens,
@@ -189,6 +194,7 @@ def prune(
     score_rows: int = PruneOptions.score_rows,
     seed: int = PruneOptions.seed,
     device: str = PruneOptions.device,
+    threads: int = PruneOptions.threads,
     steps: int = Training.steps,
     epochs: float | None = Training.epochs,
     lr: float | None = Training.lr,
@@ -209,6 +215,8 @@ def prune(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
+    plan_only: bool = False,
+    plan: StrPath | None = None,
     looks: int | None = PruneOptions.looks,
     max_memory: str | int | None = PruneOptions.max_memory,
     push_to_hub: str | None = PruneOptions.push_to_hub,
@@ -244,7 +252,9 @@ def prune(
         label_column: column that says whether image and text match; "" for none.
         answer_column: column with the answers to questions; "" for none.
         split_column: column that names each row's split; "" for none.
-        num_samples: image-text pairs for calibration (default: by the model's size, as for all samples and stages).
+        effort: how much is looked at: "fast", "normal" or "best" (docs/methods.md says what each costs); num_samples,
+            stage_samples, eval_samples, stages and looks win where they are given.
+        num_samples: image-text pairs for calibration (default: by effort and the model's size, as for all samples and stages).
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
         modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
@@ -256,6 +266,7 @@ def prune(
         score_rows: query rows that score image tokens; 0 for all (CoMP's full form).
         seed: random seed.
         device: "auto", "cpu", "cuda" or "cuda:N"; never falls back.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         steps: fine-tuning steps (0: training-free).
         epochs: fine-tuning epochs over the data, in place of steps.
         lr: learning rate (default: by the model's size).
@@ -275,8 +286,13 @@ def prune(
         dtype: "fp32", "bf16" or "fp16" for the written weights (default: checkpoint dtype).
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
-        dry_run: make the plan, write nothing.
-        looks: plans that are compared at most (default: as many as the descent takes; of a model larger than memory 2).
+        dry_run: estimate parameters, size, FLOPs, latency and memory within seconds, from config.json, headers and timed
+            layers; write nothing. `report.estimate` says what was assumed.
+        plan_only: search, and write the plan to a file, `output` (default: MODEL-comp-RATIO.plan.json); no model is made.
+        plan: a file that plan_only wrote: the folder of its search is made without searching. Its options hold; what
+            contradicts them is refused.
+        looks: plans that are compared at most, 0 for the one that the descent begins with (default: as many as it takes; of a
+            model larger than memory 2).
         max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
             are more is worked on layer by layer from its files.
         push_to_hub: repository on the Hub, "org/name", that the folder is uploaded to when it is complete, and `max_drop` is
@@ -285,8 +301,8 @@ def prune(
         progress: receives messages, warnings and progress (default: none; the library is silent).
 
     Returns:
-        What was pruned and what it costs in accuracy. `report.quality` is None after a dry run. Of several ratios a
-        `SweepReport`.
+        What was pruned and what it costs in accuracy. `report.quality` is None with `dry_run` and `plan_only`. Of several
+        ratios a `SweepReport`.
 
     Raises:
         UsageError: an argument that cannot be, an output that exists.
@@ -336,9 +352,11 @@ def prune(
         cit=cit,
         explore=explore,
         history=history,
+        threads=threads,
         image_tokens=None if image_tokens == TokenOptions() else image_tokens,
         looks=looks,
         max_memory=parse_bytes(max_memory),
+        effort=effort,
         push_to_hub=push_to_hub,
         private=private,
     )
@@ -346,31 +364,50 @@ def prune(
     targets = TargetOptions(target_speedup, target_latency_ms, parse_bytes(target_size, "target_size"))
 
     def work(told: Progress) -> PruneReport | SweepReport:
+        from .checkpoint.publish import check_name
         from .commands.prune import prune
-        from .commands.prune_options import by_number, choose_target
+        from .commands.prune_estimate import estimate, estimate_several
+        from .commands.prune_options import by_number, check_ways, choose_target
         from .commands.prune_streamed import prune_within_memory
         from .commands.prune_tokens import prune_tokens
         from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
         from .commands.targets import prune_to_target
 
-        target = choose_target(targets, options, max_drop, dry_run, link)
-        unnamed = default_output(options.model, ratios, method, options.image_tokens, target)
+        ways: dict[str, Any] = {"plan": plan, "plan_only": plan_only, "dry_run": dry_run}
+        check_ways(options, targets, several=isinstance(ratios, tuple), link=link, **ways)
+        how: dict[str, Any] = {"max_drop": max_drop, "hub_options": hub}
+        pushed: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
+        if plan is not None:
+            from .models.plan_file import read_plan, with_plan
+
+            decided = read_plan(Path(plan))
+            applied = with_plan(options, decided)
+            place = default_output(applied.model, applied.ratio, applied.method, None) if output is None else Path(output)
+            how |= {"decided": decided, "work": prune_within_memory, "overwrite": overwrite, "resume": resume}
+            return and_push(lambda: prune(applied, place, told, **how), applied, told, **pushed)
+        only = "--dry-run" if dry_run else "--plan-only" if plan_only else None
+        target = choose_target(targets, options, max_drop, only, link)
+        unnamed = default_output(options.model, ratios, method, options.image_tokens, target, plan_only)
         folder = unnamed if output is None else Path(output)
-        how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
-        asked: dict[str, Any] = how | {"max_drop": max_drop, "hub_options": hub}
         if target is not None:
-            aimed = asked | {"resume": resume, "max_drop": max_drop if target.is_least else None}
-            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **how)
+            aimed = how | pushed | {"resume": resume, "max_drop": max_drop if target.is_least else None}
+            return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **pushed)
         if by_number(options, link):
-            return and_push(lambda: prune_tokens(options, folder, told, link=link, **asked), options, told, **how)
+            return and_push(lambda: prune_tokens(options, folder, told, link=link, **how, **pushed), options, told, **pushed)
+        if dry_run:
+            check_name(options.push_to_hub, options.private, dry_run)
+            return (
+                estimate_several(options, ratios, told, **how) if isinstance(ratios, tuple) else estimate(options, told, **how)
+            )
+        how |= {"overwrite": overwrite, "resume": resume}
         if isinstance(ratios, tuple):
             check_single(options)
-            return sweep(options, ratios, folder, told, resume=resume, **asked)
-        asked |= {"resume": resume, "work": prune_within_memory}
-        return and_push(lambda: prune(options, folder, told, **asked), options, told, **how)
+            return sweep(options, ratios, folder, told, **how)
+        how |= {"work": prune_within_memory, "plan_only": plan_only}
+        return and_push(lambda: prune(options, folder, told, **how), options, told, **pushed)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -382,6 +419,7 @@ def export(
     quantize: str | None = ExportOptions.quantize,
     layout: str = ExportOptions.layout,
     split: bool = ExportOptions.split,
+    with_preprocessing: bool = ExportOptions.with_preprocessing,
     data: StrPath | None = DataOptions.data,
     image_column: str | None = DataOptions.image_column,
     text_column: str | None = DataOptions.text_column,
@@ -389,6 +427,7 @@ def export(
     split_column: str | None = DataOptions.split_column,
     atol: float | None = ExportOptions.atol,
     device: str = ExportOptions.device,
+    threads: int = ExportOptions.threads,
     optimize: bool = ExportOptions.optimize,
     target: str = ExportOptions.target,
     opset: int = ExportOptions.opset,
@@ -408,8 +447,10 @@ def export(
         dtype: "fp32", "fp16" or "bf16" for the weights; inputs and outputs stay fp32.
         quantize: "int8": int8 dynamic quantization; "int4": int4 weights, of the language model of a decoder that reads images;
             layers that change predictions stay in float.
-        layout: "optimum", or "transformers.js": graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
         split: write vision_model.onnx and text_model.onnx instead of model.onnx: an image is encoded once.
+        with_preprocessing: graphs take pictures as they are, uint8 (images, height, width, 3) of any size, and resize, crop and
+            normalise them; refused where a graph cannot do what the processor does.
         data: image-text pairs to check parity on (default: built-in synthetic scenes).
         image_column: column with images or their paths (default: found by its name, as for all columns).
         text_column: column with texts.
@@ -417,6 +458,7 @@ def export(
         split_column: column that names each row's split; "" for none.
         atol: max. abs. error against PyTorch (default: by precision).
         device: where parity is checked: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         optimize: apply ONNX Runtime's fusions ahead of time, if the graphs still agree.
         target: "onnxruntime" (fused attention) or "onnx" (standard operators only).
         opset: ONNX opset, 18 to 23; of decoders that read images always 23.
@@ -449,11 +491,13 @@ def export(
         dtype=dtype,
         quantize=quantize,
         layout=layout,
+        with_preprocessing=with_preprocessing,
         optimize=optimize,
         atol=atol,
         keep_failed=keep_failed,
         device=device,
         data=DataOptions(_text(data), None, image_column, text_column, None, answer_column, split_column),
+        threads=threads,
         push_to_hub=push_to_hub,
         private=private,
     )
@@ -468,7 +512,7 @@ def export(
         how = {"overwrite": overwrite}
         return and_push(lambda: export(source.folder, place, options, told, **how), options, told, **how)
 
-    return _reported(work, progress)
+    return _reported(work, progress, threads)
 
 
 @checked
@@ -504,7 +548,7 @@ def bench(
         batch: batch sizes; one number, one text with commas, or several numbers.
         iterations: least number of timed runs of each variant.
         duration: least seconds of timed runs for each batch size, s.
-        threads: CPU threads; 0 for all cores.
+        threads: CPU threads (0: by the model's size and the cores that there are); PyTorch has its own number again afterwards.
         text_tokens: text length of the inputs, tokens.
         seed: random seed, of the inputs and of the bootstrap.
         min_speedup: gate: every row must be so many times faster than stock on its backend.
@@ -560,7 +604,7 @@ def bench(
         if options.save and isinstance(report, BenchReport):
             save(report, options.save)
 
-    return _reported(work, progress, keep)
+    return _reported(work, progress, threads, keep)
 
 
 @checked
@@ -711,6 +755,12 @@ def load_onnx(
     return generation.load_writer(source.folder, place)
 
 
+def _threads(asked: int) -> AbstractContextManager[None]:
+    from .commands.threads import at_work
+
+    return at_work(asked)
+
+
 def _text(path: StrPath | None) -> str | None:
     return None if path is None else os.fspath(path)
 
@@ -720,12 +770,17 @@ def _path(path: StrPath | None) -> Path | None:
 
 
 def _reported(
-    work: Callable[[Progress], R], progress: Progress | None, keep: Callable[[Report], None] = lambda report: None
+    work: Callable[[Progress], R],
+    progress: Progress | None,
+    threads: int | None = None,
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> R:
-    """The report of some work, with its warnings; that of a missed gate as well. keep: what is done with either."""
+    """The report of some work, with its warnings; that of a missed gate as well. threads: that it works with, None where it
+    calculates nothing. keep: what is done with either report."""
     told = Recorder(progress)
     try:
-        report = replace(work(told), warnings=tuple(told.warnings))
+        with nullcontext() if threads is None else _threads(threads):
+            report = replace(work(told), warnings=tuple(told.warnings))
     except CompError as error:
         if error.report is not None:
             error.report = replace(error.report, warnings=tuple(told.warnings))

@@ -1,6 +1,7 @@
 """What can go wrong, by meaning: each exception carries a sentence for the user and what to do next."""
 
 import errno
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,9 +76,12 @@ class DeadEnd(CompError):
     reached = 0.0
 
 
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # that libraries put into their messages for terminals
+
+
 def first_line(error: Exception) -> str:
     """What an error says in its first line, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
+    lines = COLOURS.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
@@ -98,7 +102,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport
 
 def explain(error: Exception) -> CompError:
     """What no command foresaw, as a sentence. What the machine lacks is no defect."""
-    lines = str(error).strip().splitlines() or ["no message"]
+    lines = COLOURS.sub("", str(error)).strip().splitlines() or ["no message"]
     if is_full(error):
         where = f" ({filename})" if (filename := getattr(error, "filename", None)) else ""
         return CompError(

@@ -110,8 +110,10 @@ def default_output(
     method: str,
     tokens: TokenOptions | None,
     target: Target | None = None,
+    plan_only: bool = False,
 ) -> Path:
-    """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder."""
+    """Where a compact model goes if nobody says: beside nothing of the dense one, in the current folder. plan_only: the file of
+    its plan."""
     named = model.split("@")[0] if model.startswith("hf://") else model
     ratios = ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,)
     amount = "-".join(["comp", *(f"{each:g}" for each in ratios)])
@@ -120,7 +122,7 @@ def default_output(
         amount = f"{method}-{'stages' if often is None else often}"
     if target is not None:
         amount = f"comp-{'drop-' * (not target.is_least)}{target.amount}{UNITS.get(target.kind, '')}"
-    return Path(f"{Path(named).name or 'model'}-{amount}".lstrip("-@"))
+    return Path(f"{Path(named).name or 'model'}-{amount}{'.plan.json' * plan_only}".lstrip("-@"))
 
 
 def parse_backends(given: str | Sequence[str]) -> tuple[str, ...]:

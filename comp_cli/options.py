@@ -15,7 +15,8 @@ TEXT_TOKENS = 35  # of the reference input
 SCORE_ROWS = 64  # query rows that score image tokens; ranks nearly as all rows do: benchmarks/score_rows.py
 LARGE_FLOPS = 10e9  # for one pair: models from here on are large
 OPSET = 20
-LAYOUTS = ("optimum", "transformers.js")  # names of graphs in a folder, and what the graphs of decoders that read images take
+THREADS = 0  # chosen by the size of the model, and by the cores that the process has
+LAYOUTS = ("optimum", "transformers.js")  # names of files in a folder, and what the graphs of decoders that read images take
 TARGETS = ("onnxruntime", "onnx")  # with ONNX Runtime's fused attention node, or with standard operators only
 BACKENDS = ("torch", "onnx", "compile")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -39,7 +40,7 @@ WHOLE = {  # numbers that are whole: the least and the most
     "iterations": (1, MOST),
     "threads": (0, 1024),
     "tokens": (1, MOST),
-    "looks": (1, MOST),
+    "looks": (0, MOST),
     "max_memory": (1, 2**60),
     "target_size": (1, 2**60),
 }
@@ -113,10 +114,54 @@ def brief(number: float) -> str:
     return f"{number:g}" if number >= 0.01 else f"{number:.0e}".replace("e-0", "e-")
 
 
-STAGES = BySize(40, 10)
-NUM_SAMPLES = BySize(256, 32)
-STAGE_SAMPLES = BySize(256, 8, 32)
-EVAL_SAMPLES = BySize(1000, 64, 256)
+@dataclass(frozen=True)
+class Effort:
+    """How much a run looks at where nobody says it; the fields are those of PruneOptions.
+
+    Attributes:
+        looks: None for as many as the descent takes; 0 for none: the plan that it begins with is taken.
+        thorough: whether plans are compared at length: both halves of the pairs judge, the descent begins at every place that
+            it knows and ends in short steps. None for small models only.
+    """
+
+    num_samples: BySize
+    stage_samples: BySize
+    eval_samples: BySize
+    stages: BySize
+    looks: BySize | None = None
+    thorough: bool | None = None
+    double_prices: bool = True  # whether units are priced in fp64
+
+    def is_thorough(self, is_large: bool) -> bool:
+        """Of a model that is large or not."""
+        return not is_large if self.thorough is None else self.thorough
+
+
+EFFORTS = {
+    "fast": Effort(
+        num_samples=BySize(64, 4, 16),
+        stage_samples=BySize(64, 4, 16),
+        eval_samples=BySize(256, 8, 32),
+        stages=BySize(10, 4),
+        looks=BySize(4, 0),
+        thorough=False,
+        double_prices=False,
+    ),
+    "normal": Effort(
+        num_samples=BySize(256, 32),
+        stage_samples=BySize(256, 8, 32),
+        eval_samples=BySize(1000, 64, 256),
+        stages=BySize(40, 10),
+    ),
+    "best": Effort(
+        num_samples=BySize(512, 64),
+        stage_samples=BySize(512, 32, 64),
+        eval_samples=BySize(1000, 64, 256),
+        stages=BySize(40, 20),
+        thorough=True,
+    ),
+}
+USUAL = EFFORTS["normal"]
 LEARNING_RATE = BySize(1e-4, 1e-5)
 STREAMED_LOOKS = 2  # plans that are compared where every one of them takes the weights from disk
 
@@ -221,6 +266,7 @@ class AnalyzeOptions(Checked):
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: where the pairs come from.
         task: evaluation task; None for that of the architecture.
+        threads: CPU threads; 0 for as many as pay.
         png: picture to write: which tokens stay in a compact model, what matters in a dense one.
         html: page to write.
     """
@@ -234,6 +280,7 @@ class AnalyzeOptions(Checked):
     device: str = "auto"
     data: DataOptions = DataOptions()
     task: str | None = None
+    threads: int = THREADS
     png: Path | None = None
     html: Path | None = None
 
@@ -340,9 +387,11 @@ class PruneOptions(Checked):
         cit: head-weighted token importance (CoMP, Eq. 7), while units fade.
         explore: random exploration of modes (CoMP, RE, Eq. 9).
         history: history information on modes (CoMP, HI, Eq. 10).
+        threads: CPU threads; 0 for as many as pay.
         image_tokens: how many image tokens of a decoder stay; left out for other models.
-        looks: plans that are compared at most; left out for as many as the descent takes.
+        looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
         max_memory: bytes that the work may take; left out for what the machine has.
+        effort: how much is looked at where nothing else is said: "fast", "normal" or "best".
         push_to_hub: repository that the folder is uploaded to; left out where it is not.
         private: whether that is made for its owners only.
     """
@@ -372,10 +421,12 @@ class PruneOptions(Checked):
     cit: bool = True
     explore: bool = True
     history: bool = True
+    threads: int = THREADS
     # These are left out of reports where they are None, as report.base.if_known says it.
     image_tokens: TokenOptions | None = field(default=None, metadata={"if_known": True})
     looks: int | None = field(default=None, metadata={"if_known": True})
     max_memory: int | None = field(default=None, metadata={"if_known": True})
+    effort: str = "normal"
     push_to_hub: str | None = field(default=None, metadata={"if_known": True})
     private: bool = field(default=False, metadata={"unwritten": True})
 
@@ -385,10 +436,10 @@ class ResolvedOptions(PruneOptions):
     """With the numbers that the size of the model decides, for a model whose parameters or tokens go by a ratio."""
 
     ratio: float = 0.0
-    stages: int = int(STAGES.small)
-    num_samples: int = int(NUM_SAMPLES.small)
-    stage_samples: int = int(STAGE_SAMPLES.small)
-    eval_samples: int = int(EVAL_SAMPLES.small)
+    stages: int = int(USUAL.stages.small)
+    num_samples: int = int(USUAL.num_samples.small)
+    stage_samples: int = int(USUAL.stage_samples.small)
+    eval_samples: int = int(USUAL.eval_samples.small)
     training: ResolvedTraining = ResolvedTraining()
 
 
@@ -402,12 +453,14 @@ class ExportOptions(Checked):
         split: whether images and texts get a graph each.
         dtype: of the weights; inputs and outputs stay fp32.
         quantize: "int8" for int8 dynamic quantization, "int4" for int4 weights of a decoder that reads images.
-        layout: "optimum", or "transformers.js" for graphs of a decoder that reads images as that client runs them.
+        layout: "optimum", or "transformers.js": files of a CLIP, a SigLIP or a LLaVA as that client reads them.
+        with_preprocessing: whether graphs take pictures as they are, uint8 of any size, and make pixel values themselves.
         optimize: whether ONNX Runtime's fusions are applied ahead of time.
         atol: max. abs. error against PyTorch; None for that of the dtype or quantization.
         keep_failed: whether refused graphs are left in OUTPUT.failed.
         device: where the graphs are checked: "cpu", "cuda" or "cuda:N".
         data: the real pairs that they are checked on.
+        threads: CPU threads; 0 for as many as pay.
         push_to_hub: repository that the folder is uploaded to.
         private: whether that is made for its owners only.
     """
@@ -418,11 +471,13 @@ class ExportOptions(Checked):
     dtype: str = DTYPES[0]
     quantize: str | None = None
     layout: str = LAYOUTS[0]
+    with_preprocessing: bool = False
     optimize: bool = False
     atol: float | None = None
     keep_failed: bool = False
     device: str = "cpu"
     data: DataOptions = DataOptions()
+    threads: int = THREADS
     push_to_hub: str | None = None
     private: bool = False
 
@@ -452,7 +507,7 @@ class BenchOptions(Checked):
         batches: batch sizes.
         iterations: least number of timed runs of each variant.
         duration: least seconds of timed runs for each batch size.
-        threads: CPU threads; 0 for all cores.
+        threads: CPU threads; 0 for as many as pay.
         text_tokens: text length of the inputs.
         seed: random seed, of the inputs and of the bootstrap.
         gates: what must be shown.
@@ -465,7 +520,7 @@ class BenchOptions(Checked):
     batches: tuple[int, ...] = (1, 8)
     iterations: int = 10
     duration: float = 5.0
-    threads: int = 0
+    threads: int = THREADS
     text_tokens: int = TEXT_TOKENS
     seed: int = 0
     gates: Gates = Gates()

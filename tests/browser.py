@@ -4,6 +4,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ for place, end in enumerate(sys.argv[1:3]):
     os.dup2(int(end), 3 + place)
 os.execv(sys.argv[3], sys.argv[3:])
 """  # becomes the browser, with both pipes where it looks for them
-PATIENCE = 60  # seconds for an answer, on a busy machine
+PATIENCE = 180  # seconds for an answer, on a busy machine
 
 
 def find_browser():
@@ -68,24 +69,23 @@ class Browser:
         wanted = self.count
         message = {"id": wanted, "method": method, "params": params} | ({"sessionId": session} if session else {})
         os.write(self.to, json.dumps(message).encode() + b"\0")
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            said = self.next()
-            if said.get("id") == wanted:
-                if "error" in said:
-                    raise RuntimeError(f"{method}: {said['error']}")
-                return said["result"]
+        while (said := self.next()).get("id") != wanted:
             self.events.append(said)
-        raise TimeoutError(method)
+        if "error" in said:
+            raise RuntimeError(f"{method}: {said['error']}")
+        return said["result"]
 
     def next(self):
+        """The next message of the browser, an answer or an event."""
         while b"\0" not in self.read:
-            self.read += os.read(self.of, 1 << 16) or self.gone()
+            if not select.select([self.of], [], [], PATIENCE)[0]:
+                raise TimeoutError(f"the browser said nothing for {PATIENCE} s")
+            piece = os.read(self.of, 1 << 16)
+            if not piece:
+                raise RuntimeError("the browser is gone")
+            self.read += piece
         message, _, self.read = self.read.partition(b"\0")
         return json.loads(message)
-
-    def gone(self):
-        raise RuntimeError("the browser is gone")
 
     def open(self, path, width=1280, height=900, dark=False):
         """A page of its own, loaded."""
@@ -106,7 +106,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=address)
+        until = time.monotonic() + PATIENCE
         while self.run("document.readyState") != "complete" or self.run("location.href") != address:
+            if time.monotonic() > until:
+                raise TimeoutError(address)
             time.sleep(0.02)
         self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 

@@ -228,10 +228,10 @@ def test_the_library_does_what_the_command_line_does(pruned, tiny_folder, tmp_pa
     assert ours == theirs
 
 
-def test_a_dry_run_ends_with_the_plan(tiny_folder, tmp_path, monkeypatch):
+def test_a_dry_run_ends_with_an_estimate(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = comp_cli.prune(str(tiny_folder), ratio=0.4, dry_run=True, **FAST)
-    assert report.output is report.quality is report.size_bytes is None and report.plan.towers
+    assert report.output is report.quality is None and report.estimate.assumed and report.plan.towers
     assert "quality" not in report.to_json() and report.to_json()["output"] is None
     assert list(tmp_path.iterdir()) == []
 

@@ -99,7 +99,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_folder, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["comp", "wanda"])
 def test_methods(tiny_folder, tmp_path, method):
-    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "--dry-run", "--json", *FAST)
+    result = comp("prune", tiny_folder, "--ratio", 0.3, "--method", method, "-o", tmp_path / "c", "--json", *FAST)
     assert json.loads(result.stdout)["options"]["method"] == method
 
 
@@ -143,7 +143,7 @@ def test_parameters_of_the_analysis_are_those_of_the_model(stock, tiny_folder):
 
 def test_commands_without_a_folder_take_the_last_compact_model(compact, monkeypatch):
     monkeypatch.chdir(compact.parent)
-    result = comp("export", "--onnx", "-o", "served")
+    result = comp("export", "-o", "served")
     assert result.exit_code == 0, result.output
     assert f"taking {compact}" in result.stderr
     assert (compact.parent / "served" / "model.onnx").exists()
@@ -234,6 +234,8 @@ def test_the_model_is_never_overwritten(tiny_folder):
         ["prune", "demo", "--ratio", "0.5", "--dtype", "fp8"],
         ["prune", "demo", "--ratio", "0.5", "--method", "magic"],
         ["export", "./nowhere", "--onnx"],
+        ["export", "./nowhere"],
+        ["export", ".", "--no-onnx"],
         ["bench", "./nowhere"],
     ],
 )
@@ -244,8 +246,9 @@ def test_wrong_usage(arguments, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_path):
-    assert comp("export", compact).exit_code == 2
+def test_export_wants_a_compact_model_and_options_that_can_be(compact, tiny_folder, tmp_path):
+    """ONNX is the only format: --onnx names it, and says nothing more."""
+    assert comp("export", tiny_folder, "-o", tmp_path / "x").exit_code == 4
     assert comp("export", tiny_folder, "--onnx", "-o", tmp_path / "x").exit_code == 4
     assert comp("export", compact, "--onnx", "--opset", 9, "-o", tmp_path / "x").exit_code == 2
     assert comp("export", compact, "--onnx", "--target", "tflite", "-o", tmp_path / "x").exit_code == 2
@@ -257,6 +260,10 @@ def test_export_wants_a_format_and_a_compact_model(compact, tiny_folder, tmp_pat
         (["--dtype", "fp8"], 2, "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (["--quantize", "int2"], 2, "'int2' is not one of 'int8', 'int4'"),
         (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
+        (["--layout", "genai"], 2, "--layout genai"),
+        (["--layout", "transformers.js"], 2, "transformers.js has no BLIP"),
+        (["--layout", "transformers.js", "--split"], 2, "Leave --split out"),
+        (["--layout", "transformers.js", "--with-preprocessing"], 2, "transformers.js prepares pictures itself"),
         (["--optimize", "--target", "onnx"], 2, "only ONNX Runtime knows"),
         (["--dtype", "bf16"], 5, "nothing is written unchecked"),
         (["--device", "tpu"], 2, "--device tpu"),

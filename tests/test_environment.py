@@ -57,9 +57,35 @@ def test_a_package_that_is_missing_or_too_old_is_said(monkeypatch):
 
 
 def test_two_wheels_of_one_module_are_said(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda name: "1.31.1")
-    _, problems = environment.read_packages()
-    assert any("onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in problem["why"] for problem in problems)
+    """They share a folder, so that one of them is torn: which one, the providers say."""
+    installed = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(environment, "_version", installed.get)
+    assert environment.both_runtimes(["CUDAExecutionProvider", "CPUExecutionProvider"]) == []
+    (problem,) = environment.both_runtimes(["CPUExecutionProvider"])
+    assert problem["why"].startswith("onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 share one folder, and the one without CUDA")
+    assert problem["why"].endswith("pip install --force-reinstall --no-deps onnxruntime-gpu")
+    del installed["onnxruntime"]
+    assert environment.both_runtimes([]) == []
+
+
+@pytest.mark.parametrize("there", [{"onnxruntime": "1.31.1"}, {"onnxruntime-gpu": "1.31.1"}, {}])
+def test_either_wheel_of_onnx_runtime_will_do(monkeypatch, there):
+    """The GPU's alone is what remains where the other one was removed."""
+    real = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: there.get(name) if name in environment.RUNTIMES else real(name))
+    asked = [*(metadata.requires("comp-cli") or []), "onnxruntime>=1.23"]
+    monkeypatch.setattr(metadata, "requires", lambda name: [line for line in asked if not line.startswith("onnxruntime-gpu")])
+    versions, problems = environment.read_packages()
+    assert {name: versions[name] for name in environment.RUNTIMES if versions.get(name)} == there
+    assert any(problem["why"] == "onnxruntime is not installed" for problem in problems) == (not there)
+
+
+def test_cores_and_memory_are_what_this_process_may_use(document):
+    cpu = document["devices"][0]
+    assert 1 <= cpu["usable_cores"] <= cpu["cores"] and cpu["threads"] >= 1
+    assert 0 < cpu["usable_memory_bytes"] <= cpu["memory_bytes"]
+    result = CliRunner().invoke(app, ["env"])
+    assert f"{cpu['cores']} cores, {cpu['usable_cores']} usable ({cpu['because']})" in result.stdout
 
 
 def test_a_library_that_cannot_be_imported_is_a_finding_not_a_failure(monkeypatch, document):

@@ -47,7 +47,7 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("somewhere")
 
 
-def test_several_ratios_and_graphs(place):
+def test_folders_of_several_ratios_and_graphs_name_no_place(place):
     """Pairs of a local table, reports as pages, the trade-off, the graphs of one of the folders."""
     dense = seen("clip", place / "clip")
     (place / "pairs").mkdir()
@@ -68,7 +68,7 @@ def test_several_ratios_and_graphs(place):
     ],
     ids=["tokens", "parameters", "layer by layer", "uniform"],
 )
-def test_decoders(place, how, monkeypatch, request):
+def test_folders_of_decoders_name_no_place(place, how, monkeypatch, request):
     if "layer by layer" in request.node.name:  # as if it did not fit
         monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 41, 1 << 40))
     dense = place / "llava"
@@ -81,7 +81,7 @@ def test_decoders(place, how, monkeypatch, request):
     shutil.rmtree(output)
 
 
-def test_names_of_the_hub_and_words_stay():
+def test_names_of_the_hub_and_words_stay_in_settings():
     known = {
         "name_or_path": "org/name",
         "unk_token": "/",

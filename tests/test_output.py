@@ -1,8 +1,11 @@
 """What a log sees of long work: few plain lines, with what is reached and the time left."""
 
+import io
+import sys
+
 import pytest
 
-from comp_cli.cli.output import Lines, Output, duration
+from comp_cli.cli.output import Lines, Output, TerminalBar, column_widths, duration
 from comp_cli.progress import NoBar
 
 
@@ -34,7 +37,12 @@ def test_the_line_says_what_was_reached():
 
 
 def test_more_steps_than_expected_promise_nothing():
-    assert lines([(20, None)] * 5, 3) == ["pruning: 1/3", "pruning: 2/3, about 20 s left"]
+    assert lines([(20, None)] * 5, 3) == [
+        "pruning: 1/3",
+        "pruning: 2/3, about 20 s left",
+        "pruning: 4, 3 were expected",
+        "pruning: 5, 3 were expected",
+    ]
 
 
 def test_steps_of_an_earlier_run_do_not_shorten_the_time_left():
@@ -55,3 +63,52 @@ def test_other_modes_keep_silent(mode, progress, capsys):
 def test_a_log_gets_lines():
     with Output().track("work", 3) as bar:
         assert isinstance(bar, Lines)
+
+
+@pytest.mark.parametrize("steps", [0, 4, 6, 10])
+def test_a_bar_ends_at_its_total_whatever_was_expected(steps):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        task = progress.add_task("pruning", total=6)
+        bar = TerminalBar(progress, task, 6)
+        for _ in range(steps):
+            bar.advance()
+            assert progress.tasks[0].completed <= progress.tasks[0].total
+        bar.end()
+        assert progress.tasks[0].completed == progress.tasks[0].total == steps
+
+
+def shown(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    results = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", results)
+    return Output(), results
+
+
+def test_headers_wrap_at_words_and_numbers_stay_whole():
+    header = ["", "stock, same backend", "efficiency"]
+    row = ["ONNX Runtime, batch 8", "12.34x", "0.85"]
+    assert column_widths([header, row], 80) == ([21, 19, 10], 1)
+    assert column_widths([header, row], 50) == ([21, 7, 10], 1)
+    assert column_widths([header, row], 42) == ([15, 7, 10], 1)  # the first column wraps, at words
+    assert column_widths([header, row], 35) == ([8, 7, 10], 1)
+    assert column_widths([header, row], 30) == ([9, 7, 10], 0)
+
+
+def test_lines_wrap_at_words_in_a_terminal_and_commands_do_not(monkeypatch):
+    out, results = shown(monkeypatch, 40)
+    out.line("FLOPs are 2 x multiply-accumulates, one sample, and what is written is long.")
+    out.line("Next: comp export a-folder-with-a-name/compact --onnx")
+    said = results.getvalue().splitlines()
+    assert said[:2] == ["FLOPs are 2 x multiply-accumulates, one ", "sample, and what is written is long."]
+    assert said[-1] == "Next: comp export a-folder-with-a-name/compact --onnx"
+
+
+def test_without_a_terminal_a_line_is_a_line(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    results = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", results)
+    Output().line("word " * 60)
+    assert results.getvalue().count("\n") == 1

@@ -150,9 +150,11 @@ def test_what_is_said_to_do_gives_the_ratio(tiny_folder, data, tmp_path):
     assert report.ratio >= 0.49 and report.at_own_texts is None and not any("FLOPs ratio" in line for line in report.warnings)
 
 
-def test_a_dry_run_takes_the_calibration_texts(tiny_folder, tmp_path):
+def test_a_plan_alone_takes_the_calibration_texts(tiny_folder, tmp_path):
     data = tiny.table(tmp_path, caption=lambda number: FULL if number == 1 else SHORT)
-    report = comp_cli.prune(tiny_folder, ratio=0.4, data=data, method="joint", dry_run=True, **FAST)
+    report = comp_cli.prune(
+        tiny_folder, ratio=0.4, data=data, method="joint", plan_only=True, output=tmp_path / "plan.json", **FAST
+    )
     mean = report.texts["calibration"].tokens["language"]
     assert report.at_own_texts.purpose == "calibration" and report.at_own_texts.tokens["language"] == round(mean) < 12
 
@@ -160,8 +162,8 @@ def test_a_dry_run_takes_the_calibration_texts(tiny_folder, tmp_path):
 # Nothing superfluous --------------------------------------------------------------------------------------------------
 
 
-def test_without_data_nothing_is_said(tiny_folder):
-    report = comp_cli.prune(tiny_folder, ratio=0.4, method="joint", dry_run=True, **FAST)
+def test_without_data_nothing_is_said(tiny_folder, tmp_path):
+    report = comp_cli.prune(tiny_folder, ratio=0.4, method="joint", plan_only=True, output=tmp_path / "plan.json", **FAST)
     assert report.at_own_texts is None and "at_own_texts" not in report.to_json()
 
 
@@ -172,7 +174,7 @@ def test_without_data_nothing_is_said(tiny_folder):
 )
 def test_where_nothing_differs_nothing_is_said(family, text, tmp_path):
     folder, data = tiny.write(family, tmp_path / "dense"), tiny.table(tmp_path, caption=lambda number: text)
-    report = comp_cli.prune(folder, ratio=0.4, data=data, method="wanda", dry_run=True, **FAST)
+    report = comp_cli.prune(folder, ratio=0.4, data=data, method="wanda", plan_only=True, output=tmp_path / "plan.json", **FAST)
     assert report.at_own_texts is None and not any("FLOPs ratio" in line for line in report.warnings)
 
 

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 import comp_cli
 from comp_cli.cli.app import app
+from comp_cli.report.analyze import LayerDiagnosis, LayerInfluence
+from comp_cli.report.interference import conclusions
 from comp_cli.report.page.charts import squares
 from comp_cli.report.page.drawing import nice_ticks
 from comp_cli.report.page.figures import pointer
@@ -19,7 +21,7 @@ from comp_cli.report.page.pages import analyze_page, prune_page, sweep_page
 
 FEW = {"num_samples": 8, "batch_size": 4, "text_tokens": 12, "device": "cpu"}
 NEEDS = pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
-PAGES = ("analyze", "prune", "sweep", "decoder", "tokens")
+PAGES = ("analyze", "compact", "prune", "sweep", "decoder", "tokens")
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>&amp;\"'" + "W" * 300
 
 
@@ -36,6 +38,8 @@ def pages(tiny_folder, compact_folder, tmp_path_factory):
     found = {"prune": (compact_folder / "report.html", json.loads((compact_folder / "comp_report.json").read_text()))}
     report = comp_cli.analyze(tiny_folder, html=place / "analyze.html", **FEW)
     found["analyze"] = (place / "analyze.html", report.to_json())
+    report = comp_cli.analyze(compact_folder, html=place / "compact.html")
+    found["compact"] = (place / "compact.html", report.to_json())
     how = FEW | {"method": "joint", "eval_samples": 8}
     comp_cli.prune(tiny_folder, ratio=[0.2, 0.3, 0.4], output=place / "sweep", **how)
     found["sweep"] = (place / "sweep" / "tradeoff.html", json.loads((place / "sweep" / "comp_sweep.json").read_text()))
@@ -255,6 +259,27 @@ def test_ticks_are_round_and_hold_what_is_shown():
 
 def test_a_pointer_says_any_key():
     assert pointer(("metrics", "a/b~c", 0)) == "/metrics/a~1b~0c/0"
+
+
+def diagnosis(overlap, strong, chance=0.3):
+    influence = LayerInfluence([0], changed_by_least=0.1, changed_by_all=0.1, correlation_without_least=1, strong=strong)
+    return LayerDiagnosis("vision", 0, {"attention": overlap, "ffn": overlap}, chance, influence)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "strong", "verdicts"),
+    [
+        (0.3, 1.0, ["interferes", "interferes"]),  # as by chance; every head counts
+        (0.79, 0.2, ["separate", "separate"]),  # 0.7 of the way from 0.3 to 1
+        (0.58, 0.4, ["unclear", "unclear"]),  # 0.4 of the way
+    ],
+)
+def test_what_follows_from_the_findings(overlap, strong, verdicts):
+    found = conclusions([diagnosis(overlap, strong), diagnosis(overlap, strong)], 0.3)
+    assert [one.verdict for one in found] == verdicts and [one.finding for one in found] == ["tokens", "heads"]
+    tokens, heads = found
+    assert tokens.judged == pytest.approx((overlap - 0.3) / 0.7) and heads.judged == strong
+    assert f"{100 * overlap:.1f} % are among the top tokens" in tokens.sentence and tokens.sentence.startswith("vision: ")
 
 
 # Where it is written -------------------------------------------------------------------------------------------------

@@ -247,6 +247,7 @@ def test_an_upload_that_fails_keeps_the_folder_and_says_how_to_go_on(hub, tmp_pa
 HOSTILE = """
 import json, sys
 import comp_cli
+from comp_cli import api
 from comp_cli.errors import CompError
 for work in (lambda: comp_cli.load("me/hostile"), lambda: comp_cli.export("me/hostile", output=json.load(sys.stdin))):
     print(json.dumps({"made": type(work()).__name__}))
@@ -255,8 +256,8 @@ for work in (
     lambda: comp_cli.bench("me/hostile"),
     lambda: comp_cli.bench("me/hostile", baseline="me/dense", revision="main"),
     lambda: comp_cli.export("me/dense"),
-    lambda: comp_cli.upgrade("hf://me/hostile"),
-    lambda: comp_cli.upgrade("me/hostile"),
+    lambda: api.upgrade("hf://me/hostile"),
+    lambda: api.upgrade("me/hostile"),
     lambda: comp_cli.load_onnx("me/hostile"),
     lambda: comp_cli.load("me/nothing"),
 ):

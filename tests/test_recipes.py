@@ -84,8 +84,12 @@ def blocks(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[Path]:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def draw_pictures(folder: Path) -> list[Path]:
     """A photo stored on its side, a wide picture, and one with alpha; what is on them is not symmetric."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    generator = np.random.default_rng(0)
 
     def noise(width: int, height: int, channels: int) -> Image.Image:
         small = generator.integers(0, 256, (6, 8, channels), dtype=np.uint8)

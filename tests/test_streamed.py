@@ -87,7 +87,7 @@ def test_the_pass_back_has_the_slopes_of_the_whole_model(llava, tmp_path, forced
         return price(weight, biased, statistics, key, width)
 
     monkeypatch.setattr(layer_by_layer, "prices_of_part", remember)
-    comp_cli.prune(llava, ratio=0.3, dry_run=True, **HOW)
+    comp_cli.prune(llava, ratio=0.3, plan_only=True, output=tmp_path / "plan.json", **HOW)
     monkeypatch.undo()
     from comp_cli.models.dense import open_dense
     from comp_cli.models.pairs import batches_of, generated_pairs

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import comp_cli
 from comp_cli.cli.app import app
 from comp_cli.commands import judging, sweep
+from comp_cli.report.base import Values
+from comp_cli.report.sweep import Point, knee
 from comp_cli.search import journal, training_free
 from comp_cli.signals import Interrupted
 
@@ -231,3 +233,18 @@ def test_lists_of_the_library():
     for wrong in ([], [True], ["x"], [0.5, 0.5]):
         with pytest.raises(comp_cli.UsageError, match="--ratio"):
             comp_cli.prune("demo", ratio=wrong)
+
+
+def points(*found, dense=1.0):
+    """(FLOPs reduction, metric) of each, the reduction as ratio too."""
+    return [Point(ratio=x, reached=x, metric=Values(dense, y)) for x, y in found]
+
+
+def test_the_knee_is_farthest_above_the_line_from_dense_to_the_largest_ratio():
+    assert knee(points((0.4, 0.95), (0.2, 0.98), (0.8, 0.6))) == 0.4  # the line is at 0.8 there, at 0.9 at 0.2
+    assert knee(points((0.2, 0.9), (0.4, 0.8), (0.8, 0.6))) is None  # all of them lie on the line
+    assert knee(points((0.2, 0.7), (0.4, 0.65), (0.8, 0.6))) is None  # below it
+    assert knee(points((0.4, 0.95), (0.8, 0.6))) is None  # too few
+    unlabelled = [Point(ratio=x, reached=x, agreement=y) for x, y in ((0.3, 0.99), (0.5, 0.9), (0.7, 0.5))]
+    assert knee(unlabelled) == 0.5  # the line from 1 to 0.5 is at 0.64 there: 0.26 below; at 0.3 0.2 below
+    assert knee([*unlabelled, Point(ratio=0.9, failed="out of reach")]) == 0.5

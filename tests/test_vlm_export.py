@@ -1,13 +1,11 @@
 """Decoders that read images as ONNX graphs: what they write is what torch writes, with image tokens leaving inside."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +15,7 @@ import tiny
 import torch
 import transformers
 import vlm_models
+from javascript import in_node, node_modules
 from PIL import Image
 from torch import nn
 
@@ -27,7 +26,7 @@ from comp_cli.cli.output import Output
 from comp_cli.commands import export
 from comp_cli.errors import RefusedError, UsageError
 from comp_cli.files.store import read_json
-from comp_cli.onnx import rewrite, transformers_js
+from comp_cli.onnx import rewrite, transformers_js, wide_decoder
 from comp_cli.onnx.sessions import OnnxModel, open_session
 from comp_cli.onnx.translations import TRANSLATIONS, count_axes_from_the_front
 from comp_cli.options import ExportOptions
@@ -431,27 +430,27 @@ def test_the_card_writes_without_torch(folders, tmp_path, request):
     assert said.stdout.strip() == processor.decode(written, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
+def test_the_card_of_a_processor_that_reads_prompts_in_its_own_way(tmp_path):
+    """PaliGemma's puts a token between image and words: the card holds the prompt as numbers."""
+    model, processor = (make() for make in tiny.DECODERS["paligemma"])
+    model.save_pretrained(tmp_path / "dense")
+    processor.save_pretrained(tmp_path / "dense")
+    export.export(tmp_path / "dense", tmp_path / "served", ExportOptions(), QUIET)
+    code = code_of(tmp_path / "served", "python")
+    said = subprocess.run(
+        [sys.executable, "-c", BLOCKED + code], cwd=tmp_path / "served", capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    prompt = re.search(r"# what the processor makes of (.*)$", code, re.MULTILINE)[1]
+    picture = Image.open(tmp_path / "served" / "scene.png").convert("RGB")
+    inputs = processor(images=picture, text=eval(prompt), return_tensors="pt")  # of comp's own card
+    written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said.stdout.strip() == processor.decode(written, skip_special_tokens=True).strip()
+
+
 def test_the_card_says_what_cannot_run_the_graphs(served):
     assert "onnxruntime-genai cannot: its cache has one length for all layers" in (served / "README.md").read_text()
-
-
-def node_modules(package):
-    """The folder of node's packages, where this one is installed: in NODE_PATH, or globally."""
-    if not shutil.which("node"):
-        pytest.skip("node is not installed")
-    places = os.environ.get("NODE_PATH", "").split(os.pathsep)
-    if shutil.which("npm"):
-        places.append(subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=False).stdout.strip())
-    found = next((place for place in places if place and (Path(place) / package).is_dir()), None)
-    return found or pytest.skip(f"{package} is not installed: npm install {package}, and NODE_PATH=.../node_modules")
-
-
-def in_node(folder, code, modules):
-    (folder / "node_modules").symlink_to(modules)
-    (folder / "run.mjs").write_text(code)
-    said = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    return said.stdout.strip()
 
 
 @pytest.mark.parametrize("folders", ["in_stages", "weighted"])
@@ -475,7 +474,8 @@ def laid_out(compact, served):
     """The folder as that client reads it."""
     folder = shutil.copytree(served, served.with_name("client"))
     config, family = describe(compact)
-    transformers_js.lay_out(folder, family.topology.decoder_graphs(family, config.to_dict()))
+    wide_decoder.widen(folder, family.topology.decoder_graphs(family, config.to_dict()))
+    transformers_js.lay_out(folder, {name: name for name in GRAPHS}, dict.fromkeys(GRAPHS, "fp32"), more_layers=1)
     return folder
 
 
@@ -485,7 +485,7 @@ def test_its_graphs_say_what_the_others_say(compact, served, laid_out):
     known = family.topology.decoder_graphs(family, config.to_dict())
     values, expected = written_by(comp_cli.load(compact), asked(compact))
     names = [f"onnx/{name}" for name in GRAPHS]
-    found = transformers_js.logits(known, OnnxModel(laid_out, names).step, names, values)["logits"]
+    found = wide_decoder.logits(known, OnnxModel(laid_out, names).step, names, values)["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
@@ -578,17 +578,10 @@ def test_options_that_cannot_be(compact, tmp_path, options, said):
         export.export(compact, tmp_path / "onnx", ExportOptions(**options), QUIET)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"layout": "transformers.js"}, "--layout transformers.js: graphs of a .* are not written for that client yet"),
-        ({"quantize": "int4"}, "--quantize int4 is for the language model of a decoder"),
-    ],
-)
-def test_encoders_have_neither(tmp_path, options, said):
+def test_encoders_have_no_int4(tmp_path):
     folder = tiny.write("clip", tmp_path / "dense")
-    with pytest.raises(UsageError, match=said):
-        export.export(folder, tmp_path / "onnx", ExportOptions(**options), QUIET)
+    with pytest.raises(UsageError, match="--quantize int4 is for the language model of a decoder"):
+        export.export(folder, tmp_path / "onnx", ExportOptions(quantize="int4"), QUIET)
 
 
 def test_int4_weights_are_in_16_steps(tmp_path):
@@ -636,8 +629,10 @@ def calm(tmp_path_factory):
         ({"quantize": "int4"}, "decoder_model_merged.onnx"),
         ({"dtype": "fp16"}, "decoder_model_merged.onnx"),
         ({"layout": "transformers.js"}, "onnx/decoder_model_merged.onnx"),
+        ({"layout": "transformers.js", "quantize": "int4"}, "onnx/decoder_model_merged_q4.onnx"),
+        ({"with_preprocessing": True}, "decoder_model_merged.onnx"),
     ],
-    ids=["int4", "fp16", "transformers.js"],
+    ids=["int4", "fp16", "transformers.js", "transformers.js, int4", "pictures"],
 )
 def test_other_kinds_of_graphs_pass_the_gate(calm, tmp_path, options, written):
     report = export.export(calm, tmp_path / "onnx", ExportOptions(**options), QUIET)

@@ -33,6 +33,7 @@ def analyze(
     score_rows: given.ScoreRows = AnalyzeOptions.score_rows,
     seed: given.Seed = AnalyzeOptions.seed,
     device: given.Device = AnalyzeOptions.device,
+    threads: given.Threads = AnalyzeOptions.threads,
     png: given.Png = AnalyzeOptions.png,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,

@@ -37,11 +37,11 @@ def bench(
         float | None, option(GATES, "Median latency of every compact row, ms for a whole batch.")
     ] = Gates.max_latency_ms,
     max_memory_mb: Annotated[
-        float | None, option(GATES, "Peak memory of the compact model at the largest batch, MiB.")
+        float | None, option(GATES, "Peak memory of a process with the compact model at the largest batch, MiB.")
     ] = Gates.max_memory_mb,
     iterations: Annotated[int, option(COMPUTING, "Least number of timed runs of each variant.")] = BenchOptions.iterations,
     duration: Annotated[float, option(COMPUTING, "Least seconds of timed runs for each batch size.")] = BenchOptions.duration,
-    threads: Annotated[int, option(COMPUTING, "CPU threads; 0 for all cores.")] = BenchOptions.threads,
+    threads: given.Threads = BenchOptions.threads,
     text_tokens: given.TextTokens = BenchOptions.text_tokens,
     seed: given.Seed = BenchOptions.seed,
     revision: given.Revision = HubOptions.revision,

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from .. import api
-from ..errors import UsageError
 from ..options import DataOptions, ExportOptions, HubOptions
 from ..report.export import ExportReport
 from . import choices
@@ -21,7 +20,7 @@ GRAPHS = "Graphs"
 def export(
     context: typer.Context,
     folder: given.Folder = None,
-    onnx: Annotated[bool, option(MAIN, "Write ONNX (the only format so far).", "--onnx")] = False,
+    onnx: Annotated[bool, option(MAIN, "Write ONNX, which is the only format, with or without this.", "--onnx")] = True,
     output: Annotated[Path | None, given.output_dir("FOLDER-onnx")] = None,
     dtype: Annotated[choices.Dtype, option(MAIN, "Of the weights; inputs and outputs stay fp32.")] = ExportOptions.dtype,
     quantize: Annotated[
@@ -33,12 +32,16 @@ def export(
         ),
     ] = ExportOptions.quantize,
     layout: Annotated[
-        choices.Layout, option(MAIN, "optimum, or transformers.js: a large decoder as that client runs it.")
+        choices.Layout, option(MAIN, "optimum, or transformers.js: CLIP, SigLIP or LLaVA as that client runs them.")
     ] = ExportOptions.layout,
     split: Annotated[
         bool,
         option(MAIN, "vision_model.onnx and text_model.onnx, not model.onnx: an image is encoded once.", "--split"),
     ] = ExportOptions.split,
+    with_preprocessing: Annotated[
+        bool,
+        option(MAIN, "The graph takes a picture as it is, uint8: it resizes, crops and normalises.", "--with-preprocessing"),
+    ] = ExportOptions.with_preprocessing,
     data: Annotated[str | None, option(MAIN, f"Image-text pairs to check parity on: {given.PAIRS}")] = DataOptions.data,
     image_column: given.ImageColumn = DataOptions.image_column,
     text_column: given.TextColumn = DataOptions.text_column,
@@ -57,6 +60,7 @@ def export(
     device: Annotated[
         str, option(COMPUTING, "Where parity is checked: cpu, cuda or cuda:N.", autocompletion=choices.devices)
     ] = ExportOptions.device,
+    threads: given.Threads = ExportOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     overwrite: given.Overwrite = False,
@@ -75,18 +79,17 @@ def export(
 
     Examples:
 
-    `comp export compact --onnx`
+    `comp export compact`
 
-    `comp export --onnx -o served` (takes the last compact model below the current folder)
+    `comp export -o served` (takes the last compact model below the current folder)
 
-    `comp export me/blip-compact --onnx -o served` (a compact model on the Hub)
+    `comp export me/blip-compact -o served` (a compact model on the Hub)
 
-    `comp export compact --onnx --split --quantize int8 --data pairs.jsonl -o served`
+    `comp export compact --split --quantize int8 --data pairs.jsonl -o served`
     """
 
     def call(options: dict[str, Any], out: Output) -> ExportReport:
-        if not options.pop("onnx"):
-            raise UsageError("name a format.", hint="comp export FOLDER --onnx")
+        del options["onnx"]
         return api.export(**options, progress=out)
 
     def show(report: Any, out: Output) -> None:

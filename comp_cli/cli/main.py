@@ -9,6 +9,10 @@ from . import streams
 def run() -> None:
     """The console script."""
     signals.install()
+    # Threads that wait for one another sleep. Spinning, two of them on two busy cores are many times slower than one alone.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # Python started from here takes no code from the current folder
     try:
         has_stdout = streams.settle()

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import CompError
 from ..progress import Bar, NoBar
@@ -40,8 +42,10 @@ class Output:
         self.mode = mode
         self.console = Console(stderr=True, highlight=False)
         self.results = sys.stdout  # while a command works, what others print goes to stderr
-        self.stdout = Console(file=self.results, highlight=False, width=None if self.results.isatty() else 120)
-        self.shows_bars = progress and mode in TALKING
+        self.wraps = self.results.isatty() or "COLUMNS" in os.environ  # elsewhere a line is a line
+        self.stdout = Console(file=self.results, highlight=False, width=None if self.wraps else 120)
+        self.tells_progress = progress and mode in TALKING
+        self.shows_bars = self.tells_progress and self.console.is_terminal
         self.warnings: list[str] = []
         self.summary: list[str] = []  # Markdown for the summary of the step
 
@@ -66,13 +70,15 @@ class Output:
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Bar]:
         """A bar with the time left; now and then a plain line where stderr is no terminal."""
-        if not (self.shows_bars and self.console.is_terminal):
+        if not self.shows_bars:
             self.say(f"{title} ...")
-            yield Lines(self.say, title, total) if self.shows_bars else NoBar()
+            yield Lines(self.say, title, total) if self.tells_progress else NoBar()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield TerminalBar(progress, progress.add_task(printable(title), total=total))
+            bar = TerminalBar(progress, progress.add_task(printable(title), total=total), total)
+            yield bar
+            bar.end()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table on stdout; the first column is text, the others are numbers."""
@@ -80,18 +86,24 @@ class Output:
         self._mark(markdown.table(printable(title), columns, cells))
         if self.mode not in ("human", "github"):
             return
-        table = Table(title=escape(self._shown(title)), title_justify="left", title_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
+        widths, padding = column_widths([list(columns), *cells], self.stdout.width)
+        table = Table(padding=(0, padding))
+        for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+            table.add_column(escape(column), justify="right" if index else "left", overflow="fold", width=width)
         for row in cells:
             table.add_row(*map(escape, row))
+        self._line(self._shown(title), "bold")
         self._print(table)
 
     def line(self, message: str) -> None:
-        """A line of the result."""
+        """A line of the result; in a terminal it wraps at words, but for a command that is to be copied."""
         self._mark(markdown.paragraph(printable(message)))
         if self.mode in ("human", "github"):
-            self._print(self._shown(message), markup=False, soft_wrap=True)
+            self._line(self._shown(message))
+
+    def _line(self, text: str, style: str = "") -> None:
+        soft = not self.wraps or text.startswith("Next: ")
+        self._print(Text(text, style, overflow="ignore"), soft_wrap=soft, crop=False)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, the warnings in Markdown, values for later steps, or in quiet mode the path
@@ -145,9 +157,9 @@ class Output:
         Output.spoke = True
         self._write(json.dumps({"schema_version": SCHEMA_VERSION} | content | {"warnings": self.warnings}) + "\n")
 
-    def _print(self, what: Any, markup: bool | None = None, soft_wrap: bool | None = None) -> None:
+    def _print(self, what: Any, **how: Any) -> None:
         with self.stdout.capture() as captured:
-            self.stdout.print(what, markup=markup, soft_wrap=soft_wrap)
+            self.stdout.print(what, **how)
         self._write(captured.get())
 
     def _write(self, text: str, exactly: bool = False) -> None:
@@ -191,13 +203,21 @@ def _with_hint(error: CompError) -> str:
 
 
 class TerminalBar:
-    """A moving bar."""
+    """A moving bar. A total that was expected, and is passed, grows with every step: there is at least one more."""
 
-    def __init__(self, progress: Progress, task: TaskID):
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, total: int):
+        self._progress, self._task, self._total, self._done = progress, task, total, 0
 
     def advance(self, title: str | None = None, by: int = 1) -> None:
-        self._progress.update(self._task, advance=by, description=printable(title) if title else None)
+        self._done += by
+        if self._done > self._total:
+            self._total = self._done + 1
+        said = printable(title) if title else None
+        self._progress.update(self._task, advance=by, total=self._total, description=said)
+
+    def end(self) -> None:
+        """All is done, be it more or less than was expected."""
+        self._progress.update(self._task, total=self._done, refresh=True)
 
 
 class Lines:
@@ -212,15 +232,37 @@ class Lines:
     def advance(self, title: str | None = None, by: int = 1) -> None:
         now, self._done = self._clock(), self._done + by
         self._first = self._first or (now, self._done)
-        if now - self._said < LINE_SECONDS or self._done >= self._total:
+        if now - self._said < LINE_SECONDS or self._done == self._total:
             return
         self._said = now
-        said = [f"{self._title}: {self._done}/{self._total}"] + ([title] if title else [])
+        of = f"/{self._total}" if self._done < self._total else f", {self._total} were expected"
+        said = [f"{self._title}: {self._done}{of}"] + ([title] if title else [])
         begun, before = self._first
-        if self._done > before:
+        if before < self._done < self._total:
             left = (now - begun) / (self._done - before) * (self._total - self._done)
             said.append(f"about {duration(left)} left")
         self._say(", ".join(said))
+
+
+def column_widths(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
+    """Widths of the columns of a table that is `width` wide, borders included, and the padding at both sides of a cell.
+
+    rows: the header first. Where all cannot stand in one line, headers wrap at words, then the texts of the first column, then
+    padding goes. Numbers stay whole.
+    """
+    columns = [[cell_len(cell) for cell in column] for column in zip(*rows, strict=True)]
+    widest = [max(column) for column in columns]
+    whole = [max([_longest_word(head), *column[1:]]) for head, column in zip(rows[0], columns, strict=True)]
+    words = [max(_longest_word(row[0]) for row in rows), *whole[1:]]
+    for widths, padding in ((widest, 1), (whole, 1), (words, 1), (words, 0)):
+        room = width - (2 * padding + 1) * len(widths) - 1 - sum(widths[1:])  # for the first column
+        if room >= widths[0]:
+            return [min(room, whole[0]) if widths is words else widths[0], *widths[1:]], padding
+    return words, 0
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
 
 
 def duration(seconds: float) -> str:

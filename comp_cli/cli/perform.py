@@ -5,8 +5,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..signals import Interrupted
 from . import recipes
 from .output import Output
 
+OWN = r".*is not one that this runtime"  # begins the warning of comp's runtime, wherever that lies
 # Options that are the terminal's.
 OUTPUT = {"recipe": None, "form": "human", "as_json": False, "quiet": False, "no_progress": False}
 
@@ -43,7 +45,7 @@ def perform(
     out = output_of({name: given.pop(name, default) for name, default in OUTPUT.items()})
     error: CompError
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), own_warnings(out):
             check_place()
             tell_recipe(context, out)
             report = call(given, out)
@@ -62,6 +64,20 @@ def perform(
         trace()
     out.error(error)
     raise typer.Exit(error.exit_code)
+
+
+@contextmanager
+def own_warnings(out: Output) -> Iterator[None]:
+    """Of Python's warnings only those that comp's runtime gives, as those of the command; what libraries say to each other is
+    for who asks (COMP_DEBUG, python -W)."""
+    if os.environ.get("COMP_DEBUG") or sys.warnoptions:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", message=OWN)
+        warnings.showwarning = lambda message, *_: out.warn(str(message))
+        yield
 
 
 def output_of(chosen: dict[str, Any]) -> Output:

@@ -9,11 +9,9 @@ from .. import api
 from ..engine.methods import DECODER, ENCODER, METHODS, methods_for
 from ..errors import CompError
 from ..options import (
-    EVAL_SAMPLES,
+    EFFORTS,
     LEARNING_RATE,
-    NUM_SAMPLES,
-    STAGE_SAMPLES,
-    STAGES,
+    USUAL,
     DataOptions,
     HubOptions,
     PruneOptions,
@@ -83,11 +81,14 @@ def prune(
         str | None, option(MAIN, "In place of --ratio: what model.safetensors may have, 100MB or 95MiB.")
     ] = None,
     task: given.TaskName = PruneOptions.task,
+    effort: Annotated[
+        str, option(MAIN, f"How much is looked at: {', '.join(EFFORTS)}; options that say it themselves win.")
+    ] = PruneOptions.effort,
     num_samples: Annotated[
-        int | None, option(DATA, f"Image-text pairs for calibration (default: {NUM_SAMPLES}).")
+        int | None, option(DATA, f"Image-text pairs for calibration (default: {USUAL.num_samples}).")
     ] = PruneOptions.num_samples,
     eval_samples: Annotated[
-        int | None, option(DATA, f"Pairs of the final comparison (default: {EVAL_SAMPLES}).")
+        int | None, option(DATA, f"Pairs of the final comparison (default: {USUAL.eval_samples}).")
     ] = PruneOptions.eval_samples,
     split: given.Split = DataOptions.split,
     image_column: given.ImageColumn = DataOptions.image_column,
@@ -99,7 +100,7 @@ def prune(
         choices.Method,
         option(SEARCH, "What is scored and removed, see Methods below; with --tokens cover.", metavar="METHOD"),
     ] = PruneOptions.method,
-    stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {STAGES}).")] = PruneOptions.stages,
+    stages: Annotated[int | None, option(SEARCH, f"Stages of comp-paper (default: {USUAL.stages}).")] = PruneOptions.stages,
     modes: Annotated[
         str | None, option(SEARCH, "What is removed, with commas: language_params,image_tokens (default: by the model).")
     ] = None,
@@ -112,10 +113,10 @@ def prune(
         option(SEARCH, "As many heads and channels in every layer of a decoder: a folder of the stock class.", "--uniform"),
     ] = PruneOptions.uniform,
     looks: Annotated[
-        int | None, option(SEARCH, "Plans that are compared at most (default: as many as it takes; from disk 2).")
+        int | None, option(SEARCH, "Plans that are compared at most; 0 for none (default: as many as it takes; from disk 2).")
     ] = PruneOptions.looks,
     stage_samples: Annotated[
-        int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {STAGE_SAMPLES}).")
+        int | None, option(SEARCH, f"Pairs that judge a plan or a stage (default: {USUAL.stage_samples}).")
     ] = PruneOptions.stage_samples,
     steps: Annotated[int, option(TUNING, "Fine-tuning steps (0: training-free).")] = Training.steps,
     epochs: Annotated[float | None, option(TUNING, "Fine-tuning epochs over --data.")] = Training.epochs,
@@ -145,6 +146,7 @@ def prune(
     score_rows: given.ScoreRows = PruneOptions.score_rows,
     seed: given.Seed = PruneOptions.seed,
     device: given.Device = PruneOptions.device,
+    threads: given.Threads = PruneOptions.threads,
     revision: given.Revision = HubOptions.revision,
     cache_dir: given.CacheDir = HubOptions.cache_dir,
     allow_pickle: given.AllowPickle = HubOptions.allow_pickle,
@@ -156,7 +158,13 @@ def prune(
     ] = None,
     overwrite: given.Overwrite = False,
     resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
-    dry_run: Annotated[bool, option(OUTPUT, "Print the plan, write nothing.", "--dry-run")] = False,
+    dry_run: Annotated[
+        bool, option(OUTPUT, "Estimate size, FLOPs and latency within seconds; read no data, write nothing.", "--dry-run")
+    ] = False,
+    plan_only: Annotated[bool, option(OUTPUT, "Search, and write the plan to -o FILE.json.", "--plan-only")] = False,
+    plan: Annotated[
+        Path | None, option(OUTPUT, "A file of --plan-only: make its model without searching.", metavar="FILE")
+    ] = None,
     push_to_hub: given.PushToHub = PruneOptions.push_to_hub,
     private: given.Private = PruneOptions.private,
     recipe: given.Recipe = None,
@@ -175,7 +183,9 @@ def prune(
 
     `comp prune Salesforce/blip-itm-base-coco --ratio 0.5 -o blip-compact`
 
-    `comp prune ./my-blip --ratio 0.7 --data pairs/ --dry-run`
+    `comp prune ./my-blip --ratio 0.7 --dry-run` (an estimate, within seconds)
+
+    `comp prune ./my-blip --ratio 0.7 --data pairs/ --plan-only -o plan.json`
 
     `comp prune ./my-blip --ratio 0.3,0.5,0.7 --data pairs/ -o sweep` (a folder each, and what each costs)
 
@@ -217,5 +227,5 @@ def prune(
         call,
         show,
         lambda report: report.output,
-        resumes=not (dry_run or link or tokens or tokens_share or token_stages),
+        resumes=not (dry_run or plan_only or link or tokens or tokens_share or token_stages),
     )

@@ -48,6 +48,7 @@ SplitColumn = Annotated[str | None, option(DATA, "Column that names each row's s
 
 Device = Annotated[str, option(COMPUTING, "auto, cpu, cuda or cuda:N. Never falls back.", autocompletion=choices.devices)]
 Seed = Annotated[int, option(COMPUTING, "Random seed.")]
+Threads = Annotated[int, option(COMPUTING, "CPU threads (0: by the model's size and the cores that there are).")]
 BatchSize = Annotated[int, option(COMPUTING, "Pairs in one forward pass.")]
 TextTokens = Annotated[int, option(COMPUTING, "Text length of the reference input.")]
 ScoreRows = Annotated[int, option(COMPUTING, "Query rows that score image tokens; 0 for all (CoMP's full form).")]

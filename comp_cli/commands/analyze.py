@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.loading import pick_device
-from ..engine import diagnostics, importance, scoring
+from ..engine import diagnostics, flops, importance, scoring
 from ..engine.methods import DECODER
 from ..errors import RefusedError, UsageError
 from ..families import Family
@@ -25,6 +25,7 @@ from ..report.base import Reference
 from ..report.interference import conclusions
 from ..report.samples import LayerImportance, TokenImportance
 from ..report.token_picture import check_picture, heat_map, token_picture, write
+from . import threads
 from .analyze_compact import analyze_compact, origin_of
 from .analyze_decoder import analyze_decoder
 from .layer_costs import PARTS, costs
@@ -78,6 +79,7 @@ def analyze_dense(found: Found, options: AnalyzeOptions, progress: Progress, hub
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "score_rows": options.score_rows}
     device = pick_device(options.device)
     dense = open_dense(options.model, progress, device=device, hub_options=hub_options, found=found, **sizes)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     batches = batches_of(dense, pairs, "calibration", options.num_samples, options.batch_size, options.seed)
     texts = cut_texts(batches, dense.text_tokens)
@@ -105,6 +107,7 @@ def analyze_dense(found: Found, options: AnalyzeOptions, progress: Progress, hub
         data=pairs.describe("calibration"),
         pairs=pair_counts(pairs),
         texts=texts,
+        threads=threads.in_use(),
         importance=unit_importance(scores, dense.family),
         token_importance=token_importance(scores, dense),
     )

@@ -45,6 +45,7 @@ from ..report.base import Reference, Sizes, Texts
 from ..report.prune_tables import layer_rows
 from ..report.samples import Picture, SampleKept
 from ..report.token_tables import image_tokens
+from . import threads
 from .layer_costs import layer_costs
 
 REPORT = "comp_report.json"
@@ -104,6 +105,7 @@ def analyze_compact(
     plan = Plan.from_json(origin["plan"]) if stock else Plan.from_block(origin, before)
     dense, compact = (side_of(*pair, family) for pair in ((before, skeleton), (plan, built)))
     counted = flops.count(plan, reference)
+    threads.fit(counted.total * options.batch_size)
     runs = Runs(family, task, collator(family, processor, longest_text(full, family, processor), task, described))
     samples, pictures, used, pairs = shown(folder, runs, compact, options, progress, hub_options)
     return AnalyzeReport(
@@ -124,6 +126,7 @@ def analyze_compact(
         pairs={} if pairs is None else pair_counts(pairs),
         texts=Texts(0, 0, family.topology.text_tokens(reference.tokens)),
         compact=compared(origin, dense, compact, reference),
+        threads=threads.in_use(),
         kept_samples=samples,
         pictures=pictures,
     )

@@ -18,6 +18,7 @@ from ..options import AnalyzeOptions, HubOptions
 from ..progress import Progress
 from ..report.analyze import AnalyzeReport, Cost, DecoderCost, PartCost, Saving
 from ..report.base import Reference, Texts
+from . import threads
 
 SHARES = (1 / 3, 2 / 9, 1 / 9)  # of image tokens, mean over layers, which papers compare
 SCHEDULES = ("vitcop", "divprune")  # the first one that can be with so few tokens in so many layers
@@ -55,6 +56,7 @@ def analyze_decoder(options: AnalyzeOptions, progress: Progress, hub_options: Hu
         data="no pairs",
         pairs={},
         texts=Texts(0, 0, dense.family.topology.text_tokens(dense.reference.tokens)),
+        threads=threads.in_use(),
         decoder=DecoderCost(
             image_tokens=dense.images.image_tokens,
             layers=dense.images.layers,

@@ -8,6 +8,7 @@ what pruning brings.
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..measure import decoding, gates, timing, variants
 from ..measure.memory import peak_memory
 from ..measure.variants import SIDES
 from ..models.dense import longest_text
+from ..models.described import dense_flops
 from ..onnx import profiling
 from ..onnx.write import write_graph
 from ..options import HUB_DEFAULTS, BenchOptions, HubOptions
@@ -35,6 +37,7 @@ from ..report import bench_plot
 from ..report.base import Sizes
 from ..report.bench import BenchReport, Latency, Machine, Providers, ProviderShare, Speedup
 from ..report.bench_tables import gate_sentence
+from . import threads
 from .bench_decoder import Case, bench_decoder, only_torch
 from .environment import processor_name
 
@@ -57,14 +60,18 @@ def bench(
     writes = family.topology.drops_in == DECODER
     options = only_torch(options, progress) if writes else options
     device = check(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     dtype = decoding.precision(device) if writes else torch.float32
     source, folders, models = open_models(folder, config, baseline, progress, hub_options, dtype, address)
     named = address or str(folder), source.name
+    full = config_of(models["dense"])
+    threads.fit(dense_flops(full, family, architecture, options.text_tokens) * max(options.batches))
     case = Case(folder, *named, family, architecture, tasks.TASKS[name], folders, models, machine(device))
     measure = bench_decoder if writes else bench_encoder
     report = measure(case, options, device, progress, hub_options.allow_pickle)
+    factors = [factor for row in report.speedups for factor in (row.speedup, row.by_kernels, row.by_pruning) if factor]
+    if said := timing.unsteady(factors, min(row.runs for row in report.timings)):
+        progress.warn(said)
+    report = replace(report, threads=threads.in_use())
     if options.plot:
         bench_plot.plot(report, options.plot)
     if missed := [outcome for outcome in report.gates if not outcome.passed]:

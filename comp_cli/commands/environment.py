@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import CompError
+from ..files import cores
 from ..report.environment import EnvironmentReport
 from ..report.numbers import mib
 
@@ -24,7 +25,7 @@ VARIABLES = (
 ).split()
 SECRETS = {"HF_TOKEN"}
 EXTRAS = {"plot": "bench --plot", "caption": "CIDEr of captions"}  # and what they are for
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # two wheels of one module: whichever came last overwrote the other
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # two wheels of one module, either of which will do
 COMPILERS = ("c++", "g++", "clang++")
 LITTLE_SPACE = 2 * 2**30  # bytes in the cache of downloads: a full-size model with its pickled twin is about as large
 
@@ -76,6 +77,8 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
         return {}, [{"what": "comp", "why": f"the package {DISTRIBUTION} is not installed: this is a bare source folder"}]
     for requirement in wanted:
         uses = [extra for extra in ("", *EXTRAS) if requirement.marker is None or requirement.marker.evaluate({"extra": extra})]
+        if requirement.name in RUNTIMES and _version(requirement.name) is None and any(map(_version, RUNTIMES)):
+            continue  # the other one is there
         if not uses or requirement.name == DISTRIBUTION:  # not for this machine, or for developers; an extra that names others
             continue
         version = versions[requirement.name] = _version(requirement.name)
@@ -86,10 +89,17 @@ def read_packages() -> tuple[dict[str, str | None], list[Problem]]:
             problems.append(
                 {"what": what, "why": f"{requirement.name} {version} is installed, needed is {requirement.specifier}"}
             )
-    if len(doubled := [f"{name} {version}" for name in RUNTIMES if (version := _version(name))]) > 1:
-        why = f"{' and '.join(doubled)} are both installed and share one module: uninstall both, then install one again"
-        problems.append({"what": "export, bench", "why": why})
+    versions |= {name: version for name in RUNTIMES if (version := _version(name))}
     return versions, problems
+
+
+def both_runtimes(providers: list[str]) -> list[Problem]:
+    """What is wrong with two wheels of ONNX Runtime in one folder, by the providers that the one has which came last."""
+    installed = [f"{name} {version}" for name in RUNTIMES if (version := _version(name))]
+    if len(installed) < 2 or "CUDAExecutionProvider" in providers:
+        return []
+    why = f"{' and '.join(installed)} share one folder, and the one without CUDA came last"
+    return [{"what": "graphs on --device cuda", "why": f"{why}: pip install --force-reinstall --no-deps onnxruntime-gpu"}]
 
 
 def read_tested() -> tuple[None, list[Problem]]:
@@ -124,11 +134,16 @@ def _fits(requirement: Any, version: str) -> bool:
 def read_devices() -> tuple[list[dict[str, Any]], list[Problem]]:
     """The CPU, and the GPUs that torch sees."""
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": processor_name(), "cores": os.cpu_count()}]
+    devices[0]["usable_cores"], devices[0]["because"] = cores.available()
+    psutil, problems = _import("psutil")
+    if psutil is not None:
+        from ..files import memory
+
+        devices[0] |= {"memory_bytes": psutil.virtual_memory().total, "usable_memory_bytes": memory.allowed()}
     torch, missing = _import("torch")
     if torch is None:
-        return devices, missing
+        return devices, [*problems, *missing]
     devices[0]["threads"] = torch.get_num_threads()
-    problems = []
     if not any(map(shutil.which, COMPILERS)):
         problems.append({"what": "bench --backend compile", "why": f"no C++ compiler on PATH ({' or '.join(COMPILERS)})"})
     if torch.version.cuda is None:
@@ -148,17 +163,20 @@ def read_providers() -> tuple[list[str], list[Problem]]:
     onnxruntime, missing = _import("onnxruntime")
     if onnxruntime is None:
         return [], missing
+    providers = list(onnxruntime.get_available_providers())
+    if both := both_runtimes(providers):
+        return providers, both
     why = None
     try:
         from ..onnx import profiling
 
         profiling.check_cuda()
     except CompError as error:
-        why = error.message
+        why = f"{error.message} {error.hint}"
     except Exception as error:
         why = _sentence(error)
     problems = [{"what": "graphs on --device cuda", "why": why}] if why else []
-    return list(onnxruntime.get_available_providers()), problems
+    return providers, problems
 
 
 def read_cache() -> tuple[dict[str, Any], list[Problem]]:

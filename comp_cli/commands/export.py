@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial as partial_of
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +30,7 @@ from ..checkpoint.places import copy_settings
 from ..checkpoint.precision import cast
 from ..data.batches import Collator
 from ..data.pairset import PairSet
+from ..data.preparation import NotKnownError, Preparation, preparation_of
 from ..data.rows import Columns, Pair
 from ..data.sources import open_pairs
 from ..errors import DeviceError, GateError, RefusedError, UsageError
@@ -36,8 +38,9 @@ from ..families import Family, find_family
 from ..files.outputs import atomic_folder, check_output, check_replaceable, check_room, reserve, resolve
 from ..files.store import count_weights, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
+from ..models.described import dense_flops
 from ..models.pairs import pair_counts, warn_cut_texts
-from ..onnx import parity, rewrite, transformers_js
+from ..onnx import parity, preprocessing, rewrite, transformers_js, wide_decoder
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
 from ..onnx.write import check_target, write_graphs
@@ -48,6 +51,7 @@ from ..report.card_pictures import save_example
 from ..report.cards import graphs_card
 from ..report.export import Allowed, ExportReport, ParityRow, Quantization, Signature, TensorSpec
 from ..topology.graph_specs import Run, in_turn
+from . import threads
 
 LEFT_OUT = (0.0, 0.1, 0.25, 0.5)  # shares of the matrices that stay float, tried in turn until the decisions agree
 
@@ -94,46 +98,41 @@ def _export(
     started = perf_counter()
     config = read_config(folder)
     family, architecture, name = find_family(config)
-    if not family.topology.exports:
-        said = f"{folder}: comp exports no graphs of a {architecture}: {family.topology.why_none}."
-        raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
-    if options.layout not in family.topology.layouts:
-        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
-        raise UsageError(said, hint=f"Use {' or '.join(family.topology.layouts)}.")
-    if refused := family.topology.why_not(config, options.layout):
-        raise RefusedError(f"{folder}: {refused}")
+    check_possible(folder, config, family, architecture, options)
+    rounding, client = options.quantize or options.dtype, options.layout == LAYOUTS[1]
     task = tasks.TASKS[name]
     opset = opset_of(family, architecture, options.opset)
-    tolerance = parity.tolerance(task, options.quantize or options.dtype, options.atol)
-    if options.split and family.topology.why_whole:
-        raise UsageError(f"--split: {architecture} {family.topology.why_whole}.")
-    if options.quantize == "int4" and not family.topology.weight_only:
-        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
+    tolerance = parity.tolerance(task, rounding, options.atol, pictures=options.with_preprocessing)
     source = open_source(options, progress)
     processor = load_processor(folder)
+    if client:
+        transformers_js.check_tokenizer(family.topology.parts_of(processor)[1], folder)
+    pictures = prepared_in_graphs(folder, family, processor) if options.with_preprocessing else None
     model = load_model(folder, family=family, dtype=torch.float32)
     described = config_of(model)
+    threads.fit(dense_flops(described, family, architecture, TEXT_TOKENS) * parity.BATCH)
     longest = longest_text(described.to_dict(), family, processor)
     checked = family.topology.text_length(TEXT_TOKENS, longest)
     with atomic_folder(output, overwrite=overwrite) as partial:
         progress.say("running the model in PyTorch ...")
         rounded = options.dtype != "fp32" or options.quantize is not None
         collate = collator(family, processor, longest, task, described)
-        pairs = parity.real_pairs(source, task, rounded, collate.seen)
+        pairs = parity.real_pairs(source, task, rounded, parity.in_memory if pictures else collate.seen)
         texts = count_texts(pairs, collate)
         warn_cut_texts("parity", texts, progress, longest)
-        cases = parity.make_cases(model, task, family, processor, checked, pairs, split=options.split, whole=longest)
-        check = Check(cases, task, options.device, tolerance, family.topology.runner(family, described.to_dict()))
-        progress.say("exporting (this takes a minute for a full-size model) ...")
-        names = write_graphs(
-            cast(model, DTYPES[options.dtype]),
-            task,
-            family,
-            partial,
-            split=options.split,
-            opset=opset,
-            target=options.target,
+        splits = family.topology.splits(options.split, options.layout)
+        made = (
+            parity.make_cases(model, task, family, processor, checked, pairs, split=split, whole=longest, pictures=pictures)
+            for split in splits
         )
+        run = family.topology.runner(family, described.to_dict())
+        check = Check(list(chain(*made)), task, options.device, tolerance, parity.with_pictures(run) if pictures else run)
+        progress.say("exporting (this takes a minute for a full-size model) ...")
+        rounded_model = cast(model, DTYPES[options.dtype])
+        how: dict[str, Any] = {"opset": opset, "target": options.target}
+        names = [name for split in splits for name in write_graphs(rounded_model, task, family, partial, split=split, **how)]
+        if pictures:
+            preprocessing.prepend_all(partial, names, pictures)
         fused = optimize(partial, names, check, options, progress) if options.optimize else {}
         chosen = {"int8": names, "int4": list(family.topology.weight_only)}
         left_out = quantize(partial, names, chosen[kind], kind, check, progress) if (kind := options.quantize) else []
@@ -141,10 +140,10 @@ def _export(
         require_runtime(least, partial)
         save_cutting(processor, partial, family, longest)
         copy_settings(folder / "config.json", partial / "config.json")
-        if options.layout == LAYOUTS[1]:
-            decoder = family.topology.decoder_graphs(family, described.to_dict())
-            names = transformers_js.lay_out(partial, decoder)
-            check = replace(check, run=partial_of(transformers_js.logits, decoder))
+        if client:
+            kinds = {name: rounding if kind is None or name in chosen[kind] else "fp32" for name in names}
+            places, check = for_client(partial, family, described.to_dict(), kinds, check)
+            names = list(places.values())
         graphs = check.open(partial, names)
         rows = check.rows(graphs, progress)
         problem = parity.problem(rows, tolerance)
@@ -161,6 +160,7 @@ def _export(
             opset=opset,
             target=options.target,
             layout=options.layout,
+            with_preprocessing=options.with_preprocessing,
             dtype=options.dtype,
             quantization=quantization(options.quantize, left_out),
             fused=fused,
@@ -168,6 +168,7 @@ def _export(
             keep=_keeps(config),
             logit_scale=numbers.get("logit_scale"),
             logit_bias=numbers.get("logit_bias"),
+            threads=threads.in_use(),
             checked_on=options.device,
             data=source.describe("evaluation") if source else "generated scenes",
             pairs=pair_counts(source) if source else {},
@@ -188,6 +189,55 @@ def _export(
         if problem:
             refuse(problem, partial, failed if options.keep_failed else None, report)
     return replace(report, seconds=round(perf_counter() - started, 1))
+
+
+def check_possible(folder: Path, config: dict[str, Any], family: Family, architecture: str, options: ExportOptions) -> None:
+    """Raises RefusedError for a model without graphs, UsageError for options that are not for its kind."""
+    topology = family.topology
+    if not topology.exports:
+        said = f"{folder}: comp exports no graphs of a {architecture}: {topology.why_none}."
+        raise RefusedError(said, hint="Load it with comp_cli.load or transformers, and run it in torch.")
+    if options.layout == LAYOUTS[1]:
+        transformers_js.check_family(family, options.quantize or options.dtype)
+    if options.layout not in topology.layouts:
+        said = f"--layout {options.layout}: graphs of a {architecture} are not written for that client yet."
+        raise UsageError(said, hint=f"Use {' or '.join(topology.layouts)}.")
+    if refused := topology.why_not(config, options.layout):
+        raise RefusedError(f"{folder}: {refused}")
+    if options.split and topology.why_whole:
+        raise UsageError(f"--split: {architecture} {topology.why_whole}.")
+    if options.quantize == "int4" and not topology.weight_only:
+        raise UsageError("--quantize int4 is for the language model of a decoder that reads images.", hint="Use int8.")
+    if options.with_preprocessing and not topology.reads_images:
+        raise UsageError(f"--with-preprocessing: a {architecture} reads no images.")
+
+
+def prepared_in_graphs(folder: Path, family: Family, processor: Any) -> Preparation:
+    """What graphs do to pictures in the place of the processor. Raises RefusedError where they cannot."""
+    images, _ = family.topology.parts_of(processor)
+    try:
+        found = preparation_of(images)
+        preprocessing.check(found)
+    except NotKnownError as error:
+        said = f"{folder}: --with-preprocessing: its {type(images).__name__} {error}, which graphs do not."
+        raise RefusedError(said, hint="Leave it out: the README.md of an export says how pictures are prepared.") from error
+    return found
+
+
+def for_client(
+    folder: Path, family: Family, config: dict[str, Any], kinds: dict[str, str], check: Check
+) -> tuple[dict[str, str], Check]:
+    """Lay the graphs of a folder out for transformers.js. kinds: of each its precision, one of `transformers_js.DTYPES`. Where
+    they lie then, and how they are judged there."""
+    names = {name: family.topology.called(name) for name in kinds}
+    decodes = family.topology.drops_in == "decoder"
+    if decodes:
+        decoder = family.topology.decoder_graphs(family, config)
+        wide_decoder.widen(folder, decoder)
+        check = replace(check, run=partial_of(wide_decoder.logits, decoder))
+    places = transformers_js.lay_out(folder, names, kinds, more_layers=int(decodes))
+    cases = [replace(case, graphs=tuple(places[name] for name in case.graphs)) for case in check.cases]
+    return places, replace(check, cases=cases)
 
 
 def opset_of(family: Family, architecture: str, wanted: int) -> int:
@@ -242,6 +292,10 @@ def check_options(options: ExportOptions) -> None:
     check_target(options.target, options.opset)
     if options.layout not in LAYOUTS:
         raise UsageError(f"--layout {options.layout}: unknown.", hint=f"Use {' or '.join(LAYOUTS)}.")
+    if options.layout == LAYOUTS[1] and options.split:
+        raise UsageError(f"--layout {options.layout} writes model, vision_model and text_model.", hint="Leave --split out.")
+    if options.layout == LAYOUTS[1] and options.with_preprocessing:
+        raise UsageError("--with-preprocessing: transformers.js prepares pictures itself.", hint="Leave --layout out.")
     dtype, device = pick_dtype(options.dtype), pick_device(options.device)
     if options.quantize not in (None, *rewrite.QUANTIZERS):
         raise UsageError(f"--quantize {options.quantize}: unknown.", hint=f"Use {' or '.join(rewrite.QUANTIZERS)}.")
@@ -264,7 +318,7 @@ def optimize(folder: Path, names: list[str], check: Check, options: ExportOption
     try:
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
-        allowed = parity.tolerance(check.task, options.dtype, None)
+        allowed = parity.tolerance(check.task, options.dtype, None, pictures=options.with_preprocessing)
         problem = parity.problem(check.rows(check.open(trial, names), progress), allowed)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
@@ -298,7 +352,8 @@ def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str,
     for share in LEFT_OUT:
         if share and not noise:
             graphs = check.open(floats, names)
-            graphs.run(check.cases[0].inputs)
+            for graphs_of_case, case in {case.graphs: case for case in check.cases}.items():
+                graphs.run(case.inputs, graphs_of_case)
             for name in chosen:
                 noise |= rewrite.noise(floats / name, graphs.given[name], kind)
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]

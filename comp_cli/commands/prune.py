@@ -13,8 +13,9 @@ from .. import __version__
 from ..checkpoint.loading import pick_dtype, untied_state_dict
 from ..checkpoint.precision import checkpoint_dtypes, in_precision, of_the_whole, round_as_written
 from ..checkpoint.weight_files import files_of
+from ..engine import flops
 from ..engine.allocation import Look
-from ..engine.methods import DECODER, check_fits
+from ..engine.methods import DECODER, METHODS, check_fits
 from ..errors import CompError, DeadEnd, GateError, UsageError
 from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
@@ -24,14 +25,12 @@ from ..models.dense import Dense, Found, by_model_size, open_dense
 from ..models.described import Described
 from ..models.own_texts import at_own_texts, saved, warn_less
 from ..models.pairs import Pairs, choose_pairs, pair_counts
+from ..models.plan_file import PlanFile, check_plan_output, write_plan
 from ..models.samples import Runs, of_scenes
 from ..options import (
-    EVAL_SAMPLES,
+    EFFORTS,
     HUB_DEFAULTS,
     LEARNING_RATE,
-    NUM_SAMPLES,
-    STAGE_SAMPLES,
-    STAGES,
     BySize,
     HubOptions,
     PruneOptions,
@@ -49,8 +48,9 @@ from ..report.token_tables import image_tokens
 from ..search.journal import Journal
 from ..search.once import Once
 from ..search.processes import check_launch, is_main_process, join, process_device, processes
-from ..search.run import search
+from ..search.run import SearchResult, search
 from ..search.trainer import count_steps, precision
+from . import threads
 from .judging import check_drop, compare
 from .prune_options import check
 
@@ -59,21 +59,28 @@ Verify = Callable[[Dense, nn.Module, PruneReport], None]  # of the dense model, 
 
 
 def resolve_defaults(dense: Dense, pairs: Pairs, options: PruneOptions, progress: Progress) -> ResolvedOptions:
-    """The options with a number wherever the size of the model decides it."""
+    """The options with a number wherever the effort and the size of the model decide it."""
+    return numbers_of(dense, replace(options, training=count_steps(options.training, dense.task, pairs, progress)))
+
+
+def numbers_of(dense: Dense | Described, options: PruneOptions) -> ResolvedOptions:
+    """The same where the steps of the training are counted."""
+    effort = EFFORTS[options.effort]
 
     def usual(default: BySize) -> Any:
         large = default.large if dense.task.paired_inputs or default.retrieval is None else default.retrieval
         return by_model_size(dense, default.small, large)
 
-    num_samples = options.num_samples or max(usual(NUM_SAMPLES), options.stage_samples or 0)
-    training = count_steps(options.training, dense.task, pairs, progress)
+    num_samples = options.num_samples or max(usual(effort.num_samples), options.stage_samples or 0)
     numbers = {
-        "stages": options.stages or usual(STAGES),
+        "stages": options.stages or usual(effort.stages),
         "num_samples": num_samples,
-        "stage_samples": min(options.stage_samples or usual(STAGE_SAMPLES), num_samples),
-        "eval_samples": options.eval_samples or usual(EVAL_SAMPLES),
-        "training": ResolvedTraining(**vars(training) | {"lr": training.lr or usual(LEARNING_RATE)}),
+        "stage_samples": min(options.stage_samples or usual(effort.stage_samples), num_samples),
+        "eval_samples": options.eval_samples or usual(effort.eval_samples),
+        "training": ResolvedTraining(**vars(options.training) | {"lr": options.training.lr or usual(LEARNING_RATE)}),
     }
+    if effort.looks is not None and METHODS[options.method].compares_plans:
+        numbers["looks"] = usual(effort.looks) if options.looks is None else options.looks
     return ResolvedOptions(**vars(options) | numbers)
 
 
@@ -83,22 +90,27 @@ def prune(
     progress: Progress,
     *,
     overwrite: bool = False,
-    dry_run: bool = False,
+    plan_only: bool = False,
     resume: bool = True,
     max_drop: float | None = None,
     hub_options: HubOptions = HUB_DEFAULTS,
     work: Work | None = None,
+    decided: PlanFile | None = None,
 ) -> PruneReport:
-    """Prune a model and write the folder. With `dry_run` nothing is written. work: in place of `prune_in_memory`.
+    """Prune a model and write the folder; with `plan_only` a file with the plan. decided: a plan that was found before. work:
+    in place of `prune_in_memory`.
 
     A run that was killed goes on from its journal, unless `resume` is off, and ends with the same weights. Raises GateError
     where the metric falls by more than `max_drop` points: then nothing is left. Raises CompError while another process prunes
     into the folder."""
-    check(options, max_drop, dry_run)
+    check(options, max_drop, "--plan-only" if plan_only else None)
+    if plan_only:
+        check_plan_only(options, output, overwrite)
     check_launch()
     join(process_device(options.device))
     pick_dtype(options.dtype)
-    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
+    how: dict[str, Any] = {"overwrite": overwrite, "plan_only": plan_only, "max_drop": max_drop, "hub_options": hub_options}
+    how |= {"decided": decided, "plan_file": output if plan_only else None}
     return prune_once(options, output, progress, Once(), resume=resume, work=work, **how)
 
 
@@ -109,19 +121,22 @@ def prune_once(
     once: Once,
     *,
     overwrite: bool,
-    dry_run: bool,
+    plan_only: bool,
     resume: bool,
     max_drop: float | None,
     hub_options: HubOptions,
     written: Callable[[], None] = lambda: None,
     work: Work | None = None,
+    decided: PlanFile | None = None,
+    plan_file: Path | None = None,
 ) -> PruneReport:
     """What `prune` does with options that are checked. once: what runs of other ratios have made. written: hears that the
-    folder is in its place, before the journal goes. work: in the place of `prune_in_memory`."""
+    folder is in its place, before the journal goes. work: in the place of `prune_in_memory`, which has the others as well."""
     work = work or prune_in_memory
-    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
-    if dry_run or not is_main_process():  # of several processes one writes
-        return work(options, output, None, progress, once, **how, written=written)
+    how: dict[str, Any] = {"overwrite": overwrite, "plan_only": plan_only, "max_drop": max_drop, "hub_options": hub_options}
+    how |= {"written": written, "decided": decided, "plan_file": plan_file}
+    if plan_only or not is_main_process():  # of several processes one writes
+        return replace(work(options, output, None, progress, once, **how), output=plan_file)
     typed, output = output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
@@ -130,7 +145,7 @@ def prune_once(
             journal.remove()
         check_free(journal, output, typed, overwrite)
         journal.compare(early_settings(options))
-        return replace(work(options, output, journal, progress, once, **how, written=written), output=typed)
+        return replace(work(options, output, journal, progress, once, **how), output=typed)
 
 
 def check_free(journal: Journal, output: Path, typed: Path, overwrite: bool) -> None:
@@ -179,7 +194,9 @@ def open_all(options: PruneOptions, progress: Progress, hub_options: HubOptions,
         **sizes,
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
-    return Opened(dense, pairs, resolve_defaults(dense, pairs, options, progress))
+    resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
+    return Opened(dense, pairs, resolved)
 
 
 def prune_in_memory(
@@ -190,28 +207,31 @@ def prune_in_memory(
     once: Once,
     *,
     overwrite: bool,
-    dry_run: bool,
+    plan_only: bool,
     max_drop: float | None,
     hub_options: HubOptions,
     written: Callable[[], None],
     known: Found | None = None,
+    decided: PlanFile | None = None,
+    plan_file: Path | None = None,
     verify: Verify = lambda dense, compact, report: None,
 ) -> PruneReport:
-    """The work, with the output reserved; without a journal it is a dry run, or one of several processes' that do not write.
-    known: the model, where it was looked for already. verify: raises GateError where the model is not to be written."""
+    """The work, with the output reserved; without a journal it ends with the plan, or is one of several processes' that do not
+    write. known: the model, where it was looked for already. decided: a plan that was found before. plan_file: where the plan
+    goes that it ends with. verify: raises GateError where the model is not to be written."""
     started = time.perf_counter()
     opened = once("dense model", lambda: open_all(options, progress, hub_options, known))
     dense, pairs, resolved = opened.dense, opened.pairs, replace(opened.resolved, ratio=options.ratio or 0.0)
     wanted_dtype, own = pick_dtype(options.dtype), checkpoint_dtypes(dense.source.folder, dense.state)
     command = prune_command(options, revision=hub_options.revision, allow_pickle=hub_options.allow_pickle, max_drop=max_drop)
-    if dry_run and resolved.training.steps:
-        progress.say("--dry-run: without the training.")
+    if plan_only and resolved.training.steps:
+        progress.say("--plan-only: without the training.")
         resolved = replace(resolved, training=ResolvedTraining())
     if journal:
         journal.settings = settings_of(dense, resolved)
         check_disk(dense, resolved, wanted_dtype or of_the_whole(own, dense.state), output)
     try:
-        found = search(dense, pairs, resolved, journal, progress, once)
+        found = search(dense, pairs, resolved, journal, progress, once, decided)
         plan = found.plan.told_apart(dense.plan)
         held, decodes = wanted_dtype or of_the_whole(own, dense.state), dense.family.topology.drops_in == DECODER
         report = replace(
@@ -222,7 +242,8 @@ def prune_in_memory(
             texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
-        if dry_run:
+        if plan_only:
+            save_plan(plan_file, dense, options, found)
             return with_own_texts(report, dense, plan, "calibration", found.texts, progress)
         compact = told_apart(dense, found.model, plan)
         dtypes = in_precision(own, untied_state_dict(compact), wanted_dtype) if wanted_dtype else own
@@ -257,6 +278,21 @@ def prune_in_memory(
     return replace(report, seconds=seconds, cost=cost)
 
 
+def check_plan_only(options: PruneOptions, output: Path, overwrite: bool) -> None:
+    """Raises UsageError where a plan cannot be made without its model, or not be written."""
+    if options.training.stage_share:
+        raise UsageError(
+            "--plan-only with --stage-share: stages train while the plan is searched for, and weights are no plan."
+        )
+    check_plan_output(output, overwrite)
+
+
+def save_plan(file: Path | None, dense: Dense, options: PruneOptions, found: SearchResult) -> None:
+    """Write the file of a plan, if one is wanted; several processes have found the same."""
+    if file is not None and is_main_process():
+        write_plan(file, dense, without_places(options), found.state, found.pairs)
+
+
 def kept_with_folder(report: PruneReport) -> dict[str, Any]:
     """The report in comp_report.json: nothing of the run itself, so that one that was resumed ends with the same bytes."""
     return {name: value for name, value in report.to_json().items() if name not in ("output", "warnings")}
@@ -271,16 +307,15 @@ def settings_of(dense: Dense, options: PruneOptions) -> dict[str, Any]:
 
 
 def compared_options(options: PruneOptions) -> dict[str, Any]:
-    """The options that numbers depend on: a run may go on with more memory, or less, and go elsewhere."""
-    others = ("max_memory", "push_to_hub", "private")
+    """The options that numbers depend on: a run may go on with more of the machine, or less, and go elsewhere."""
+    others = ("max_memory", "threads", "push_to_hub", "private")
     return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def surroundings(options: PruneOptions) -> dict[str, Any]:
     """What of the place and the versions is known at once."""
-    where = {"threads": torch.get_num_threads(), "processes": processes()}
     return {
-        **where,
+        "processes": processes(),
         "comp": __version__,
         "torch": str(torch.__version__),
         "precision of the training": precision(options.training),
@@ -336,6 +371,7 @@ def describe(dense: Dense | Described, plan: Plan, options: PruneOptions, params
         compared=(),
         texts={},
         pairs={},
+        threads=threads.in_use(),
         plan=plan,
     )
 

@@ -5,19 +5,21 @@ from dataclasses import fields, replace
 from ..checkpoint.hub import DEMOS
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
-from ..options import SALIENCIES, PruneOptions, Target, TargetOptions, TokenOptions, flag
+from ..options import EFFORTS, SALIENCIES, PruneOptions, Target, TargetOptions, TokenOptions, flag
 from ..search.trainer import check_training
 
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
 # What image tokens of a decoder are removed by, and what of it is for measuring only.
 READ = ("model", "ratio", "method", "task", "text_tokens", "device", "data", "image_tokens", "max_memory")
+MEASURING = ("effort", "eval_samples", "batch_size")
 PUBLISHING = ("push_to_hub", "private")
-MEASURING = ("eval_samples", "batch_size")
 
 
-def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
-    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded."""
+def check(options: PruneOptions, max_drop: float | None, only: str | None) -> None:
+    """Raises UsageError where options are no numbers, no names, or contradict one another. Before anything is downloaded. only:
+    the option with which no model is made."""
     method = find_method(options.method)
+    check_effort(options)
     if ENCODER not in method.drops_in:
         hint = f"Say how many image tokens stay: {AMOUNTS}."
         raise UsageError(f"--ratio: --method {options.method} removes image tokens of a decoder, by number.", hint=hint)
@@ -50,17 +52,50 @@ def check(options: PruneOptions, max_drop: float | None, dry_run: bool) -> None:
         raise UsageError("--no-cit changes nothing here.", hint=hint)
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise UsageError(f"--max-drop {max_drop:g}: expected points from 0 to 100.")
-    if max_drop is not None and dry_run:
-        raise UsageError("--max-drop needs a model to judge, which --dry-run does not make.")
+    if max_drop is not None and only:
+        raise UsageError(f"--max-drop needs a model to judge, which {only} does not make.")
     if options.stage_samples and options.num_samples and options.stage_samples > options.num_samples:
         raise UsageError("--stage-samples are some of the --num-samples, not more.")
 
 
+def check_ways(
+    options: PruneOptions,
+    targets: TargetOptions,
+    *,
+    several: bool,
+    link: bool,
+    plan: object | None,
+    plan_only: bool,
+    dry_run: bool,
+) -> None:
+    """Raises UsageError where the ways to a plan contradict one another. several: ratios; plan: a file."""
+    given = [name for name, said in (("--dry-run", dry_run), ("--plan-only", plan_only), ("--plan", plan is not None)) if said]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: expected one of them.")
+    if plan_only and several:
+        raise UsageError("--plan-only makes one plan, of one --ratio.")
+    if not dry_run and given and (link or options.image_tokens is not None or by_number(options, link)):
+        hint = "--dry-run shows the stages; the command itself takes seconds."
+        raise UsageError(f"{given[0]}: image tokens that go by their number need no search.", hint=hint)
+    if plan_only and options.push_to_hub is not None:
+        raise UsageError("--push-to-hub needs a model, which --plan-only does not make.")
+    if plan is not None and targets.given:
+        raise UsageError(f"{flag(next(iter(targets.given)))}: a --plan has a ratio.", hint="Leave one of them out.")
+    if plan is not None and several:
+        raise UsageError("--ratio: a --plan has one of its own.", hint="Leave --ratio out.")
+
+
+def check_effort(options: PruneOptions) -> None:
+    """Raises UsageError for an effort of another name."""
+    if options.effort not in EFFORTS:
+        raise UsageError(f"--effort {options.effort}: expected {', '.join(EFFORTS)}.")
+
+
 def choose_target(
-    targets: TargetOptions, options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool
+    targets: TargetOptions, options: PruneOptions, max_drop: float | None, only: str | None, link: bool
 ) -> Target | None:
     """What decides the ratio, where no ratio is given; None where one is, or where image tokens go by number. Raises UsageError
-    where several things decide, and for a target that cannot be."""
+    where several things decide, and for a target that cannot be. only: see `check`."""
     given = targets.given
     names = [flag(name) for name in given]
     if given and by_number(options, link):
@@ -77,7 +112,10 @@ def choose_target(
         raise UsageError(f"{found.option}: expected a number above 1.", hint="2 is twice as fast as the dense model.")
     if found.kind == "target_latency_ms" and found.wanted <= 0:
         raise UsageError(f"{found.option}: expected milliseconds above 0.")
-    check(replace(options, ratio=0.5), found.wanted if found.kind == "max_drop" else max_drop, dry_run)  # any ratio
+    check(replace(options, ratio=0.5), found.wanted if found.kind == "max_drop" else max_drop, only)  # any ratio
+    if only == "--plan-only":
+        hint = "--dry-run says the ratio that it takes; --ratio has a plan."
+        raise UsageError(f"--plan-only: {flag(found.kind)} is measured on models.", hint=hint)
     if options.max_memory is not None:
         said = f"--max-memory: {flag(found.kind)} tries several ratios with one calibration in memory."
         raise UsageError(said, hint="Give a --ratio, or leave --max-memory out.")
@@ -105,6 +143,7 @@ def has_pairs(options: PruneOptions) -> bool:
 def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, link: bool) -> None:
     """The same where image tokens of a decoder go, by number."""
     method, wanted = find_method(options.method), options.image_tokens or TokenOptions()
+    check_effort(options)
     if DECODER not in method.drops_in or not method.only_tokens:
         given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
         hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."

@@ -15,6 +15,7 @@ from ..checkpoint.header_check import read_headers
 from ..checkpoint.loading import pick_device
 from ..checkpoint.precision import of_the_whole
 from ..checkpoint.weight_files import check_checkpoint
+from ..engine import flops
 from ..engine.methods import DECODER, METHODS, check_fits
 from ..errors import DeadEnd, GateError, UsageError
 from ..families import Family
@@ -27,6 +28,7 @@ from ..models.compact import write_beside, write_report
 from ..models.dense import Found, find_dense
 from ..models.described import describe_dense
 from ..models.pairs import Pairs, batches_of, choose_pairs, cut_texts, warn_cut_texts
+from ..models.plan_file import PlanFile
 from ..models.streamed import StreamedDense, open_streamed
 from ..models.streamed_folder import CompactWriter, check_folder, working_set
 from ..options import STREAMED_LOOKS, HubOptions, PruneOptions, ResolvedOptions
@@ -42,6 +44,7 @@ from ..search.once import Once
 from ..search.processes import processes
 from ..search.run import search
 from ..tasks import comparison
+from . import threads
 from .judging import check_drop, quality_of
 from .prune import (
     counts,
@@ -49,6 +52,7 @@ from .prune import (
     kept_with_folder,
     prune_in_memory,
     resolve_defaults,
+    save_plan,
     settings_of,
     with_own_texts,
 )
@@ -103,7 +107,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     numbers = sum(math.prod(header.shape) for header in read_headers(source.folder, files).values())
     needed = round(4 * numbers * (2 - (options.ratio or 1)))
     room = memory.allowed() if options.max_memory is None else options.max_memory
-    return Streamed(needed, room) if room is not None and needed > room else None
+    return Streamed(needed, room) if needed > room else None
 
 
 def check_streamable(options: PruneOptions) -> None:
@@ -145,9 +149,11 @@ def _prune(
     hub_options: HubOptions,
     *,
     overwrite: bool,
-    dry_run: bool,
+    plan_only: bool,
     max_drop: float | None,
     written: Callable[[], None],
+    decided: PlanFile | None = None,
+    plan_file: Path | None = None,
 ) -> PruneReport:
     started = time.perf_counter()
     dense, pairs, resolved = opened(options, progress, hub_options, known, found, spool)
@@ -157,7 +163,7 @@ def _prune(
         left = folder_size(dense.source.folder) * (1 - resolved.ratio)
         check_room(output, left + scratch_size(dense, resolved), "the compact model, with what the search keeps on disk,")
     try:
-        result = search(dense, pairs, resolved, journal, progress)
+        result = search(dense, pairs, resolved, journal, progress, decided=decided)
         plan = result.plan.told_apart(dense.plan)
         held = of_the_whole({name: torch_dtype(dense.weights.header(name).dtype) for name in dense.state}, dense.state)
         report = replace(
@@ -169,6 +175,7 @@ def _prune(
             streamed=Streamed(found.needed_bytes),
         )
         if journal is None:
+            save_plan(plan_file, dense, options, result)
             return ended(with_own_texts(report, dense, plan, "calibration", result.texts, progress), found)
         with atomic_folder(output, overwrite=overwrite) as folder:
             writer = CompactWriter(folder, dense, plan)
@@ -201,7 +208,8 @@ def opened(
     dense = open_streamed(described, spool, options.score_rows)
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
-    if METHODS[options.method].compares_plans and options.looks is None:  # each takes the weights from disk a few times
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
+    if METHODS[options.method].compares_plans and resolved.looks is None:  # each takes the weights from disk a few times
         resolved = replace(resolved, looks=STREAMED_LOOKS)
     samples = 2 * resolved.eval_samples + 2 * resolved.num_samples * (options.ratio is not None)
     least = working_set(dense, dense.plan, samples, options.batch_size)

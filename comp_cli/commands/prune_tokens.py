@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from ..engine import token_schedules
+from ..engine import flops, token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
 from ..families import Family
@@ -31,6 +31,7 @@ from ..report.prune import ImageTokens, PruneReport
 from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
 from ..search.processes import check_launch, is_main_process, join, process_device
+from . import threads
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
 from .prune_options import check_tokens, has_pairs
@@ -157,7 +158,9 @@ def measured(
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
     if found := exceeds(known, options, hub_options):
         quality, own = measure(options, plan, known, found, progress, hub_options)
-        return replace(report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes)), found
+        return replace(
+            report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes), threads=threads.in_use()
+        ), found
     dense = open_dense(
         options.model,
         progress,
@@ -169,9 +172,11 @@ def measured(
     )
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     compact = dense.runtime(plan)
     quality, _ = compare(dense, compact, pairs, resolved, progress)
     samples, pictures = of_scenes(compact, Runs(dense.family, dense.task, dense.collate_whole), progress)
+    report = replace(report, threads=threads.in_use())
     return replace(report, quality=quality, pairs=pair_counts(pairs), kept_samples=samples, pictures=pictures), None
 
 

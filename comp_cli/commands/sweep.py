@@ -31,6 +31,7 @@ from ..search.journal import Journal
 from ..search.once import Once
 from ..search.processes import check_launch, from_main, is_main_process, join, process_device
 from ..search.run import calibration_pairs
+from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
 
@@ -45,12 +46,11 @@ def sweep(
     progress: Progress,
     *,
     overwrite: bool = False,
-    dry_run: bool = False,
     resume: bool = True,
     max_drop: float | None = None,
     hub_options: HubOptions = HUB_DEFAULTS,
 ) -> SweepReport:
-    """Prune a model to several ratios, and write a folder each. With `dry_run` nothing is written.
+    """Prune a model to several ratios, and write a folder each.
 
     A sweep that was killed goes on where it was. A ratio that misses `max_drop`, or that no plan reaches, has no folder; the
     others go on, and the error, which has the report, comes last: GateError where all that failed missed `max_drop`, else
@@ -59,12 +59,12 @@ def sweep(
         said = "--max-memory: several ratios share one calibration in memory."
         raise UsageError(said, hint="Give one --ratio, or leave --max-memory out.")
     for ratio in ratios:
-        check(replace(options, ratio=ratio), max_drop, dry_run)
+        check(replace(options, ratio=ratio), max_drop, None)
     check_launch()
     join(process_device(options.device))
     pick_dtype(options.dtype)
-    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
-    if dry_run or not is_main_process():
+    how: dict[str, Any] = {"overwrite": overwrite, "plan_only": False, "max_drop": max_drop, "hub_options": hub_options}
+    if not is_main_process():
         return Sweep(options, ratios, output, None, progress, resume=resume, **how).run()
     typed, output = output, resolve(output)
     source = Path(options.model).expanduser()
@@ -84,8 +84,7 @@ def sweep(
 
 
 class Sweep:
-    """A run of several ratios, its output reserved; without a journal a dry run, or one of several processes' that do not
-    write."""
+    """A run of several ratios, its output reserved; without a journal one of several processes' that do not write."""
 
     def __init__(
         self,
@@ -157,7 +156,7 @@ class Sweep:
 
     def _point(self, ratio: float, document: dict[str, Any], error: CompError | None = None) -> Point:
         self.documents.append(document)
-        folder = None if error or self.how["dry_run"] else folder_name(ratio)
+        folder = None if error else folder_name(ratio)
         return Point.of(ratio, document, folder, error.message if error else None)
 
     def _report(self, opened: Opened, points: list[Point], seconds: float) -> SweepReport:
@@ -175,6 +174,7 @@ class Sweep:
             samples=quality.get("samples"),
             data=quality.get("data"),
             points=tuple(points),
+            threads=threads.in_use(),
             knee=knee(points),
             seconds=round(seconds, 1),
         )

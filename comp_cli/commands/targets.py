@@ -20,7 +20,7 @@ from ..data.batches import fingerprint
 from ..engine import allocation
 from ..engine.crossing import DIGITS, Curve, crossing, settle
 from ..engine.methods import METHODS
-from ..errors import CompError, DeadEnd, GateError, UsageError
+from ..errors import CompError, DeadEnd, GateError, RefusedError, UsageError
 from ..files.outputs import reserve, resolve
 from ..models.dense import Dense
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, Target
@@ -32,7 +32,8 @@ from ..search.journal import Journal
 from ..search.once import Once
 from ..search.processes import check_launch, from_main, is_main_process, join, process_device
 from ..search.reach import nearest, reached
-from ..search.run import Ready, calibration_pairs, descent_of, prepare, seek, space_of, state_of
+from ..search.run import calibration_pairs, descent_of, prepare, seek, space_of, state_of
+from ..search.training_free import State
 from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
 
@@ -41,6 +42,7 @@ TOLERANCE = {"max_drop": 0.02}  # of the ratio: between one that does and one th
 USUAL_TOLERANCE = 0.01
 WHOLE = 6  # plans that are searched for as a whole
 STEP = 0.02  # of the ratio, where a model misses when it is measured anew
+BESIDE = (0.01, -0.01, 0.02, -0.02)  # where a plan is looked for that a method in stages does not find
 BACK = 3  # steps back from a loss that is too large on pairs that the choice has not seen
 
 
@@ -74,7 +76,7 @@ def prune_to_target(
     check_launch()
     join(process_device(options.device))
     pick_dtype(options.dtype)
-    how: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "max_drop": max_drop, "hub_options": hub_options}
+    how: dict[str, Any] = {"overwrite": overwrite, "plan_only": dry_run, "max_drop": max_drop, "hub_options": hub_options}
     if dry_run or not is_main_process():
         return TargetRun(options, target, output, None, progress, how).run()
     typed, output = output, resolve(output)
@@ -124,6 +126,7 @@ class TargetRun:
         self.tolerance = TOLERANCE.get(target.kind, USUAL_TOLERANCE)
         self.tried: dict[str, RatioTried] = {}  # by ratio and cuts
         self.states: dict[str, Any] = {}  # ratio -> what its search ended with, as JSON
+        self.dense: Reading | None = None  # of the dense model, where that is no measure of itself
         self.cuts: dict[str, allocation.Cut] = {}  # of the last whole plan
         self.largest = LARGEST
         self.in_reach: Callable[[float], float | None] = lambda ratio: ratio  # the nearest ratio that a search finds a plan of
@@ -132,30 +135,35 @@ class TargetRun:
         """The ratio, then its model."""
         opened: Opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
         self.opened, self.resolved = opened, opened.resolved
-        from_main(lambda: self._restore(opened))
+        self._restore(from_main(lambda: self._saved(opened)))
         quiet = Unwarned(self.progress)
         self.ready = prepare(opened.dense, opened.pairs, self.resolved, None, quiet, self.once)
         self.meter = self._meter(opened)
         self._check_needed()
         return self._written(self._ratio())
 
-    def _restore(self, opened: Opened) -> None:
-        """What a killed run measured. Raises UsageError where it had other settings."""
+    def _saved(self, opened: Opened) -> dict[str, Any] | None:
+        """What a killed run left. Raises UsageError where it had other settings."""
         if self.journal is None:
-            return
+            return None
         dense, pairs, resolved = opened.dense, opened.pairs, opened.resolved
         batches = self.once("calibration pairs", lambda: calibration_pairs(dense, pairs, resolved, resolved.num_samples))
         self.journal.settings = _settings(settings_of(dense, resolved), self.target, self.how["max_drop"])
         self.journal.settings["content of the calibration pairs"] = fingerprint(batches)
-        saved = self.journal.load()
+        return self.journal.load()
+
+    def _restore(self, saved: dict[str, Any] | None) -> None:
+        """Go on from there: what was measured is not measured again, so that the search goes the same way."""
         if saved is None:
             return
+        self.dense = None if saved["dense"] is None else Reading(**saved["dense"])
         for key, found in saved["tried"].items():
             reading = None if found["found"] is None else Reading(**found["found"])
             self.tried[key] = RatioTried(found["ratio"], reading, found["whole"])
         self.states = saved["states"]
         done = self.once("plans that were found", dict[float, Any])
-        done |= {float(ratio): state_of(dense, resolved, state) for ratio, state in self.states.items()}
+        searched = self.opened.dense, self.resolved
+        done |= {float(ratio): state_of(*searched, state) for ratio, state in self.states.items()}
         self.progress.say(f"going on after {len(self.tried)} measurements (--no-resume starts anew)")
 
     def _meter(self, opened: Opened) -> Meter:
@@ -169,7 +177,7 @@ class TargetRun:
 
     def _check_needed(self) -> None:
         """Raises UsageError where the dense model has what is asked for."""
-        self.dense = self.meter.dense()
+        self.dense = self.dense or self.meter.dense()
         if self.dense is not None and self.meter.excess(self.dense, aimed=False) <= 0:
             said = f"{self.target.option}: the dense model has that, {self.meter.in_words(self.dense)}."
             raise UsageError(said, hint="Ask for less, or say how much to remove: --ratio 0.5.")
@@ -210,7 +218,7 @@ class TargetRun:
             if plan is None:
                 return None
             cuts = ",".join(f"{name}:{cut.layer}:{cut.share}" for name, cut in sorted(self.cuts.items()))
-            return ratio, self._measured(ratio, f"{ratio} {cuts}", lambda: self._model(ready, plan), plan, whole=False)
+            return ratio, self._measured(ratio, f"{ratio} {cuts}", plan, whole=False)
 
         return guide
 
@@ -220,40 +228,42 @@ class TargetRun:
         near = self.in_reach(ratio)
         if near is None:
             return None
-        ratio = near
-        self.progress.say(f"ratio {ratio:g} ...")
-        key, opened, quiet = f"{ratio}", self.opened, Unwarned(self.progress)
-        if (known := self.tried.get(key)) and known.found is None:
+        found = self._searched(near)
+        if isinstance(found, DeadEnd):
+            beside = (found.reached, *(near + step for step in BESIDE))
+            near = next((each for each in beside if not isinstance(self._searched(round(each, DIGITS)), DeadEnd)), 0.0)
+            found = self._searched(near := round(near, DIGITS))
+        if isinstance(found, DeadEnd):
             return None
-        options = replace(self.resolved, ratio=ratio)
+        if isinstance(found, allocation.AllocationState) and not self.resolved.uniform:
+            self.cuts = min((look for look in found.looks if look.loss is not None), key=lambda look: look.loss or 0).cuts
+        return near, self._measured(near, f"{near}", found.plan, whole=True)
+
+    def _searched(self, ratio: float) -> State | DeadEnd:
+        """What the search of a ratio ends with."""
+        key, opened = f"{ratio}", self.opened
+        if not 0 < ratio <= LARGEST or (key in self.tried and self.tried[key].found is None):
+            return DeadEnd(f"ratio {ratio} has no plan.")
+        self.progress.say(f"ratio {ratio:g} ...")
+        options, quiet = replace(self.resolved, ratio=ratio), Unwarned(self.progress)
         try:
-            found = seek(opened.dense, opened.pairs, options, None, quiet, self.once, advises=False)
-        except DeadEnd:
+            found = seek(opened.dense, opened.pairs, options, None, quiet, self.once, advises=False).state
+        except (DeadEnd, RefusedError) as error:
+            if isinstance(error, RefusedError) and not self.resolved.uniform:  # or a ratio whose plans the stock class refuses
+                raise
             self.tried[key] = RatioTried(ratio, None, True)
             self._save()
-            return None
+            return error if isinstance(error, DeadEnd) else DeadEnd(error.message)
         if key not in self.states:
-            self.states[key] = found.state.to_json()
+            self.states[key] = found.to_json()
             self._save()
-        if isinstance(found.state, allocation.AllocationState):
-            self.cuts = min((look for look in found.state.looks if look.loss is not None), key=lambda look: look.loss or 0).cuts
-        plan = found.state.plan
+        return found
 
-        def model() -> nn.Module:
-            if not self.meter.recovered:
-                return self._model(self.ready, plan)
-            return found.way.finish(found.state, found.way.build(plan), quiet)
-
-        return ratio, self._measured(ratio, key, model, plan, whole=True)
-
-    def _model(self, ready: Ready, plan: Plan) -> nn.Module:
-        """Of a plan, recovered where the weights matter."""
-        return ready.way.build(plan) if self.meter.recovered else ready.dense.runtime(plan)
-
-    def _measured(self, ratio: float, key: str, model: Callable[[], nn.Module], plan: Plan, *, whole: bool) -> float:
-        """The excess of a model, read once."""
+    def _measured(self, ratio: float, key: str, plan: Plan, *, whole: bool) -> float:
+        """The excess of a plan's model, recovered where the weights matter; read once."""
         if key not in self.tried:
-            found = self.meter.read(model(), plan.told_apart(self.opened.dense.plan))
+            model = self.ready.way.build(plan) if self.meter.recovered else self.ready.dense.runtime(plan)
+            found = self.meter.read(model, plan.told_apart(self.opened.dense.plan))
             self.tried[key] = RatioTried(ratio, found, whole)
             self._save()
             self.progress.say(f"ratio {ratio:g}{'' if whole else ' as the last plan'}: {self.meter.in_words(found)}")
@@ -264,11 +274,13 @@ class TargetRun:
 
     def _save(self) -> None:
         if self.journal is not None:
-            self.journal.save({"tried": {key: asdict(found) for key, found in self.tried.items()}, "states": self.states})
+            tried = {key: asdict(found) for key, found in self.tried.items()}
+            dense = None if self.dense is None else asdict(self.dense)
+            self.journal.save({"dense": dense, "tried": tried, "states": self.states})
 
     def _unreached(self) -> CompError:
         """Why no ratio has the target, and what is in reach."""
-        wholes = [tried for tried in self.tried.values() if tried.found is not None and (tried.whole or not self.states)]
+        wholes = [tried for tried in self.tried.values() if tried.found is not None and tried.whole]
         if not wholes:
             return DeadEnd(f"{self.target.option}: no plan was found.", hint="Give a --ratio, which says why.")
         if self.target.is_least:

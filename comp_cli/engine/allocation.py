@@ -19,6 +19,7 @@ from . import flops
 from .leaving import Leaving
 from .schedule import TOLERANCE, Floors
 from .scoring import Key
+from .stages import out_of_reach
 
 START = 0.5  # the share that the descent begins with
 STEPS = (0.15, 0.075)  # in which it goes, first the longer ones
@@ -267,6 +268,20 @@ def descend(
             here = next((cut for cut in large if at(others | {stream: cut}).loss is not None), large[-1])
             best = lowest_from(others, stream, here, layers)
     return None if best.loss is None else best
+
+
+def unseen(space: Space, ratio: float, towers: Mapping[str, tuple[int, Sequence[float]]]) -> Plan:
+    """The plan that a descent begins with, where none is compared: tokens of the first stream go in the deepest of the places,
+    and bring half of the reduction, or what the ratio needs. towers: as in `descend`. Raises DeadEnd where none reaches it."""
+    cuts: list[Cuts] = []
+    for stream, (layers, depths) in towers.items():
+        here = min(round(depths[-1] * layers), layers - 1)
+        cuts += [{stream: Cut(here, START)}, *({stream: Cut(0, share)} for share in LARGE)]
+    plans = (space.candidate(ratio, each) for each in (*cuts, {}))
+    found = next((plan for plan in plans if plan is not None), None)
+    if found is None:
+        raise out_of_reach(ratio, space.most(towers))
+    return found
 
 
 def _loss(look: Look) -> float:

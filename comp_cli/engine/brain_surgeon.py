@@ -12,12 +12,13 @@ ROWS = 256  # that are moved at once
 BLOCK = 64  # removed channels whose updates are applied to whole matrices at once
 
 
-def removal_prices(weight: Tensor, hessian: Tensor, width: int = 1) -> Tensor:
+def removal_prices(weight: Tensor, hessian: Tensor, width: int = 1, precision: torch.dtype = torch.float64) -> Tensor:
     """Greedy elimination: the cheapest unit goes, the rest is refitted and priced anew, until none is left.
 
     weight: (outputs, units * width). hessian: symmetric and positive definite, (units * width, units * width); see `hessian`.
-    Returns (units,) in fp64: what the removal of a unit added to the squared error when it went, but never less than what
-    one that went before it did, so that a threshold takes them in the order of the elimination.
+    precision: of the elimination; the first inverse is of fp64. Returns (units,) in fp64: what the removal of a unit added to
+    the squared error when it went, but never less than what one that went before it did, so that a threshold takes them in the
+    order of the elimination.
 
     With P = H^-1 and Q = W^T W, one step takes S = LL^T of P_SS out of both: F = P_:S L^-T, P -= F F^T, and with
     Z = Q_:S L^-T - F D / 2, D = L^-1 Q_SS L^-T, Q -= Z F^T + F Z^T; the price is tr(D). Updates of whole matrices wait until
@@ -25,15 +26,15 @@ def removal_prices(weight: Tensor, hessian: Tensor, width: int = 1) -> Tensor:
     """
     units = weight.shape[1] // width
     weight = weight.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).contiguous()
-    products = weight.T @ weight
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).to(precision).contiguous()
+    products = weight.T.to(precision) @ weight.to(precision)
     prices = weight.new_zeros(units)
     alive = torch.arange(units, device=weight.device)  # those that `inverse` and `products` still hold
     highest = 0.0
     while len(alive):
         steps = min(len(alive), max(1, BLOCK // width))
         taken, found, removed, shifts = _eliminate(inverse, products, width, steps)
-        prices[alive[taken]] = found.clamp(min=highest).cummax(0).values
+        prices[alive[taken]] = found.double().clamp(min=highest).cummax(0).values
         highest = float(prices[alive[taken[-1]]])
         left = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
         left[taken] = False

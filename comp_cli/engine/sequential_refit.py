@@ -6,7 +6,7 @@ the tokens that are left:  min sum_n ||d_n - h_n - W' x_n||^2 + ridge ||W' - W||
 once, so the two models go through the pairs together and no activations of a whole model are held.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,13 +38,17 @@ def refit_in_sequence(
     run: Run,
     advance: Callable[[], None] = lambda: None,
     summed: Sums = dict,
+    streams: "Streams | None" = None,
 ) -> None:
     """Refit the output projections of `compact` in place (weights are replaced, not written into: some are the dense model's).
 
     batches: calibration pairs as model inputs. run: runs a model over one of them. Layers before the first one that the plan
     changes stay as they are, and so do stock towers whose norms nobody described. `advance` hears of every layer.
-    `summed`: where the batches are some of those that several processes share, the sums over all of them.
+    `summed`: where the batches are some of those that several processes share, the sums over all of them. streams: of the dense
+    model on the same batches, where they are looked at for several plans.
     """
+    streams = streams or Streams(dense, batches, run)
+    passed: list[tuple[Tower, list[Call]]] = []  # the compact model's
     changed: set[str] = set()  # streams whose tokens are no longer what they were
     with torch.inference_mode():
         for tower in family.towers:
@@ -52,7 +56,10 @@ def refit_in_sequence(
             first = 0 if reads & changed else first_changed(tower, plan, dense_plan)
             described = tower.order != "stock" or tower.norms is not None
             if described and first < len(plan.tower(tower.name).layers):
-                _refit_tower(compact, dense, tower, first, batches, run, advance, summed)
+                with answered(compact, passed):
+                    own = entering_calls(compact, tower, batches, run)
+                _refit_tower(compact, tower, first, own, streams.behind(tower), advance, summed)
+                passed.append((tower, own))
                 changed |= {stream.name for stream in tower.streams}
 
 
@@ -162,21 +169,87 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
+class Streams:
+    """The dense model's residual streams on some batches, behind every part of every layer. They are made layer by layer; those
+    of a tower are kept for the next plan while they take no more than `room` bytes."""
+
+    def __init__(self, dense: nn.Module, batches: Sequence[dict[str, Tensor]], run: Run, room: int = 0):
+        self.dense, self.batches, self.run, self.room = dense, batches, run, room
+        self.kept: dict[str, list[list[dict[str, Tensor]]]] = {}
+        self.passed: list[tuple[Tower, list[Call]]] = []
+
+    def behind(self, tower: Tower) -> Iterator[list[dict[str, Tensor]]]:
+        """Layer by layer, of each batch part -> (batch, tokens, dim)."""
+        if tower.name in self.kept:
+            yield from self.kept[tower.name]
+            return
+        with answered(self.dense, self.passed):
+            calls = entering_calls(self.dense, tower, self.batches, self.run)
+        found: list[list[dict[str, Tensor]]] = []
+        for index, layer in enumerate(tower_layers(self.dense, tower)):
+            behind = step_watched(layer, tower, index, calls)
+            self.room -= sum(stream.nbytes for each in behind for stream in each.values())
+            found = [*found, behind] if self.room >= 0 else []
+            yield behind
+        if found:
+            self.kept[tower.name] = found
+        if tower.name not in {known.name for known, _ in self.passed}:
+            self.passed.append((tower, calls))
+
+
+class _Answer(nn.Module):
+    """In the place of the last layer of a tower that batches went through: says of the present one what it said then."""
+
+    def __init__(self, calls: Sequence[Call]):
+        super().__init__()
+        self.calls = iter(calls)
+
+    def forward(self, *args: Any, token_state: TokenState | None = None, **options: Any) -> Tensor:
+        call = next(self.calls)
+        if token_state is not None and call.token_state is not None:
+            token_state.masks |= call.token_state.masks
+            token_state.kept |= call.token_state.kept
+        return call.hidden
+
+
+class _Pass(nn.Module):
+    """In the place of the other layers."""
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        hidden: Tensor = args[0] if args else options["hidden_states"]
+        return hidden
+
+
+@contextmanager
+def answered(model: nn.Module, passed: Sequence[tuple[Tower, Sequence[Call]]]) -> Iterator[None]:
+    """While the context is open, the same batches, in their order, are not taken through the layers of towers that they went
+    through: what came out is known. Stock towers, which say more than their last layer does, run as ever."""
+    replaced = []
+    try:
+        for tower, calls in passed:
+            layers = tower_layers(model, tower)
+            if tower.order == "stock":
+                continue
+            replaced.append((layers, list(layers)))
+            for index in range(len(layers)):
+                layers[index] = _Answer(calls) if index == len(layers) - 1 else _Pass()
+        yield
+    finally:
+        for layers, own in replaced:
+            for index, layer in enumerate(own):
+                layers[index] = layer
+
+
 def _refit_tower(
     compact: nn.Module,
-    dense: nn.Module,
     tower: Tower,
     first: int,
-    batches: Sequence[dict[str, Tensor]],
-    run: Run,
+    own: Sequence[Call],
+    streams: Iterable[list[dict[str, Tensor]]],
     advance: Callable[[], None],
     summed: Sums,
 ) -> None:
-    pairs = list(zip(*(entering_calls(model, tower, batches, run) for model in (dense, compact)), strict=True))
-    layers: Iterator[tuple[Any, Any]] = zip(tower_layers(dense, tower), tower_layers(compact, tower), strict=True)
-    for index, (dense_layer, layer) in enumerate(layers):
-        behind = step_watched(dense_layer, tower, index, [whole for whole, _ in pairs])
-        own = [call for _, call in pairs]
+    for index, (layer, behind) in enumerate(zip(tower_layers(compact, tower), streams, strict=True)):
         with left_once(layer, own):
             if index >= first:
                 refit_layer(layer, tower, index, own, behind, summed)

@@ -130,26 +130,29 @@ def prices(
     found: Statistics,
     advance: Callable[[], None] = lambda: None,
     keys: Iterable[Key] | None = None,
+    precision: torch.dtype = torch.float64,
 ) -> dict[Key, Tensor]:
     """The price of every unit of a dense model, (units,): what its removal adds to the loss by what it adds to the squared
     error of its part (see `brain_surgeon.removal_prices`), refit included. Comparable between parts. keys: of some parts
-    only."""
+    only. precision: of the elimination."""
     result = {}
     for key in keys_of(family, plan) if keys is None else keys:
         name, index, part = key
         tower = family.tower(name)
         reader = reader_of(tower_layers(model, tower)[index], tower.part(part))
         width = plan.tower(name).layers[index].parts[part].width
-        result[key] = prices_of_part(reader.weight, reader.bias is not None, found, key, width)
+        result[key] = prices_of_part(reader.weight, reader.bias is not None, found, key, width, precision)
         advance()
     return result
 
 
-def prices_of_part(weight: Tensor, biased: bool, found: Statistics, key: Key, width: int) -> Tensor:
+def prices_of_part(
+    weight: Tensor, biased: bool, found: Statistics, key: Key, width: int, precision: torch.dtype = torch.float64
+) -> Tensor:
     """The price of every unit of one part, (units,), see `prices`. weight: of its output projection, (outputs, channels), and
     whether that has a bias; width: channels of a unit."""
     hessian = brain_surgeon.hessian(found.grams[key], biased, RIDGE)
-    price = brain_surgeon.removal_prices(weight.detach(), hessian, width)
+    price = brain_surgeon.removal_prices(weight.detach(), hessian, width, precision)
     return price.cpu() * (found.rises[key] / max(found.energies[key], 1e-30))
 
 

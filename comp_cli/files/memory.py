@@ -4,15 +4,16 @@ import ctypes
 import sys
 from pathlib import Path
 
+import psutil
+
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 1 << 17  # of glibc's mallopt; bytes, with which it begins
 
 
-def allowed() -> int | None:
+def allowed() -> int:
     """Bytes that this process may still take: what the limit on its address space (`ulimit -v`), that of its control group, and
-    free memory leave, whichever is least. None where none of them is known."""
-    found = [room for room in (_address_space(), _control_group(), _free()) if room is not None]
-    return min(found, default=None)
+    free memory leave, whichever is least."""
+    return min(room for room in (_address_space(), _control_group(), _free()) if room is not None)
 
 
 def _address_space() -> int | None:
@@ -23,11 +24,7 @@ def _address_space() -> int | None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
-    try:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        taken = peak()
-    return max(limit - taken, 0)
+    return max(limit - psutil.Process().memory_info().vms, 0)
 
 
 def _control_group() -> int | None:
@@ -54,18 +51,26 @@ def _room_of(group: Path) -> int | None:
     return max(int(limit) - taken + cached, 0) if limit.isdigit() else None
 
 
-def _free() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+def _free() -> int:
+    return psutil.virtual_memory().available
+
+
+def resident() -> int:
+    """Bytes of this process that are resident now."""
+    return psutil.Process().memory_info().rss
 
 
 def peak() -> int:
-    """Bytes that were resident at most in this process; 0 where the system does not tell."""
+    """Bytes that were resident at most in this process. Linux: VmHWM, which starts anew with the process, where ru_maxrss would
+    remember the size of its parent."""
     if sys.platform == "win32":
-        return 0
+        return psutil.Process().memory_info().peak_wset
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    if known := [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]:
+        return known[0]
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

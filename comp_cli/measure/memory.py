@@ -52,17 +52,18 @@ def peak_memory(
             given = [backend, str(path), str(example), str(device), family.name]
             given += ["--allow-pickle"] if allow_pickle and side == "dense" else []
             batch = len(next(iter(inputs.values())))
-            rows.append(PeakMemory(backend, side, batch, measure(given)))
+            rows.append(PeakMemory(backend, side, batch, *measure(given)))
             bar.advance()
     return tuple(rows)
 
 
-def measure(given: list[str]) -> int:
-    """What memory_process.py says about its arguments. Its stdin is a pipe that ends with this process, whatever ends that."""
+def measure(given: list[str]) -> tuple[int, int]:
+    """Bytes at most, and before the model, by memory_process.py, which has as many threads as this process. Its stdin is a pipe
+    that ends with this process, whatever ends that."""
     command = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[2]), *given]
     ending, lifeline = os.pipe()
     try:
-        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, stdin=ending, capture_output=True, text=True, env=environment)
     finally:
         os.close(ending)
@@ -70,4 +71,5 @@ def measure(given: list[str]) -> int:
     if done.returncode:
         why = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
         raise CompError(f"measuring the memory of {given[1]} failed: {why}")
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["bytes"], found["baseline"]

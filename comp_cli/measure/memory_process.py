@@ -5,22 +5,29 @@ Arguments: torch|onnx PATH INPUTS.npz DEVICE FAMILY [--allow-pickle]. It ends wh
 
 import json
 import os
-import resource
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 
+from ..files import memory
 
-def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, family: str, allow_pickle: bool) -> int:
+Found = tuple[int, int]  # bytes at most, and of those what was there before the model: Python, and the libraries
+
+
+def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, family: str, allow_pickle: bool) -> Found:
     import torch
+    import transformers
 
     from ..checkpoint.loading import load_model
     from ..engine.methods import DECODER
     from ..families import FAMILIES
+    from ..files.store import read_config
     from . import decoding
 
+    getattr(transformers, read_config(path)["architectures"][0], None)  # which brings the module of the class
+    before = 0 if device.startswith("cuda") else memory.resident()
     described, given = FAMILIES[family], {name: torch.from_numpy(array) for name, array in inputs.items()}
     writes = described.topology.drops_in == DECODER
     dtype = decoding.precision(torch.device(device)) if writes else torch.float32
@@ -30,26 +37,18 @@ def run_torch(path: Path, inputs: dict[str, np.ndarray], device: str, family: st
     else:
         with torch.inference_mode():
             model(**{name: tensor.to(device) for name, tensor in given.items()})
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_peak()
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory.peak(), before
 
 
-def run_onnx(path: Path, inputs: dict[str, np.ndarray]) -> int:
+def run_onnx(path: Path, inputs: dict[str, np.ndarray], threads: int) -> Found:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    before = memory.resident()
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)
-    return resident_peak()
-
-
-def resident_peak() -> int:
-    """Bytes. Linux: VmHWM, which starts anew with the process (ru_maxrss would remember the parent's size)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return memory.peak(), before
 
 
 def main() -> None:
@@ -57,10 +56,10 @@ def main() -> None:
     backend, path, example, device, family = sys.argv[1:6]
     inputs = dict(np.load(example))
     if backend == "torch":
-        peak = run_torch(Path(path), inputs, device, family, "--allow-pickle" in sys.argv)
+        peak, before = run_torch(Path(path), inputs, device, family, "--allow-pickle" in sys.argv)
     else:
-        peak = run_onnx(Path(path), inputs)
-    print(json.dumps({"bytes": peak}), flush=True)
+        peak, before = run_onnx(Path(path), inputs, int(os.environ["OMP_NUM_THREADS"]))
+    print(json.dumps({"bytes": peak, "baseline": before}), flush=True)
 
 
 def end_with_parent() -> None:

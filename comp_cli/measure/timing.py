@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..report.bench import Factor, Latency
 
 RESAMPLES = 2000
 WARM_UP = 2
+WIDE = 1.5  # an interval whose ends are so many times apart says little
 
 Variant = TypeVar("Variant", bound=Hashable)  # what a caller calls one
 Inputs = dict[str, Tensor]
@@ -118,3 +119,14 @@ def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> F
     low, high = np.percentile(resampled[0] / resampled[1], [2.5, 97.5]).tolist()
     value = np.median(times[0]) / np.median(times[1])
     return Factor(float(value), low, high)
+
+
+def unsteady(factors: Iterable[Factor], rounds: int) -> str | None:
+    """What to say of factors whose intervals are wide; None where they are not."""
+    widest = max(factors, key=lambda factor: factor.high / factor.low)
+    if widest.high / widest.low < WIDE:
+        return None
+    return (
+        f"the spread is large: a speed-up of {widest.value:.2f}x may as well be {widest.low:.2f}x or {widest.high:.2f}x "
+        f"({rounds} rounds). More of them (--iterations, --duration) on an idle machine say more."
+    )

@@ -50,7 +50,7 @@ def compiled_runner(model: nn.Module, device: torch.device) -> Runner:
 
 def onnx_runner(path: Path, task: Task, device: str) -> Runner:
     """ONNX Runtime with as many threads as torch has."""
-    session = sessions.open_session(path, device, torch.get_num_threads())
+    session = sessions.open_session(path, device)
     return lambda inputs: session.run([task.outputs[0]], sessions.feeds(inputs))
 
 

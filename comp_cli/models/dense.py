@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -212,6 +212,13 @@ def check_fits(model: Any, family: Family, processor: Any, task: tasks.Task, nam
         raise RefusedError(f"{name}: {problem}.", hint="config.json, weights and processor files must fit.")
 
 
-def by_model_size(dense: Dense, many: float, few: float) -> float:
+class Weighed(Protocol):
+    """A model, with its weights or without."""
+
+    @property
+    def is_large(self) -> bool: ...
+
+
+def by_model_size(dense: Weighed, many: float, few: float) -> float:
     """A number of samples and the like: many for a small model (see options.LARGE_FLOPS), few for a larger one."""
     return few if dense.is_large else many

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from .. import tasks
 from ..checkpoint import hub, loading
@@ -16,10 +16,11 @@ from ..checkpoint.header_check import as_named_now, check_shapes, few, on_meta, 
 from ..checkpoint.weight_files import check_checkpoint
 from ..engine import flops
 from ..engine.description_check import Shape
+from ..engine.slicing import slice_state
 from ..errors import RefusedError
 from ..families import Family
 from ..files.store import TensorHeader
-from ..options import HUB_DEFAULTS, TEXT_TOKENS, HubOptions
+from ..options import HUB_DEFAULTS, LARGE_FLOPS, TEXT_TOKENS, HubOptions
 from ..plan import Plan, dense_plan
 from ..progress import Progress
 from .dense import Accepts, Found, find_dense
@@ -42,6 +43,23 @@ class Described:
     files: tuple[str, ...]
     headers: Mapping[str, TensorHeader]  # under the names that the files have
     params: int  # shared ones count once
+    state: Mapping[str, Tensor]  # weights without memory, shared ones once
+
+    @property
+    def is_large(self) -> bool:
+        """See Dense."""
+        return flops.count(self.plan, self.reference).total >= LARGE_FLOPS
+
+    @property
+    def text_tokens(self) -> int:
+        """See Dense."""
+        return self.family.topology.text_tokens(self.reference.tokens)
+
+    def params_of(self, plan: Plan) -> int:
+        """Parameters of the model of a plan; shared ones count once."""
+        sliced = slice_state(self.state, self.family, plan)
+        before = sum(tensor.numel() for tensor in self.state.values())
+        return self.params - before + sum(tensor.numel() for tensor in sliced.values())
 
     @property
     def architecture(self) -> str:
@@ -58,6 +76,17 @@ class Described:
         for header in self.headers.values():
             held[header.dtype] = held.get(header.dtype, 0) + math.prod(header.shape)
         return BYTES.get(max(held, key=lambda kind: held[kind]), 4)
+
+
+def dense_flops(config: transformers.PretrainedConfig, family: Family, architecture: str, text_tokens: int) -> int:
+    """FLOPs of one sample of the stock model of a config, at a text of so many tokens; from shapes alone. Of the config of a
+    compact model: of the dense one that it was made of."""
+    full = config.to_dict()
+    with loading.quiet_libraries():
+        skeleton = on_meta(getattr(transformers, architecture), config)
+    shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    plan = dense_plan(full, family, architecture)
+    return flops.count(plan, flops.reference(full, family, shapes, text_tokens)).total
 
 
 class ImageShape(NamedTuple):
@@ -105,7 +134,7 @@ def describe_dense(
         loading.check_sizes(hf_config.to_dict(), family, named, source.folder)
         check_shapes(named, skeleton, source.folder)
     check_complete(named, skeleton, source.name)
-    full = hf_config.to_dict()
+    full, tied = hf_config.to_dict(), cast(dict[str, str], skeleton.all_tied_weights_keys)
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     return Described(
         source=source,
@@ -119,6 +148,7 @@ def describe_dense(
         files=tuple(files),
         headers=headers,
         params=sum(parameter.numel() for _, parameter in own_parameters(skeleton)),
+        state={name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied},
     )
 
 

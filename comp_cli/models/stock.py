@@ -12,6 +12,7 @@ from ..engine.slicing import slice_state
 from ..families import Tower
 from ..plan import LayerPlan, Plan
 from .dense import Dense
+from .described import Described
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -20,7 +21,7 @@ class Unsayable(Exception):
     """A config has no number for what a plan keeps."""
 
 
-def written_sizes(dense: Dense, plan: Plan) -> dict[str, dict[str, int]]:
+def written_sizes(dense: Dense | Described, plan: Plan) -> dict[str, dict[str, int]]:
     """What a stock config says of a plan: part of the config -> name -> number, of towers that lost something. Raises Unsayable
     where the config has no such number, or the plan no one number for all layers."""
     found = {}
@@ -66,19 +67,19 @@ def changed_config(config: Mapping[str, Any], sizes: Mapping[str, Mapping[str, i
     return made
 
 
-def stock_document(dense: Dense, plan: Plan) -> dict[str, Any]:
+def stock_document(dense: Dense | Described, plan: Plan) -> dict[str, Any]:
     """config.json of the stock class with the sizes of a plan."""
     config = changed_config(dense.config, written_sizes(dense, plan)) | {"architectures": [dense.architecture]}
     config.pop("auto_map", None)
     return config
 
 
-def stock_config(dense: Dense, plan: Plan) -> transformers.PretrainedConfig:
+def stock_config(dense: Dense | Described, plan: Plan) -> transformers.PretrainedConfig:
     """The config of the stock class with the sizes of a plan. Raises what transformers raises of sizes that cannot be."""
     return type(dense.hf_config).from_dict(changed_config(dense.hf_config.to_dict(), written_sizes(dense, plan)))
 
 
-def config_refuses(dense: Dense, plan: Plan) -> str | None:
+def config_refuses(dense: Dense | Described, plan: Plan) -> str | None:
     """Why the config of the stock class does not take the sizes of a plan; None where it does. Quick."""
     try:
         with quiet_libraries():
@@ -88,7 +89,7 @@ def config_refuses(dense: Dense, plan: Plan) -> str | None:
     return None
 
 
-def class_refuses(dense: Dense, plan: Plan) -> str | None:
+def class_refuses(dense: Dense | Described, plan: Plan) -> str | None:
     """Why the stock class with that config would not hold the weights of a plan; None where it does. Built without memory."""
     try:
         with quiet_libraries():
@@ -103,7 +104,7 @@ def class_refuses(dense: Dense, plan: Plan) -> str | None:
     return None
 
 
-def shapes_of(dense: Dense, plan: Plan) -> Shapes:
+def shapes_of(dense: Dense | Described, plan: Plan) -> Shapes:
     """Shapes of the weights of a plan's model."""
     empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in dense.state.items()}
     return {name: tuple(tensor.shape) for name, tensor in slice_state(empty, dense.family, plan).items()}

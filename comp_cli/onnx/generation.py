@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCro
 from ..checkpoint.loading import quiet_libraries
 from ..errors import RefusedError, UsageError
 from ..families import find_family
-from ..files.store import read_config
+from ..files.store import read_config, read_json
 from ..runtime.modeling_comp import CACHES, cache_name, refuse_unknown, the_cache
 from ..topology.caches import begin, go_on
 from ..topology.graph_specs import ENCODER, HIDDEN, Values
@@ -36,6 +36,9 @@ def load_writer(folder: Path, device: str = "cpu") -> transformers.PreTrainedMod
         needed = f"Needed: {', '.join(names)}." if names else f"A {architecture} generates no texts."
         raise RefusedError(f"{folder}: no graphs for text generation.", hint=needed)
     check_files(folder, ["config.json", *names])
+    if (folder / "export.json").is_file() and read_json(folder / "export.json").get("with_preprocessing"):
+        said = f"{folder}: its graphs prepare pictures themselves, and generate() hands over pixel values."
+        raise RefusedError(said, hint="Export the model without it; README.md of the folder runs these graphs.")
     stock = getattr(transformers, architecture)
     described = stock.config_class.from_dict(config).to_dict()
     expected = writer_signatures(described, family)

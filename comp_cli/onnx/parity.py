@@ -1,15 +1,18 @@
 """The gate of an export: what the graphs say against what torch says, on real and on random inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import tasks
 from ..data.batches import random_inputs
+from ..data.preparation import Preparation
 from ..data.rows import Pair
 from ..families import Family
 from ..models.dense import collator
@@ -17,9 +20,13 @@ from ..models.pairs import Pairs, generated_pairs
 from ..report.export import ParityRow
 from ..tasks import comparison
 from ..topology import input_sizes, with_one_image
+from ..topology.base import IMAGE, PIXELS
+from ..topology.graph_specs import Run, Step, Values
 from .sessions import OnnxModel
 
+BATCH = 8  # of most cases
 DECISIONS = 64  # real pairs more, where weights are rounded and decisions may change
+LARGEST = 1024  # pixels of the longer side of a picture
 LONG = 5  # captions in a row make a long text
 
 
@@ -49,19 +56,25 @@ RELATIVE = {
 }
 
 
-def tolerance(task: tasks.Task, rounding: str, atol: float | None) -> Tolerance:
-    """What is allowed to differ; `atol` instead of the usual, where it is given."""
+GREY = 5e-3  # where pictures are resized in the graph, for some pixels are a grey level off: as measured on noise 1e-4 of them
+
+
+def tolerance(task: tasks.Task, rounding: str, atol: float | None, *, pictures: bool = False) -> Tolerance:
+    """What is allowed to differ; `atol` instead of the usual, where it is given. pictures: whether graphs prepare them."""
     usual = (RELATIVE if task.relative else TOLERANCES)[rounding]
+    if pictures:
+        usual = replace(usual, atol=max(usual.atol, GREY))
     return usual if atol is None else replace(usual, atol=atol)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs, and what torch makes of them: name of the output -> values."""
+    """Inputs, and what torch makes of them: name of the output -> values. graphs: those that should say the same."""
 
     name: str  # "real" or "random"
     inputs: dict[str, Tensor]
     expected: dict[str, Tensor]
+    graphs: tuple[str, ...] = ()
 
 
 def make_cases(
@@ -74,35 +87,92 @@ def make_cases(
     *,
     split: bool,
     whole: int | None = None,
+    pictures: Preparation | None = None,
 ) -> list[Case]:
     """Batches 1 to 8, short and long texts, with and without padding; split: one image for eight texts as well. Eight pairs
     at least; more decide whether decisions agree. Texts that are made long have `longest` tokens, those of the pairs up to
-    `whole`, if it is more."""
-    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:8])]
+    `whole`, if it is more. pictures: what the graphs do to pictures, where they take these: the pairs hold pictures then, and
+    noise is as large as none of them."""
+    mixed = [replace(pair, text=" ".join([pair.text] * LONG)) if i % 2 else pair for i, pair in enumerate(pairs[:BATCH])]
     # Where all samples of a batch are candidates, the decisions of many are asked for together.
-    size = 8 if task.paired_inputs else len(pairs)
-    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(8, len(pairs), size))]
+    size = BATCH if task.paired_inputs else len(pairs)
+    parts = [pairs[:1], pairs[1:3], mixed, *(pairs[i : i + size] for i in range(BATCH, len(pairs), size))]
+    if pictures:
+        parts = [of_one_size(part) for part in parts]
     made_long = collator(family, processor, longest, task, model.config)
     collate = replace(made_long, max_text=max(longest, whole or 0))
-    given = [("real", (made_long if part is mixed else collate)(part).inputs) for part in parts]
+    batches = [(made_long if i == 2 else collate)(part).inputs for i, part in enumerate(parts)]
+    given = [("real", inputs, stacked(part) if pictures else {}) for part, inputs in zip(parts, batches, strict=True)]
     if family.topology.one_for_all(split):
-        inputs = given[2][1]
-        given.append(("real", with_one_image(inputs)))
-    for batch, tokens, padded in (1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1):
-        given.append(("random", random_inputs(model.config, family, batch, tokens, padded=padded)))
+        _, inputs, images = given[2]
+        given.append(("real", with_one_image(inputs), {name: tensor[:1] for name, tensor in images.items()}))
+    for place, (batch, tokens, padded) in enumerate([(1, longest, 0), (3, longest, longest // 2), (2, min(4, longest), 1)]):
+        inputs = random_inputs(model.config, family, batch, tokens, padded=padded)
+        images = {}
+        if pictures:
+            noise = noise_of(pictures, place, len(inputs[PIXELS]))
+            reads: Any = family.topology.parts_of(processor)[0]
+            inputs = inputs | {PIXELS: reads(images=noise, return_tensors="pt")[PIXELS]}
+            images = {IMAGE: as_tensor(noise)}
+        given.append(("random", inputs, images))
+    graphs = tuple(spec.name for spec in family.topology.graphs(family, model.config.to_dict(), task, split))
+    cases = []
     with torch.inference_mode():
-        return [Case(name, *family.topology.case(family, model, task, inputs, split)) for name, inputs in given]
+        for name, inputs, images in given:
+            taken, expected = family.topology.case(family, model, task, inputs, split)
+            cases.append(Case(name, taken | images, expected, graphs))
+    return cases
+
+
+def of_one_size(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs whose pictures are as large as the first one: graphs take a batch as one array."""
+    size = pairs[0].image.size
+    return [replace(pair, image=pair.image.resize(size)) for pair in pairs]
+
+
+def stacked(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """The pictures of pairs, as graphs take them."""
+    return {IMAGE: as_tensor([pair.image for pair in pairs])}
+
+
+def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """(pictures, height, width, 3) uint8."""
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+
+
+def noise_of(preparation: Preparation, place: int, count: int) -> list[Image.Image]:
+    """Noise that grows, shrinks, or grows one way and shrinks the other; by the place of a case."""
+    height, width = preparation.shape
+    rows, columns = [(2 * height + 3, 3 * width + 1), (height // 2 + 1, width // 3 + 2), (3 * height + 5, width - 1)][place]
+    made = np.random.default_rng(place).integers(0, 256, (count, rows, columns, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in made]
+
+
+def in_memory(pair: Pair) -> Pair:
+    """A pair with its picture in RGB, made smaller where it is larger than any case needs."""
+    picture = pair.image.convert("RGB")
+    picture.thumbnail((LARGEST, LARGEST))
+    return replace(pair, image=picture)
+
+
+def with_pictures(run: Run) -> Run:
+    """The same, for graphs of which some take pictures in the place of pixel values."""
+
+    def running(step: Step, names: Iterable[str], values: Values) -> Values:
+        return run(lambda name, given: step(name, given | {IMAGE: values[IMAGE]}), names, values)
+
+    return running
 
 
 def real_pairs(
     source: Pairs | None, task: tasks.Task, rounded: bool, ready: Callable[[Pair], Pair] = lambda pair: pair
 ) -> list[Pair]:
     """Pairs for the cases, made `ready`, from a set of pairs or generated: more of them where weights are rounded."""
-    count = 8 + DECISIONS * rounded
+    count = BATCH + DECISIONS * rounded
     if source is None:
         return list(map(ready, generated_pairs(task, labelled=False).read("calibration", count)))
     found = list(map(ready, source.read("evaluation", count, accepts=task.accepts)))
-    return list(islice(cycle(found), max(8, len(found))))
+    return list(islice(cycle(found), max(BATCH, len(found))))
 
 
 def check(
@@ -111,7 +181,7 @@ def check(
     """One row for each output of each case."""
     rows = []
     for case in cases:
-        outputs = onnx_model.run(case.inputs)
+        outputs = onnx_model.run(case.inputs, case.graphs)
         found = {name: torch.from_numpy(outputs[name]) for name in case.expected}
         agreed = comparison.agreement(task.decisions(case.expected), task.decisions(found))
         judged = [name for name in found if name in task.judged]

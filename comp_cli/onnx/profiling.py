@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import DeviceError
 from . import sessions
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+GPU_WHEEL = (
+    "pip install 'comp-cli[gpu]', then pip install --force-reinstall --no-deps onnxruntime-gpu, whose files must come last; or "
+    "use --device cpu."
+)
 
 
 Shape = tuple[int, ...]
@@ -55,7 +58,7 @@ def profile(path: Path, inputs: Mapping[str, Tensor], device: str = "cpu", runs:
     Profiling slows small nodes a little: these times are for shares, never for latency.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        session = sessions.open_session(path, device, torch.get_num_threads(), profile=Path(scratch) / "profile")
+        session = sessions.open_session(path, device, profile=Path(scratch) / "profile")
         for _ in range(1 + runs):
             session.run(None, sessions.feeds(inputs))
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -82,7 +85,7 @@ def check_cuda() -> None:
 
     if CUDA not in onnxruntime.get_available_providers():
         why: str | None = f"onnxruntime {onnxruntime.__version__} is built without it"
-        hint = "Install onnxruntime-gpu in place of onnxruntime, or use --device cpu."
+        hint = GPU_WHEEL
     else:
         why = missing_library(Path(onnxruntime.__file__).parent / "capi")
         hint = "Install what onnxruntime-gpu needs (CUDA and cuDNN of the version it was built for), or use --device cpu."

@@ -1,12 +1,13 @@
 """Graphs as ONNX Runtime runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..checkpoint.loading import quiet_libraries
@@ -14,9 +15,9 @@ from ..errors import CompError, DeviceError, RefusedError
 from ..topology.graph_specs import Run, Values, in_turn
 
 
-def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool = True, profile: Path | None = None) -> Any:
-    """An ONNX Runtime session whose first provider is the one that was asked for. Raises DeviceError where it is another, or
-    none; RefusedError where the file holds no graph that could run.
+def open_session(path: Path, device: str = "cpu", tf32: bool = True, profile: Path | None = None) -> Any:
+    """An ONNX Runtime session with as many threads as torch has, whose first provider is the one that was asked for. Raises
+    DeviceError where it is another, or none; RefusedError where the file holds no graph that could run.
 
     With `profile` the session times its nodes into a file that begins so.
     """
@@ -25,7 +26,7 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
     onnxruntime.set_default_logger_severity(4)
     wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1  # one operation at a time
     options.log_severity_level = 4
     # Idle threads that spin take the cores from what runs next: in `comp bench` that is torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -44,7 +45,7 @@ def open_session(path: Path, device: str = "cpu", threads: int = 0, tf32: bool =
     if first != wanted:
         raise DeviceError(
             f"ONNX Runtime runs on {first}, not on {wanted}.",
-            hint="Install onnxruntime-gpu and the CUDA and cuDNN libraries it asks for, or use --device cpu.",
+            hint="It needs the CUDA and cuDNN libraries of the version that it was built for; comp env says what is missing.",
         )
     return session
 
@@ -82,9 +83,9 @@ class OnnxModel:
         self.given: dict[str, Values] = {}
         self._run = run
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Values:
-        """What the graphs make of the inputs of the model, by name."""
-        return self._run(self.step, self.sessions, feeds(inputs))
+    def run(self, inputs: Mapping[str, Tensor], names: Iterable[str] = ()) -> Values:
+        """What the graphs, or those that are named, make of the inputs of the model, by name."""
+        return self._run(self.step, names or self.sessions, feeds(inputs))
 
     def step(self, name: str, values: Values) -> Values:
         """Run one graph on those of the values that it takes; its outputs by name."""

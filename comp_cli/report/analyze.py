@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import PairCounts, Reference, Report, Sizes, Texts, if_known, unwritten
+from .base import PairCounts, Reference, Report, Sizes, Texts, Threads, if_known, unwritten
 from .prune import TokensLeft
 from .samples import LayerImportance, Picture, SampleKept, TokenImportance
 
@@ -299,6 +299,7 @@ class AnalyzeReport(Report):
         pairs: what became of the rows of the user's data, by purpose.
         texts: texts that were truncated.
         decoder: costs of a decoder that reads images.
+        threads: CPU threads that it worked with.
         compact: of a compact model, its layers beside the dense ones; left out for a dense one.
         importance: how much heads and channels of a dense model matter; none of a compact one or of a decoder.
         token_importance: how much the tokens of a dense model matter; none of a compact one or of a decoder.
@@ -322,6 +323,7 @@ class AnalyzeReport(Report):
     pairs: dict[str, PairCounts]
     texts: Texts
     decoder: DecoderCost | None = if_known()
+    threads: Threads | None = if_known()
     compact: Compared | None = if_known()
     importance: tuple[LayerImportance, ...] = ()
     token_importance: tuple[TokenImportance, ...] = ()

@@ -52,6 +52,7 @@ def print_analysis(report: AnalyzeReport, out: Printer, model: str, again: Seque
     out.table("Inequality of importance (Gini: 0 all alike, 1 one has it all)", columns, rows)
     if report.diagnostics is not None:
         print_diagnosis(report.diagnostics, out)
+    out.line(f"On {report.threads}.")
     out.line(f"Next: {shlex.join(['comp', 'prune', model, '--ratio', '0.5', *again, '-o', 'compact'])}")
 
 

@@ -72,6 +72,24 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Threads:
+    """CPU threads that a command worked with.
+
+    Attributes:
+        number: threads of PyTorch, and of ONNX Runtime.
+        because: what decided it: "--threads", "OMP_NUM_THREADS" or "MKL_NUM_THREADS"; "model size", for which more do not pay;
+            "cores" of the machine; "affinity" or "quota" of the process; "processes" that share the cores; "torch", which had
+            fewer.
+    """
+
+    number: int
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.number} thread{'s' * (self.number > 1)} ({self.because})"
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A number of the dense and of the compact model.
 

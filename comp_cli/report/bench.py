@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import Report, Sizes, if_known
+from .base import Report, Sizes, Threads, if_known
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ class PeakMemory:
         side: "dense" (stock), "own_dense" (dense, comp runtime) or "compact".
         batch: batch size.
         bytes: resident memory; on CUDA allocated memory.
+        baseline_bytes: resident memory of that process before the model was loaded: Python and its libraries; on CUDA 0.
     """
 
     backend: str
     side: str
     batch: int
     bytes: int
+    baseline_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class BenchReport(Report):
         step_flops_reduction: the same of one token behind the prompt.
         timings: latencies.
         speedups: speed-up of the compact model.
+        threads: CPU threads that it worked with.
         generation: what writing costs, of a decoder.
         generation_speedups: speed-up of the compact model in writing.
         gates: outcomes of the gates that were asked for.
@@ -255,5 +258,6 @@ class BenchReport(Report):
     image_tokens: int | None = if_known()
     step_flops: Sizes | None = if_known()
     step_flops_reduction: float | None = if_known()
+    threads: Threads | None = if_known()
     generation: tuple[Generation, ...] | None = if_known()
     generation_speedups: tuple[GenerationSpeedup, ...] | None = if_known()

@@ -13,8 +13,12 @@ def side_name(backend: str, side: str) -> str:
     return {"dense": STOCK[backend], "own_dense": "dense (comp runtime)", "compact": "compact"}[side]
 
 
-def times(factor: Factor | None) -> str:
-    return "-" if factor is None else f"{factor.value:.2f}x"
+def times(factor: Factor) -> str:
+    return f"{factor.value:.2f}x"
+
+
+def interval(factor: Factor) -> str:
+    return f"{factor.low:.2f} - {factor.high:.2f}"
 
 
 def print_benchmark(report: BenchReport, out: Printer) -> None:
@@ -23,23 +27,19 @@ def print_benchmark(report: BenchReport, out: Printer) -> None:
     title = f"{report.compact} vs {report.baseline} on {where.name} ({where.device})"
     unit = "pairs / s" if report.generation is None else "prompts / s"
     out.table(title, ["", "median ms", "p90", "p99", unit], [_latency(row) for row in report.timings])
-    columns = [
-        "speed-up vs",
-        "stock, same backend",
-        "95 % interval",
-        "from kernels",
-        "from pruning",
-        "efficiency",
-        "stock torch",
-    ]
-    title = f"Speed-up of the compact model; FLOPs fall {report.flops_reduction:.2f}x"
-    out.table(title, columns, [_speedup(row) for row in report.speedups])
+    title = f"Speed-up of the compact model over stock, same backend; FLOPs fall {report.flops_reduction:.2f}x"
+    rows = [row for found in report.speedups for row in _speedup(found)]
+    out.table(title, ["", "speed-up", "95 % interval", "efficiency"], rows)
     if report.generation is not None:
         out.table("Writing", ["", "first token, ms", "ms a token", "tokens / s", "keys and values, MiB"], _writing(report))
     out.table("Cost", ["", "dense", "compact", "change"], _costs(report))
     for side, found in report.providers.items():
         ran = ", ".join(f"{percent(share.node_share)} of {name}" for name, share in found.shares.items())
         out.line(f"ONNX Runtime, {side_name('onnx', side)}: {found.first} first; nodes that ran: {ran}.")
+    baselines = {row.backend: row.baseline_bytes for row in report.peak_memory_bytes if row.baseline_bytes}
+    if baselines:
+        held = ", ".join(f"{BACKEND_NAMES[backend]} {mib(size)}" for backend, size in baselines.items())
+        out.line(f"Peak memory: above what Python and its libraries hold before a model is loaded ({held}).")
     if report.generation is None:
         out.line(
             "From kernels: stock over dense (comp runtime); from pruning: that over compact. "
@@ -52,7 +52,7 @@ def print_benchmark(report: BenchReport, out: Printer) -> None:
         )
     images = "" if report.image_tokens is None else f"{report.image_tokens} image and "
     out.line(
-        f"{where.threads} threads, {images}{report.text_tokens} text tokens, torch {where.torch}, transformers "
+        f"{report.threads}, {images}{report.text_tokens} text tokens, torch {where.torch}, transformers "
         f"{where.transformers}, onnxruntime {where.onnxruntime}, TF32 {'on' if where.tf32 else 'off'}. "
         f"{min(row.runs for row in report.timings)} interleaved rounds, medians."
     )
@@ -65,16 +65,19 @@ def _latency(row: Latency) -> list[str]:
     return [label, *(f"{value:.1f}" for value in (row.median, row.p90, row.p99, row.pairs_per_second))]
 
 
-def _speedup(row: Speedup) -> list[str]:
-    return [
-        f"{BACKEND_NAMES[row.backend]}, batch {row.batch}",
-        times(row.speedup),
-        f"{row.speedup.low:.2f} - {row.speedup.high:.2f}",
-        times(row.by_kernels),
-        times(row.by_pruning),
-        f"{row.flops_efficiency:.2f}",
-        times(row.against_stock_torch),
+def _speedup(row: Speedup) -> list[list[str]]:
+    """Over stock, what of it comes from what, and over stock in torch where that is another backend."""
+    whole, efficiency = f"{BACKEND_NAMES[row.backend]}, batch {row.batch}", f"{row.flops_efficiency:.2f}"
+    if row.by_kernels is None:  # of both sides on stock kernels, all comes from pruning
+        return [[whole, times(row.speedup), interval(row.speedup), efficiency]]
+    rows = [
+        [whole, times(row.speedup), interval(row.speedup), ""],
+        ["  from kernels", times(row.by_kernels), interval(row.by_kernels), ""],
+        ["  from pruning", times(row.by_pruning), interval(row.by_pruning), efficiency],
     ]
+    if row.against_stock_torch is not None and row.backend != "torch":
+        rows.append(["  over stock torch", times(row.against_stock_torch), interval(row.against_stock_torch), ""])
+    return rows
 
 
 def _writing(report: BenchReport) -> list[list[str]]:
@@ -107,7 +110,7 @@ def _costs(report: BenchReport) -> list[list[str]]:
     peaks: dict[str, dict[str, int]] = {}
     for row in report.peak_memory_bytes:
         label = f"peak memory, {BACKEND_NAMES[row.backend]}, batch {row.batch}"
-        peaks.setdefault(label, {})[row.side] = row.bytes
+        peaks.setdefault(label, {})[row.side] = row.bytes - row.baseline_bytes
     rows += [(label, mib, found["dense"], found["compact"]) for label, found in peaks.items()]
     return [[name, shown(dense), shown(compact), change(dense, compact)] for name, shown, dense, compact in rows]
 

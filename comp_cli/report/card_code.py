@@ -5,19 +5,28 @@ checkpoints with transformers.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import GenerationConfig, SiglipTokenizer
 
+from ..data.preparation import NotKnownError, preparation_of
 from ..families import Family
 from ..tasks import Task
 from ..topology.card_examples import PICTURE
 
 UPRIGHT = 'image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, without alpha'
+
+PROCESSOR = "from transformers import {}"
+PACKAGES = {  # -> how the line begins that imports it
+    "huggingface_hub": "from huggingface_hub",
+    "numpy": "import numpy",
+    "pillow": "from PIL",
+    "sentencepiece": "import sentencepiece",
+    "tokenizers": "from tokenizers",
+    "transformers": "from transformers",
+}
 
 RUN = """
 sessions = {{name: onnxruntime.InferenceSession(f"{{folder}}/{{name}}.onnx") for name in {names}}}
@@ -83,18 +92,18 @@ def for_graphs(
     folder: Path,
     longest: int,
     hub_id: str | None = None,
-) -> str | None:
-    """The code for exported graphs; `generation` says how texts begin and end, where any are written. None where pictures or
-    texts are prepared in a way that is not written out here. longest: tokens of a text that the model takes."""
+) -> str:
+    """The code for exported graphs; `generation` says how texts begin and end, where any are written. Pictures or texts that
+    are prepared in a way that is not written out here go through transformers' processor. longest: tokens of a text
+    that the model takes."""
     images, tokenizer = family.topology.parts_of(processor)
-    pixels = "" if images is None else pixels_of(images)
-    spelling = ([], "") if tokenizer is None else tokens_of(tokenizer, folder, longest)
-    if pixels is None or spelling is None:
-        return None
-    reads, spell = spelling
+    reads, spell = ([], "") if tokenizer is None else tokens_of(tokenizer, folder, longest) or by_tokenizer(family, longest)
+    pixels = "" if images is None else picture_itself() if document["with_preprocessing"] else pixels_of(images)
+    if pixels is None:
+        reads, pixels = [*reads, PROCESSOR], by_processor(family.topology.processor_class)
     names = [Path(name).stem for name in document["graphs"]]
     first = sorted(line for line in reads if line.startswith("import"))
-    later = [line for line in reads if line.startswith("from")]
+    later = [line.format(family.topology.processor_class) for line in reads if line.startswith("from")]
     fetch, where = places(hub_id, images=images is not None, graphs=True)
     imports = [
         *first,
@@ -105,42 +114,48 @@ def for_graphs(
         *later,
     ]
     spell, ending = family.topology.tokens_code(spell), family.topology.graph_code(document, task, generation, processor)
-    if ending is None:
-        return None
     return block("\n".join(imports), where, RUN.format(names=json.dumps(names)), *filter(None, (spell, pixels)), ending)
 
 
 def pixels_of(processor: Any) -> str | None:
     """A function that prepares a picture as an image processor of transformers does; None for steps that it does not know."""
-    size, crop = ({k: v for k, v in dict(getattr(processor, name, None) or {}).items() if v} for name in ("size", "crop_size"))
-    resizes, crops, rescales, normalizes, pads = (
-        getattr(processor, f"do_{step}", False) for step in ("resize", "center_crop", "rescale", "normalize", "pad")
-    )
-    resample = getattr(processor, "resample", None)
-    filtering = Image.Resampling.BILINEAR if resample is None else resample  # as transformers chooses
-    known = [{"height", "width"}, {"shortest_edge"}] if crops else [{"height", "width"}]
-    ends = crop if crops else size
-    odd = resizes and (size.keys() not in known or not isinstance(filtering, int))
-    if odd or pads or ends.keys() != {"height", "width"}:
+    try:
+        steps = preparation_of(processor)
+    except NotKnownError:
         return None
-    lines, width, height = [UPRIGHT], ends["width"], ends["height"]
-    if resizes:
-        how = f"Image.Resampling.{Image.Resampling(filtering).name}"
-        if edge := size.get("shortest_edge"):
-            lines.append(f"size = [int({edge} * side / min(image.size)) for side in image.size]  # {edge} on the shorter side")
-            lines.append(f"image = image.resize(size, {how})")
-        else:
-            lines.append(f"image = image.resize(({size['width']}, {size['height']}), {how})")
-    if crops:
+    height, width = steps.shape
+    lines, how = [UPRIGHT], f"Image.Resampling.{steps.filter.name}"
+    if edge := steps.edge:
+        lines.append(f"size = [int({edge} * side / min(image.size)) for side in image.size]  # {edge} on the shorter side")
+        lines.append(f"image = image.resize(size, {how})")
+    elif steps.size:
+        lines.append(f"image = image.resize({steps.size[::-1]}, {how})")
+    if steps.crop:
         lines.append(f"left, top = (image.width - {width}) // 2, (image.height - {height}) // 2")
         lines.append(f"image = image.crop((left, top, left + {width}, top + {height}))  # the middle")
-    lines.append("values = np.asarray(image, np.float32)" + (f" * {processor.rescale_factor!r}" if rescales else ""))
-    if normalizes:
-        mean, std = (np.ravel(values).tolist() for values in (processor.image_mean, processor.image_std))
-        lines.append(f"values = (values - {mean}) / {std}")
+    lines.append("values = np.asarray(image, np.float32)" + (f" * {steps.factor!r}" if steps.factor is not None else ""))
+    if steps.mean is not None and steps.std is not None:
+        lines.append(f"values = (values - {list(steps.mean)}) / {list(steps.std)}")
     lines.append("return values.astype(np.float32).transpose(2, 0, 1)[None]")
-    about = f'"""What the model sees of a picture: (1, 3, {height}, {width})."""'
-    return "def pixels(path):\n" + "\n".join(f"    {line}" for line in (about, *lines))
+    return function(f"What the model sees of a picture: (1, 3, {height}, {width}).", lines)
+
+
+def picture_itself() -> str:
+    """A function that reads a picture, for graphs that prepare it."""
+    about = "A picture as it is, (1, height, width, 3): the graph resizes, crops and normalises it."
+    return function(about, [UPRIGHT, "return np.asarray(image)[None]"])
+
+
+def by_processor(reader: str) -> str:
+    """A function that prepares a picture with the processor of transformers. reader: what it is loaded with."""
+    lines = [UPRIGHT, 'return images(images=image, return_tensors="np")["pixel_values"]']
+    opened = f'processor = {reader}.from_pretrained(folder)\nimages = getattr(processor, "image_processor", processor)\n\n'
+    return opened + function("What the model sees of a picture.", lines)
+
+
+def function(about: str, lines: Sequence[str]) -> str:
+    """Code of `pixels`."""
+    return "def pixels(path):\n" + "\n".join(f"    {line}" for line in (f'"""{about}"""', *lines))
 
 
 def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], str] | None:
@@ -154,6 +169,20 @@ def tokens_of(tokenizer: Any, folder: Path, longest: int) -> tuple[list[str], st
     lower = "text.lower()" if getattr(tokenizer, "do_lower_case", False) else "text"
     code = SENTENCEPIECE.format(file=next(folder.glob("*.model")).name, lower=lower, **sizes)
     return ["import string", "import sentencepiece"], code
+
+
+def by_tokenizer(family: Family, longest: int) -> tuple[list[str], str]:
+    """The same with transformers."""
+    padded = family.topology.padding_code(longest).replace('"pt"', '"np"')
+    code = f"""
+tokenizer = {family.topology.processor_class}.from_pretrained(folder)
+tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+
+def tokens(texts):
+    \"""input_ids and attention_mask, (texts, tokens) each.\"""
+    return dict(tokenizer(texts, {padded}))
+"""
+    return [PROCESSOR], code
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -171,10 +171,7 @@ def graphs_card(
 
     own = document["layout"] == LAYOUTS[0]  # or of a client that has code for everything
     code = card_code.for_graphs(document, generation, family, task, processor, folder, longest, hub_id) if own else None
-    script = family.topology.client_code(document, task, generation, processor)
-    words = "sentencepiece" if code and "import sentencepiece" in code else "tokenizers"
-    needed = ["numpy", *["pillow"] * family.topology.reads_images, *[words] * family.topology.reads_texts]
-    needed += ["huggingface_hub"] * (hub_id is not None)
+    script = family.topology.client_code(document, task, generation, processor, hub_id)
     lines = [
         f"# {document['source'].get('base_model', 'model')} as ONNX",
         "",
@@ -187,14 +184,15 @@ def graphs_card(
     if note := family.topology.graphs_note(document):
         lines += [note, ""]
     if code:
-        install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(needed)}'
-        lines += [f"Without torch, transformers or comp: `{install}`", "", code, ""]
-    elif own:
-        lines += ["Pictures and texts are prepared by the processor of transformers whose files lie here: `AutoProcessor`.", ""]
+        packages = [name for name, line in card_code.PACKAGES.items() if f"\n{line}" in code]
+        install = f'pip install "onnxruntime>={document["min_onnxruntime"]}" {" ".join(packages)}'
+        without = "torch or comp" if "transformers" in packages else "torch, transformers or comp"
+        lines += [f"Without {without}: `{install}`", "", code, ""]
     if script is not None:
         package, said = script
         lines += [f"With node, `npm install {package}`:", "", f"```js\n{said}\n```", ""]
-    if own and (writes := family.topology.generate_code):
+    writes = family.topology.generate_code
+    if own and writes and not document["with_preprocessing"]:
         lines += ["With comp, the `generate` of transformers runs the graphs: prompts, beams and sampling.", ""]
         lines += [card_code.for_generate(writes, hub_id), ""]
     return card(graphs_metadata(document, source), lines)

@@ -41,8 +41,7 @@ def print_environment(report: EnvironmentReport, out: Printer) -> None:
     lines: dict[str, str | None] = {"comp": report.comp_version, "Python": f"{report.python} ({report.executable})"}
     lines |= {"platform": report.platform} | report.packages
     for device in report.devices:
-        size = f"{device['cores']} cores" if "cores" in device else mib(device["memory_bytes"])
-        lines[device["device"]] = f"{device['name']}, {size}"
+        lines[device["device"]] = ", ".join([device["name"], *_sizes(device)])
     lines["ONNX Runtime"] = ", ".join(report.providers) or None
     if report.cache:
         lines["downloads"] = f"{report.cache['path']}, {mib(report.cache['free_bytes'])} free"
@@ -52,3 +51,13 @@ def print_environment(report: EnvironmentReport, out: Printer) -> None:
     out.line("\nWhat would fail here:" if report.problems else "\nNothing that was looked at would fail here.")
     for problem in report.problems:
         out.line(f"- {problem['what']}: {problem['why']}")
+
+
+def _sizes(device: dict[str, Any]) -> list[str]:
+    """Of a CPU: cores and memory, and what of them this process may use; of a GPU its memory."""
+    memory = [mib(device["memory_bytes"])] if "memory_bytes" in device else []
+    if "cores" not in device:
+        return memory
+    said = [f"{device['cores']} cores, {device['usable_cores']} usable ({device['because']})"]
+    said += [f"PyTorch threads: {device['threads']}"] if "threads" in device else []
+    return said + [f"{size}, {mib(device['usable_memory_bytes'])} usable" for size in memory]

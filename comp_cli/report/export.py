@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import PairCounts, Report, Texts, if_known
+from .base import PairCounts, Report, Texts, Threads, if_known
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class ExportReport(Report):
         opset: ONNX opset.
         target: "onnxruntime" or "onnx".
         layout: "optimum" or "transformers.js".
+        with_preprocessing: whether graphs take pictures as they are.
         dtype: of the weights.
         quantization: null for none.
         fused: nodes that ONNX Runtime's fusions made, by kind.
@@ -120,6 +121,7 @@ class ExportReport(Report):
         parity: errors, case by case.
         size_bytes: size of the folder, bytes.
         files: SHA-256 of every file.
+        threads: CPU threads that it worked with.
         seconds: duration of the whole run, s.
         output: the folder that was written; null where none was.
         pushed: address of the commit on the Hub; left out where nothing was uploaded.
@@ -133,6 +135,7 @@ class ExportReport(Report):
     opset: int
     target: str
     layout: str
+    with_preprocessing: bool
     dtype: str
     quantization: Quantization | None
     fused: dict[str, int]
@@ -150,6 +153,7 @@ class ExportReport(Report):
     parity: tuple[ParityRow, ...]
     size_bytes: int
     files: dict[str, str] | None = if_known()
+    threads: Threads | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None
     pushed: str | None = if_known()

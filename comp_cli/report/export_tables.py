@@ -23,4 +23,4 @@ def print_export(report: ExportReport, out: Printer) -> None:
         out.line(f"Fused: {', '.join(f'{count} {name}' for name, count in report.fused.items())}.")
     size = f"{', '.join(report.graphs)}, {mib(report.size_bytes)}, opset {report.opset}"
     size += f", ONNX Runtime {report.min_onnxruntime} or newer"
-    out.line(f"Wrote {report.output} ({size}). {report.seconds or 0:.0f} s.")
+    out.line(f"Wrote {report.output} ({size}). {report.seconds or 0:.0f} s on {report.threads}.")

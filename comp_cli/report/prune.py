@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..options import PruneOptions
 from ..plan import Plan
-from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Values, if_known, unwritten
+from .base import PairCounts, Reference, Report, Sizes, Streamed, Texts, Threads, Values, if_known, unwritten
 from .samples import Picture, SampleKept
 
 
@@ -114,7 +114,7 @@ class AtOwnTexts:
     """FLOPs at the mean length of the texts in the user's data, each by itself, without padding.
 
     Attributes:
-        purpose: pairs whose texts they are: "evaluation", or after a dry run "calibration", whose texts are truncated.
+        purpose: pairs whose texts they are: "evaluation", or with --plan-only "calibration", whose texts are truncated.
         tokens: tokens that enter each tower, rounded.
         ratio: FLOPs reduction at this input.
         flops: FLOPs of one sample at this input.
@@ -158,6 +158,30 @@ class TokensLeft:
     kept: int
     of: int
     share: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `--dry-run` expects of the run. No weights and no data were read: all numbers of the report are those of a plan that
+    was assumed, and of `[least, most]` those of other plans of the ratio.
+
+    Attributes:
+        assumed: what was assumed of the plan.
+        params: parameters of the compact model, [least, most]; a run that finds a very uneven plan may end outside.
+        size_bytes: bytes of its weights on the disk, [least, most].
+        latency_ms: milliseconds of one sample, dense and compact; null where nothing was timed.
+        latency: how it was timed, or why not.
+        device: where it was timed.
+        peak_weights_bytes: bytes of the weights that pruning holds in memory at most, dense and compact in fp32.
+    """
+
+    assumed: str
+    params: tuple[int, int]
+    size_bytes: tuple[int, int]
+    latency_ms: Values | None
+    latency: str
+    device: str
+    peak_weights_bytes: int
 
 
 @dataclass(frozen=True)
@@ -238,8 +262,8 @@ class TargetReached:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport(Report):
-    """What was pruned, and what it costs in accuracy. A dry run ends with the plan: what is measured on the compact model is
-    None then, and so is what is written in a run that missed --max-drop.
+    """What was pruned, and what it costs in accuracy. With --plan-only it ends with the plan: what is measured on the compact
+    model is None then, and so is what is written in a run that missed --max-drop. A dry run has an estimate of all of it.
 
     Attributes:
         comp_version: version of comp.
@@ -261,7 +285,9 @@ class PruneReport(Report):
         pairs: what became of the rows of the user's data, by purpose.
         image_tokens: of a decoder that reads images; left out for other models.
         at_own_texts: FLOPs at texts as long as the user's; left out where they are as long as those of the reference input.
+        threads: CPU threads that it worked with.
         streamed: of a model that was larger than memory; left out for others.
+        estimate: of a dry run; left out otherwise.
         command: the command line that does the same.
         quality: dense against compact on pairs that calibration never saw; left out where none were given for a decoder.
         size_bytes: size of the folders, bytes.
@@ -294,7 +320,9 @@ class PruneReport(Report):
     pairs: dict[str, PairCounts]
     image_tokens: ImageTokens | None = if_known()
     at_own_texts: AtOwnTexts | None = if_known()
+    threads: Threads | None = if_known()
     streamed: Streamed | None = if_known()
+    estimate: Estimate | None = if_known()
     command: str | None = if_known()
     quality: Quality | None = if_known()
     size_bytes: Sizes | None = if_known()

@@ -1,7 +1,7 @@
 """The tables of `comp prune`."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..engine import flops
 from ..families import find_family
@@ -10,7 +10,7 @@ from ..plan import LayerPlan, Plan
 from ..tasks.base import is_share
 from .base import Sizes
 from .numbers import Printer, change, gflops, mib, millions, percent
-from .prune import ImageTokens, LayerKept, PruneReport, Quality, Reading
+from .prune import Estimate, ImageTokens, LayerKept, PruneReport, Quality, Reading
 
 Params = Mapping[tuple[str, int, str], int]  # (tower, layer, part) -> parameters
 KINDS = {"vision": "image", "language": "text"}  # of the streams that are named after their towers
@@ -76,13 +76,47 @@ def print_plan(report: PruneReport, out: Printer) -> None:
         for row in report.layers
     ]
     columns = ["layer", "heads", "cross heads", "FFN channels", "tokens kept", "FLOPs"]
-    out.table(f"Plan for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
+    plan = "Plan" if report.estimate is None else "Assumed plan"
+    out.table(f"{plan} for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
-        f"{millions(report.params.compact)}. Nothing was written (--dry-run)."
+        f"{millions(report.params.compact)}. On {report.threads}."
     )
     _print_target(report, out)
     _print_at_own_texts(report, out)
+    if report.estimate is None and report.output is None:  # of a target
+        out.line("Nothing was written (--dry-run).")
+    elif report.estimate is None:
+        out.line(
+            f"Wrote the plan to {report.output}. Next: comp prune {report.base_model} --plan {shlex.quote(str(report.output))}"
+        )
+    else:
+        print_estimate(report, report.estimate, out)
+
+
+def print_estimate(report: PruneReport, found: Estimate, out: Printer) -> None:
+    """What a run is expected to end with, and what of it was assumed."""
+
+    def between(pair: tuple[int, int], shown: Callable[[int], str]) -> str:
+        return shown(pair[0]) if pair[0] == pair[1] else f"{shown(pair[0])} to {shown(pair[1])}"
+
+    rows = [[*row, ""] for row in comparison_rows(report)]
+    for row in rows:
+        if row[0] == "parameters":
+            row[-1] = between(found.params, millions)
+        if row[0] == "weights on disk":
+            row[-1] = between(found.size_bytes, mib)
+    if (ms := found.latency_ms) is not None:
+        rows.append(
+            [f"latency on {found.device}, ms", f"{ms.dense:.1f}", f"{ms.compact:.1f}", change(ms.dense, ms.compact), ""]
+        )
+    out.table("Estimate", ["", "dense", "compact", "change", "other plans"], rows)
+    out.line(f"Assumed: {found.assumed}. Weights take {mib(found.peak_weights_bytes)} of memory at most while pruning.")
+    if found.latency_ms is None:
+        out.line(f"No latency: {found.latency}.")
+    out.line(
+        f"Nothing was written (--dry-run), no data was read, {report.seconds or 0:.0f} s. --plan-only makes the real plan."
+    )
 
 
 def stage_rows(found: ImageTokens) -> list[list[str]]:
@@ -162,8 +196,9 @@ def _print_target(report: PruneReport, out: Printer) -> None:
     of_dense = "" if found.dense is None else f", of {target_value(found.kind, found.dense)} dense"
     measured = f"{target_value(found.kind, found.measured)}{of_dense}"
     out.line(f"{flag(found.kind)} {asked}: ratio {found.ratio:g} of {len(found.tried)} that were tried; {measured}.")
-    chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
-    out.line(f"{chosen} {found.on}.")
+    if found.kind != "target_size":
+        chosen = "The ratio was chosen on" if found.kind == "max_drop" else "Measured:"
+        out.line(f"{chosen} {found.on}.")
     if found.missed:
         out.line(f"Made and measured, it was missed at ratio {', '.join(f'{ratio:g}' for ratio in found.missed)}.")
 
@@ -184,14 +219,15 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
     out.table(f"{report.base_model} at ratio {report.ratio:.3f}", columns, comparison_rows(report))
     out.line(
         f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-"
-        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s."
+        f"accumulates. Quality on {report.quality.data}. {report.seconds or 0:.0f} s on {report.threads}."
     )
     _print_at_own_texts(report, out)
     _print_target(report, out)
     if report.cost is not None:
         out.line(f"The search took as long as {report.cost.dense_passes:.1f} dense passes over the calibration pairs.")
     print_streamed(report, out)
-    out.line(f"Wrote {report.output}. Next: {_next(report)}")
+    out.line(f"Wrote {report.output}.")
+    out.line(f"Next: {_next(report)}")
 
 
 def print_streamed(report: PruneReport, out: Printer) -> None:
@@ -205,7 +241,7 @@ def _next(report: PruneReport) -> str:
     """What to do with the folder."""
     place, (family, _, _) = shlex.quote(str(report.output)), find_family({"architectures": [report.architecture]})
     if family.topology.drops_in != "decoder":
-        return f"comp export {place} --onnx"
+        return f"comp export {place}"
     if report.options.uniform:
         return f'{report.architecture}.from_pretrained("{report.output}"), or what else reads this class'
     return f"comp bench {place}"

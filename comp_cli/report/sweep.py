@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import PruneOptions
-from .base import Report, Sizes, Values, if_known
+from .base import Report, Sizes, Threads, Values, if_known
 
 ROUNDING = 1e-9  # heights above a line that are none
 
@@ -90,6 +90,7 @@ class SweepReport(Report):
         samples: pairs that were judged on; left out after a dry run.
         data: where they come from; left out after a dry run.
         points: one for each ratio, in the order that was asked for.
+        threads: CPU threads that it worked with.
         knee: the ratio of the largest distance above the straight line from the dense model to the largest ratio; left out
             where fewer than three were measured, or none lies above.
         seconds: duration of the whole run, s.
@@ -107,6 +108,7 @@ class SweepReport(Report):
     samples: int | None = if_known()
     data: str | None = if_known()
     points: tuple[Point, ...]
+    threads: Threads | None = if_known()
     knee: float | None = if_known()
     seconds: float | None = if_known()
     output: Path | None = None

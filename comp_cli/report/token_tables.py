@@ -48,7 +48,7 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
     out.table("Dense against compact", ["", "dense", "compact", "change"], token_rows(report, found))
     out.line(f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-accumulates.")
     if report.quality is not None:
-        out.line(f"Quality on {report.quality.data}.")
+        out.line(f"Quality on {report.quality.data}, on {report.threads}.")
     else:
         out.line("No quality was measured: --data with pairs of yours does that.")
     print_streamed(report, out)

@@ -11,7 +11,7 @@ from .. import tasks
 from ..data.batches import Batch
 from ..engine import scoring, stages
 from ..engine.recover import Fitted
-from ..engine.sequential_refit import refit_in_sequence
+from ..engine.sequential_refit import Streams, refit_in_sequence
 from ..engine.statistics import Statistics, collect, per_flops
 from ..models.dense import Dense
 from ..plan import Plan
@@ -21,6 +21,7 @@ from .processes import from_main, gathered, share, summed, summed_numbers
 
 Tensors = dict[scoring.Key, Tensor]
 
+REMEMBERED = 2**30  # bytes of the dense model's residual streams that are kept for the next plan
 PROBED = 8  # pairs that are differentiated at once: all that their layers hold is in memory
 
 
@@ -167,6 +168,7 @@ class HeldOut:
         self.fitted: Fitted = {}
         halves = halved(batches)
         self.folds = [(halves[0], halves[1]), (halves[1], halves[0])][:folds]
+        self.streams = [streams_of_dense(dense, fitted_on, REMEMBERED // folds) for fitted_on, _ in self.folds]
         self.expected = [self._features(dense.whole, batches) for batches in halves]
 
     def loss(self, plan: Plan) -> float:
@@ -176,7 +178,7 @@ class HeldOut:
         for number, (fitted_on, judged_on) in enumerate(self.folds):
             model = self.dense.runtime(plan, self.grams, self.fitted)
             if self.sequential:
-                refit(self.dense, model, plan, fitted_on)
+                refit(self.dense, model, plan, fitted_on, streams=self.streams[number])
             expected = self.expected[1 - number]
             found.append(comparison.feature_distance(expected, self._features(model, judged_on)).item())
         return from_main(lambda: sum(found) / len(found))
@@ -194,14 +196,21 @@ def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     return (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
 
 
+def streams_of_dense(dense: Dense, batches: Sequence[Batch], room: int = 0) -> Streams:
+    """What the dense model holds of these batches, those of all processes; room: bytes of it that may be kept."""
+    return Streams(dense.whole, list(dense.on_device(share(batches))), dense.task.forward, room)
+
+
 def refit(
     dense: Dense,
     model: nn.Module,
     plan: Plan,
     batches: Sequence[Batch],
     advance: Callable[[], None] = lambda: None,
+    streams: Streams | None = None,
 ) -> None:
     """Refit the output projections of a plan's model in sequence (see sequential_refit.py), in place. `batches`: those of all
-    processes."""
-    inputs = list(dense.on_device(share(batches)))
-    refit_in_sequence(model, dense.whole, dense.family, plan, dense.plan, inputs, dense.task.forward, advance, summed)
+    processes. streams: of the dense model on them, where they are known."""
+    streams = streams or streams_of_dense(dense, batches)
+    how = (streams.batches, dense.task.forward, advance, summed, streams)
+    refit_in_sequence(model, dense.whole, dense.family, plan, dense.plan, *how)

@@ -27,7 +27,7 @@ from ..engine.sequential_refit import (
 from ..engine.statistics import Statistics, even_prices, prices_of_part
 from ..errors import RefusedError
 from ..models.streamed import ModelOnDisk, StreamedDense
-from ..options import PruneOptions
+from ..options import EFFORTS, PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import Outputs, comparison
@@ -56,13 +56,15 @@ class Streaming:
         judges: list[Batch],
         journal: Journal | None,
         progress: Progress,
+        *,
+        searches: bool = True,
     ):
-        """batches: calibration pairs. judges: those of them that judge a plan."""
+        """batches: calibration pairs. judges: those of them that judge a plan. searches: whether units need prices."""
         self.dense, self.judges, self.journal, self.progress = dense, judges, journal, progress
+        self.effort = EFFORTS[options.effort]
         self.recovers, self.sequential = options.recover, options.recover and options.sequential
-        self.prices: dict[scoring.Key, Tensor] | None = even_prices(dense.plan) | gather_prices(
-            dense, batches, progress, weighted=options.cip, seed=options.seed
-        )
+        how: dict[str, Any] = {"weighted": options.cip, "seed": options.seed, "searches": searches}
+        self.prices: dict[scoring.Key, Tensor] | None = even_prices(dense.plan) | gather_prices(dense, batches, progress, **how)
         self._expected: list[Tensor] | None = None
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
@@ -71,7 +73,7 @@ class Streaming:
     @property
     def thorough(self) -> bool:
         """See TrainingFree."""
-        return not self.dense.is_large
+        return self.effort.is_thorough(self.dense.is_large)
 
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen, see calibration.HeldOut."""
@@ -110,10 +112,10 @@ class Streaming:
 
 
 def gather_prices(
-    dense: StreamedDense, batches: list[Batch], progress: Progress, *, weighted: bool, seed: int
+    dense: StreamedDense, batches: list[Batch], progress: Progress, *, weighted: bool, seed: int, searches: bool
 ) -> dict[scoring.Key, Tensor]:
-    """The price of every unit of the decoder, see statistics.prices. Its Gram matrices are left in the spool, by the keys of
-    the parts."""
+    """The price of every unit of the decoder, see statistics.prices; none where nothing `searches`. Its Gram matrices are left
+    in the spool, by the keys of the parts."""
     ready = [piece for batch in batches for piece in split(batch, PROBED)]
     inputs, model, depth = list(dense.on_device(ready)), dense.model, len(dense.model.layers)
     with progress.track("gathering activations, layer by layer", depth) as bar, torch.no_grad():
@@ -123,7 +125,7 @@ def gather_prices(
     found: dict[scoring.Key, Tensor] = {}
     with progress.track("pricing what can be removed, layer by layer", depth) as bar:
         for index in reversed(range(depth)):
-            found |= price_layer(dense, model, index, calls, recorders, slopes, weighted)
+            found |= price_layer(dense, model, index, calls, recorders, slopes, weighted, searches)
             bar.advance()
     return found
 
@@ -188,6 +190,7 @@ def price_layer(
     recorders: Sequence[scoring.Recorder],
     slopes: list[Tensor],
     weighted: bool,
+    searches: bool,
 ) -> dict[scoring.Key, Tensor]:
     """One step of the pass back: prices of the parts of a layer; `slopes` behind the layer become those before it."""
     tower, found, pairs = dense.decoder, Statistics(precision=torch.float32), 0
@@ -213,6 +216,8 @@ def price_layer(
     found, result = found.over(pairs), {}
     for key, (weight, biased) in zip(keys.values(), read, strict=True):
         dense.spool.put(key, found.grams[key])
+        if not searches:
+            continue
         width = dense.plan.tower(tower.name).layers[index].parts[key[2]].width
         result[key] = prices_of_part(weight, biased, found, key, width)
     return result

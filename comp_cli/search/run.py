@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,8 +17,9 @@ from ..engine.statistics import even_prices
 from ..engine.token_ranking import with_score_rule
 from ..errors import DeadEnd, UsageError
 from ..models.dense import Dense
-from ..models.described import image_shape
+from ..models.described import Described, image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
+from ..models.plan_file import PlanFile
 from ..models.streamed import StreamedDense
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -47,6 +48,8 @@ class SearchResult:
     model: nn.Module
     seconds: float | None  # that the search took; None where it began before a kill
     texts: Texts  # of the calibration, and how many of them were cut, see `pairs.cut_texts`
+    state: State
+    pairs: str  # fingerprint of the calibration pairs
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,29 @@ class Sought:
     way: Trained | TrainingFree | Streaming
     texts: Texts
     known: bool
+    pairs: str  # fingerprint of the calibration pairs
 
 
 def search(
-    dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once | None = None
+    dense: Dense,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    journal: Journal | None,
+    progress: Progress,
+    once: Once | None = None,
+    decided: PlanFile | None = None,
 ) -> SearchResult:
     """The plan and the model of a method; goes on from the journal where there is one, which the first of several processes
-    has. once: what searches of other ratios have made, with options that are the same but for the ratio."""
+    has. once: what searches of other ratios have made, with options that are the same but for the ratio. decided: a plan that
+    was found before: nothing is searched for, and what the model of the plan needs is gathered."""
     begin = time.perf_counter()
-    found = seek(dense, pairs, options, journal, progress, once or Once())
+    found = seek(dense, pairs, options, journal, progress, once or Once(), decided=decided)
     state, model = found.state, found.way.build(found.state.plan)
     seconds = None if found.known else time.perf_counter() - begin
     taken = state.stages if isinstance(state, stages.SearchState) else []
     looks = state.looks if isinstance(state, allocation.AllocationState) else []
-    return SearchResult(state.plan, taken, looks, found.way.finish(state, model, progress), seconds, found.texts)
+    model = found.way.finish(state, model, progress)
+    return SearchResult(state.plan, taken, looks, model, seconds, found.texts, state, found.pairs)
 
 
 def seek(
@@ -82,13 +94,15 @@ def seek(
     once: Once,
     *,
     advises: bool = True,
+    decided: PlanFile | None = None,
 ) -> Sought:
     """The plan of a method, as `search` does it. What was found for a ratio before stands in `once`, unless its weights were
-    trained on the way. advises: whether the error of a ratio out of reach names one that is not, which takes a while."""
-    ready = prepare(dense, pairs, options, journal, progress, once)
+    trained on the way. advises: whether the error of a ratio out of reach names one that is not, which takes a while. decided:
+    see `search`."""
+    ready = prepare(dense, pairs, options, journal, progress, once, decided)
     dense, way, saved = ready.dense, ready.way, ready.saved
     done = once("plans that were found", dict[float, State])
-    known = None if saved else done.get(options.ratio)
+    known = decided.state_for(dense) if decided else None if saved else done.get(options.ratio)
     state = known or state_of(dense, options, saved)
     if saved:
         way.restore(saved, state.plan)
@@ -99,24 +113,31 @@ def seek(
             run_stages(dense, options, way.measure, state, lambda: way.save(state), progress, advises=advises)
     if not options.training.stage_steps:
         done[options.ratio] = state
-    return Sought(state, way, ready.texts, known=saved is not None or known is not None)
+    return Sought(state, way, ready.texts, known=saved is not None or known is not None, pairs=ready.content)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a search begins with. dense: as it is searched. saved: what the journal holds."""
+    """What a search begins with. dense: as it is searched. saved: what the journal holds. content: fingerprint of the pairs."""
 
     dense: Dense
     way: Trained | TrainingFree | Streaming
     batches: list[Batch]
     texts: Texts
     saved: dict[str, Any] | None
+    content: str
 
 
 def prepare(
-    dense: Dense, pairs: Pairs, options: ResolvedOptions, journal: Journal | None, progress: Progress, once: Once
+    dense: Dense,
+    pairs: Pairs,
+    options: ResolvedOptions,
+    journal: Journal | None,
+    progress: Progress,
+    once: Once,
+    decided: PlanFile | None = None,
 ) -> Ready:
-    """The calibration. Of options without a ratio (0) it is that of any."""
+    """The calibration. Of options without a ratio (0) it is that of any; of a plan that was `decided` without prices."""
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
     check_asked(dense, options)
@@ -129,17 +150,20 @@ def prepare(
     judges = batches
     if method.phases is None and options.stage_samples != options.num_samples:
         judges = once("pairs that judge", lambda: calibration_pairs(dense, pairs, options, options.stage_samples))
+    content = fingerprint(batches)
     if journal:
-        journal.settings["content of the calibration pairs"] = fingerprint(batches)
+        journal.settings["content of the calibration pairs"] = content
+    if decided is not None and decided.pairs != content:
+        progress.warn(f"{decided.path} was found on other calibration pairs: the model will not be that of its search.")
     saved = from_main(lambda: journal.load() if journal else None)
     way: Trained | TrainingFree | Streaming
     if isinstance(dense, StreamedDense):
-        way = Streaming(dense, options, batches, judges, journal, progress)
+        way = Streaming(dense, options, batches, judges, journal, progress, searches=decided is None)
     elif options.training.steps:
-        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once)
+        way = Trained(dense, pairs, options, batches, judges, journal, progress, saved, once, searches=decided is None)
     else:
-        way = TrainingFree(dense, options, batches, judges, journal, progress, once)
-    return Ready(dense, way, batches, texts, saved)
+        way = TrainingFree(dense, options, batches, judges, journal, progress, once, searches=decided is None)
+    return Ready(dense, way, batches, texts, saved, content)
 
 
 def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samples: int) -> list[Batch]:
@@ -147,7 +171,10 @@ def calibration_pairs(dense: Dense, pairs: Pairs, options: ResolvedOptions, samp
     return batches_of(dense, pairs, "calibration", samples, options.batch_size, options.seed)
 
 
-def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
+D = TypeVar("D", Dense, Described)
+
+
+def with_modes(dense: D, modes: tuple[str, ...] | None) -> D:
     """The dense model with those modes on that were asked for, None for the usual ones. Raises UsageError for unknown ones."""
     if modes is None:
         return dense
@@ -158,7 +185,7 @@ def with_modes(dense: Dense, modes: tuple[str, ...] | None) -> Dense:
     return replace(dense, family=family, reference=replace(dense.reference, family=family))
 
 
-def check_asked(dense: Dense, options: ResolvedOptions) -> None:
+def check_asked(dense: Dense | Described, options: ResolvedOptions) -> None:
     """Raises UsageError where modes, or a way for image tokens to leave, do not fit the method or the model. Before data is
     read."""
     method = METHODS[options.method]
@@ -199,6 +226,9 @@ def compare_plans(
     if options.uniform:
         return compare_uniform(dense, options, way, state, space, progress)
     streams, steps = descent_of(dense, way, batches, space)
+    if options.looks == 0:
+        state.plan = allocation.unseen(space, options.ratio, streams)
+        return way.save(state)
 
     def look(cuts: dict[str, allocation.Cut]) -> allocation.Look:
         plan = space.candidate(options.ratio, cuts)
@@ -208,7 +238,8 @@ def compare_plans(
         ratio = 1 - flops.count(plan, space.ref).total / space.total
         return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan))
 
-    with progress.track("comparing plans", allocation.EXPECTED) as bar:
+    expected = min(allocation.EXPECTED, options.looks or allocation.EXPECTED)
+    with progress.track("comparing plans", expected) as bar:
         if state.looks:
             progress.say(f"going on after {len(state.looks)} plans (--no-resume starts anew)")
             bar.advance(by=len(state.looks))
@@ -231,13 +262,13 @@ def descent_of(
     dense: Dense, way: Trained | TrainingFree | Streaming, batches: list[Batch], space: allocation.Space
 ) -> tuple[allocation.Streams, Sequence[float]]:
     """Where descents begin, and in which steps they go: where looks are dear, from one start in long ones."""
-    streams = streams_of(dense, batches, space.leaving)
+    streams = streams_of(dense, space.leaving, short=longest_text(batches) < dense.text_tokens)
     if way.thorough:
         return streams, allocation.STEPS
     return {name: (layers, depths[-1:]) for name, (layers, depths) in streams.items()}, allocation.STEPS[:1]
 
 
-def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
+def space_of(dense: Dense | Described, options: ResolvedOptions, prices: Mapping[Key, Tensor]) -> allocation.Space:
     """What plans are made of: parts of no mode that is on stay whole."""
     floors, modes = schedule.Floors.of(dense.family, dense.plan), dense.family.modes.values()
     on = {part for mode in modes for part in mode.parts}
@@ -245,7 +276,7 @@ def space_of(dense: Dense, options: ResolvedOptions, prices: Mapping[Key, Tensor
     return allocation.Space(dense.plan, dense.reference, prices, floors, frozenset(stay), leaving_of(dense, options))
 
 
-def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
+def leaving_of(dense: Dense | Described, options: ResolvedOptions) -> Leaving | None:
     """How image tokens leave a decoder that reads some; None for other models. Raises UsageError for a method that the model
     cannot be pruned by."""
     if not any(tower.writes for tower in dense.family.towers):
@@ -261,13 +292,12 @@ def leaving_of(dense: Dense, options: ResolvedOptions) -> Leaving | None:
     return found
 
 
-def streams_of(dense: Dense, batches: list[Batch], leaving: Leaving | None) -> dict[str, tuple[int, tuple[float, ...]]]:
+def streams_of(dense: Dense | Described, leaving: Leaving | None, *, short: bool) -> dict[str, tuple[int, tuple[float, ...]]]:
     """Streams whose tokens may go, the ones with the most FLOPs first: layers of their towers, and how deep to begin. Texts
-    only where those of the calibration are as long as the reference: what goes would seem to cost nothing."""
+    only where those of the calibration are as long as the reference, not `short`: what goes would seem to cost nothing."""
     counted = flops.count(dense.plan, dense.reference)
     modes, whole = dense.family.modes, stages.mode_shares(counted, dense.reference)
     large = [mode for mode in whole if modes[mode].stream and whole[mode] >= allocation.LEAST_SHARE * counted.total]
-    short = longest_text(batches) < dense.text_tokens
     found = {}
     for name in sorted(large, key=lambda mode: -whole[mode]):
         tower, stream = dense.family.streams[modes[name].stream or ""]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.batches import Batch
@@ -9,7 +10,7 @@ from ..engine import allocation, stages
 from ..engine.methods import METHODS
 from ..engine.statistics import keys_of, prices
 from ..models.dense import Dense
-from ..options import PruneOptions
+from ..options import EFFORTS, PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from .calibration import Calibration, HeldOut, Tensors, gather_statistics, refit
@@ -37,11 +38,13 @@ class TrainingFree:
         *,
         gathers: bool = True,
         recovers: bool = True,
+        searches: bool = True,
     ):
         """batches: calibration pairs. judges: those of them that judge a plan. gathers: whether the dense model
-        is looked at. recovers: whether anything may be refitted. once: what runs of other ratios share."""
+        is looked at. recovers: whether anything may be refitted. searches: whether units need prices. once: what runs
+        of other ratios share."""
         self.dense, self.batches, self.judges, self.journal, self.progress = dense, batches, judges, journal, progress
-        method = METHODS[options.method]
+        method, self.effort = METHODS[options.method], EFFORTS[options.effort]
         self.compares_plans = method.compares_plans
         self.recovers = recovers and options.recover
         self.sequential = self.recovers and options.sequential
@@ -51,19 +54,21 @@ class TrainingFree:
         self.prices: Tensors | None = None
         if gathers and (priced or (self.recovers and method.removes("parameters"))):
             weighted = options.cip or not priced
-            self.grams, self.prices = self._once("statistics", lambda: self._gather(priced, weighted, options.seed))
+            how = (priced, weighted, options.seed, searches)
+            self.grams, self.prices = self._once("statistics", lambda: self._gather(*how))
         rule = None if priced else method.params if options.cip else "wanda"
         self.calibration = Calibration(dense, judges, self.grams, rule, options.seed, self.prices)
 
-    def _gather(self, priced: bool, weighted: bool, seed: int) -> tuple[Tensors | None, Tensors | None]:
+    def _gather(self, priced: bool, weighted: bool, seed: int, searches: bool) -> tuple[Tensors | None, Tensors | None]:
         """Gram matrices for who recovers, and prices: one pass of the dense model."""
         dense = self.dense
         found = gather_statistics(dense, self.batches, self.progress, rises=priced, weighted=weighted, seed=seed)
         grams, keys = found.grams if self.recovers else None, keys_of(dense.family, dense.plan)
-        if not priced:
+        if not (priced and searches):
             return grams, None
         with self.progress.track("pricing what can be removed", len(share(keys))) as bar:
-            own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys))
+            precision = torch.float64 if self.effort.double_prices else torch.float32
+            own = prices(dense.whole, dense.family, dense.plan, found, bar.advance, share(keys), precision)
         return grams, dict(zip(keys, gathered(list(own.values())), strict=True))
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
@@ -78,7 +83,7 @@ class TrainingFree:
     @property
     def thorough(self) -> bool:
         """Whether plans are compared at length: both halves of the pairs judge, and the descent takes its time."""
-        return not self.dense.is_large
+        return self.effort.is_thorough(self.dense.is_large)
 
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen."""

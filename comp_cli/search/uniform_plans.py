@@ -8,6 +8,7 @@ from ..engine.schedule import TOLERANCE
 from ..engine.uniform import Sizes, Uniform, spread
 from ..errors import RefusedError, UsageError
 from ..models.dense import Dense
+from ..models.described import Described
 from ..models.stock import class_refuses, config_refuses
 from ..options import ResolvedOptions
 from ..plan import Plan
@@ -18,7 +19,7 @@ from .training_free import TrainingFree
 from .with_training import Trained
 
 
-def check_uniform(dense: Dense, options: ResolvedOptions, compares_plans: bool) -> None:
+def check_uniform(dense: Dense | Described, options: ResolvedOptions, compares_plans: bool) -> None:
     """Raises UsageError where no uniform plan can be asked for."""
     if not any(tower.writes for tower in dense.family.towers):
         raise UsageError(f"--uniform is for image-text decoders, and this model is a {dense.architecture}.")
@@ -32,7 +33,7 @@ def check_uniform(dense: Dense, options: ResolvedOptions, compares_plans: bool) 
         raise UsageError("--uniform prunes the language model.", hint="Name language_params in --modes.")
 
 
-def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[tuple[Sizes, Plan]]:
+def uniform_plans(dense: Dense | Described, space: allocation.Space, ratio: float) -> list[tuple[Sizes, Plan]]:
     """The plans of a ratio that the stock class takes, a few of them. Raises DeadEnd where there are none of the ratio, and
     RefusedError where the class takes none."""
     uniform = Uniform(space)
@@ -55,7 +56,7 @@ def uniform_plans(dense: Dense, space: allocation.Space, ratio: float) -> list[t
     return taken
 
 
-def takes(dense: Dense, uniform: Uniform, ratio: float) -> Iterator[bool]:
+def takes(dense: Dense | Described, uniform: Uniform, ratio: float) -> Iterator[bool]:
     """Of the plans of a ratio that are looked at, whether the stock class takes them."""
     plans = [(sizes, uniform.plan(sizes)) for sizes in uniform.of_ratio(ratio)]
     fit = spread([found for found in plans if config_refuses(dense, found[1]) is None])

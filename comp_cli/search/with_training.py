@@ -34,6 +34,8 @@ class Trained:
         progress: Progress,
         saved: dict[str, Any] | None,
         once: Once,
+        *,
+        searches: bool = True,
     ):
         """saved: what the journal holds. The others as in TrainingFree."""
         training = options.training
@@ -44,7 +46,8 @@ class Trained:
         self.is_over = saved is not None and saved.get("steps", 0) > self.stage_steps  # the plan is found, and only tuned
         gathers = not self.is_over
         recovers = gathers and not self.stage_steps
-        self.free = TrainingFree(dense, options, batches, judges, None, progress, once, gathers=gathers, recovers=recovers)
+        how = {"gathers": gathers, "recovers": recovers, "searches": searches}
+        self.free = TrainingFree(dense, options, batches, judges, None, progress, once, **how)
 
     def restore(self, saved: dict[str, Any], plan: Plan) -> None:
         """Go on from a journal, which the first process reads."""

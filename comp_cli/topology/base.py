@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .decoder_graphs import DecoderGraphs
 
 PIXELS, IDS, MASK = INPUTS = ("pixel_values", "input_ids", "attention_mask")
+IMAGE = "image"  # in the place of pixels, where a graph makes these itself: (images, height, width, 3) uint8
 IMAGE_TOWER, TEXT_TOWER = "vision", "language"  # names of the towers whose tokens are those of an image, of a text
 
 # Axes of free size of the inputs: one text for each image, or as many of both as one likes.
@@ -272,6 +273,14 @@ class Topology(ABC):
         """Why there are none of a model of this config in a layout that others have, as a sentence; None where there are."""
         return None
 
+    def splits(self, split: bool, layout: str) -> tuple[bool, ...]:
+        """Which graphs a layout has: those that are whole, those of images and texts apart, or both; of each whether apart."""
+        return (split,)
+
+    def called(self, graph: str) -> str:
+        """What transformers.js calls a graph."""
+        return graph
+
     @property
     @abstractmethod
     def why_whole(self) -> str | None:
@@ -362,20 +371,23 @@ class Topology(ABC):
         are padded to where all are of one length; facts: see `facts`."""
 
     @abstractmethod
-    def graph_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
-    ) -> str | None:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         """The same for exported graphs, with `run`, `pixels` and `tokens` of report/card_code.py. document: export.json;
-        processor: what makes pixels and tokens. None where it does so in a way that is not written out here."""
+        processor: what makes pixels and tokens."""
 
     def tokens_code(self, code: str) -> str:
         """What is needed of the code that makes tokens of texts."""
         return code
 
     def client_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
     ) -> tuple[str, str] | None:
-        """What to install for JavaScript, and code for it; None where there is none."""
+        """What to install for JavaScript, and code for it; None where there is none. hub_id: where it goes, if it does."""
         return None
 
     def graphs_note(self, document: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import IDS, PIXELS, Config, Tensors, Topology, named_outputs, run_model
-from .card_examples import texts_of
+from .card_examples import picture_of, texts_of
 from .graph_specs import IMAGE_EMBEDS, TEXT, VISION, GraphSpec, matrix_dtype
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ class CrossEncoder(Topology):
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         if VISION in document["graphs"]:
             scores = (
-                f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})  # once, for any number of texts\n'
+                f'image = run("{Path(VISION).stem}", {{{picture_of(document)}}})  # once, for any number of texts\n'
                 f'scores = run("{Path(TEXT).stem}", tokens(texts) | image)["itm_score"]'
             )
         else:
             scores = (
                 "images = np.repeat(pixels(picture), len(texts), axis=0)  # one for each text\n"
-                'scores = run("model", tokens(texts) | {"pixel_values": images})["itm_score"]'
+                f'scores = run("model", tokens(texts) | {{{picture_of(document, "images")}}})["itm_score"]'
             )
         return f"{texts_of(task)}\n{scores}{MATCHING}"

@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .card_examples import LONGEST, PICTURE
+from .card_examples import LONGEST, picture_of
+from .client_cards import places
 from .decoder_names import EMBEDS, FEATURES, KEPT, LABELS, WEIGHTS, WHERE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 WRITING = """
-text = {text}
-ids = np.array([tokenizer.encode(text).ids])
-seen = run("vision_encoder", {{"pixel_values": pixels(picture)}})
+{asking}
+seen = run("vision_encoder", {{{picture}}})
 embeds = run("embed_tokens", {{"input_ids": ids}})["inputs_embeds"]
 where = np.nonzero(ids[0] == {placeholder})[0]
 embeds[0, where] = seen["image_features"].reshape(-1, embeds.shape[-1])
@@ -41,14 +41,12 @@ NODE = """
 import {{ readFileSync }} from "node:fs";
 import * as ort from "onnxruntime-node";
 
-// What a tokenizer and an image processor make of a prompt and a picture: input_ids (tokens), pixel_values (numbers).
-const {{ input_ids, pixel_values }} = JSON.parse(readFileSync("inputs.json"));
+{given}
 const session = (name) => ort.InferenceSession.create(`./${{name}}.onnx`);
 const [vision, embed, decoder] = await Promise.all(["vision_encoder", "embed_tokens", "decoder_model_merged"].map(session));
 const whole = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 
-const pixels = new ort.Tensor("float32", Float32Array.from(pixel_values), [1, 3, {side}, {side}]);
-const seen = await vision.run({{ pixel_values: pixels }});
+const seen = await vision.run({{ {picture} }});
 let {{ inputs_embeds }} = await embed.run({{ input_ids: whole(input_ids) }});
 const where = input_ids.flatMap((id, place) => (id === {placeholder} ? [place] : []));
 const feature = (i) => seen.image_features.data.subarray(i * {width}, (i + 1) * {width});
@@ -74,11 +72,21 @@ while (written.length < {longest}) {{
 console.log(JSON.stringify(written));
 """
 
-CLIENT = """
-import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage, env }} from "@huggingface/transformers";
+PREPARED = """
+// What a tokenizer and an image processor make of a prompt and a picture: input_ids (tokens), pixel_values (numbers).
+const { input_ids, pixel_values } = JSON.parse(readFileSync("inputs.json"));
+"""
+AS_IT_IS = """
+// What a tokenizer makes of a prompt, and a picture as it is: input_ids (tokens), image (rows of columns of red, green, blue).
+const { input_ids, image } = JSON.parse(readFileSync("inputs.json"));
+"""
+FLOATS = 'pixel_values: new ort.Tensor("float32", Float32Array.from(pixel_values), [1, 3, {side}, {side}])'
+BYTES = 'image: new ort.Tensor("uint8", Uint8Array.from(image.flat(2)), [1, image.length, image[0].length, 3])'
 
-env.localModelPath = "..";
-const folder = "NAME"; // of this folder
+CLIENT = """
+import {{ AutoProcessor, LlavaForConditionalGeneration, RawImage }} from "@huggingface/transformers";
+
+const folder = {folder}
 const processor = await AutoProcessor.from_pretrained(folder);
 const model = await LlavaForConditionalGeneration.from_pretrained(folder);
 const inputs = await processor(await RawImage.read("{picture}"), {text});
@@ -120,20 +128,29 @@ def images_of(graph: Mapping[str, Any], form: str, by_name: str) -> str:
     return "{" + ", ".join([*said, *(f'"{name}": {by_name.format(name)}' for name in names)]) + "}"
 
 
-def python_loop(
-    document: Mapping[str, Any], generation: GenerationConfig | None, prompt: str, processor: Any, first_position: int
-) -> str | None:
-    """With NumPy; None where the processor reads the prompt in another way than its tokenizer does."""
-    graphs = document["graphs"]
+def asking(prompt: str, processor: Any, tokens: int) -> str:
+    """Python that makes `ids` of a prompt with one image of so many tokens: with the tokenizer, or as numbers where the
+    processor reads a prompt in another way."""
     from PIL import Image
 
+    image, placeholder = processor.image_token, processor.image_token_id
+    read = list(map(int, processor(images=[Image.new("RGB", (32, 32))], text=[prompt])["input_ids"][0]))
+    if read == list(processor.tokenizer(prompt.replace(image, image * tokens, 1))["input_ids"]):
+        return f"text = {expanded(prompt, image, tokens)}\nids = np.array([tokenizer.encode(text).ids])"
+    first = read.index(placeholder)
+    before, behind = read[:first], read[first + tokens :]
+    return f"ids = np.array([{before} + [{placeholder}] * {tokens} + {behind}])  # what the processor makes of {prompt!r}"
+
+
+def python_loop(
+    document: Mapping[str, Any], generation: GenerationConfig | None, prompt: str, processor: Any, first_position: int
+) -> str:
+    """With NumPy."""
+    graphs = document["graphs"]
     _, tokens, _ = graphs["vision_encoder.onnx"]["outputs"][FEATURES]["shape"]
-    read = processor(images=[Image.new("RGB", (32, 32))], text=[prompt])["input_ids"][0]
-    whole = prompt.replace(processor.image_token, processor.image_token * tokens, 1)
-    if list(read) != list(processor.tokenizer(whole)["input_ids"]):
-        return None
     return WRITING.format(
-        text=expanded(prompt, processor.image_token, tokens),
+        asking=asking(prompt, processor, tokens),
+        picture=picture_of(document),
         placeholder=processor.image_token_id,
         images=images_of(graphs["decoder_model_merged.onnx"], "where[None]", 'seen["{}"].reshape(1, -1)'),
         ends=ends_of(generation),
@@ -144,9 +161,11 @@ def python_loop(
 
 def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, processor: Any, first_position: int) -> str:
     """With onnxruntime-node."""
-    graphs = document["graphs"]
+    graphs, itself = document["graphs"], document["with_preprocessing"]
+    seen = graphs["vision_encoder.onnx"]["inputs"]
     return NODE.format(
-        side=graphs["vision_encoder.onnx"]["inputs"]["pixel_values"]["shape"][-1],
+        given=(AS_IT_IS if itself else PREPARED).strip("\n"),
+        picture=BYTES if itself else FLOATS.format(side=seen["pixel_values"]["shape"][-1]),
         width=graphs["embed_tokens.onnx"]["outputs"][EMBEDS]["shape"][-1],
         placeholder=processor.image_token_id,
         images=images_of(graphs["decoder_model_merged.onnx"], "whole(where)", "seen.{}"),
@@ -156,6 +175,6 @@ def node_loop(document: Mapping[str, Any], generation: GenerationConfig | None, 
     ).strip("\n")
 
 
-def client_loop(prompt: str) -> str:
+def client_loop(prompt: str, hub_id: str | None) -> str:
     """With transformers.js."""
-    return CLIENT.format(picture=PICTURE, text=json.dumps(prompt), longest=LONGEST).strip("\n")
+    return CLIENT.format(**places(hub_id), text=json.dumps(prompt), longest=LONGEST).strip("\n")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import APART, PIXELS, Config, Halves, Tensors, Topology, named_outputs
-from .card_examples import texts_of
+from .card_examples import picture_of, texts_of
+from .client_cards import CLIENT, IN_CLIENT, zero_shot
 from .graph_specs import IMAGE_EMBEDS, TEXT, TEXT_EMBEDS, VISION, Axes, GraphSpec
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class DualEncoder(Topology):
     halves: Halves | None = None
 
     AXES: ClassVar[dict[str, Axes]] = APART
+    layouts: ClassVar[tuple[str, ...]] = ("optimum", "transformers.js")
 
     def fixed_flops(self, shapes: Mapping[str, tuple[int, ...]], uses: Mapping[str, int]) -> int:
         """The cosine of an image with a text."""
@@ -54,6 +56,10 @@ class DualEncoder(Topology):
     @property
     def why_whole(self) -> None:
         return None
+
+    def splits(self, split: bool, layout: str) -> tuple[bool, ...]:
+        """transformers.js has a class for the whole model and one for each half."""
+        return (split,) if layout == "optimum" else (False, True)
 
     def one_for_all(self, split: bool) -> bool:
         return True
@@ -107,6 +113,19 @@ class DualEncoder(Topology):
         said = 'for text, chance in zip(texts, chances):\n    print(f"{chance:6.1%} {text}")'
         return f"{texts_of(task)}\n{_logits_code(document)}\n{chances}\n{said}"
 
+    def client_code(
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
+    ) -> tuple[str, str] | None:
+        return (CLIENT, zero_shot(task, hub_id)) if document["layout"] == "transformers.js" else None
+
+    def graphs_note(self, document: Mapping[str, Any]) -> str | None:
+        return IN_CLIENT if document["layout"] == "transformers.js" else super().graphs_note(document)
+
 
 def image_embeds(model: Any, inputs: Tensors) -> tuple[Tensor]:
     """(images, 3, side, side) -> (images, dim), not normalised."""
@@ -121,10 +140,10 @@ def text_embeds(model: Any, inputs: Tensors) -> tuple[Tensor]:
 def _logits_code(document: Mapping[str, Any]) -> str:
     """Lines that end with `logits`, a number for each text."""
     if VISION not in document["graphs"]:
-        return 'logits = run("model", tokens(texts) | {"pixel_values": pixels(picture)})["logits_per_image"][0]'
+        return f'logits = run("model", tokens(texts) | {{{picture_of(document)}}})["logits_per_image"][0]'
     bias = f" + {document[BIAS]!r}" if BIAS in document else ""
     return (
-        f'image = run("{Path(VISION).stem}", {{"pixel_values": pixels(picture)}})["image_embeds"]\n'
+        f'image = run("{Path(VISION).stem}", {{{picture_of(document)}}})["image_embeds"]\n'
         f'words = run("{Path(TEXT).stem}", tokens(texts))["text_embeds"]\n'
         "image, words = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in (image, words))\n"
         f"logits = {document['logit_scale']!r} * (words @ image[0]){bias}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base import IDS, INPUTS, MASK, PIXELS, Config, Tensors, Topology, Written, random_tokens
 from .caches import begin, cached, go_on, heads_of, keys_and_values
-from .card_examples import LONGEST, QUESTION
+from .card_examples import LONGEST, QUESTION, picture_of
 from .graph_specs import DECODER, ENCODER, HIDDEN, PAST, STATES, Axes, GraphSpec, Shape, Signature, Step, Values, matrix_dtype
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class EncoderDecoder(Topology):
     def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         """Greedy, with the cache."""
         begin, end = (getattr(generation, f"{name}_token_id") for name in ("decoder_start", "eos"))
-        given = '{"pixel_values": pixels(picture)}'
+        given = f"{{{picture_of(document)}}}"
         if self.question is not None:
             given = f'tokens(["{QUESTION}"]) | {given}'
         states = f'states = run("{Path(ENCODER).stem}", {given})["last_hidden_state"]'

@@ -324,20 +324,23 @@ class ImageTextDecoder(Topology):
             'print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
 
-    def graph_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
-    ) -> str | None:
+    def graph_code(self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any) -> str:
         return decoder_cards.python_loop(document, generation, self._prompt(processor, task), processor, self.first_position)
 
     def tokens_code(self, code: str) -> str:
         return code.strip("\n").partition("  #")[0]
 
     def client_code(
-        self, document: Mapping[str, Any], task: Task, generation: GenerationConfig | None, processor: Any
+        self,
+        document: Mapping[str, Any],
+        task: Task,
+        generation: GenerationConfig | None,
+        processor: Any,
+        hub_id: str | None,
     ) -> tuple[str, str] | None:
         prompt = self._prompt(processor, task)
         if document["layout"] == "transformers.js":
-            return "@huggingface/transformers", decoder_cards.client_loop(prompt)
+            return "@huggingface/transformers", decoder_cards.client_loop(prompt, hub_id)
         return "onnxruntime-node", decoder_cards.node_loop(document, generation, processor, self.first_position)
 
     def graphs_note(self, document: Mapping[str, Any]) -> str:

@@ -154,6 +154,9 @@ def _said(value: Any) -> str:
 def sizes(document: Document) -> list[Html]:
     """Cards of what prune reports measure in bytes and FLOPs."""
     found = [size_card(document, name, (key,), short) for key, name in COSTS.items()]
+    if own := document.get("at_own_texts"):
+        mean = f"FLOPs at {in_words(own['tokens'], but=document.at('reference', 'tokens'))}, the mean of your texts"
+        found.append(size_card(document, mean, ("at_own_texts", "flops"), short))
     if document.get("size_bytes"):
         found.append(size_card(document, "weights on disk", ("size_bytes",), short_bytes))
     if document.get("image_tokens"):
@@ -161,9 +164,15 @@ def sizes(document: Document) -> list[Html]:
     return found
 
 
-def agreement_card(document: Document) -> Html:
-    """How often both models say the same."""
-    return card("same prediction as the dense model", document.figure(("quality", "agreement"), percent))
+def pruned(document: Document) -> list[Html]:
+    """Cards of a model that was pruned: what was lost, what was saved."""
+    found, quality = sizes(document), document.get("quality")
+    if quality and quality["metrics"]:
+        name = quality["metric"]
+        found.insert(0, metric_card(document, name, ("quality", "metrics", name), ("quality", "samples")))
+    if quality:
+        found.append(card("same prediction as the dense model", document.figure(("quality", "agreement"), percent)))
+    return found
 
 
 def totals(document: Document) -> list[Html]:

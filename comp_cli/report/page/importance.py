@@ -107,11 +107,40 @@ def token_importance(document: Document) -> Html | None:
         "The score that ranks tokens in each layer, in units of a sample's mean: strong places stay, pale ones leave first. "
         f"The strongest place of all layers has the full colour. Mean over {document.at('samples')} samples."
     )
-    rows: list[list[Piece]] = [
-        [f"{one['stream']} {one['layer']}", _values(document, ("token_importance", index))] for index, one in enumerate(found)
+    numbers = [
+        folded("table: strongest and weakest place of each layer", _extremes(document)),
+        folded("table: places of the text", _all_places(document)) if any(not one["grid"] for one in found) else None,
     ]
-    numbers = folded("table: numbers of the heat maps", table(["layer", "importance, place by place"], rows))
     return section("How much tokens matter", shown, numbers, lead=lead)
+
+
+def _extremes(document: Document) -> Html:
+    """Of every layer; all numbers of all patches are in the JSON of the page."""
+    rows: list[list[Piece]] = []
+    for index, one in enumerate(document.at("token_importance")):
+        values: Sequence[float] = one["values"]
+        cells: list[Piece] = []
+        for place in (max, min):
+            where = values.index(place(values))
+            cells += [_place(one, where), document.figure(("token_importance", index, "values", where), _two)]
+        rows.append([f"{one['stream']} {one['layer']}", *cells])
+    return table(["layer", "strongest place", "importance", "weakest place", "importance"], rows, texts=[1, 3])
+
+
+def _place(layer: dict[str, Any], where: int) -> str:
+    if not layer["grid"]:
+        return f"word {where + 1}"
+    row, column = divmod(where, layer["grid"][1])
+    return f"row {row + 1}, column {column + 1}"
+
+
+def _all_places(document: Document) -> Html:
+    rows: list[list[Piece]] = [
+        [f"{one['stream']} {one['layer']}", _values(document, ("token_importance", index))]
+        for index, one in enumerate(document.at("token_importance"))
+        if not one["grid"]
+    ]
+    return table(["layer", "importance, place by place"], rows)
 
 
 def _field(stream: str, layer: dict[str, Any], strongest: float) -> Html:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..numbers import percent
 from . import decoder, headline, importance, interference, layers, parts, samples, search, sweep
 from .figures import Document
 from .markup import Html
@@ -12,21 +13,9 @@ from .shell import page
 def prune_page(content: dict[str, Any], pictures: Sequence[Any] = ()) -> str:
     """Of what `comp prune` wrote. content: the document without what is of the run alone; pictures: of its samples."""
     document = Document(content)
-    method, ratio = content["options"]["method"], content["ratio"]
-    cards = headline.sizes(document)
-    quality = content.get("quality")
-    if quality and quality["metrics"]:
-        cards.insert(
-            0,
-            headline.metric_card(
-                document, quality["metric"], ("quality", "metrics", quality["metric"]), ("quality", "samples")
-            ),
-        )
-    if quality:
-        cards.append(headline.agreement_card(document))
     about = [
         headline.about(document),
-        headline.cards(cards),
+        headline.cards(headline.pruned(document)),
         headline.cautions(document),
         headline.command(document),
         headline.options_table(document),
@@ -47,7 +36,7 @@ def prune_page(content: dict[str, Any], pictures: Sequence[Any] = ()) -> str:
         search.stages(document),
         search.compared(document),
     ]
-    kind = f"pruned by {method}: {100 * ratio:.1f} % fewer FLOPs"
+    kind = f"pruned by {content['options']['method']}: {percent(content['ratio'])} fewer FLOPs"
     return page(content["base_model"], kind, about, sections, content)
 
 
@@ -55,13 +44,8 @@ def sweep_page(content: dict[str, Any]) -> str:
     """Of `comp prune` with several ratios."""
     document = Document(content)
     about = [headline.plain_about(document), headline.options_table(document)]
-    return page(
-        content["base_model"],
-        f"{len(content['points'])} ratios by {content['options']['method']}",
-        about,
-        [sweep.trade_off(document)],
-        content,
-    )
+    kind = f"{len(content['points'])} ratios by {content['options']['method']}"
+    return page(content["base_model"], kind, about, [sweep.trade_off(document)], content)
 
 
 def analyze_page(content: dict[str, Any], pictures: Sequence[Any] = ()) -> str:

@@ -20,8 +20,7 @@ def stages(document: Document) -> Html | None:
     spell = metric_spell(name)
     furthest = max(one["ratio"] for one in found) or 1
     points = [
-        (one["ratio"] / furthest, one["metric"], f"stage {one['stage']}: {one['mode']}, {spell(one['metric'])}")
-        for one in found
+        (one["ratio"] / furthest, one["metric"], f"stage {one['stage']}: {_mode(one)}, {spell(one['metric'])}") for one in found
     ]
     values = [one["metric"] for one in found]
     places = [(0.0, "0 %"), (0.5, percent(furthest / 2)), (1.0, percent(furthest))]
@@ -38,16 +37,22 @@ def stages(document: Document) -> Html | None:
         path = ("stages", index)
         rows.append(
             [
-                f"{one['stage']}: {one['mode']}",
-                one["why"],
+                f"{one['stage']}: {_mode(one)}",
+                one["why"].replace("_", " "),
                 document.figure((*path, "ratio"), percent),
                 document.figure((*path, "metric"), spell),
                 *(document.figure((*path, key), plain_number) for key in ("loss", "threshold", "cost", "remembered")),
             ]
         )
     columns = ["stage", "why", "FLOPs reduction", name, "loss", "threshold", "cost", "remembered"]
-    lead = "What each stage removed, in their order, judged on calibration pairs before the weights that stay were refitted."
-    return section("The search, stage by stage", figure(f"{name} on calibration pairs", chart), table(columns, rows), lead=lead)
+    lead = "What each stage removed, in their order, and what calibration pairs said of it."
+    return section(
+        "The search, stage by stage", figure(f"{name} on calibration pairs", chart), table(columns, rows, texts=[1]), lead=lead
+    )
+
+
+def _mode(stage: dict[str, Any]) -> str:
+    return str(stage["mode"]).replace("_", " ")
 
 
 def compared(document: Document) -> Html | None:
@@ -76,7 +81,9 @@ def compared(document: Document) -> Html | None:
         path = ("compared", index)
         loss = "no plan of the ratio" if one["loss"] is None else document.figure((*path, "loss"), plain_number)
         rows.append([name, _tokens(one), document.figure((*path, "ratio"), percent), loss])
-    shown = table(["plan", "what it keeps", "FLOPs reduction", "loss"], rows, marked=[] if chosen is None else [chosen])
+    shown = table(
+        ["plan", "what it keeps", "FLOPs reduction", "loss"], rows, marked=[] if chosen is None else [chosen], texts=[1]
+    )
     lead = joined(
         [
             f"{len(found)} plans of the ratio were compared. The loss is how far the features of each are from the dense "

@@ -54,19 +54,22 @@ def section(title: str, *inside: Piece, lead: Piece = None) -> Html:
     return tag("section", tag("h2", title), None if lead is None else tag("p", lead, class_="lead"), inside)
 
 
-def table(columns: Sequence[Piece], rows: Sequence[Sequence[Piece]], marked: Sequence[int] = ()) -> Html:
-    """The first column is text, the others are numbers. marked: rows that stand out."""
-    head = tag("tr", (tag("th", name, scope="col") for name in columns))
-    body = (
-        tag(
-            "tr",
-            tag("th", first, scope="row"),
-            (tag("td", cell) for cell in others),
-            class_="marked" if index in marked else None,
-        )
-        for index, (first, *others) in enumerate(rows)
-    )
-    return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="wide")
+def table(
+    columns: Sequence[Piece], rows: Sequence[Sequence[Piece]], *, marked: Sequence[int] = (), texts: Sequence[int] = ()
+) -> Html:
+    """The first column is text, the others are numbers, but for `texts`. marked: rows that stand out."""
+
+    def cell(index: int, inside: Piece, name: str = "td", **more: str) -> Html:
+        return tag(name, inside, class_="text" if index in texts else None, **more)
+
+    def row(index: int, cells: Sequence[Piece]) -> Html:
+        first, *others = cells
+        shown = (cell(place, inside) for place, inside in enumerate(others, start=1))
+        return tag("tr", tag("th", first, scope="row"), shown, class_="marked" if index in marked else None)
+
+    head = tag("tr", (cell(place, name, "th", scope="col") for place, name in enumerate(columns)))
+    body = tag("tbody", (row(*numbered) for numbered in enumerate(rows)))
+    return tag("div", tag("table", tag("thead", head), body), class_="wide")
 
 
 def folded(summary: str, *inside: Piece) -> Html:

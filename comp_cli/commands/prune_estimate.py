@@ -1,0 +1,162 @@
+"""`comp prune --dry-run`: what a run will end with, within seconds, from config.json, the headers of the weights, and layers
+that are timed. No data and no weights are read."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint.loading import pick_device, pick_dtype
+from ..engine.methods import METHODS, check_fits
+from ..engine.token_ranking import with_score_rows, with_score_rule
+from ..errors import CompError, DeadEnd
+from ..families import Family
+from ..files.store import folder_size
+from ..measure.layer_times import latencies
+from ..models.dense import Found, find_dense
+from ..models.described import Described, describe_dense
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedTraining
+from ..progress import Progress
+from ..report.base import Sizes, Values
+from ..report.cards import without_places
+from ..report.prune import Estimate, PruneReport
+from ..report.sweep import Point, SweepReport
+from ..report.token_tables import image_tokens
+from ..search.assumed import assumed
+from ..search.run import check_asked, with_modes
+from .prune import describe, numbers_of
+from .prune_options import check
+from .prune_streamed import exceeds
+
+TIMED = "medians of interleaved passes of one sample, put together from one timed layer of each shape"
+
+
+def estimate(
+    options: PruneOptions, progress: Progress, *, max_drop: float | None = None, hub_options: HubOptions = HUB_DEFAULTS
+) -> PruneReport:
+    """The report of a run that is only estimated: its sizes, FLOPs and latency, and what was assumed.
+
+    Raises UsageError and RefusedError as the run would by config.json and headers, and DeadEnd for a ratio out of reach."""
+    check(options, max_drop, "--dry-run")
+    begun = time.perf_counter()
+    dense, known = opened(options, progress, hub_options)
+    report = estimated(dense, known, options, progress, hub_options)
+    return replace(report, seconds=round(time.perf_counter() - begun, 1))
+
+
+def estimate_several(
+    options: PruneOptions,
+    ratios: Sequence[float],
+    progress: Progress,
+    *,
+    max_drop: float | None = None,
+    hub_options: HubOptions = HUB_DEFAULTS,
+) -> SweepReport:
+    """The same of several ratios. One out of reach fails alone; where all are, DeadEnd is raised."""
+    for ratio in ratios:
+        check(replace(options, ratio=ratio), max_drop, "--dry-run")
+    begun = time.perf_counter()
+    dense, known = opened(options, progress, hub_options)
+    points, errors = [], []
+    for ratio in ratios:
+        try:
+            found = estimated(dense, known, replace(options, ratio=ratio), progress, hub_options)
+            points.append(Point.of(ratio, found.to_json(), None))
+        except DeadEnd as error:
+            errors.append(error)
+            progress.warn(f"ratio {ratio:g}: {error.message}")
+            points.append(Point(ratio, failed=error.message))
+    report = SweepReport(
+        comp_version=__version__,
+        torch_version=str(torch.__version__),
+        base_model=dense.source.name,
+        base_revision=dense.source.revision,
+        architecture=dense.architecture,
+        task=dense.task.name,
+        options=without_places(options),
+        points=tuple(points),
+        seconds=round(time.perf_counter() - begun, 1),
+    )
+    if errors:
+        missed = CompError("; ".join(f"ratio {point.ratio:g}: {point.failed}" for point in points if point.failed))
+        missed.report = report
+        raise missed
+    return report
+
+
+def opened(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[Described, Found]:
+    """The dense model by its headers."""
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    known = find_dense(options.model, progress, options.task, accepts, hub_options)
+    sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
+    return describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known), known
+
+
+def estimated(
+    dense: Described, known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions
+) -> PruneReport:
+    """The report of one ratio."""
+    method = METHODS[options.method]
+    dense = with_modes(dense, options.modes)
+    resolved = numbers_of(dense, replace(options, training=ResolvedTraining()))
+    check_asked(dense, resolved)
+    plan = with_score_rule(with_score_rows(dense.plan, options.score_rows, dense.family), method.tokens, dense.family)
+    dense = replace(dense, plan=plan)
+    found = assumed(dense, resolved)
+    plan = found.plan.told_apart(dense.plan)
+    params = Sizes(dense.params, dense.params_of(plan))
+    report = describe(dense, plan, resolved, params)
+    if dense.family.topology.drops_in == "decoder":
+        left = image_tokens(plan, dense.plan, dense.reference, dense.bytes_of_a_number)
+        report = replace(report, image_tokens=left)
+    device = pick_device(options.device)
+    progress.say("timing one layer of each shape ...")
+    timed = latencies(dense, plan, device)
+    many = [params.compact, *map(dense.params_of, found.others)]
+    sizes = [written_size(dense, each, options.dtype) for each in many]
+    streamed = exceeds(known, options, hub_options) is not None
+    return replace(
+        report,
+        size_bytes=Sizes(folder_size(dense.source.folder), sizes[0]),
+        estimate=Estimate(
+            assumed=found.words,
+            params=(min(many), max(many)),
+            size_bytes=(min(sizes), max(sizes)),
+            latency_ms=timed if isinstance(timed, Values) else None,
+            latency=TIMED if isinstance(timed, Values) else timed,
+            device=str(device),
+            peak_weights_bytes=largest_layers(dense) if streamed else 4 * (params.dense + params.compact),
+        ),
+    )
+
+
+def written_size(dense: Described, params: int, dtype: str | None) -> int:
+    """Bytes of the weights that are written. Of the checkpoint's precision: what the dense ones have, less what goes."""
+    wanted = pick_dtype(dtype)
+    if wanted is not None:
+        return params * wanted.itemsize + header_size(dense)
+    return folder_size(dense.source.folder) - dense.bytes_of_a_number * (dense.params - params)
+
+
+def header_size(dense: Described) -> int:
+    """Bytes of the header of a safetensors file, about: name, type, shape and place of each tensor."""
+    return sum(len(name) + 64 for name in dense.state)
+
+
+def largest_layers(dense: Described) -> int:
+    """Bytes in fp32 of what is held of a decoder that is worked on layer by layer, at most: two layers, dense and compact, and
+    what lies outside of the layers."""
+    _, tower = dense.family.decoder_of_images
+    root = f"{tower.encoder}.{tower.layers}."
+    layers: dict[str, int] = {}
+    for name, tensor in dense.state.items():
+        place = name.removeprefix(root).partition(".")[0] if name.startswith(root) else ""
+        layers[place] = layers.get(place, 0) + tensor.numel()
+    outside = layers.pop("", 0)
+    return 4 * (outside + 2 * max(layers.values()))
