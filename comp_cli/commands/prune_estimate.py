@@ -27,9 +27,9 @@ from ..report.sweep import Point, SweepReport
 from ..report.token_tables import image_tokens
 from ..search.assumed import assumed
 from ..search.run import check_asked, with_modes
+from . import prune_streamed
 from .prune import describe, numbers_of
 from .prune_options import check
-from .prune_streamed import exceeds
 
 TIMED = "medians of interleaved passes of one sample, put together from one timed layer of each shape"
 
@@ -120,7 +120,7 @@ def estimated(
     timed = latencies(dense, plan, device)
     many = [params.compact, *map(dense.params_of, found.others)]
     sizes = [written_size(dense, each, options.dtype) for each in many]
-    streamed = exceeds(known, options, hub_options) is not None
+    streamed = prune_streamed.exceeds(known, options, hub_options) is not None
     return replace(
         report,
         size_bytes=Sizes(folder_size(dense.source.folder), sizes[0]),
