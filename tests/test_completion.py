@@ -33,6 +33,7 @@ CLOSED = {
     "prune demo --method ": list(METHODS),
     "prune demo --method comp": ["comp", "comp-paper"],
     "prune demo --dtype ": options.DTYPES,
+    "prune demo --effort ": list(options.EFFORTS),
     "prune demo --saliency k": ["key-norm"],
     "prune demo --mixed-precision ": options.MIXED_PRECISIONS,
     "prune demo --tokens-method d": [name for name in TOKEN_METHODS if name.startswith("d")],

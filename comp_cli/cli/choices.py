@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from ..engine.methods import DECODER, ENCODER, methods_for
 from ..engine.token_schedules import TOKEN_METHODS
 from ..families import FAMILIES
-from ..options import BACKENDS, DTYPES, LAYOUTS, MIXED_PRECISIONS, QUANTIZATIONS, SALIENCIES, TARGETS
+from ..options import BACKENDS, DTYPES, EFFORTS, LAYOUTS, MIXED_PRECISIONS, QUANTIZATIONS, SALIENCIES, TARGETS
 from .streams import MODES
 
 METHODS = tuple(dict.fromkeys([*methods_for(ENCODER), *methods_for(DECODER)]))
@@ -14,6 +14,7 @@ TASKS = tuple(dict.fromkeys(task for family in FAMILIES.values() for own in fami
 
 if TYPE_CHECKING:
     Dtype = str
+    Effort = str
     Format = str
     Layout = str
     Method = str
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     TokensMethod = str
 else:
     Dtype = Literal[DTYPES]
+    Effort = Literal[tuple(EFFORTS)]
     Format = Literal[MODES]
     Layout = Literal[LAYOUTS]
     Method = Literal[METHODS]

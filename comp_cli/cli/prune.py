@@ -9,7 +9,6 @@ from .. import api
 from ..engine.methods import DECODER, ENCODER, METHODS, methods_for
 from ..errors import CompError
 from ..options import (
-    EFFORTS,
     LEARNING_RATE,
     USUAL,
     DataOptions,
@@ -82,7 +81,7 @@ def prune(
     ] = None,
     task: given.TaskName = PruneOptions.task,
     effort: Annotated[
-        str, option(MAIN, f"How much is looked at: {', '.join(EFFORTS)}; options that say it themselves win.")
+        choices.Effort, option(MAIN, "How much is looked at; options that say it themselves win.")
     ] = PruneOptions.effort,
     num_samples: Annotated[
         int | None, option(DATA, f"Image-text pairs for calibration (default: {USUAL.num_samples}).")
