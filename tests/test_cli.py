@@ -258,7 +258,7 @@ def test_export_wants_a_compact_model_and_options_that_can_be(compact, tiny_fold
         (["--dtype", "fp8"], 2, "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (["--quantize", "int2"], 2, "'int2' is not one of 'int8', 'int4'"),
         (["--quantize", "int8", "--dtype", "fp16"], 2, "starts from fp32"),
-        (["--layout", "genai"], 2, "'genai' is not one of 'optimum', 'transformers.js'"),
+        (["--layout", "genai"], 2, "'genai' is not one of"),
         (["--layout", "transformers.js"], 2, "transformers.js has no BLIP"),
         (["--layout", "transformers.js", "--split"], 2, "Leave --split out"),
         (["--layout", "transformers.js", "--with-preprocessing"], 2, "transformers.js prepares pictures itself"),
