@@ -280,14 +280,14 @@ def torch_says_more(pair, monkeypatch):
 
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(compact_folder, tmp_path, torch_says_more):
     with pytest.raises(CompError, match="differs from PyTorch by 1.00e-02") as caught:
-        run_export(compact_folder, tmp_path / "served")
+        run_export(compact_folder, tmp_path / "served", split=True)
     assert caught.value.exit_code == 3 and list(tmp_path.iterdir()) == []
 
 
 def test_keep_failed_leaves_it_for_a_look(compact_folder, tmp_path, torch_says_more):
     for _ in range(2):  # the second takes the place of the first
         with pytest.raises(CompError, match="differs from PyTorch") as caught:
-            run_export(compact_folder, tmp_path / "served", keep_failed=True)
+            run_export(compact_folder, tmp_path / "served", keep_failed=True, split=True)
         assert caught.value.exit_code == 3 and "served.failed" in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["served.failed"]
     report = json.loads((tmp_path / "served.failed/export.json").read_text())
@@ -401,7 +401,7 @@ def test_embeddings_are_judged_by_their_size():
     other = torch.nn.functional.normalize(torch.randn(8, 512, generator=generator), dim=-1)
 
     class Graphs:
-        def run(self, inputs):
+        def run(self, inputs, names):
             return {"image_embeds": other.numpy()}
 
     case = Case("real", {"pixel_values": torch.zeros(8, 3, 4, 4)}, {"image_embeds": real})

@@ -352,8 +352,9 @@ def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str,
     for share in LEFT_OUT:
         if share and not noise:
             graphs = check.open(floats, names)
-            for graphs_of_case, case in {case.graphs: case for case in check.cases}.items():
-                graphs.run(case.inputs, graphs_of_case)
+            firsts = {case.graphs: case for case in reversed(check.cases)}  # of real pairs, for each set of graphs
+            for case in firsts.values():
+                graphs.run(case.inputs, case.graphs)
             for name in chosen:
                 noise |= rewrite.noise(floats / name, graphs.given[name], kind)
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]

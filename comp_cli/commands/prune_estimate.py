@@ -78,6 +78,7 @@ def estimate_several(
         task=dense.task.name,
         options=without_places(options),
         points=tuple(points),
+        threads=threads.in_use(),
         seconds=round(time.perf_counter() - begun, 1),
     )
     if errors:
