@@ -17,7 +17,7 @@ from comp_cli import errors, signals
 from comp_cli.cli import app as cli
 from comp_cli.cli import streams
 from comp_cli.cli.app import app
-from comp_cli.errors import explain
+from comp_cli.errors import RefusedError, explain
 from comp_cli.option_values import EMPTY_IS_NONE
 from comp_cli.options import flag
 
@@ -58,8 +58,8 @@ def shell(line: str, *words, **environment):
         ["analyze", "demo", "--json", "--format", "quiet"],
         ["analyze", "demo", "--json", "--format", "human"],
         ["analyze", "demo", "-q", "--format", "json"],
-        ["export", "nowhere", "--onnx", "--json"],
-        ["bench", "nowhere", "--json"],
+        ["export", "./nowhere", "--onnx", "--json"],
+        ["bench", "./nowhere", "--json"],
     ],
 )
 def test_every_refusal_is_one_document_where_one_was_asked_for(words):
@@ -143,11 +143,15 @@ def test_an_equals_sign_behind_a_short_option_is_no_part_of_the_name(word, tmp_p
 def test_numbers_that_are_none_are_refused_by_every_option_that_takes_one(command, value, monkeypatch):
     numbers = [name for name, kinds in options_of(command).items() if kinds & {int, float}]
     assert len(numbers) > 1
-    monkeypatch.setattr("comp_cli.checkpoint.hub.resolve", lambda *given, **options: pytest.fail("work was begun"))
+
+    def resolve(*given, **options):
+        raise RefusedError("work was begun.")
+
+    monkeypatch.setattr("comp_cli.checkpoint.hub.resolve", resolve)
     for name in numbers:
         more = ["--steps", "2"] if name in ("--lr", "--distill", "--stage-share") else []
         result = CliRunner().invoke(app, [command, *COMMANDS[command], *more, name, value])
-        large = value == "9" * 20 and float in options_of(command)[name]  # which may be meant: then "." is no model
+        large = value == "9" * 20 and float in options_of(command)[name]  # which may be meant: then work is begun
         assert result.exit_code == 2 or large and result.exit_code == 4, (name, result.output)
 
 
@@ -397,8 +401,10 @@ def test_no_code_of_the_current_folder_is_run_by_bench_and_its_child(name, tmp_p
 
     (tmp_path / f"{name}.py").write_text("import os; os._exit(7)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "START", memory.START.replace("memory_process.main()", "print('{\"bytes\": 1}')"))
-    assert memory.measure(["x"]) == 1
+    monkeypatch.setattr(
+        memory, "START", memory.START.replace("memory_process.main()", 'print(\'{"bytes": 3, "baseline": 1}\')')
+    )
+    assert memory.measure(["x"]) == (3, 1)
 
 
 def test_python_m_comp_cli_runs_no_code_of_the_current_folder(tmp_path):

@@ -518,8 +518,8 @@ MISTAKES = {
     "calibration": (["--method", "vitcop", "--tokens", "9", "--num-samples", "5"], "--num-samples: nothing changes"),
     "judged on nothing": (["--method", "vitcop", "--tokens", "9", "--max-drop", "1"], "needs pairs"),
     "a choice of vitcop": (["--method", "fastv", "--tokens", "9", "--compat"], "--compat is for --method vitcop"),
-    "unknown saliency": (["--method", "vitcop", "--tokens", "9", "--saliency", "loud"], "key-norm or attention"),
-    "unknown method": (["--method", "best", "--tokens", "9"], "--method best: unknown"),
+    "unknown saliency": (["--method", "vitcop", "--tokens", "9", "--saliency", "loud"], "'key-norm', 'attention'"),
+    "unknown method": (["--method", "best", "--tokens", "9"], "'best' is not one of"),
     "another task": (["--method", "vitcop", "--tokens", "9", "--task", "retrieval"], "--task retrieval"),
 }
 

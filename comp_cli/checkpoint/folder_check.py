@@ -130,10 +130,10 @@ def check_report(folder: Path) -> None:
     if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
         raise RefusedError(f"{folder / REPORT}: expected the files of the folder under 'files'.", hint=_cure(folder))
     for name, known in files.items():
-        path = folder / name
-        if name in FREE or os.path.splitext(name)[1] not in READ:  # pictures and pages: nothing opens them, or fetches them
+        path, inside = folder / name, name == os.path.basename(name)
+        if name in FREE or (inside and os.path.splitext(name)[1] not in READ):  # pictures, pages: nothing opens or fetches them
             continue
-        if name != os.path.basename(name) or not path.is_file():
+        if not inside or not path.is_file():
             raise RefusedError(f"{folder}: {name!r}, which {REPORT} lists, is missing.", hint=_cure(folder))
         if how := departs(path, {"bytes": None, **known}):
             raise RefusedError(f"{path}: {how} ({REPORT}).", hint=_cure(folder))

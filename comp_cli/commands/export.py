@@ -269,7 +269,7 @@ def save_cutting(processor: Any, folder: Path, family: Family, longest: int) -> 
 
 def kept_with_folder(report: ExportReport) -> dict[str, Any]:
     """The report in export.json: nothing of the run itself, so that the same graphs have the same bytes."""
-    return {name: value for name, value in report.to_json().items() if name not in ("output", "warnings")}
+    return {name: value for name, value in report.to_json().items() if name not in ("output", "warnings", "threads")}
 
 
 def open_source(options: ExportOptions, progress: Progress) -> PairSet | None:
