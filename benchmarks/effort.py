@@ -59,6 +59,7 @@ def table(runs: list[dict], ratios: list[float]) -> str:
 def main(arguments: argparse.Namespace) -> None:
     dense, pairs = open_dense("demo", Output("quiet")), ScenePairs(labelled=True)
     judges = batches_of(dense, pairs, "evaluation", PAIRS, 32, TEST_SEED)
+    whole = comparison.evaluate(dense.whole, dense.task, judges).metric(dense.task) or 0.0
     wanted = [(e, ratio, seed) for seed in arguments.seeds for e in arguments.efforts for ratio in arguments.ratios]
     for effort, ratio, seed in wanted:
         if (effort, ratio, seed) in known(arguments.output):
@@ -72,7 +73,7 @@ def main(arguments: argparse.Namespace) -> None:
         with arguments.output.open("a") as file:
             file.write(json.dumps(line | {"looks": len(found.looks)}) + "\n")
         print(line, flush=True)
-    print(table(list(known(arguments.output).values()), list(arguments.ratios)))
+    print(f"Dense: {100 * whole:.1f} %.\n\n{table(list(known(arguments.output).values()), list(arguments.ratios))}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from ..report.base import Values
 from .timing import rounds
 from .variants import torch_runner
 
-ROUNDS, SECONDS = 7, 0.5  # at least: of a small model many, which a busy moment of the machine does not move
+ROUNDS, SECONDS = 7, 0.2  # at least: of a small model many, which a busy moment of the machine does not move
 MOST = 200  # rounds
 SPREAD = 0.02  # standard deviation of random weights
 
