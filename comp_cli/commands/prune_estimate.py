@@ -10,6 +10,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.loading import pick_device, pick_dtype
+from ..engine import flops
 from ..engine.methods import METHODS, check_fits
 from ..engine.token_ranking import with_score_rows, with_score_rule
 from ..errors import CompError, DeadEnd
@@ -27,7 +28,7 @@ from ..report.sweep import Point, SweepReport
 from ..report.token_tables import image_tokens
 from ..search.assumed import assumed
 from ..search.run import check_asked, with_modes
-from . import prune_streamed
+from . import prune_streamed, threads
 from .prune import describe, numbers_of
 from .prune_options import check
 
@@ -96,7 +97,9 @@ def opened(options: PruneOptions, progress: Progress, hub_options: HubOptions) -
 
     known = find_dense(options.model, progress, options.task, accepts, hub_options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
-    return describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known), known
+    dense = describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known)
+    threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
+    return dense, known
 
 
 def estimated(
