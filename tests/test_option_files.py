@@ -305,7 +305,8 @@ def test_the_next_command_repeats_what_the_recipe_says_of_the_data(tiny_folder, 
     data = table(tmp_path, caption=lambda n: f"text {n}", label=lambda n: n % 2)
     write(
         tmp_path / "comp.toml",
-        f'model = "{tiny_folder}"\ndata = "{data}"\nlabel-column = "label"\n[analyze]\nnum-samples = 4\nbatch-size = 4\ntext-tokens = 12\n',
+        f'model = "{tiny_folder}"\ndata = "{data}"\nlabel-column = "label"\n'
+        "[analyze]\nnum-samples = 4\nbatch-size = 4\ntext-tokens = 12\n",
     )
     result = comp("analyze", "--recipe", "comp.toml", "--device", "cpu")
     assert f"--data {data}" in result.stdout.replace("\n", "") and "--text-tokens 12" in result.stdout
