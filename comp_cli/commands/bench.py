@@ -22,7 +22,7 @@ from ..data.batches import random_inputs
 from ..engine.methods import DECODER
 from ..errors import GateError, RefusedError, UsageError
 from ..families import Family, find_architecture, find_family, tower_config
-from ..files.outputs import atomic_file, check_file, check_room, resolve
+from ..files.outputs import atomic_file, check_replaced, check_room, resolve
 from ..files.store import folder_size, read_config, read_json
 from ..measure import decoding, gates, timing, variants
 from ..measure.memory import peak_memory
@@ -151,13 +151,7 @@ def check(options: BenchOptions) -> torch.device:
 
 def check_save(path: Path) -> None:
     """Raises UsageError where the document could not be written in the end, or something else lies there."""
-    path = resolve(path, "--save")
-    if not path.parent.is_dir():
-        raise UsageError(f"--save {path}: no such folder.", hint="Create the folder first.")
-    check_file(path)
-    if path.exists() and path.stat().st_size and not is_benchmark(path):
-        hint = "Choose another name, or remove it yourself."
-        raise UsageError(f"--save {path}: exists, and is no benchmark of comp.", hint=hint)
+    check_replaced(path, "--save", "benchmark of comp", lambda there: not there.stat().st_size or is_benchmark(there))
 
 
 def is_benchmark(path: Path) -> bool:

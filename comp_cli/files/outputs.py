@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -120,6 +120,18 @@ def check_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no file.")
     _check_writable(path)
+
+
+def check_replaced(path: Path, option: str, what: str, ours: Callable[[Path], bool]) -> Path:
+    """The real path of one file that an option names. Raises UsageError where it could not be written in the end, or something
+    lies there that is not `ours`: what a word for those that comp writes."""
+    path = resolve(path, option)
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: no such folder.", hint="Create the folder first.")
+    check_file(path)
+    if path.exists() and not ours(path):
+        raise UsageError(f"{option} {path}: exists, and is no {what}.", hint="Choose another name, or remove it yourself.")
+    return path
 
 
 def check_room(place: Path, need: float, what: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files.outputs import atomic_file, check_file, resolve
+from ..files.outputs import atomic_file, check_replaced, resolve
 from .bench import BenchReport
 from .bench_tables import BACKEND_NAMES, side_name
 
@@ -16,13 +16,7 @@ def check_plot(path: Path) -> None:
     """Raises UsageError where the picture could not be written in the end."""
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}.")
-    path = resolve(path, "--plot")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: no such folder.", hint="Create the folder first.")
-    check_file(path)
-    if path.exists() and MARK not in path.read_bytes():
-        hint = "Choose another name, or remove it yourself."
-        raise UsageError(f"--plot {path}: exists, and is no picture that comp drew.", hint=hint)
+    check_replaced(path, "--plot", "picture that comp drew", lambda there: MARK in there.read_bytes())
     try:
         import matplotlib  # noqa: F401
     except ImportError:

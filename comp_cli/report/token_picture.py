@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UsageError
-from ..files.outputs import atomic_file, check_file, resolve
+from ..files.outputs import atomic_file, check_replaced
 from .samples import KeptAt, LayerImportance, Picture, SampleKept, StreamKept, TokenImportance
 
 PICTURE = "tokens.png"  # beside weights, which tokens of samples stay
@@ -27,13 +27,7 @@ def check_picture(path: Path, option: str = "--png") -> None:
     """Raises UsageError where a picture could not be written in the end."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"{option} {path}: expected a name that ends in .png.")
-    path = resolve(path, option)
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: no such folder.", hint="Create the folder first.")
-    check_file(path)
-    if path.exists() and MARK not in path.read_bytes():
-        hint = "Choose another name, or remove it yourself."
-        raise UsageError(f"{option} {path}: exists, and is no picture that comp drew.", hint=hint)
+    check_replaced(path, option, "picture that comp drew", lambda there: MARK in there.read_bytes())
 
 
 def write(image: Image.Image, path: Path, colours: int = 256) -> None:

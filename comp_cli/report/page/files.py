@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ...errors import UsageError
-from ...files.outputs import atomic_file, check_file, resolve
+from ...files.outputs import atomic_file, check_replaced, resolve
 from .shell import MARK
 
 OPTION = "--html"
@@ -11,15 +11,9 @@ OPTION = "--html"
 
 def check_page(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError where the page could not be written in the end, or would replace a file that is not to be replaced."""
-    path = resolve(path, OPTION)
-    if not path.parent.is_dir():
-        raise UsageError(f"{OPTION} {path}: no such folder.", hint="Create the folder first.")
-    check_file(path)
-    if path.exists() and not overwrite:
+    ours = check_replaced(path, OPTION, "page that comp wrote", lambda there: MARK.encode() in there.read_bytes())
+    if ours.exists() and not overwrite:
         raise UsageError(f"{OPTION} {path}: exists.", hint="--overwrite replaces a page that comp wrote.")
-    if path.exists() and MARK.encode() not in path.read_bytes():
-        hint = "Choose another name, or remove it yourself."
-        raise UsageError(f"{OPTION} {path}: exists, and is no page that comp wrote.", hint=hint)
 
 
 def write_page(path: Path, text: str) -> None:
