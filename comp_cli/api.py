@@ -663,10 +663,9 @@ def upgrade(folder: StrPath, *, progress: Progress | None = None) -> UpgradeRepo
     """
 
     def work(told: Progress) -> UpgradeReport:
-        from .commands.upgrade import check_here, upgrade
+        from .commands.upgrade import upgrade
 
-        check_here(os.fspath(folder))
-        return upgrade(Path(folder), told)
+        return upgrade(os.fspath(folder), told)
 
     return _reported(work, progress)
 

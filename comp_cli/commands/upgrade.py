@@ -25,26 +25,30 @@ from ..report.upgrade import UpgradeReport
 REPORT, CONFIG = "comp_report.json", "config.json"
 
 
-def upgrade(folder: Path, progress: Progress) -> UpgradeReport:
+def upgrade(folder: str | Path, progress: Progress) -> UpgradeReport:
     """Replace the runtime, and refresh what names it: auto_map and versions in config.json, hashes in comp_report.json. All
     other files stay as they are. The report says what changed; nothing where all is as comp writes it today.
 
     The folder changes as a whole or not at all, after what is new in it has loaded. Raises RefusedError for a folder that is no
     compact model of comp, or whose files are not those that its report names; UsageError where there is none, or one stands in
     it."""
-    folder = resolve(folder, "FOLDER")
+    named = str(folder)
+    if named.startswith("hf://"):
+        raise _on_the_hub(named)
+    folder = resolve(Path(folder), "FOLDER")
     with reserve(folder, source=None):
+        if hub.on_hub(named) and not hub.only_a_path(named):  # now that what a killed run had moved is back
+            raise _on_the_hub(named)
         changed = _upgrade(folder, progress)
     return UpgradeReport(folder=folder, comp_version=__version__, changed=changed)
 
 
-def check_here(folder: str) -> None:
-    """Raises UsageError for what is on the hub: files change where they lie."""
-    if hub.on_hub(folder) and not hub.only_a_path(folder):
-        name = folder.removeprefix("hf://").partition("@")[0]
-        steps = f"hf download {name} --local-dir {name.rsplit('/', 1)[-1]}, comp upgrade on that folder, and hf upload"
-        said = f"{folder}: no such folder here, and comp upgrade changes files where they lie."
-        raise UsageError(said, hint=f"Of a model on the hub: {steps}.")
+def _on_the_hub(named: str) -> UsageError:
+    """Files change where they lie."""
+    name = named.removeprefix("hf://").partition("@")[0]
+    steps = f"hf download {name} --local-dir {name.rsplit('/', 1)[-1]}, comp upgrade on that folder, and hf upload"
+    said = f"{named}: no such folder here, and comp upgrade changes files where they lie."
+    return UsageError(said, hint=f"Of a model on the hub: {steps}.")
 
 
 def _upgrade(folder: Path, progress: Progress) -> dict[str, str]:
