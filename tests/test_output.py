@@ -100,9 +100,11 @@ def test_headers_wrap_at_words_and_numbers_stay_whole():
 def test_lines_wrap_at_words_in_a_terminal_and_commands_do_not(monkeypatch):
     out, results = shown(monkeypatch, 40)
     out.line("FLOPs are 2 x multiply-accumulates, one sample, and what is written is long.")
+    out.line("Wrote a-folder/with-a-very-long-name/and-another-one.html.")
     out.line("Next: comp export a-folder-with-a-name/compact --onnx")
     said = results.getvalue().splitlines()
-    assert said[:2] == ["FLOPs are 2 x multiply-accumulates, one ", "sample, and what is written is long."]
+    assert said[:2] == ["FLOPs are 2 x multiply-accumulates, one", "sample, and what is written is long."]
+    assert said[2:4] == ["Wrote", "a-folder/with-a-very-long-name/and-another-one.html."]
     assert said[-1] == "Next: comp export a-folder-with-a-name/compact --onnx"
 
 

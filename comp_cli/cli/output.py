@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from textwrap import wrap
 from typing import Any
 
 from rich.cells import cell_len
@@ -102,8 +103,12 @@ class Output:
             self._line(self._shown(message))
 
     def _line(self, text: str, style: str = "") -> None:
-        soft = not self.wraps or text.startswith("Next: ")
-        self._print(Text(text, style, overflow="ignore"), soft_wrap=soft, crop=False)
+        if self.wraps and not text.startswith("Next: "):  # a path that is longer than a line stays whole
+            lines = (
+                wrap(line, self.stdout.width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
+            )
+            text = "\n".join("\n".join(parts) for parts in lines)
+        self._print(Text(text, style), soft_wrap=True)
 
     def result(self, document: dict[str, Any], path: str | None = None) -> None:
         """The end of a command: the JSON document, the warnings in Markdown, values for later steps, or in quiet mode the path
