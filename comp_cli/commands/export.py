@@ -351,12 +351,7 @@ def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str,
     left_out: list[str] = []
     for share in LEFT_OUT:
         if share and not noise:
-            graphs = check.open(floats, names)
-            firsts = {case.graphs: case for case in reversed(check.cases)}  # of real pairs, for each set of graphs
-            for case in firsts.values():
-                graphs.run(case.inputs, case.graphs)
-            for name in chosen:
-                noise |= rewrite.noise(floats / name, graphs.given[name], kind)
+            noise = noise_of(check, floats, names, chosen, kind)
         left_out = sorted(noise, key=noise.__getitem__, reverse=True)[: round(share * len(noise))]
         for name in chosen:
             rewrite.QUANTIZERS[kind](floats / name, folder / name, left_out)
@@ -366,6 +361,20 @@ def quantize(folder: Path, names: list[str], chosen: Collection[str], kind: str,
         progress.say(f"{kind} with {len(left_out)} matrices left out: {problem}")
     shutil.rmtree(floats)
     return left_out
+
+
+def noise_of(check: Check, folder: Path, names: list[str], chosen: Collection[str], kind: str) -> dict[str, float]:
+    """Of each matrix of the chosen graphs the noise that rounding it makes (`rewrite.noise`): the larger of that on real and on
+    random inputs, for the gate judges both."""
+    graphs, found = check.open(folder, names), dict[str, float]()
+    real, random = ({case.graphs: case for case in cases} for cases in (reversed(check.cases), check.cases))  # first and last
+    for case in (*real.values(), *random.values()):
+        graphs.run(case.inputs, case.graphs)
+        for name in chosen:
+            if name in (case.graphs or names):
+                of_case = rewrite.noise(folder / name, graphs.given[name], kind)
+                found |= {node: max(share, found.get(node, 0.0)) for node, share in of_case.items()}
+    return found
 
 
 def refuse(problem: str, partial: Path, failed: Path | None, report: ExportReport) -> None:
