@@ -20,6 +20,14 @@ FEW = {"num_samples": 8, "eval_samples": 8, "batch_size": 4, "text_tokens": 12, 
 GIGA = 10**9
 
 
+@pytest.fixture(autouse=True)
+def _as_before():
+    """Other tests have the number of threads that they had."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def no_wish(monkeypatch):
     for name in (*threads.WISHES, "LOCAL_WORLD_SIZE"):
