@@ -287,7 +287,7 @@ def prune(
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
         dry_run: estimate parameters, size, FLOPs, latency and memory within seconds, from config.json, headers and timed
-            layers; write nothing. `report.estimate` says what was assumed.
+            layers, or of small models by the search itself; write nothing. `report.estimate` says what was assumed.
         plan_only: search, and write the plan to a file, `output` (default: MODEL-comp-RATIO.plan.json); no model is made.
         plan: a file that plan_only wrote: the folder of its search is made without searching. Its options hold; what
             contradicts them is refused.

@@ -158,7 +158,7 @@ def prune(
     overwrite: given.Overwrite = False,
     resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[
-        bool, option(OUTPUT, "Estimate size, FLOPs and latency within seconds; read no data, write nothing.", "--dry-run")
+        bool, option(OUTPUT, "Estimate size, FLOPs and latency within seconds; write nothing.", "--dry-run")
     ] = False,
     plan_only: Annotated[bool, option(OUTPUT, "Search, and write the plan to -o FILE.json.", "--plan-only")] = False,
     plan: Annotated[

@@ -162,11 +162,12 @@ class TokensLeft:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `--dry-run` expects of the run. No weights and no data were read: all numbers of the report are those of a plan that
-    was assumed, and of `[least, most]` those of other plans of the ratio.
+    """What `--dry-run` expects of the run. The plan is that of its search, where searching takes seconds; else no weights and
+    no data were read, all numbers of the report are those of a plan that was assumed, and of `[least, most]` those of other
+    plans of the ratio.
 
     Attributes:
-        assumed: what was assumed of the plan.
+        assumed: what was assumed of the plan; null where it is that of the search.
         params: parameters of the compact model, [least, most]; a run that finds a very uneven plan may end outside.
         size_bytes: bytes of its weights on the disk, [least, most].
         latency_ms: milliseconds of one sample, dense and compact; null where nothing was timed.
@@ -175,7 +176,7 @@ class Estimate:
         peak_weights_bytes: bytes of the weights that pruning holds in memory at most, dense and compact in fp32.
     """
 
-    assumed: str
+    assumed: str | None
     params: tuple[int, int]
     size_bytes: tuple[int, int]
     latency_ms: Values | None
