@@ -152,7 +152,7 @@ def token_runs(dense: Dense, methods: list[str], seeds: list[int]) -> Iterator[t
 
 RATIO_METHODS = {  # name -> options of `comp prune`
     "comp": {},
-    "comp, tokens by cover": {"tokens_method": "cover"},
+    "comp, tokens by attention": {"tokens_method": "attention"},
     "comp, parameters only": {"modes": ("language_params", "vision_params")},
     "comp, all modes": {"modes": ("image_tokens", "language_params", "vision_params")},
     "wanda": {"method": "wanda"},

@@ -258,7 +258,8 @@ def prune(
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
         modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
-        tokens_method: how image tokens leave a decoder where parameters go too (default: attention, at three stages).
+        tokens_method: how image tokens leave a decoder where parameters go too: a method that goes by their number, or
+            "attention" (CoMP's own, at three stages); default: cover where the model can.
         uniform: keep as many heads and channels in every layer of a decoder, and write a folder of the stock class.
         stages: stages of the method comp-paper.
         stage_samples: pairs that judge a plan or a stage.

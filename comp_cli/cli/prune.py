@@ -105,7 +105,7 @@ def prune(
     ] = None,
     tokens_method: Annotated[
         choices.TokensMethod | None,
-        option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).", metavar="METHOD"),
+        option(SEARCH, "How image tokens leave a decoder where parameters go too (default: cover).", metavar="METHOD"),
     ] = PruneOptions.tokens_method,
     uniform: Annotated[
         bool,

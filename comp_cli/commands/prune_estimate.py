@@ -22,7 +22,6 @@ from ..measure.layer_times import latencies
 from ..models.dense import Found, find_dense
 from ..models.described import Described, describe_dense
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, ResolvedTraining
-from ..plan import Plan
 from ..progress import Bar, NoBar, Progress
 from ..report.base import Sizes, Values
 from ..report.cards import without_places
@@ -120,10 +119,9 @@ def estimated(
     plan = with_score_rule(with_score_rows(dense.plan, options.score_rows, dense.family), method.tokens, dense.family)
     dense = replace(dense, plan=plan)
     streamed = prune_streamed.exceeds(known, options, hub_options) is not None
-    plan = None
-    if not streamed and work_of_a_search(dense, resolved) <= FLOPS_OF_A_SEARCH and processes() == 1:
-        plan = searched(known, options, progress, hub_options, once)
-    found = assumed(dense, resolved) if plan is None else Assumed(plan, (), None)
+    alone = processes() == 1 and not streamed and not options.training.stage_share  # which trains while it searches
+    quick = alone and work_of_a_search(dense, resolved) <= FLOPS_OF_A_SEARCH
+    found = (quick and searched(known, options, progress, hub_options, once)) or assumed(dense, resolved)
     plan = found.plan.told_apart(dense.plan)
     params = Sizes(dense.params, dense.params_of(plan))
     report = describe(dense, plan, resolved, params)
@@ -151,10 +149,7 @@ def estimated(
 
 
 def work_of_a_search(dense: Described, options: ResolvedOptions) -> float:
-    """FLOPs that a search takes, about: passes of the dense model over the calibration pairs, two for each plan or stage.
-    Infinite where it trains."""
-    if options.training.stage_share:
-        return float("inf")
+    """FLOPs that a search takes, about: passes of the dense model over the calibration pairs, two for each plan or stage."""
     looks = allocation.EXPECTED if options.looks is None else options.looks
     steps = looks if METHODS[options.method].compares_plans else options.stages
     pairs = options.num_samples + 2 * steps * options.stage_samples
@@ -189,14 +184,14 @@ class _Hurried:
         yield Hurried()
 
 
-def searched(known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions, once: Once) -> Plan | None:
+def searched(known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions, once: Once) -> Assumed | None:
     """The plan that the run will find; None where it takes too long to be found. Raises what the run would of its data."""
     progress.say("searching for the plan ...")
     hurried = _Hurried(progress)
     try:
         opened = once("dense model", lambda: open_all(options, hurried, hub_options, known))
         wanted = replace(opened.resolved, ratio=options.ratio or 0.0, training=ResolvedTraining())
-        return seek(opened.dense, opened.pairs, wanted, None, hurried, once).state.plan
+        return Assumed(seek(opened.dense, opened.pairs, wanted, None, hurried, once).state.plan, (), None)
     except _TooLong:
         return None
 
