@@ -166,6 +166,7 @@ def prune(
     token_stages: str | None = TokenOptions.token_stages,
     saliency: str | None = TokenOptions.saliency,
     compat: bool = TokenOptions.compat,
+    refit: bool = TokenOptions.refit,
     link: bool = False,
     output: StrPath | None = None,
     data: StrPath | None = DataOptions.data,
@@ -235,6 +236,8 @@ def prune(
         token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
         saliency: what the method vitcop ranks by inside the language model: "key-norm" or "attention" (default: by the model).
         compat: follow the authors' code where it departs from their formula.
+        refit: where tokens go by their number, fit the language model's output projections anew on the pairs of `data`, to
+            what the dense model says at the tokens that stay.
         link: hard links to the model's weights in place of copies; both must be on one disk.
         output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
             holds a folder each, such as ratio-0.5, and what each costs: comp_sweep.json, tradeoff.md, tradeoff.html.
@@ -323,7 +326,7 @@ def prune(
         >>> [(point.ratio, point.metric.compact, point.folder) for point in sweep.points]
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
-    image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency)
+    image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency, refit)
     ratios = parse_ratios(ratio)
     if ratios is None and image_tokens.amounts and method == PruneOptions.method:
         method = TOKEN_METHOD

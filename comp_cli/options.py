@@ -295,6 +295,8 @@ class TokenOptions(Checked):
         token_stages: the stages themselves, layer:count or layer:share with commas.
         compat: whether the authors' code is followed where it departs from their formula.
         saliency: what ranks tokens inside the language model: "key-norm" or "attention"; None for the model's usual one.
+        refit: whether the language model's output projections are fitted anew, on calibration pairs, to what the dense model's
+            residual stream holds at the tokens that stay.
     """
 
     tokens: int | None = None
@@ -302,6 +304,7 @@ class TokenOptions(Checked):
     token_stages: str | None = None
     compat: bool = False
     saliency: str | None = None
+    refit: bool = False
 
     @property
     def amounts(self) -> list[str]:

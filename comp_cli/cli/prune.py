@@ -63,6 +63,9 @@ def prune(
     compat: Annotated[
         bool, option(TOKENS, "Follow the authors' code where it departs from their formula.", "--compat")
     ] = TokenOptions.compat,
+    refit: Annotated[
+        bool, option(TOKENS, "Refit the LLM's output projections on the pairs: tokens cost less accuracy.", "--refit")
+    ] = TokenOptions.refit,
     link: Annotated[bool, option(TOKENS, "Hard links to the model's weights in place of copies.", "--link")] = False,
     output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO or MODEL-METHOD-TOKENS")] = None,
     data: given.Data = DataOptions.data,
