@@ -22,7 +22,7 @@ from ..measure.layer_times import latencies
 from ..models.dense import Found, find_dense
 from ..models.described import Described, describe_dense
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, ResolvedTraining
-from ..progress import Bar, NoBar, Progress
+from ..progress import Bar, Progress, Silent
 from ..report.base import Sizes, Values
 from ..report.cards import without_places
 from ..report.prune import Estimate, PruneReport
@@ -160,34 +160,29 @@ class _TooLong(Exception):
     """A search has taken its time."""
 
 
-class _Hurried:
-    """Hears of a search in the place of the user, who hears its warnings, until its time is over."""
+class _Hurried(Silent):
+    """Progress of searches, and its bar, until their time is over: raises _TooLong then. The user hears warnings alone."""
 
-    shows_bars = False
+    def __init__(self, progress: Progress, end: float):
+        self.progress, self.end = progress, end
 
-    def __init__(self, progress: Progress):
-        self.warn, self.end = progress.warn, time.monotonic() + SECONDS_OF_A_SEARCH
-
-    def say(self, message: str) -> None:
-        """Nobody is told."""
+    def warn(self, message: str) -> None:
+        self.progress.warn(message)
 
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Bar]:
-        """A piece of work that is left when time is over."""
-        end = self.end
+        yield self
 
-        class Hurried(NoBar):
-            def advance(self, title: str | None = None, by: int = 1) -> None:
-                if time.monotonic() > end:
-                    raise _TooLong
-
-        yield Hurried()
+    def advance(self, title: str | None = None, by: int = 1) -> None:
+        if time.monotonic() > self.end:
+            raise _TooLong
 
 
 def searched(known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions, once: Once) -> Assumed | None:
-    """The plan that the run will find; None where it takes too long to be found. Raises what the run would of its data."""
+    """The plan that the run will find; None where it takes too long to be found, all ratios together. Raises what the run would
+    of its data."""
     progress.say("searching for the plan ...")
-    hurried = _Hurried(progress)
+    hurried = _Hurried(progress, once("end of searches", lambda: time.monotonic() + SECONDS_OF_A_SEARCH))
     try:
         opened = once("dense model", lambda: open_all(options, hurried, hub_options, known))
         wanted = replace(opened.resolved, ratio=options.ratio or 0.0, training=ResolvedTraining())

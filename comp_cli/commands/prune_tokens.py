@@ -88,7 +88,8 @@ def prune_tokens(
             check_drop(report, report.quality, max_drop, progress)
         how = "linked" if link else "copied" if found.weights is None else "refitted"
         report = replace(report, image_tokens=_with_weights(report, how))
-        report = replace(report, size_bytes=Sizes(weights, weights))
+        written = weights if found.weights is None else sum(tensor.nbytes for tensor in found.weights.values())
+        report = replace(report, size_bytes=Sizes(weights, written))
         with atomic_folder(output, overwrite=overwrite) as folder:
             progress.say("writing ...")
             write_beside_weights(report.kept_samples, report.pictures, folder)
