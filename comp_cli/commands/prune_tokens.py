@@ -22,7 +22,7 @@ from ..models.described import Described, ImageShape, describe_dense, image_shap
 from ..models.pairs import choose_pairs, pair_counts
 from ..models.samples import Runs, of_scenes
 from ..models.token_folder import check_folder_loads, write_folder
-from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions, Training
 from ..plan import Plan, TokenStage
 from ..progress import Progress
 from ..report.base import Sizes, Streamed
@@ -30,7 +30,8 @@ from ..report.cards import prune_command
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
-from ..search.processes import check_launch, is_main_process, join, process_device
+from ..search.processes import is_main_process, join, process_device
+from ..search.sharding import check_launch
 from . import threads
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
@@ -57,7 +58,7 @@ def prune_tokens(
     Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
     on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
-    check_launch()
+    check_launch(Training())
     join(process_device(options.device))
     if dry_run or not is_main_process():  # of several processes one writes, and all measure
         report, _, plan = _report(options, progress, hub_options)
