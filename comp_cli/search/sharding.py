@@ -7,7 +7,6 @@ launcher was told, and torch's `fully_shard` does the work, on CPUs and GPUs ali
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -57,14 +56,15 @@ def _check_fsdp(training: Training) -> None:
         raise UsageError("FSDP shares out weights, and there is one process.", hint="Give the launcher --num_processes 2.")
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("FSDP 1 is not what comp tunes with.", hint="Give the launcher --fsdp_version 2.")
-    plugin, compiled = FullyShardedDataParallelPlugin(), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    plugin, mixed = FullyShardedDataParallelPlugin(), precision(training)
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     unknown = {
         "--fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "--fsdp_activation_checkpointing": plugin.activation_checkpointing,  # tokens would leave a second time
         "--fsdp_ignored_modules": plugin.ignored_modules is not None,
         "--fsdp_auto_wrap_policy SIZE_BASED_WRAP": plugin.min_num_params is not None,  # a layer is what is put together
         f"--dynamo_backend {compiled}": compiled != "no",
-        "--mixed-precision fp16": precision(training) == "fp16",  # its loss would have to be scaled
+        f"--mixed-precision {mixed}": mixed not in ("no", "bf16"),  # the loss would have to be scaled
     }
     for name, given in unknown.items():
         if given:
@@ -81,8 +81,6 @@ def shard(model: nn.Module, family: Family) -> None:
         for layer in getattr(model.get_submodule(tower.encoder), tower.layers):
             fully_shard(layer, mesh=mesh, reshard_after_forward=again, ignored_params=numbers)
     fully_shard(model, mesh=mesh, ignored_params=numbers)
-    # Said of whole models, such as CLIP: they stay together until their slopes are known, and nobody writes into what they say.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def average_slopes(numbers: Iterable[Tensor]) -> None:
