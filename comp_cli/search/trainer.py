@@ -173,7 +173,7 @@ class Trainer:
     def _share_out(self) -> nn.Module:
         """The model to be tuned, with its weights and moments shared out over the processes; they go on in `self.state` and
         `self.moments`."""
-        model, names = self.dense.build(self.plan, self.state), self.state.keys()
+        model, names = self.dense.build(self.plan, self.state), set(self.state)
         self.state = {}  # which is whole: layer by layer it becomes free
         shard(model, self.dense.family)
         self.state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in names}
