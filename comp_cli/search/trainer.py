@@ -269,5 +269,6 @@ class Trainer:
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = tensor
         self.state, self.plan, self.done = tensors_from_main(kinds.pop("weight"), self.device), plan, done
-        # Moments that are shared out wait until the weights are.
-        self.moments = kinds if is_sharded() else {kind: tensors_from_main(kinds[kind], self.device) for kind in MOMENTS}
+        if not is_sharded():  # else they wait until the weights are shared out
+            kinds = {kind: tensors_from_main(found, self.device) for kind, found in kinds.items()}
+        self.moments = {kind: found for kind, found in kinds.items() if found}
