@@ -69,6 +69,7 @@ def check_equal(alone: Path, together: Path, case: str) -> None:
     if trained:
         for report in told:
             report["quality"].pop("divergence")
+            report.pop("kept_samples")  # ranks that trained weights give: two of nearly one score may change places
             report["stages"] = [(stage["mode"], stage["flops"]) for stage in report["stages"]]
     told = [{name: value for name, value in report.items() if name not in OF_THE_RUN} for report in told]
     assert told[0] == told[1]

@@ -30,7 +30,7 @@ def few(tmp_path_factory) -> dict[int, Path]:
 def many(tmp_path_factory) -> dict[int, Path]:
     place = tmp_path_factory.mktemp("many")
     process_runs.prepare(place / "dense", *EVERY)
-    return {count: runs(place, count, EVERY, SHARDED) for count in (1, 2, 3)}
+    return {count: runs(place, count, EVERY, SHARDED) for count in (1, 3)}
 
 
 @pytest.mark.parametrize("case", TUNED)
@@ -44,11 +44,10 @@ def test_slopes_of_a_step_are_those_of_the_whole_batch(few, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("case", EVERY)
-def test_any_task_is_tuned_so(many, case, count):
-    """Three processes have two pairs: one runs a row that does not count, and all wait for one another in every layer."""
-    check_equal(many[1], many[count], case)
+def test_any_task_is_tuned_so(many, case):
+    """Three processes may have two pairs: one runs a row that does not count, for all wait for one another in every layer."""
+    check_equal(many[1], many[3], case)
 
 
 def test_each_process_holds_its_part(few):
