@@ -35,9 +35,11 @@ from comp_cli.engine.token_schedules import TOKEN_METHODS, mean_tokens
 from comp_cli.errors import CompError
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.models.described import image_shape
+from comp_cli.models.pairs import batches_of
 from comp_cli.options import PruneOptions, TokenOptions, Training
 from comp_cli.plan import Plan
 from comp_cli.runtime.token_rules import STAGE_RULES, Choice, StageRule, View, cosines, needs_of, standing_for
+from comp_cli.search.calibration import refit
 from comp_cli.search.run import search
 from comp_cli.search.trainer import Trainer, training_batches
 from comp_cli.topology.prompts import as_asked
@@ -74,6 +76,9 @@ WEIGHTS = {
     "tops with weights": ("tops", standing("tops")),
     "divprune with weights": ("divprune", standing("divprune")),
 }
+# The same methods with output projections fitted anew behind their stages (--refit), on so many calibration pairs.
+REFITTED = {f"{name}, refitted": name for name in ("cover", "vitcop", "pyramiddrop", "tops", "divprune", "random-token")}
+PAIRS = 256
 KINDS = ("colour", "number")
 
 
@@ -128,6 +133,8 @@ def saved(dense: Dense, plan: Plan) -> dict[str, float]:
 def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     """The plan of a method that keeps so many of the image tokens, mean over layers. Raises UsageError where it cannot."""
     images = image_shape(dense.hf_config.to_dict(), dense.family)
+    if method in REFITTED:
+        return with_stages(dense, REFITTED[method], share, seed)
     if method in WEIGHTS:
         own, rule = WEIGHTS[method]
         STAGE_RULES[method] = rule
@@ -146,13 +153,21 @@ def token_runs(dense: Dense, methods: list[str], seeds: list[int]) -> Iterator[t
     """Of every method and share the key of a run, and what makes its model."""
     for method in methods:
         for name, share in SHARES.items():
-            for seed in seeds if method in SEEDED else [0]:
+            for seed in seeds if method in (*SEEDED, *REFITTED) else [0]:
                 yield {"name": method, "at": name, "seed": seed, "steps": 0}, partial(with_stages, dense, method, share, seed)
+
+
+def model_of(dense: Dense, method: str, plan: Plan, seed: int) -> nn.Module:
+    """The model of a plan; of a method that refits, fitted on pairs of that seed."""
+    model = dense.runtime(plan)
+    if method in REFITTED:
+        refit(dense, model, plan, batches_of(dense, ScenePairs(labelled=True, asked=True), "calibration", PAIRS, 16, seed))
+    return model
 
 
 RATIO_METHODS = {  # name -> options of `comp prune`
     "comp": {},
-    "comp, tokens by cover": {"tokens_method": "cover"},
+    "comp, tokens by attention": {"tokens_method": "attention"},
     "comp, parameters only": {"modes": ("language_params", "vision_params")},
     "comp, all modes": {"modes": ("image_tokens", "language_params", "vision_params")},
     "wanda": {"method": "wanda"},
@@ -232,7 +247,7 @@ def main(arguments: argparse.Namespace) -> None:
                 continue
             mean = mean_tokens(plan.stages, images.image_tokens, images.layers)
             facts = {"mean": round(mean, 2), "kept": [(stage.layer, stage.keep) for stage in plan.stages]} | saved(dense, plan)
-            write(key | right_answers(dense.runtime(plan), dense, questions) | facts)
+            write(key | right_answers(model_of(dense, key["name"], plan, key["seed"]), dense, questions) | facts)
     else:
         for name in arguments.methods:
             for ratio in RATIOS:
@@ -280,5 +295,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, in the part ratios; 0 for none")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args()
-    parsed.methods = parsed.methods or list((*TOKEN_METHODS, *WEIGHTS) if parsed.part == "tokens" else RATIO_METHODS)
+    parsed.methods = parsed.methods or list((*TOKEN_METHODS, *WEIGHTS, *REFITTED) if parsed.part == "tokens" else RATIO_METHODS)
     main(parsed)

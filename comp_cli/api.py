@@ -166,6 +166,7 @@ def prune(
     token_stages: str | None = TokenOptions.token_stages,
     saliency: str | None = TokenOptions.saliency,
     compat: bool = TokenOptions.compat,
+    refit: bool = TokenOptions.refit,
     link: bool = False,
     output: StrPath | None = None,
     data: StrPath | None = DataOptions.data,
@@ -235,6 +236,8 @@ def prune(
         token_stages: the stages themselves, "LAYER:COUNT" or "LAYER:SHARE" with commas, such as "0:172,2:77,22:15".
         saliency: what the method vitcop ranks by inside the language model: "key-norm" or "attention" (default: by the model).
         compat: follow the authors' code where it departs from their formula.
+        refit: where tokens go by their number, fit the language model's output projections anew on the pairs of `data`, to
+            what the dense model says at the tokens that stay.
         link: hard links to the model's weights in place of copies; both must be on one disk.
         output: folder to write (default: MODEL-comp-RATIO, or MODEL-METHOD-TOKENS, in the current folder). Of several ratios it
             holds a folder each, such as ratio-0.5, and what each costs: comp_sweep.json, tradeoff.md, tradeoff.html.
@@ -258,7 +261,8 @@ def prune(
         eval_samples: pairs of the final comparison, none of which calibration saw.
         text_tokens: text length of the reference input, tokens.
         modes: kinds of what is removed, with commas: "language_params,image_tokens" (default: by the model).
-        tokens_method: how image tokens leave a decoder where parameters go too (default: attention, at three stages).
+        tokens_method: how image tokens leave a decoder where parameters go too: a method that goes by their number, or
+            "attention" (CoMP's own, at three stages); default: cover where the model can.
         uniform: keep as many heads and channels in every layer of a decoder, and write a folder of the stock class.
         stages: stages of the method comp-paper.
         stage_samples: pairs that judge a plan or a stage.
@@ -287,7 +291,7 @@ def prune(
         overwrite: replace a folder that comp wrote before.
         resume: go on where a run with the same settings was stopped.
         dry_run: estimate parameters, size, FLOPs, latency and memory within seconds, from config.json, headers and timed
-            layers; write nothing. `report.estimate` says what was assumed.
+            layers, or of small models by the search itself; write nothing. `report.estimate` says what was assumed.
         plan_only: search, and write the plan to a file, `output` (default: MODEL-comp-RATIO.plan.json); no model is made.
         plan: a file that plan_only wrote: the folder of its search is made without searching. Its options hold; what
             contradicts them is refused.
@@ -322,7 +326,7 @@ def prune(
         >>> [(point.ratio, point.metric.compact, point.folder) for point in sweep.points]
     """
     columns = (image_column, text_column, label_column, answer_column, split_column)
-    image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency)
+    image_tokens = TokenOptions(tokens, tokens_share, token_stages, compat, saliency, refit)
     ratios = parse_ratios(ratio)
     if ratios is None and image_tokens.amounts and method == PruneOptions.method:
         method = TOKEN_METHOD

@@ -295,6 +295,8 @@ class TokenOptions(Checked):
         token_stages: the stages themselves, layer:count or layer:share with commas.
         compat: whether the authors' code is followed where it departs from their formula.
         saliency: what ranks tokens inside the language model: "key-norm" or "attention"; None for the model's usual one.
+        refit: whether the language model's output projections are fitted anew, on calibration pairs, to what the dense model's
+            residual stream holds at the tokens that stay.
     """
 
     tokens: int | None = None
@@ -302,6 +304,7 @@ class TokenOptions(Checked):
     token_stages: str | None = None
     compat: bool = False
     saliency: str | None = None
+    refit: bool = False
 
     @property
     def amounts(self) -> list[str]:
@@ -354,7 +357,8 @@ class Target:
         return f"{self.wanted / 1e6:g}MB" if self.kind == "target_size" else f"{self.wanted:g}"
 
 
-TOKEN_METHOD = "cover"  # where a number of image tokens is asked for, and no method
+TOKEN_METHOD = "cover"  # how image tokens leave a decoder where nobody says it
+ATTENTION = "attention"  # CoMP's own way for them to leave where parameters go too, see Leaving
 
 
 @dataclass(frozen=True)
@@ -381,7 +385,7 @@ class PruneOptions(Checked):
         task: evaluation task; None for that of the architecture.
         training: fine-tuning of what is pruned.
         modes: kinds of what is removed, for example language_params, image_tokens; None for the usual ones of the model.
-        tokens_method: how image tokens leave a decoder, beside the parameters that go; None for attention at three stages.
+        tokens_method: how image tokens leave a decoder, beside the parameters that go; None for the usual way of the model.
         uniform: whether every layer of a tower keeps as many units, so that the folder is one of a stock class.
         cip: token-weighted statistics of activations (CoMP, CIP, Eq. 4).
         cit: head-weighted token importance (CoMP, Eq. 7), while units fade.

@@ -208,7 +208,7 @@ def random_prices(llava):
 
 @pytest.fixture(scope="module")
 def space(llava, random_prices):
-    return space_of(llava, options(), random_prices)
+    return space_of(llava, options(tokens_method="attention"), random_prices)
 
 
 def test_parts_of_modes_that_are_off_stay(llava, space):
@@ -405,6 +405,7 @@ def test_masked_equals_sliced_with_stages_of_key_norms(kind, opened):
 
 WAYS = {
     "comp": {},
+    "attention": {"tokens_method": "attention"},
     "vitcop": {"tokens_method": "vitcop"},
     "tops": {"tokens_method": "tops"},
     "parameters": {"modes": ("language_params",)},
@@ -427,8 +428,18 @@ def test_a_llava_is_pruned_by_ratio(way, wide, tmp_path):
         assert not plan.stages
     else:
         assert any(look.tokens for look in report.compared)
-    if "tokens_method" in WAYS[way] and plan.stages:
-        known = stages(way, tokens=9, share=None, image_tokens=36, layers=5, class_token=True, fixed_size=True)
+    if way == "attention":
+        assert not plan.stages or [stage.rule for stage in plan.stages] == 3 * ["last-attention"]
+    elif way == "comp" or ("tokens_method" in WAYS[way] and plan.stages):
+        known = stages(
+            "cover" if way == "comp" else way,
+            tokens=9,
+            share=None,
+            image_tokens=36,
+            layers=5,
+            class_token=True,
+            fixed_size=True,
+        )
         assert [stage.rule for stage in plan.stages] == [stage.rule for stage in known]
     model = comp_cli.load(tmp_path / "compact")
     inputs = dense.random_inputs(2, 8)

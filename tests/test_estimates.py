@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import comp_cli
 from comp_cli.cli.app import app
+from comp_cli.commands import prune_estimate
 from comp_cli.errors import DeadEnd, UsageError
 from comp_cli.measure import layer_times
 from comp_cli.models import described
@@ -19,8 +20,25 @@ FAST = {"num_samples": 8, "eval_samples": 8, "text_tokens": 12, "device": "cpu"}
 FAMILIES = ("blip", "clip", "siglip", "llava")
 
 
+@pytest.fixture
+def assumes(monkeypatch):
+    """As of a model that takes long to be searched."""
+    monkeypatch.setattr(prune_estimate, "FLOPS_OF_A_SEARCH", 0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_expected_is_what_the_run_ends_with(family, tmp_path):
+def test_where_searching_takes_seconds_the_estimate_is_exact(family, tmp_path):
+    folder = tiny.write(family, tmp_path / "dense")
+    expected = comp_cli.prune(folder, ratio=0.4, dry_run=True, **FAST)
+    found = comp_cli.prune(folder, ratio=0.4, output=tmp_path / "compact", **FAST)
+    assert (expected.params, expected.flops, expected.plan) == (found.params, found.flops, found.plan)
+    assert expected.estimate.assumed is None and set(expected.estimate.params) == {found.params.compact}
+    assert expected.size_bytes.dense == found.size_bytes.dense
+    assert expected.size_bytes.compact == pytest.approx(found.size_bytes.compact, rel=0.05)  # the header is guessed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_assumed_is_about_what_the_run_ends_with(family, tmp_path, assumes):
     folder = tiny.write(family, tmp_path / "dense")
     expected = comp_cli.prune(folder, ratio=0.4, dry_run=True, **FAST)
     found = comp_cli.prune(folder, ratio=0.4, output=tmp_path / "compact", **FAST)
@@ -33,8 +51,19 @@ def test_what_is_expected_is_what_the_run_ends_with(family, tmp_path):
     assert 0.9 * smallest <= found.size_bytes.compact <= 1.1 * largest
 
 
+def test_a_search_that_takes_too_long_is_left(tiny_folder, monkeypatch):
+    monkeypatch.setattr(prune_estimate, "SECONDS_OF_A_SEARCH", 0.0)
+    report = comp_cli.prune(tiny_folder, ratio=0.4, dry_run=True, **FAST)
+    assert "of the reduction" in report.estimate.assumed and report.estimate.params[0] < report.estimate.params[1]
+
+
+def test_data_of_a_search_is_refused_as_by_the_run(tiny_folder, tmp_path):
+    with pytest.raises(UsageError, match="nowhere.jsonl"):
+        comp_cli.prune(tiny_folder, ratio=0.4, dry_run=True, data=tmp_path / "nowhere.jsonl", **FAST)
+
+
 @pytest.mark.parametrize("method", ["wanda", "obs", "token", "joint", "comp-paper"])
-def test_every_kind_of_method_has_an_estimate(method, tiny_folder, tmp_path):
+def test_every_kind_of_method_has_an_estimate(method, tiny_folder, tmp_path, assumes):
     how = FAST | {"ratio": 0.33 if method == "token" else 0.3, "method": method}  # whole tokens of a tiny image
     expected = comp_cli.prune(tiny_folder, dry_run=True, **how)
     found = comp_cli.prune(tiny_folder, output=tmp_path / "compact", stages=4 if method == "comp-paper" else None, **how)
@@ -54,7 +83,7 @@ def test_sizes_are_those_of_the_plan(tiny_folder, tmp_path):
     assert expected.size_bytes.compact == pytest.approx(4 * expected.params.compact, rel=0.03)
 
 
-def test_nothing_but_headers_is_read(tiny_folder, monkeypatch):
+def test_nothing_but_headers_is_read_of_a_large_model(tiny_folder, monkeypatch, assumes):
     from comp_cli.checkpoint import loading
     from comp_cli.models import pairs
 
@@ -122,7 +151,9 @@ def test_several_ratios_are_estimated_at_once(tiny_folder, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_is_refused_as_by_the_run(tiny_folder):
+@pytest.mark.parametrize("work", [0, prune_estimate.FLOPS_OF_A_SEARCH])
+def test_what_cannot_be_is_refused_as_by_the_run(work, tiny_folder, monkeypatch):
+    monkeypatch.setattr(prune_estimate, "FLOPS_OF_A_SEARCH", work)
     for how in ({"ratio": 0.999}, {"ratio": 0.99, "method": "wanda"}):
         with pytest.raises(DeadEnd, match="cannot be reached"):
             comp_cli.prune(tiny_folder, dry_run=True, **how)
@@ -132,7 +163,14 @@ def test_what_cannot_be_is_refused_as_by_the_run(tiny_folder):
         comp_cli.prune(tiny_folder, ratio=0.5, plan_only=True, dry_run=True)
 
 
-def test_it_says_that_it_is_an_estimate(tiny_folder, monkeypatch, tmp_path):
+def test_it_says_that_it_is_an_estimate(tiny_folder, monkeypatch, tmp_path, assumes):
     monkeypatch.chdir(tmp_path)
     said = CliRunner().invoke(app, ["prune", str(tiny_folder), "--ratio", "0.5", "--dry-run"]).stdout
     assert "Assumed plan" in said and "Estimate" in said and "latency on cpu" in said and "--plan-only" in said
+
+
+def test_it_says_that_the_plan_is_that_of_the_search(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["prune", str(tiny_folder), "--ratio", "0.5", "--num-samples", "8", "--text-tokens", "12", "--dry-run"]
+    said = CliRunner().invoke(app, words).stdout
+    assert "that of the search" in said and "Assumed" not in said and not list(tmp_path.iterdir())

@@ -422,6 +422,57 @@ def test_a_missed_max_drop_leaves_nothing(dense, tmp_path, monkeypatch):
     assert not (tmp_path / "compact").exists()
 
 
+# Refitting ---------------------------------------------------------------------------------------------------------------
+
+
+PROJECTIONS = "self_attn.o_proj", "mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def fitted(dense, tmp_path_factory):
+    """With the first stage before layer 1, refitted on pairs of the user's; the report and the folder."""
+    folder = tmp_path_factory.mktemp("fitted")
+    data = tiny.table(folder, question=lambda n: "a red circle", answer=lambda n: "blue" if n % 2 else "red")
+    how = {"token_stages": "1:12,3:4", "data": data, "num_samples": 8, "eval_samples": 4, "batch_size": 2}
+    return comp_cli.prune(dense, method="pyramiddrop", refit=True, output=folder / "compact", **how), folder / "compact"
+
+
+def test_only_output_projections_behind_the_first_stage_are_fitted_anew(dense, fitted):
+    before = transformers.LlavaForConditionalGeneration.from_pretrained(dense).state_dict()
+    after = comp_cli.load(fitted[1]).state_dict()
+    assert {name: one.shape for name, one in before.items()} == {name: one.shape for name, one in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    behind = [f"language_model.layers.{layer}.{part}.weight" for layer in (1, 2, 3, 4) for part in PROJECTIONS]
+    assert changed == {f"model.{name}" for name in behind}
+    assert fitted[0].image_tokens.weights == "refitted" and fitted[0].params.compact == fitted[0].params.dense
+
+
+def test_refitting_brings_the_residual_stream_back(dense, fitted, tmp_path):
+    """On the pairs that it was fitted on, at the last token: nearer to the dense model than with the weights as they were."""
+    comp_cli.prune(dense, method="pyramiddrop", token_stages="1:12,3:4", output=tmp_path / "plain")
+    pictures = [Image.open(path).convert("RGB") for path in sorted(fitted[1].parent.glob("*.png"))[:8]]
+    processor = transformers.AutoProcessor.from_pretrained(dense)
+    given = processor(images=pictures, text=[ASKED] * len(pictures), return_tensors="pt")
+    stock = transformers.LlavaForConditionalGeneration.from_pretrained(dense).eval()
+    with torch.inference_mode():
+        right, plain, better = (
+            model(**given, output_hidden_states=False, logits_to_keep=1).logits
+            for model in (stock, comp_cli.load(tmp_path / "plain"), comp_cli.load(fitted[1]))
+        )
+    assert len(pictures) == 8 and (better - right).square().mean() < 0.7 * (plain - right).square().mean()
+
+
+def test_the_card_and_the_terminal_say_that_weights_were_fitted(fitted, capsys):
+    from comp_cli.cli.output import Output
+    from comp_cli.report.token_tables import print_tokens_pruned
+
+    card = (fitted[1] / "README.md").read_text()
+    assert "which were fitted anew" in card and "--refit" in card
+    print_tokens_pruned(fitted[0], fitted[0].image_tokens, Output())
+    assert "its weights are refitted" in " ".join(capsys.readouterr().out.split())
+    jsonschema.validate(fitted[0].to_json(), strict("prune"))
+
+
 # Families ----------------------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +572,9 @@ MISTAKES = {
     "unknown saliency": (["--method", "vitcop", "--tokens", "9", "--saliency", "loud"], "'key-norm', 'attention'"),
     "unknown method": (["--method", "best", "--tokens", "9"], "'best' is not one of"),
     "another task": (["--method", "vitcop", "--tokens", "9", "--task", "retrieval"], "--task retrieval"),
+    "refitted on nothing": (["--tokens", "9", "--refit"], "--refit needs pairs"),
+    "refitted links": (["--tokens", "9", "--refit", "--link", "--data", "pairs.jsonl"], "--link leaves them"),
+    "refit of a ratio": (["--ratio", "0.5", "--refit"], "--refit is for methods of image tokens"),
 }
 
 

@@ -86,7 +86,8 @@ def asked(written, side=48):
 KINDS = [
     ("clip", "fp32"),
     ("siglip", "int8"),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("clip", "int8"), ("clip", "fp16"), ("siglip", "fp32"))),
+    # Not CLIP in int8: of random weights all embeddings are alike, what it decides is rounding, and the gate refuses that.
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("clip", "fp16"), ("siglip", "fp32"))),
     pytest.param("siglip", "fp16", marks=pytest.mark.slow),
 ]
 

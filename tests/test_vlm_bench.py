@@ -96,7 +96,9 @@ def test_peak_memory_is_of_a_process_of_its_own(report):
 
 
 def test_graphs_are_left_out_with_a_sentence(report, compact):
-    assert report.warnings == (NO_GRAPHS,) and report.providers == {}
+    left_out, *others = report.warnings
+    assert left_out == NO_GRAPHS and report.providers == {}
+    assert all(line.startswith("the spread is large") for line in others)  # which three rounds on a busy machine may be
     for backends, said in ((("onnx",), "runs no graphs"), (("torch", "compile"), "torch.compile is not for")):
         with pytest.raises(UsageError, match=said):
             bench.bench(compact, None, BenchOptions(**QUICK | {"backends": backends}), Output("quiet"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from ..engine.methods import DECODER, ENCODER, methods_for
 from ..engine.token_schedules import TOKEN_METHODS
 from ..families import FAMILIES
-from ..options import BACKENDS, DTYPES, EFFORTS, LAYOUTS, MIXED_PRECISIONS, QUANTIZATIONS, SALIENCIES, TARGETS
+from ..options import ATTENTION, BACKENDS, DTYPES, EFFORTS, LAYOUTS, MIXED_PRECISIONS, QUANTIZATIONS, SALIENCIES, TARGETS
 from .streams import MODES
 
 METHODS = tuple(dict.fromkeys([*methods_for(ENCODER), *methods_for(DECODER)]))
@@ -35,7 +35,7 @@ else:
     Saliency = Literal[SALIENCIES]
     Target = Literal[TARGETS]
     TaskName = Literal[TASKS]
-    TokensMethod = Literal[tuple(TOKEN_METHODS)]
+    TokensMethod = Literal[(ATTENTION, *TOKEN_METHODS)]
 
 
 def backends(incomplete: str) -> list[str]:

@@ -63,6 +63,9 @@ def prune(
     compat: Annotated[
         bool, option(TOKENS, "Follow the authors' code where it departs from their formula.", "--compat")
     ] = TokenOptions.compat,
+    refit: Annotated[
+        bool, option(TOKENS, "Refit the LLM's output projections on the pairs: tokens cost less accuracy.", "--refit")
+    ] = TokenOptions.refit,
     link: Annotated[bool, option(TOKENS, "Hard links to the model's weights in place of copies.", "--link")] = False,
     output: Annotated[Path | None, given.output_dir("MODEL-comp-RATIO or MODEL-METHOD-TOKENS")] = None,
     data: given.Data = DataOptions.data,
@@ -105,7 +108,7 @@ def prune(
     ] = None,
     tokens_method: Annotated[
         choices.TokensMethod | None,
-        option(SEARCH, "How image tokens leave a decoder where parameters go too (default: by attention).", metavar="METHOD"),
+        option(SEARCH, "How image tokens leave a decoder where parameters go too (default: cover).", metavar="METHOD"),
     ] = PruneOptions.tokens_method,
     uniform: Annotated[
         bool,
@@ -158,7 +161,7 @@ def prune(
     overwrite: given.Overwrite = False,
     resume: Annotated[bool, option(OUTPUT, "Go on where a run with the same settings was stopped.")] = True,
     dry_run: Annotated[
-        bool, option(OUTPUT, "Estimate size, FLOPs and latency within seconds; read no data, write nothing.", "--dry-run")
+        bool, option(OUTPUT, "Estimate size, FLOPs and latency within seconds; write nothing.", "--dry-run")
     ] = False,
     plan_only: Annotated[bool, option(OUTPUT, "Search, and write the plan to -o FILE.json.", "--plan-only")] = False,
     plan: Annotated[

@@ -1,8 +1,10 @@
 """`comp prune --dry-run`: what a run will end with, within seconds, from config.json, the headers of the weights, and layers
-that are timed. No data and no weights are read."""
+that are timed. Where searching takes no longer than that, the plan is that of the search; else it is assumed, and neither data
+nor weights are read."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.loading import pick_device, pick_dtype
-from ..engine import flops
+from ..engine import allocation, flops
 from ..engine.methods import METHODS, check_fits
 from ..engine.token_ranking import with_score_rows, with_score_rule
 from ..errors import CompError, DeadEnd
@@ -19,20 +21,24 @@ from ..files.store import folder_size
 from ..measure.layer_times import latencies
 from ..models.dense import Found, find_dense
 from ..models.described import Described, describe_dense
-from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedTraining
-from ..progress import Progress
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, ResolvedTraining
+from ..progress import Bar, NoBar, Progress
 from ..report.base import Sizes, Values
 from ..report.cards import without_places
 from ..report.prune import Estimate, PruneReport
 from ..report.sweep import Point, SweepReport
 from ..report.token_tables import image_tokens
-from ..search.assumed import assumed
-from ..search.run import check_asked, with_modes
+from ..search.assumed import Assumed, assumed
+from ..search.once import Once
+from ..search.processes import processes
+from ..search.run import check_asked, seek, with_modes
 from . import prune_streamed, threads
-from .prune import describe, numbers_of
+from .prune import describe, numbers_of, open_all
 from .prune_options import check
 
 TIMED = "medians of interleaved passes of one sample, put together from one timed layer of each shape"
+# A search is made where it takes less work than this, which a core does in about ten seconds; one that takes long is left.
+FLOPS_OF_A_SEARCH, SECONDS_OF_A_SEARCH = 5e11, 30.0
 
 
 def estimate(
@@ -44,7 +50,7 @@ def estimate(
     check(options, max_drop, "--dry-run")
     begun = time.perf_counter()
     dense, known = opened(options, progress, hub_options)
-    report = estimated(dense, known, options, progress, hub_options)
+    report = estimated(dense, known, options, progress, hub_options, Once())
     return replace(report, seconds=round(time.perf_counter() - begun, 1))
 
 
@@ -61,10 +67,10 @@ def estimate_several(
         check(replace(options, ratio=ratio), max_drop, "--dry-run")
     begun = time.perf_counter()
     dense, known = opened(options, progress, hub_options)
-    points, errors = [], []
+    points, errors, once = [], [], Once()
     for ratio in ratios:
         try:
-            found = estimated(dense, known, replace(options, ratio=ratio), progress, hub_options)
+            found = estimated(dense, known, replace(options, ratio=ratio), progress, hub_options, once)
             points.append(Point.of(ratio, found.to_json(), None))
         except DeadEnd as error:
             errors.append(error)
@@ -103,16 +109,19 @@ def opened(options: PruneOptions, progress: Progress, hub_options: HubOptions) -
 
 
 def estimated(
-    dense: Described, known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions
+    dense: Described, known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions, once: Once
 ) -> PruneReport:
-    """The report of one ratio."""
+    """The report of one ratio. once: what searches of other ratios have made."""
     method = METHODS[options.method]
     dense = with_modes(dense, options.modes)
     resolved = numbers_of(dense, replace(options, training=ResolvedTraining()))
     check_asked(dense, resolved)
     plan = with_score_rule(with_score_rows(dense.plan, options.score_rows, dense.family), method.tokens, dense.family)
     dense = replace(dense, plan=plan)
-    found = assumed(dense, resolved)
+    streamed = prune_streamed.exceeds(known, options, hub_options) is not None
+    alone = processes() == 1 and not streamed and not options.training.stage_share  # which trains while it searches
+    quick = alone and work_of_a_search(dense, resolved) <= FLOPS_OF_A_SEARCH
+    found = (quick and searched(known, options, progress, hub_options, once)) or assumed(dense, resolved)
     plan = found.plan.told_apart(dense.plan)
     params = Sizes(dense.params, dense.params_of(plan))
     report = describe(dense, plan, resolved, params)
@@ -124,7 +133,6 @@ def estimated(
     timed = latencies(dense, plan, device)
     many = [params.compact, *map(dense.params_of, found.others)]
     sizes = [written_size(dense, each, options.dtype) for each in many]
-    streamed = prune_streamed.exceeds(known, options, hub_options) is not None
     return replace(
         report,
         size_bytes=Sizes(folder_size(dense.source.folder), sizes[0]),
@@ -138,6 +146,54 @@ def estimated(
             peak_weights_bytes=largest_layers(dense) if streamed else 4 * (params.dense + params.compact),
         ),
     )
+
+
+def work_of_a_search(dense: Described, options: ResolvedOptions) -> float:
+    """FLOPs that a search takes, about: passes of the dense model over the calibration pairs, two for each plan or stage."""
+    looks = allocation.EXPECTED if options.looks is None else options.looks
+    steps = looks if METHODS[options.method].compares_plans else options.stages
+    pairs = options.num_samples + 2 * steps * options.stage_samples
+    return flops.count(dense.plan, dense.reference).total * pairs
+
+
+class _TooLong(Exception):
+    """A search has taken its time."""
+
+
+class _Hurried:
+    """Hears of a search in the place of the user, who hears its warnings, until its time is over."""
+
+    shows_bars = False
+
+    def __init__(self, progress: Progress):
+        self.warn, self.end = progress.warn, time.monotonic() + SECONDS_OF_A_SEARCH
+
+    def say(self, message: str) -> None:
+        """Nobody is told."""
+
+    @contextmanager
+    def track(self, title: str, total: int) -> Iterator[Bar]:
+        """A piece of work that is left when time is over."""
+        end = self.end
+
+        class Hurried(NoBar):
+            def advance(self, title: str | None = None, by: int = 1) -> None:
+                if time.monotonic() > end:
+                    raise _TooLong
+
+        yield Hurried()
+
+
+def searched(known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions, once: Once) -> Assumed | None:
+    """The plan that the run will find; None where it takes too long to be found. Raises what the run would of its data."""
+    progress.say("searching for the plan ...")
+    hurried = _Hurried(progress)
+    try:
+        opened = once("dense model", lambda: open_all(options, hurried, hub_options, known))
+        wanted = replace(opened.resolved, ratio=options.ratio or 0.0, training=ResolvedTraining())
+        return Assumed(seek(opened.dense, opened.pairs, wanted, None, hurried, once).state.plan, (), None)
+    except _TooLong:
+        return None
 
 
 def written_size(dense: Described, params: int, dtype: str | None) -> int:

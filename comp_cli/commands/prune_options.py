@@ -146,6 +146,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     check_effort(options)
     if DECODER not in method.drops_in or not method.only_tokens:
         given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
+        given += ["--refit"] * wanted.refit
         hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."
         raise UsageError(
             f"{given[0]} is for methods of image tokens in a decoder; --method {options.method} is none.", hint=hint
@@ -164,6 +165,10 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     for name in ("saliency", "compat"):
         if getattr(wanted, name) and options.method != "vitcop":
             raise UsageError(f"{flag(name)} is for --method vitcop.")
+    if wanted.refit and link:
+        raise UsageError("--refit changes weights, and --link leaves them those of the model.", hint="Leave one of them out.")
+    if wanted.refit and not has_pairs(options):
+        raise UsageError("--refit needs pairs to fit on.", hint="Name them with --data.")
     if idle := unused(options):
         said = f"{', '.join(idle)}: nothing changes for --method {options.method}, which keeps the weights of the model."
         raise UsageError(said, hint="Leave it out; --data measures the quality on pairs of yours.")
@@ -177,8 +182,8 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
     read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
-    if options.method == "random-token":
-        read = (*read, "seed")
+    refits = options.image_tokens is not None and options.image_tokens.refit
+    read = (*read, *["num_samples"] * refits, *["seed"] * (refits or options.method == "random-token"))
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]
     return [one for name in given for one in (_of_training(options) if name == "training" else [flag(name)])]
 

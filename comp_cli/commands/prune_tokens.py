@@ -1,15 +1,18 @@
 """`comp prune` where image tokens leave a decoder: a folder with the dense model's own weights and a schedule, in seconds.
 
-Weights are loaded only where there are pairs to measure on.
+Weights are loaded only where there are pairs to measure on, and changed only where they are to be refitted.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor, nn
 
+from ..checkpoint.loading import untied_state_dict
+from ..checkpoint.precision import checkpoint_dtypes, round_as_written
 from ..engine import flops, token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
@@ -17,20 +20,23 @@ from ..families import Family
 from ..files.outputs import atomic_folder, check_replaceable, check_room, reserve, resolve
 from ..files.store import folder_size
 from ..models.compact import write_report
-from ..models.dense import find_dense, open_dense
+from ..models.dense import Dense, find_dense, open_dense
 from ..models.described import Described, ImageShape, describe_dense, image_shape
-from ..models.pairs import choose_pairs, pair_counts
+from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..models.samples import Runs, of_scenes
 from ..models.token_folder import check_folder_loads, write_folder
-from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, TokenOptions, Training
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, TokenOptions, Training
 from ..plan import Plan, TokenStage
 from ..progress import Progress
 from ..report.base import Sizes, Streamed
 from ..report.cards import prune_command
+from ..report.numbers import mib
 from ..report.prune import ImageTokens, PruneReport
 from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
+from ..search.calibration import refit
 from ..search.processes import is_main_process, join, process_device
+from ..search.run import calibration_pairs
 from ..search.sharding import check_launch
 from . import threads
 from .judging import check_drop, compare
@@ -63,13 +69,13 @@ def prune_tokens(
     if dry_run or not is_main_process():  # of several processes one writes, and all measure
         report, _, plan = _report(options, progress, hub_options)
         measures = has_pairs(options) and not dry_run
-        return measured(report, options, plan, progress, hub_options)[0] if measures else report
+        return measured(report, options, plan, progress, hub_options).report if measures else report
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
         check_replaceable(output, overwrite)
         report, dense, plan = _report(options, progress, hub_options)
-        streamed: Streamed | None = None
+        found = Measured(report)
         more = {"revision": hub_options.revision, "max_drop": max_drop, "link": link}
         address = dense.source.address_from(output)
         report = replace(report, command=prune_command(options, **more), base_address=address)
@@ -77,18 +83,20 @@ def prune_tokens(
         if not link:
             check_room(output, weights, "a copy of the weights (--link makes none)")
         if has_pairs(options):
-            report, streamed = measured(report, options, plan, progress, hub_options)
+            found = measured(report, options, plan, progress, hub_options)
+            report = found.report
             assert report.quality is not None  # just measured
             check_drop(report, report.quality, max_drop, progress)
-        report = replace(report, image_tokens=_with_weights(report, "linked" if link else "copied"))
+        how = "linked" if link else "copied" if found.weights is None else "refitted"
+        report = replace(report, image_tokens=_with_weights(report, how))
         report = replace(report, size_bytes=Sizes(weights, weights))
         with atomic_folder(output, overwrite=overwrite) as folder:
             progress.say("writing ...")
             write_beside_weights(report.kept_samples, report.pictures, folder)
-            known = write_folder(folder, dense, plan, report.to_json(), linked=link, progress=progress)
+            known = write_folder(folder, dense, plan, report.to_json(), found.weights, linked=link, progress=progress)
             check_folder_loads(folder, dense)
             write_report(folder, kept_with_folder(report), plan, known, report.pictures)
-    return replace(ended(report, streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
+    return replace(ended(report, found.streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 
 
 def _report(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[PruneReport, Described, Plan]:
@@ -148,20 +156,32 @@ def warnings_of(dense: Described, options: PruneOptions, wanted: TokenOptions) -
     return found
 
 
-def measured(
-    report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions
-) -> tuple[PruneReport, Streamed | None]:
+@dataclass(frozen=True)
+class Measured:
+    """A report with what was measured. streamed: what was read layer by layer. weights: all of them, as they are written, where
+    some were refitted."""
+
+    report: PruneReport
+    streamed: Streamed | None = None
+    weights: dict[str, Tensor] | None = None
+
+
+def measured(report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions) -> Measured:
     """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now, or where
-    they do not fit, read layer by layer, and then what was streamed. Which tokens of scenes stay is heard where the weights
-    are loaded anyway."""
+    they do not fit, read layer by layer. Which tokens of scenes stay is heard where the weights are loaded anyway."""
+    refits = options.image_tokens is not None and options.image_tokens.refit
     if options.data.data is None:
         options = replace(options, eval_samples=options.eval_samples or SCENES)
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
     if found := exceeds(known, options, hub_options):
+        if refits:
+            hint = "Leave --refit out: models that are larger than memory keep their weights."
+            raise UsageError(f"--refit: the weights take {mib(found.needed_bytes)}, more than may be used.", hint=hint)
         quality, own = measure(options, plan, known, found, progress, hub_options)
-        return replace(
-            report, quality=quality, pairs=pair_counts(own), streamed=Streamed(found.needed_bytes), threads=threads.in_use()
-        ), found
+        own_pairs, needed = pair_counts(own), Streamed(found.needed_bytes)
+        return Measured(
+            replace(report, quality=quality, pairs=own_pairs, streamed=needed, threads=threads.in_use()), streamed=found
+        )
     dense = open_dense(
         options.model,
         progress,
@@ -174,11 +194,29 @@ def measured(
     pairs = choose_pairs(dense, options.data, progress, hub_options.cache_dir)
     resolved = resolve_defaults(dense, pairs, options, progress)
     threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
-    compact = dense.runtime(plan)
+    compact, weights = dense.runtime(plan), None
+    if refits:
+        weights = refitted(dense, compact, plan, pairs, resolved, progress)
     quality, _ = compare(dense, compact, pairs, resolved, progress)
     samples, pictures = of_scenes(compact, Runs(dense.family, dense.task, dense.collate_whole), progress)
     report = replace(report, threads=threads.in_use())
-    return replace(report, quality=quality, pairs=pair_counts(pairs), kept_samples=samples, pictures=pictures), None
+    report = replace(report, quality=quality, pairs=pair_counts(pairs), kept_samples=samples, pictures=pictures)
+    return Measured(report, weights=weights)
+
+
+def refitted(
+    dense: Dense, compact: nn.Module, plan: Plan, pairs: Pairs, options: ResolvedOptions, progress: Progress
+) -> dict[str, Tensor]:
+    """Fit the output projections behind the first stage anew, on calibration pairs (sequential_refit.py), in place; the weights
+    as they are written, to which those of `compact` are rounded."""
+    batches = calibration_pairs(dense, pairs, options, options.num_samples)
+    warn_cut_texts("calibration", cut_texts(batches, dense.text_tokens), progress, dense.longest)
+    with progress.track("refitting", len(plan.tower(dense.family.decoder_of_images[1].name).layers)) as bar:
+        refit(dense, compact, plan, batches, bar.advance)
+    dtypes = checkpoint_dtypes(dense.source.folder, dense.state)
+    round_as_written(compact, dtypes)
+    state = untied_state_dict(compact)
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

@@ -113,7 +113,8 @@ class ClockMeter:
         self.inputs = decoding.prompt_of(given) if self.writes else given
         self.own = None if self.dtype else of_the_whole(checkpoint_dtypes(dense.source.folder, dense.state), dense.state)
         what = "the prompt with its image (prefill)" if self.writes else "a forward pass"
-        threads = f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        number = torch.get_num_threads()
+        threads = f" with {number} thread{'s' * (number > 1)}" if self.device.type == "cpu" else ""
         self.on = f"{what} in torch on {self.device}{threads}, batch 1, {text_tokens} text tokens"
 
     def dense(self) -> Reading | None:

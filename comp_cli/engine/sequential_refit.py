@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..families import Family, Part, Tower
 from ..plan import Plan
-from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, TokenState, unmasked
+from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, CompactAttention, TokenState, unmasked
 from ..runtime.modeling_comp_vlm import DroppingLayer
 from ..runtime.token_selection import Selection, Stage
 from .recover import ridge_fit
@@ -253,18 +253,19 @@ def _refit_tower(
         with left_once(layer, own):
             if index >= first:
                 refit_layer(layer, tower, index, own, behind, summed)
-            for call in own:
-                call.step(layer, index)
+            else:
+                for call in own:
+                    call.step(layer, index)
         advance()
 
 
 def step_watched(layer: nn.Module, tower: Tower, index: int, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
     """Calls go through a layer of the dense model; of each the residual stream behind every part, (batch, tokens, dim)."""
     behind = []
-    for call in calls:
-        with watching(layer, tower) as seen:
+    with watching(layer, tower) as seen:
+        for call in calls:
             call.step(layer, index)
-        behind.append({part.name: seen[part.name].stream for part in tower.parts})
+            behind.append({part.name: seen[part.name].stream for part in tower.parts})
     return behind
 
 
@@ -293,20 +294,58 @@ def refit_layer(
     behind: Sequence[Mapping[str, Tensor]],
     summed: Sums = dict,
 ) -> None:
-    """Refit the output projections of a layer, one part after the other, to the streams of the dense model behind them."""
-    for part in tower.parts:
-        fit = Fit(reader_of(layer, part))
-        for own, streams in zip(calls, behind, strict=True):
-            with watching(layer, tower, last=part) as seen:
-                try:
-                    own.run(layer)
-                except _Reached:
-                    pass
+    """Refit the output projections of a layer, one part after the other, to the streams of the dense model behind them; then
+    the calls go through it."""
+    with attended_once(layer, tower) as begin:
+        for part in tower.parts:
+            fit = Fit(reader_of(layer, part))
             entry = part is tower.self_attention  # tokens go behind it
-            kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
-            found = seen[part.name]
-            fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
-        fit.replace(summed)
+            with watching(layer, tower, last=part) as seen:
+                for number, (own, streams) in enumerate(zip(calls, behind, strict=True)):
+                    begin(number)
+                    try:
+                        own.run(layer)
+                    except _Reached:
+                        pass
+                    kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
+                    found = seen[part.name]
+                    fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
+            fit.replace(summed)
+        for number, own in enumerate(calls):
+            begin(number)
+            own.step(layer, index)
+
+
+@contextmanager
+def attended_once(layer: nn.Module, tower: Tower) -> Iterator[Callable[[int], None]]:
+    """While the context is open, the attentions of comp's runtime say again what they said to a call first: what is fitted
+    lies behind them, and parts are fitted in their order. Yielded is who hears the number of the call that begins."""
+    found = (layer.get_submodule(part.module) for part in tower.parts if part.is_attention)
+    attentions = [module for module in found if isinstance(module, CompactAttention)]
+    said: dict[tuple[int, CompactAttention], tuple[Tensor, Tensor | None]] = {}
+    current = 0
+
+    def begin(number: int) -> None:
+        nonlocal current
+        current = number
+
+    def remembering(attention: CompactAttention) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        attend = attention.attend
+
+        def again(*args: Any) -> tuple[Tensor, Tensor | None]:
+            if (current, attention) not in said:
+                said[current, attention] = attend(*args)
+            return said[current, attention]
+
+        return again
+
+    try:
+        for attention in attentions:
+            attention.__dict__["attend"] = remembering(attention)
+        yield begin
+    finally:
+        for attention in attentions:
+            del attention.__dict__["attend"]
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoint.download_check import is_hash
 from ..checkpoint.header_check import as_named_now, check_shapes, on_meta, read_headers
 from ..checkpoint.loading import check_sizes, describe, load_processor
@@ -15,6 +17,7 @@ from ..checkpoint.runtimes import runtime_facts, runtime_of, ship
 from ..checkpoint.weight_files import check_checkpoint
 from ..errors import CompError
 from ..files.hand_on import copy, link
+from ..files.store import save_tensors
 from ..plan import PADDING, Plan
 from ..progress import Progress
 from ..report.card_pictures import save_example
@@ -45,10 +48,22 @@ TEMPLATES = "additional_chat_templates"
 
 
 def write_folder(
-    folder: Path, dense: Described, plan: Plan, document: dict[str, Any], *, linked: bool, progress: Progress
+    folder: Path,
+    dense: Described,
+    plan: Plan,
+    document: dict[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    linked: bool,
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Weights, config.json, runtime, processor files and model card. What a report says of the weights by their names."""
-    known = hand_on_weights(folder, dense, linked, progress)
+    """Weights, config.json, runtime, processor files and model card. weights: where they are not those of the dense model.
+    What a report says of the weights by their names, where it needs not read them."""
+    known = {}
+    if weights is None:
+        known = hand_on_weights(folder, dense, linked, progress)
+    else:
+        save_tensors(weights, folder / "model.safetensors")
     block = plan.comp_block(
         dense.family,
         dense.hf_config.to_dict(),

@@ -14,7 +14,8 @@ FIGURES = {"latency": "", "first_token": "first token, ", "token": "a token, "}
 def print_comparison(report: CompareReport, out: Printer) -> None:
     """Times, speed-ups, cost, what else changed, and the gate."""
     where = report.machine
-    title = f"{report.before} -> {report.after}: {report.baseline} on {where.name} ({where.device}, {where.threads} threads)"
+    threads = f"{where.threads} thread{'s' * (where.threads != 1)}"
+    title = f"{report.before} -> {report.after}: {report.baseline} on {where.name} ({where.device}, {threads})"
     columns = ["", "before, ms", "after, ms", "after / before", "95 % interval", "verdict"]
     out.table(title, columns, [_change(row) for row in report.changes])
     rows = [

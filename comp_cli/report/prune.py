@@ -162,11 +162,12 @@ class TokensLeft:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `--dry-run` expects of the run. No weights and no data were read: all numbers of the report are those of a plan that
-    was assumed, and of `[least, most]` those of other plans of the ratio.
+    """What `--dry-run` expects of the run. The plan is that of its search, where searching takes seconds; else no weights and
+    no data were read, all numbers of the report are those of a plan that was assumed, and of `[least, most]` those of other
+    plans of the ratio.
 
     Attributes:
-        assumed: what was assumed of the plan.
+        assumed: what was assumed of the plan; null where it is that of the search.
         params: parameters of the compact model, [least, most]; a run that finds a very uneven plan may end outside.
         size_bytes: bytes of its weights on the disk, [least, most].
         latency_ms: milliseconds of one sample, dense and compact; null where nothing was timed.
@@ -175,7 +176,7 @@ class Estimate:
         peak_weights_bytes: bytes of the weights that pruning holds in memory at most, dense and compact in fp32.
     """
 
-    assumed: str
+    assumed: str | None
     params: tuple[int, int]
     size_bytes: tuple[int, int]
     latency_ms: Values | None
@@ -194,7 +195,8 @@ class ImageTokens:
         stages: where they leave.
         step_flops: FLOPs of the first token that is written behind the reference input.
         kv_cache_bytes: keys and values behind the reference input, bytes, in the precision of the checkpoint.
-        weights: how they lie in the folder: "copied" or "linked" (hard links to the dense model's); left out by a dry run.
+        weights: how they lie in the folder: "copied", "linked" (hard links to the dense model's) or "refitted"; left out by a
+            dry run.
     """
 
     of: int

@@ -76,7 +76,7 @@ def print_plan(report: PruneReport, out: Printer) -> None:
         for row in report.layers
     ]
     columns = ["layer", "heads", "cross heads", "FFN channels", "tokens kept", "FLOPs"]
-    plan = "Plan" if report.estimate is None else "Assumed plan"
+    plan = "Plan" if report.estimate is None or report.estimate.assumed is None else "Assumed plan"
     out.table(f"{plan} for {report.base_model} at ratio {report.ratio:.3f} (kept / dense)", columns, rows)
     out.line(
         f"FLOPs {gflops(report.flops.dense)} -> {gflops(report.flops.compact)}, parameters {millions(report.params.dense)} -> "
@@ -111,12 +111,12 @@ def print_estimate(report: PruneReport, found: Estimate, out: Printer) -> None:
             [f"latency on {found.device}, ms", f"{ms.dense:.1f}", f"{ms.compact:.1f}", change(ms.dense, ms.compact), ""]
         )
     out.table("Estimate", ["", "dense", "compact", "change", "other plans"], rows)
-    out.line(f"Assumed: {found.assumed}. Weights take {mib(found.peak_weights_bytes)} of memory at most while pruning.")
+    said = "The plan is that of the search" if found.assumed is None else f"Assumed: {found.assumed}"
+    out.line(f"{said}. Weights take {mib(found.peak_weights_bytes)} of memory at most while pruning.")
     if found.latency_ms is None:
         out.line(f"No latency: {found.latency}.")
-    out.line(
-        f"Nothing was written (--dry-run), no data was read, {report.seconds or 0:.0f} s. --plan-only makes the real plan."
-    )
+    told = "" if found.assumed is None else " --plan-only makes the real plan."
+    out.line(f"Nothing was written (--dry-run), {report.seconds or 0:.0f} s.{told}")
 
 
 def stage_rows(found: ImageTokens) -> list[list[str]]:

@@ -51,7 +51,7 @@ def print_sweep(report: SweepReport, out: Printer) -> None:
     for line in remarks(report):
         out.line(line)
     if report.output is None:
-        out.line("Nothing was written (--dry-run): these are estimates, of plans that were assumed.")
+        out.line("Nothing was written (--dry-run): these are estimates.")
     else:
         out.line(f"{report.seconds or 0:.0f} s on {report.threads}.")
         out.line(f"Wrote {report.output}, the table in tradeoff.md, to look at in tradeoff.html.")

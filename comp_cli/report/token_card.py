@@ -15,7 +15,7 @@ from .prune_tables import in_words
 LEAST_TRANSFORMERS = TESTED[0]
 LIMITS = """## Limits
 
-- What is saved is computation behind the image encoder, and the KV cache. The weights are those of the dense model: as large
+- What is saved is computation behind the image encoder, and the KV cache. The weights are as large as those of the dense model,
   on the disk and in memory.
 - Small details go first. Text in pictures, documents and charts suffer more than questions about scenes: measure on pictures
   of yours, `comp prune ... --data pairs.jsonl`.
@@ -38,10 +38,12 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         for name, (sizes, spell) in saved.items()
     ]
     quality = document.get("quality")
+    fitted = "its own weights, but for output projections of the language model, which were fitted anew"
+    own = fitted if found.get("weights") == "refitted" else "its own weights"
     lines = [
         f"# {base}, {found['mean']:.0f} of {found['of']} image tokens",
         "",
-        f"{document['architecture']} with its own weights, made by comp {document['comp_version']}: image tokens leave its "
+        f"{document['architecture']} with {own}, made by comp {document['comp_version']}: image tokens leave its "
         f"language model by the method {options['method']}, {found['mean']:.2f} of {found['of']} are there, mean over layers.",
         "",
         "| stage | rule | image tokens that stay |",

@@ -54,7 +54,8 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
     print_streamed(report, out)
     if report.output is None:
         return out.line("Nothing was written (--dry-run).")
-    how = "hard links to those of the dense model" if found.weights == "linked" else "copies"
+    ways = {"linked": "hard links to those of the dense model", "refitted": "refitted"}
+    how = ways.get(found.weights or "", "copies")
     out.line(f"Wrote {report.output} in {report.seconds or 0:.1f} s; its weights are {how}.")
     out.line(
         f'Next: AutoModelForImageTextToText.from_pretrained("{report.output}", trust_remote_code=True); README.md says more.'

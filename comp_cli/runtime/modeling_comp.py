@@ -532,6 +532,17 @@ class CompactAttention(nn.Module):
             attention_mask = self.complete(None, hidden_states, cache.get_seq_length(self.layer_idx))
         else:
             attention_mask = self.complete(attention_mask, hidden_states)
+        context, scores = self.attend(hidden_states, attention_mask, encoder_hidden_states, cache)
+        return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        cache: EncoderDecoderCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the output projection reads, (batch, tokens, heads * head_dim), and the token scores."""
         query, key, value = self.project(hidden_states, encoder_hidden_states, cache)
         if self.share_images and encoder_hidden_states is not None and torch.onnx.is_in_onnx_export():
             key, value = share_images(key, query), share_images(value, query)
@@ -544,7 +555,7 @@ class CompactAttention(nn.Module):
         scores = None
         if self.token_scores is not None:
             scores = self.token_scores(query, key, self.head_dim, self.scale, attention_mask, self.head_mask)
-        return (context if self.out_name is None else getattr(self, self.out_name)(context)), scores
+        return context, scores
 
     def complete(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, past: int = 0) -> torch.Tensor | None:
         """The mask of a causal tower where transformers left it out, which it does where nothing is padded. past: tokens in

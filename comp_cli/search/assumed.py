@@ -30,11 +30,12 @@ LEAST, MOST = 0.2, 0.8  # shares of the reduction that tokens brought in nearly 
 
 @dataclass(frozen=True)
 class Assumed:
-    """plan: taken for that of the run. others: of the same ratio, between which its sizes are. words: how they were made."""
+    """plan: taken for that of the run. others: of the same ratio, between which its sizes are. words: how they were made; None
+    where the plan is that of the run."""
 
     plan: Plan
     others: tuple[Plan, ...]
-    words: str
+    words: str | None
 
 
 def assumed(dense: Dense | Described, options: ResolvedOptions) -> Assumed:

@@ -266,8 +266,9 @@ def through_compact(
                 with left_once(module, [*own, *judged]):
                     if index >= first:
                         refit_layer(module, tower, index, own, behind)
-                    for call in own:
-                        call.step(module, index)
+                    else:
+                        for call in own:
+                            call.step(module, index)
                     each(index, module)
                     for call in judged:
                         call.step(module, index)

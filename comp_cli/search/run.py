@@ -21,7 +21,7 @@ from ..models.described import Described, image_shape
 from ..models.pairs import Pairs, batches_of, cut_texts, warn_cut_texts
 from ..models.plan_file import PlanFile
 from ..models.streamed import StreamedDense
-from ..options import ResolvedOptions
+from ..options import ATTENTION, TOKEN_METHOD, ResolvedOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..report.base import Texts
@@ -286,8 +286,10 @@ def leaving_of(dense: Dense | Described, options: ResolvedOptions) -> Leaving | 
         hint = "Image tokens alone go by their number: --method pyramiddrop --tokens N, and others."
         raise UsageError(f"--method {options.method} with --ratio removes parameters, and no mode of them is on.", hint=hint)
     one_size = topology.images_of_one_size
-    found = Leaving(options.tokens_method, **images._asdict(), fixed_size=one_size, seed=options.seed)
-    if options.tokens_method and not found.possible:
+    found = Leaving(options.tokens_method or TOKEN_METHOD, **images._asdict(), fixed_size=one_size, seed=options.seed)
+    if options.tokens_method == ATTENTION or not (found.possible or options.tokens_method):
+        return replace(found, method=None)
+    if not found.possible:
         found.stages(0, images.image_tokens // 2)  # which says why
     return found
 
