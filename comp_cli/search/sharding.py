@@ -48,7 +48,7 @@ def _is_on(variable: str) -> bool:
 def _check_fsdp(training: Training) -> None:
     if not training.steps and training.epochs is None:
         said = "FSDP shares out the weights that are tuned, and nothing is tuned here: the search holds the whole model."
-        raise UsageError(said, hint=f"Give --steps N, or --epochs E. {DATA_PARALLEL}")
+        raise UsageError(said, hint=f"Tuning is --steps N or --epochs E, without --plan-only. {DATA_PARALLEL}")
     if training.stage_share:
         said = "--stage-share: stages slice whole matrices between their steps, which FSDP shares out."
         raise UsageError(said, hint=f"Leave it out, and the plan is tuned when it is found. {DATA_PARALLEL}")
