@@ -108,7 +108,10 @@ def explain(error: Exception) -> CompError:
         return CompError(
             f"the disk is full{where}.", hint="Free some space and run it again; TMPDIR names another scratch disk."
         )
-    if isinstance(error, MemoryError) or "allocate memory" in lines[0] or type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        hint = "A smaller --batch-size helps, or --device cpu: a decoder that is larger than memory too goes layer by layer."
+        return CompError(f"the GPU is out of memory ({lines[0]}).", hint=hint)
+    if isinstance(error, MemoryError) or "allocate memory" in lines[0]:
         return CompError(f"out of memory ({lines[0]}).", hint="A smaller --batch-size or a larger machine helps.")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
         hint = "What it said tells why. Start them together once more: the run goes on where it was."

@@ -1,7 +1,8 @@
 """Runs that one process or several do: `python tests/process_runs.py PLACE OUTPUT CASE...`, alone or by accelerate launch.
 
 PLACE holds the dense models and a table, see `prepare`; every case writes OUTPUT/CASE, and OUTPUT/CASE.json with its report.
-A case "slopes of CASE" writes the gradient of its first step of tuning.
+A case "slopes of CASE" writes the gradient of its first step of tuning. "shares of CASE" writes what each process holds while
+it tunes, and the weights of a tuning beside those of one that went on from its second step.
 """
 
 import json
@@ -49,7 +50,7 @@ def prepare(place: Path, *cases: str) -> None:
         match=lambda n: n % 2,
         answer=lambda n: ["red", "two blue", "a large red circle"][n % 3],
     )
-    for model in dict.fromkeys(CASES[case.removeprefix("slopes of ")][0] for case in cases):
+    for model in dict.fromkeys(CASES[case.removeprefix("slopes of ").removeprefix("shares of ")][0] for case in cases):
         tiny.write(model, place / model)
 
 
@@ -72,45 +73,98 @@ def run(place: Path, output: Path, case: str) -> None:
         (output / f"{case}.json").write_text(json.dumps(report.to_json()))
 
 
-def write_slopes(place: Path, output: Path, case: str) -> None:
-    """What the optimizer of a process is given in the first step of tuning the dense model."""
+def trainer_of(place: Path, case: str, steps: int) -> Any:
+    """A trainer of the dense model, whose weights were shaken: the features of an untouched one are at the minimum of their
+    distance from the teacher's."""
     import torch
-    from safetensors.torch import save_file
 
     from comp_cli.cli.output import Output
     from comp_cli.models.dense import open_dense
     from comp_cli.models.pairs import choose_pairs
     from comp_cli.options import DataOptions, ResolvedTraining
-    from comp_cli.search.processes import is_main_process, join
+    from comp_cli.search.processes import join
     from comp_cli.search.trainer import Trainer, training_batches
 
     join(torch.device("cpu"))
     given, quiet = given_of(place, case), Output("quiet")
     dense = open_dense(str(place / CASES[case][0]), quiet, text_tokens=12, task=given.get("task"))
-    # The features of an untouched model are at the minimum of their distance: what is trained is not the teacher.
-    training = ResolvedTraining(steps=1, batch_size=5, lr=1e-3)
+    training = ResolvedTraining(steps=steps, batch_size=5, lr=1e-3)
     columns = {name: given.get(name) for name in ("label_column", "answer_column")}
     pairs = choose_pairs(dense, DataOptions(str(place / "table.jsonl"), **columns), quiet)
     trainer = Trainer(dense, training, 0.5, lambda skip: training_batches(dense, pairs, training, 0, skip))
     random = torch.Generator().manual_seed(0)
     trainer.state = {name: w + 0.02 * torch.randn(w.shape, generator=random) for name, w in trainer.state.items()}
-    found = {}
+    return trainer
 
-    def remember(parameters: list[torch.Tensor], limit: float) -> None:
-        found.update({str(number): p.grad.clone() for number, p in enumerate(parameters) if p.grad is not None})
+
+def write_slopes(place: Path, output: Path, case: str) -> None:
+    """What the optimizer of a process is given in the first step of tuning the dense model."""
+    from safetensors.torch import save_file
+    from torch import Tensor
+
+    from comp_cli.cli.output import Output
+    from comp_cli.search.processes import is_main_process
+    from comp_cli.search.sharding import whole
+
+    trainer, found = trainer_of(place, case, 1), {}
+
+    def remember(parameters: list[Tensor], limit: float) -> None:
+        found.update({str(number): whole(p.grad).clone() for number, p in enumerate(parameters) if p.grad is not None})
 
     trainer.accelerator.clip_grad_norm_ = remember
-    trainer.tune(quiet, lambda: None)
+    trainer.tune(Output("quiet"), lambda: None)
     if is_main_process():
         save_file(found, output / f"slopes of {case}.safetensors")
 
 
+def write_shares(place: Path, output: Path, case: str) -> None:
+    """Bytes of weights, slopes and moments that a process holds; weights of two tunings, one of which goes on."""
+    from safetensors.torch import save_file
+
+    from comp_cli.cli.output import Output
+    from comp_cli.search.processes import is_main_process, rank
+
+    quiet, held, saved = Output("quiet"), {}, {}
+
+    def size(tensors: Any) -> int:
+        own = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+        storages = {
+            each.data_ptr(): each for each in (tensor.untyped_storage() for tensor in own)
+        }  # slopes of a layer have one
+        return sum(each.nbytes() for each in storages.values())
+
+    first = trainer_of(place, case, 4)
+    clip = first.accelerator.clip_grad_norm_
+
+    def weigh(parameters: list[Any], limit: float) -> Any:
+        held["weights"] = size(parameters)
+        held["slopes"] = size(p.grad for p in parameters if p.grad is not None)
+        return clip(parameters, limit)
+
+    def save() -> None:
+        held["moments"] = size(first.moments["exp_avg"].values())
+        tensors = {name: tensor.clone() for name, tensor in first.to_tensors().items()}  # of the first process
+        if first.done == 2:
+            saved.update(tensors)
+
+    first.accelerator.clip_grad_norm_ = weigh
+    first.tune(quiet, save)
+    second = trainer_of(place, case, 4)
+    second.restore(second.plan, 2, saved)
+    second.tune(quiet, lambda: None)
+    (output / f"shares of {case} {rank()}.json").write_text(json.dumps(held))
+    if is_main_process():
+        for name, trainer in (("whole", first), ("gone on", second)):
+            save_file(trainer.state, output / f"{name} {case}.safetensors")
+
+
+WRITERS = {"slopes of ": write_slopes, "shares of ": write_shares}
+
+
 def main(place: str, output: str, *cases: str) -> None:
     for case in cases:
-        if case.startswith("slopes of "):
-            write_slopes(Path(place), Path(output), case.removeprefix("slopes of "))
-        else:
-            run(Path(place), Path(output), case)
+        kind = next((begin for begin in WRITERS if case.startswith(begin)), "")
+        WRITERS.get(kind, run)(Path(place), Path(output), case.removeprefix(kind))
 
 
 if __name__ == "__main__":

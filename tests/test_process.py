@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from comp_cli import errors, signals
+from comp_cli.checkpoint.loading import pick_device
 from comp_cli.cli import app as cli
 from comp_cli.cli import streams
 from comp_cli.cli.app import app
-from comp_cli.errors import RefusedError, explain
+from comp_cli.errors import RefusedError, UsageError, explain
 from comp_cli.option_values import EMPTY_IS_NONE
 from comp_cli.options import flag
 
@@ -190,12 +192,22 @@ def test_a_current_folder_that_is_gone_is_said(words, tmp_path, monkeypatch):
         (RuntimeError("PytorchStreamWriter failed: No space left on device"), "the disk is full"),
         (MemoryError(), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU is out of memory (CUDA out"),
     ],
 )
 def test_what_the_machine_lacks_is_no_defect(error, said):
     found = explain(error)
     assert said in found.message and found.exit_code == 1 and "defect" not in found.hint
     assert "defect" in explain(KeyError("x")).hint
+
+
+def test_what_is_larger_than_a_gpu_is_told_where_it_fits():
+    """Layers are not spread over devices, as device_map="auto" does."""
+    assert "--device cpu" in explain(torch.OutOfMemoryError("CUDA out of memory.")).hint
+    for name in ("balanced", "cuda:0,cuda:1"):
+        with pytest.raises(UsageError, match="not a device") as refused:
+            pick_device(name)
+        assert "--device cpu" in refused.value.hint
 
 
 def test_a_full_disk_is_seen_through_what_libraries_wrap_around_it():

@@ -23,21 +23,25 @@ TUNED = ("retrieval, tuned",)
 SLOPES = tuple(f"slopes of {case}" for case in ("matching, tuned", "retrieval, tuned", "caption, tuned", "llava, tuned"))
 FEW = (*FREE, *TUNED, *SLOPES)
 OF_THE_RUN = ("seconds", "cost", "output")
-# --multi_gpu starts as many processes as are asked for, also where there is no GPU; --cpu starts one.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"]
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCHER += ["--dynamo_backend", "no", "--main_process_port", "0"]
+# Either starts as many processes as are asked for, also where there is no GPU; --cpu starts one.
+DATA_PARALLEL, SHARDED = ("--multi_gpu",), ("--use_fsdp", "--fsdp_version", "2")
+LAUNCH = [*LAUNCHER, *DATA_PARALLEL, "--num_processes"]
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def launched(count: int, *words: object, **more: object) -> subprocess.CompletedProcess[str]:
-    begin = [*LAUNCH, str(count)] if count > 1 else [sys.executable]
+def launched(
+    count: int, *words: object, how: tuple[str, ...] = DATA_PARALLEL, **more: object
+) -> subprocess.CompletedProcess[str]:
+    begin = [*LAUNCHER, *how, "--num_processes", str(count)] if count > 1 else [sys.executable]
     return subprocess.run([*begin, *map(str, words)], env=ALONE, capture_output=True, text=True, timeout=1500, **more)
 
 
-def runs(place: Path, count: int, cases: tuple[str, ...]) -> Path:
+def runs(place: Path, count: int, cases: tuple[str, ...], how: tuple[str, ...] = DATA_PARALLEL) -> Path:
     output = place / f"by {count}"
     output.mkdir()
-    done = launched(count, process_runs.__file__, place / "dense", output, *cases)
+    done = launched(count, process_runs.__file__, place / "dense", output, *cases, how=how)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
@@ -65,6 +69,7 @@ def check_equal(alone: Path, together: Path, case: str) -> None:
     if trained:
         for report in told:
             report["quality"].pop("divergence")
+            report.pop("kept_samples")  # ranks that trained weights give: two of nearly one score may change places
             report["stages"] = [(stage["mode"], stage["flops"]) for stage in report["stages"]]
     told = [{name: value for name, value in report.items() if name not in OF_THE_RUN} for report in told]
     assert told[0] == told[1]
@@ -80,14 +85,19 @@ def test_two_processes_do_what_one_does(few, case):
     check_equal(few[1], few[2], case)
 
 
-@pytest.mark.parametrize("case", SLOPES)
-def test_slopes_of_a_step_are_those_of_the_whole_batch(few, case):
-    """Five pairs in two processes: candidates of retrieval are all five, and every token of a text counts alike."""
-    alone, together = (load_file(few[count] / f"{case}.safetensors") for count in (1, 2))
+def check_slopes(one: Path, several: Path, case: str) -> None:
+    """To the rounding of fp32, in units of the largest."""
+    alone, together = (load_file(place / f"{case}.safetensors") for place in (one, several))
     assert alone.keys() <= together.keys()  # DDP gives zeros where nothing flows
     largest = max(float(slope.abs().max()) for slope in alone.values())
     for name, slope in alone.items():
         torch.testing.assert_close(together[name], slope, atol=1e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", SLOPES)
+def test_slopes_of_a_step_are_those_of_the_whole_batch(few, case):
+    """Five pairs in two processes: candidates of retrieval are all five, and every token of a text counts alike."""
+    check_slopes(few[1], few[2], case)
 
 
 @pytest.mark.slow
@@ -158,10 +168,11 @@ def test_processes_end_together(end, tiny_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
-def test_processes_go_on_where_they_were_killed(tiny_folder, tmp_path):
+@pytest.mark.parametrize("how", [DATA_PARALLEL, SHARDED], ids=["data-parallel", "sharded"])
+def test_processes_go_on_where_they_were_killed(how, tiny_folder, tmp_path):
     """In the midst of the tuning: the first one has the journal, the other one is told. The same bytes come out."""
     given = ["prune", tiny_folder, *LONG[:2], *LONG[6:], "--steps", "40", "--train-batch-size", "5", "--eval-samples", "4"]
-    words = [*LAUNCH, "2", "-m", "comp_cli", *map(str, given), "-o", str(tmp_path / "out")]
+    words = [*LAUNCHER, *how, "--num_processes", "2", "-m", "comp_cli", *map(str, given), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(words, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(lambda: list(tmp_path.glob(".out.journal.*.safetensors")) or process.poll() is not None, 300)
@@ -172,18 +183,18 @@ def test_processes_go_on_where_they_were_killed(tiny_folder, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert not (tmp_path / "out").exists()
     for name in ("out", "whole"):
-        done = launched(2, "-m", "comp_cli", *given, "-o", tmp_path / name)
+        done = launched(2, "-m", "comp_cli", *given, "-o", tmp_path / name, how=how)
         assert done.returncode == 0, done.stderr[-3000:]
         assert name == "whole" or "cost" not in json.loads(done.stdout)  # it did go on
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_DEEPSPEED"])
 def test_a_launcher_that_shares_out_weights_is_refused(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "true")
     result = CliRunner().invoke(app, ["prune", str(tiny_folder), "--ratio", "0.5", "-o", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "holds the whole model" in result.stderr
+    assert result.exit_code == 2 and "shares out no weights with it" in " ".join(result.stderr.split())
 
 
 # The parts ------------------------------------------------------------------------------------------------------------

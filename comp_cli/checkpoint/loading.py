@@ -46,7 +46,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: not a device.", hint="Use auto, cpu, cuda or cuda:0.") from None
+        hint = "Use auto, cpu, cuda or cuda:0. A model is on one device: what is larger than a GPU, --device cpu takes."
+        raise UsageError(f"--device {name}: not a device.", hint=hint) from None
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: comp runs on cpu and cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():

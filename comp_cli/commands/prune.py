@@ -36,6 +36,7 @@ from ..options import (
     PruneOptions,
     ResolvedOptions,
     ResolvedTraining,
+    Training,
 )
 from ..plan import Plan
 from ..progress import Progress
@@ -47,9 +48,10 @@ from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
 from ..search.once import Once
-from ..search.processes import check_launch, is_main_process, join, process_device, processes
+from ..search.processes import is_main_process, join, precision, process_device, processes
 from ..search.run import SearchResult, search
-from ..search.trainer import count_steps, precision
+from ..search.sharding import check_launch, is_sharded
+from ..search.trainer import count_steps
 from . import threads
 from .judging import check_drop, compare
 from .prune_options import check
@@ -106,7 +108,7 @@ def prune(
     check(options, max_drop, "--plan-only" if plan_only else None)
     if plan_only:
         check_plan_only(options, output, overwrite)
-    check_launch()
+    check_launch(Training() if plan_only else options.training)
     join(process_device(options.device))
     pick_dtype(options.dtype)
     how: dict[str, Any] = {"overwrite": overwrite, "plan_only": plan_only, "max_drop": max_drop, "hub_options": hub_options}
@@ -316,6 +318,7 @@ def surroundings(options: PruneOptions) -> dict[str, Any]:
     """What of the place and the versions is known at once."""
     return {
         "processes": processes(),
+        "sharded weights": is_sharded(),
         "comp": __version__,
         "torch": str(torch.__version__),
         "precision of the training": precision(options.training),

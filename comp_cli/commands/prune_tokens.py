@@ -25,7 +25,7 @@ from ..models.described import Described, ImageShape, describe_dense, image_shap
 from ..models.pairs import Pairs, choose_pairs, cut_texts, pair_counts, warn_cut_texts
 from ..models.samples import Runs, of_scenes
 from ..models.token_folder import check_folder_loads, write_folder
-from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, TokenOptions
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, TokenOptions, Training
 from ..plan import Plan, TokenStage
 from ..progress import Progress
 from ..report.base import Sizes, Streamed
@@ -35,8 +35,9 @@ from ..report.prune import ImageTokens, PruneReport
 from ..report.token_picture import write_beside_weights
 from ..report.token_tables import image_tokens
 from ..search.calibration import refit
-from ..search.processes import check_launch, is_main_process, join, process_device
+from ..search.processes import is_main_process, join, process_device
 from ..search.run import calibration_pairs
+from ..search.sharding import check_launch
 from . import threads
 from .judging import check_drop, compare
 from .prune import describe, kept_with_folder, resolve_defaults
@@ -63,7 +64,7 @@ def prune_tokens(
     Raises UsageError and RefusedError for what cannot be, and GateError where the metric falls by more than `max_drop` points
     on the pairs of `options.data`: then nothing is left."""
     check_tokens(options, max_drop, dry_run, link)
-    check_launch()
+    check_launch(Training())
     join(process_device(options.device))
     if dry_run or not is_main_process():  # of several processes one writes, and all measure
         report, _, plan = _report(options, progress, hub_options)

@@ -29,8 +29,9 @@ from ..report.sweep import Point, SweepReport, knee
 from ..report.sweep_tables import markdown
 from ..search.journal import Journal
 from ..search.once import Once
-from ..search.processes import check_launch, from_main, is_main_process, join, process_device
+from ..search.processes import from_main, is_main_process, join, process_device
 from ..search.run import calibration_pairs
+from ..search.sharding import check_launch
 from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
@@ -60,7 +61,7 @@ def sweep(
         raise UsageError(said, hint="Give one --ratio, or leave --max-memory out.")
     for ratio in ratios:
         check(replace(options, ratio=ratio), max_drop, None)
-    check_launch()
+    check_launch(options.training)
     join(process_device(options.device))
     pick_dtype(options.dtype)
     how: dict[str, Any] = {"overwrite": overwrite, "plan_only": False, "max_drop": max_drop, "hub_options": hub_options}

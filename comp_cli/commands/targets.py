@@ -23,16 +23,17 @@ from ..engine.methods import METHODS
 from ..errors import CompError, DeadEnd, GateError, RefusedError, UsageError
 from ..files.outputs import reserve, resolve
 from ..models.dense import Dense
-from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, Target
+from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, Target, Training
 from ..plan import Plan
 from ..progress import Progress, Recorder
 from ..report.base import Sizes
 from ..report.prune import PruneReport, RatioTried, Reading, TargetReached
 from ..search.journal import Journal
 from ..search.once import Once
-from ..search.processes import check_launch, from_main, is_main_process, join, process_device
+from ..search.processes import from_main, is_main_process, join, process_device
 from ..search.reach import nearest, reached
 from ..search.run import calibration_pairs, descent_of, prepare, seek, space_of, state_of
+from ..search.sharding import check_launch
 from ..search.training_free import State
 from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
@@ -73,7 +74,7 @@ def prune_to_target(
 
     Raises DeadEnd for a target out of reach, with what is in reach, and GateError where the model that was made misses it, or
     `max_drop`, after another step: nothing is written then."""
-    check_launch()
+    check_launch(Training() if dry_run else options.training)
     join(process_device(options.device))
     pick_dtype(options.dtype)
     how: dict[str, Any] = {"overwrite": overwrite, "plan_only": dry_run, "max_drop": max_drop, "hub_options": hub_options}

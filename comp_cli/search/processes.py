@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, distributed
 
 from ..checkpoint.loading import pick_device
-from ..errors import CompError, UsageError
+from ..errors import CompError
+from ..options import Training
 
 T = TypeVar("T")
 K = TypeVar("K")
-
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def processes() -> int:
@@ -46,18 +46,16 @@ def process_device(name: str) -> torch.device:
     return device
 
 
-def check_launch() -> None:
-    """Raises UsageError where the launcher was asked to share out the weights of a model: comp shares out the pairs."""
-    for variable, name in SHARDED.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            hint = "Launch it data-parallel, without a config of it: accelerate launch --multi_gpu --num_processes N."
-            raise UsageError(f"{name}: every process of comp holds the whole model, and shares out the pairs.", hint=hint)
+def precision(training: Training) -> str:
+    """The precision that a run trains in: what was asked for, else what `accelerate launch` was told."""
+    return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def join(device: torch.device) -> None:
     """Meet the others, if there are any. They wait long for one another: the first one writes alone. One that has ended is
     noticed at once."""
     if processes() > 1:
+        disable_fsdp_ram_efficient_loading()  # transformers would load the weights in the first one only, and all calibrate
         PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
 
 

@@ -9,7 +9,6 @@ them. Where nobody said what is right, the latter two alone.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,7 +35,8 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..tasks import comparison
 from .calibration import Calibration
-from .processes import joined, own_rows, processes, rank, tensors_from_main
+from .processes import joined, own_rows, precision, processes, rank, tensors_from_main
+from .sharding import average_slopes, is_sharded, shard, shared_out, whole, whole_on_main
 
 WARM_UP = 0.05  # of the steps
 CHECKPOINTS = 10  # of the tuning, in the journal
@@ -59,11 +59,6 @@ def check_training(training: Training) -> None:
         raise UsageError(f"--lr {training.lr}: expected a number between 0 and 1.")
     if training.mixed_precision not in (None, *MIXED_PRECISIONS):
         raise UsageError(f"--mixed-precision {training.mixed_precision}: expected one of {', '.join(MIXED_PRECISIONS)}.")
-
-
-def precision(training: Training) -> str:
-    """The precision that a run trains in: what was asked for, else what `accelerate launch` was told."""
-    return training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def count_steps(training: Training, task: tasks.Task, pairs: Pairs, progress: Progress) -> Training:
@@ -163,14 +158,28 @@ class Trainer:
 
         with progress.track("fine-tuning", end) as bar:
             bar.advance(by=self.done)
+            sharded = self._share_out() if is_sharded() and self.done < end else None
             while self.done < end:
-                model = self.dense.build(self.plan, self.state)
+                model = sharded or self.dense.build(self.plan, self.state)
                 steps = min(max(math.ceil((end - begin) / CHECKPOINTS), 1), end - self.done)
                 loss = self._train(model, steps, rate, lambda step: bar.advance())
                 bar.advance(f"fine-tuning, loss {loss:.3f}", by=0)
                 save()
         warn_cut_texts("fine-tuning", self.texts, progress, self.dense.longest)
+        self.moments = {}
+        self.state = {name: whole(tensor) for name, tensor in self.state.items()}
         return self.dense.build(self.plan, self.state).requires_grad_(False)
+
+    def _share_out(self) -> nn.Module:
+        """The model to be tuned, with its weights and moments shared out over the processes; they go on in `self.state` and
+        `self.moments`."""
+        model, names = self.dense.build(self.plan, self.state), set(self.state)
+        self.state = {}  # which is whole: layer by layer it becomes free
+        shard(model, self.dense.family)
+        self.state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in names}
+        parameters = dict(model.named_parameters())
+        self.moments = {kind: shared_out(self.moments.get(kind, {}), parameters) for kind in MOMENTS}
+        return model
 
     # Both ------------------------------------------------------------------------------------------------------------
 
@@ -182,16 +191,19 @@ class Trainer:
             self._stream = self.batches(self.done)
         model.train().requires_grad_(True)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        matrices = [p for p in names if p.ndim > 1]
-        others = [p for p in names if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        matrices, vectors, numbers = ([p for p in names if min(p.ndim, 2) == ndim] for ndim in (2, 1, 0))
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}]
+        groups += [{"params": found, "weight_decay": 0.0} for found in (vectors, numbers)]
         optimizer = torch.optim.AdamW(groups, lr=self.training.lr)
         if self.moments:
             for parameter, name in names.items():
                 if name in self.moments[MOMENTS[0]]:
                     known = {kind: self.moments[kind][name] for kind in MOMENTS}
                     optimizer.state[parameter] = known | {"step": torch.tensor(float(self.done))}
-        prepared, driver = self.accelerator.prepare(model, optimizer, device_placement=[False, False])
+        ready = (model, optimizer)
+        if not is_sharded():
+            ready = self.accelerator.prepare(*ready, device_placement=[False, False])
+        prepared, driver = ready
         loss = torch.tensor(math.nan)
         for _ in range(steps):
             self.done += 1
@@ -204,12 +216,14 @@ class Trainer:
             self.texts = replace(self.texts, cut=self.texts.cut + batch.cut, of=self.texts.of + batch.samples)
             loss = self._loss(prepared, batch)
             self.accelerator.backward(loss * processes())  # whose slopes are averaged, and are parts of one sum
+            if is_sharded():
+                average_slopes(numbers)
             self.accelerator.clip_grad_norm_(list(names), 1.0)
             driver.step()
             driver.zero_grad()
         if not math.isfinite(loss.item()):
             raise DeadEnd(f"the loss is {loss.item()} at step {self.done}.", hint="Try a smaller --lr.")
-        self.state = {name: tensor.detach() for name, tensor in untied_state_dict(model).items()}
+        self.state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in self.state}
         self.moments = {
             kind: {names[p]: found[kind] for p, found in optimizer.state.items() if kind in found} for kind in MOMENTS
         }
@@ -226,9 +240,9 @@ class Trainer:
         # On the CPU in half precision the fused kernel's backward pass is the slower one.
         slow = weight.device.type == "cpu" and self.accelerator.mixed_precision != "no"
         task = self.dense.task
-        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext(), self.accelerator.autocast():
             here = task.forward(model, inputs)
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad():
                 there = task.forward(self.teacher, inputs)
         read, wanted = (joined(tuple(part[:0] if none else part for part in parts)) for parts in (here, there))
         rankings = task.rankings(read, batch.labels)
@@ -242,15 +256,19 @@ class Trainer:
     # The journal -----------------------------------------------------------------------------------------------------
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Weights and moments, by name; with the plan and the number of steps all that the next step depends on."""
+        """Weights and moments, by name; with the plan and the number of steps all that the next step depends on. Where they are
+        shared out the first process has them, and all have to ask."""
         kinds = {"weight": self.state, **self.moments}
-        return {f"{kind}/{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
+        named = {f"{kind}/{name}": tensor for kind, found in kinds.items() for name, tensor in found.items()}
+        return whole_on_main(named) if is_sharded() else named
 
     def restore(self, plan: Plan, done: int, tensors: dict[str, Tensor]) -> None:
         """Go on from a journal; `tensors`: what the first process read of it."""
-        kinds: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors_from_main(tensors, self.device).items():
+        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weight", *MOMENTS)}
+        for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
-            kinds.setdefault(kind, {})[rest] = tensor
-        self.state, self.plan, self.done = kinds.pop("weight"), plan, done
-        self.moments = kinds
+            kinds[kind][rest] = tensor
+        self.state, self.plan, self.done = tensors_from_main(kinds.pop("weight"), self.device), plan, done
+        if not is_sharded():  # else they wait until the weights are shared out
+            kinds = {kind: tensors_from_main(found, self.device) for kind, found in kinds.items()}
+        self.moments = {kind: found for kind, found in kinds.items() if found}

@@ -76,12 +76,10 @@ class Trained:
 
     def save(self, state: State) -> None:
         """A stage is done, or a part of the tuning."""
-        if self.journal is None:
-            return
-        if self.trainer.done or self.stage_steps:
-            self.journal.save(state.to_json() | {"steps": self.trainer.done}, self.trainer.to_tensors())
-        else:
-            self.journal.save(state.to_json())
+        steps = {"steps": self.trainer.done} if self.trainer.done or self.stage_steps else {}
+        tensors = self.trainer.to_tensors() if steps else None  # all processes put them together
+        if self.journal is not None:
+            self.journal.save(state.to_json() | steps, tensors)
 
     def build(self, plan: Plan) -> nn.Module:
         """The model of the plan that was found."""
