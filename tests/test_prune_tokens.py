@@ -15,6 +15,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from test_schema import strict
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ from comp_cli.models.dense import open_dense
 from comp_cli.models.described import describe_dense
 from comp_cli.plan import PADDING, Plan, TokenStage
 from comp_cli.progress import Silent
+from comp_cli.search import calibration
 
 TOKENS = 36  # of an image of the tiny LLaVA
 ASKED = "user <image> a red circle a"
@@ -447,6 +449,86 @@ def test_only_output_projections_behind_the_first_stage_are_fitted_anew(dense, f
     assert fitted[0].image_tokens.weights == "refitted" and fitted[0].params.compact == fitted[0].params.dense
 
 
+def test_the_size_of_a_refitted_folder_is_that_of_its_file(fitted):
+    size = (fitted[1] / "model.safetensors").stat().st_size
+    kept = json.loads((fitted[1] / "comp_report.json").read_text())
+    assert size == fitted[0].size_bytes.compact == kept["size_bytes"]["compact"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_refitted_folder_has_the_precision_of_its_checkpoint(dtype, tmp_path):
+    """In its file, and where transformers loads it; embeddings that are tied are written once."""
+    model = tiny.llava(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    model.to(dtype).eval().save_pretrained(tmp_path / "dense")
+    tiny.llava_processor().save_pretrained(tmp_path / "dense")
+    data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "blue" if n % 2 else "red")
+    how = {"tokens": 9, "data": data, "num_samples": 4, "eval_samples": 4}
+    comp_cli.prune(tmp_path / "dense", refit=True, output=tmp_path / "compact", **how)
+    written = load_file(tmp_path / "compact" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {dtype} and "lm_head.weight" not in written
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "compact", trust_remote_code=True, dtype="auto"
+    ).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
+
+
+def test_the_first_projection_is_that_of_least_squares_by_hand(dense, tmp_path, monkeypatch):
+    """Out of the stock model's streams, at the positions of the tokens that stay; texts are of one length."""
+    data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "blue" if n % 2 else "red")
+    how = {"method": "stride", "token_stages": "0:12", "data": data, "eval_samples": 4, "batch_size": 2}
+    given: list[dict[str, torch.Tensor]] = []
+    streams = calibration.streams_of_dense
+
+    def listen(*args):
+        found = streams(*args)
+        given.extend({name: tensor.clone() for name, tensor in batch.items()} for batch in found.batches)
+        return found
+
+    monkeypatch.setattr(calibration, "streams_of_dense", listen)
+    comp_cli.prune(dense, refit=True, num_samples=6, output=tmp_path / "compact", **how)
+    comp_cli.prune(dense, output=tmp_path / "plain", **how)
+    stock = transformers.LlavaForConditionalGeneration.from_pretrained(dense).eval()
+    plain, fitted = (comp_cli.load(tmp_path / name).eval() for name in ("plain", "compact"))
+    (own, before), (all_, after) = watched(plain, given), watched(stock, given)
+    rows, wanted = [], []
+    for few, many in zip(own, all_, strict=True):
+        stay = [many["angles"].eq(angle).all(-1).nonzero().item() for angle in few["angles"]]
+        assert len(stay) == len(many["angles"]) - 36 + 12
+        rows.append(few["inner"].flatten(0, 1))
+        wanted.append((many["behind"][:, stay] - few["entering"]).flatten(0, 1))
+    x, y = torch.cat(rows).double(), torch.cat(wanted).double()
+    ridge = 3e-2 * (x * x).sum(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    right = torch.linalg.solve(x.T @ x + ridge, x.T @ y + ridge @ before.double().T).T
+    found = projection(fitted).weight
+    assert sum(len(batch["input_ids"]) for batch in given) == 6 and torch.equal(before, after)
+    assert (found - before).norm() > 1 and torch.allclose(found.double(), right, atol=1e-4)
+
+
+def projection(model):
+    return model.model.language_model.layers[0].self_attn.o_proj
+
+
+def watched(model, batches):
+    """Of layer 0: what enters, what its o_proj reads, what lies behind it, and the positions; and the weights of o_proj."""
+    layer, seen, found = model.model.language_model.layers[0], {}, []
+    hooks = [
+        layer.input_layernorm.register_forward_pre_hook(lambda _, args: seen.update(entering=args[0])),
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.update(inner=args[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.update(behind=args[0])),
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, options: seen.update(angles=options["position_embeddings"][0][0]), with_kwargs=True
+        ),
+    ]
+    with torch.inference_mode():
+        for batch in batches:
+            assert batch["attention_mask"].all()
+            model(**batch)
+            found.append(dict(seen))
+    for hook in hooks:
+        hook.remove()
+    return found, layer.self_attn.o_proj.weight
+
+
 def test_refitting_brings_the_residual_stream_back(dense, fitted, tmp_path):
     """On the pairs that it was fitted on, at the last token: nearer to the dense model than with the weights as they were."""
     comp_cli.prune(dense, method="pyramiddrop", token_stages="1:12,3:4", output=tmp_path / "plain")
@@ -471,6 +553,12 @@ def test_the_card_and_the_terminal_say_that_weights_were_fitted(fitted, capsys):
     print_tokens_pruned(fitted[0], fitted[0].image_tokens, Output())
     assert "its weights are refitted" in " ".join(capsys.readouterr().out.split())
     jsonschema.validate(fitted[0].to_json(), strict("prune"))
+
+
+def test_a_dry_run_sends_nobody_who_named_pairs_for_pairs(dense, tmp_path):
+    data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "red")
+    said = " ".join(run(dense, "--tokens", 9, "--refit", "--data", data, "--dry-run").stdout.split())
+    assert "the run without --dry-run does that" in said and "--data with pairs" not in said
 
 
 # Families ----------------------------------------------------------------------------------------------------------------
@@ -574,6 +662,7 @@ MISTAKES = {
     "another task": (["--method", "vitcop", "--tokens", "9", "--task", "retrieval"], "--task retrieval"),
     "refitted on nothing": (["--tokens", "9", "--refit"], "--refit needs pairs"),
     "refitted links": (["--tokens", "9", "--refit", "--link", "--data", "pairs.jsonl"], "--link leaves them"),
+    "refitted by training": (["--tokens", "9", "--refit", "--data", "pairs.jsonl", "--steps", "5"], "--refit fits weights"),
     "refit of a ratio": (["--ratio", "0.5", "--refit"], "--refit is for methods of image tokens"),
 }
 

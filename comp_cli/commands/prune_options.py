@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from ..checkpoint.hub import DEMOS
 from ..engine.methods import DECODER, ENCODER, METHODS, find_method, methods_for
 from ..errors import UsageError
-from ..options import EFFORTS, SALIENCIES, PruneOptions, Target, TargetOptions, TokenOptions, flag
+from ..options import EFFORTS, SALIENCIES, TOKEN_METHOD, PruneOptions, Target, TargetOptions, TokenOptions, flag
 from ..search.trainer import check_training
 
 AMOUNTS = "--tokens, --tokens-share or --token-stages"
@@ -147,7 +147,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     if DECODER not in method.drops_in or not method.only_tokens:
         given = [*wanted.amounts, *["--link"] * link, *["--compat"] * wanted.compat, *["--saliency"] * bool(wanted.saliency)]
         given += ["--refit"] * wanted.refit
-        hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}."
+        hint = f"They are {', '.join(methods_for(DECODER, only_tokens=True))}; --tokens N alone takes {TOKEN_METHOD}."
         raise UsageError(
             f"{given[0]} is for methods of image tokens in a decoder; --method {options.method} is none.", hint=hint
         )
@@ -170,8 +170,11 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     if wanted.refit and not has_pairs(options):
         raise UsageError("--refit needs pairs to fit on.", hint="Name them with --data.")
     if idle := unused(options):
-        said = f"{', '.join(idle)}: nothing changes for --method {options.method}, which keeps the weights of the model."
-        raise UsageError(said, hint="Leave it out; --data measures the quality on pairs of yours.")
+        why = "and --refit fits weights in closed form" if wanted.refit else "which keeps the weights of the model"
+        said = f"{', '.join(idle)}: nothing changes for --method {options.method}, {why}."
+        raise UsageError(
+            said, hint="Leave it out" + ("." if wanted.refit else "; --data measures the quality on pairs of yours.")
+        )
     if max_drop is not None and not has_pairs(options):
         raise UsageError("--max-drop needs pairs to measure on.", hint="Name them with --data.")
     if max_drop is not None and (dry_run or not 0 <= max_drop <= 100):

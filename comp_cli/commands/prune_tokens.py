@@ -89,13 +89,14 @@ def prune_tokens(
             check_drop(report, report.quality, max_drop, progress)
         how = "linked" if link else "copied" if found.weights is None else "refitted"
         report = replace(report, image_tokens=_with_weights(report, how))
-        written = weights if found.weights is None else sum(tensor.nbytes for tensor in found.weights.values())
-        report = replace(report, size_bytes=Sizes(weights, written))
+        report = replace(report, size_bytes=Sizes(weights, weights))
         with atomic_folder(output, overwrite=overwrite) as folder:
             progress.say("writing ...")
             write_beside_weights(report.kept_samples, report.pictures, folder)
             known = write_folder(folder, dense, plan, report.to_json(), found.weights, linked=link, progress=progress)
             check_folder_loads(folder, dense)
+            if found.weights is not None:
+                report = replace(report, size_bytes=Sizes(weights, folder_size(folder)))
             write_report(folder, kept_with_folder(report), plan, known, report.pictures)
     return replace(ended(report, found.streamed), output=typed, seconds=round(time.perf_counter() - started, 1))
 

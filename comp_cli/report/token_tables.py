@@ -49,6 +49,8 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
     out.line(f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-accumulates.")
     if report.quality is not None:
         out.line(f"Quality on {report.quality.data}, on {report.threads}.")
+    elif report.options.data.data is not None:
+        out.line("No quality was measured: the run without --dry-run does that.")
     else:
         out.line("No quality was measured: --data with pairs of yours does that.")
     print_streamed(report, out)
