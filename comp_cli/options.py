@@ -434,6 +434,11 @@ class PruneOptions(Checked):
     push_to_hub: str | None = field(default=None, metadata={"if_known": True})
     private: bool = field(default=False, metadata={"unwritten": True})
 
+    @property
+    def refits(self) -> bool:
+        """Whether weights are refitted where image tokens go by their number."""
+        return self.image_tokens is not None and self.image_tokens.refit
+
 
 @dataclass(frozen=True)
 class ResolvedOptions(PruneOptions):

@@ -64,6 +64,11 @@ def round_as_written(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Non
         weights[name].data = weights[name].data.to(dtype).to(weights[name].dtype)
 
 
+def as_written(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The tensors of a model in the precision that they have in its file; those that are no floats as they are."""
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
+
+
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with its matrices in another precision, and scalars in fp32; in place."""
     scalars = {name: p.data.float() for name, p in model.named_parameters() if p.is_floating_point() and p.numel() == 1}

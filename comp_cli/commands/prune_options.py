@@ -185,8 +185,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
     read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
-    refits = options.image_tokens is not None and options.image_tokens.refit
-    read = (*read, *["num_samples"] * refits, *["seed"] * (refits or options.method == "random-token"))
+    read = (*read, *["num_samples"] * options.refits, *["seed"] * (options.refits or options.method == "random-token"))
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]
     return [one for name in given for one in (_of_training(options) if name == "training" else [flag(name)])]
 

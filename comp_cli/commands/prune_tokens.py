@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..checkpoint.loading import untied_state_dict
-from ..checkpoint.precision import checkpoint_dtypes, round_as_written
+from ..checkpoint.precision import as_written, checkpoint_dtypes, round_as_written
 from ..engine import flops, token_schedules
 from ..engine.methods import check_fits
 from ..errors import UsageError
@@ -171,12 +171,11 @@ class Measured:
 def measured(report: PruneReport, options: PruneOptions, plan: Plan, progress: Progress, hub_options: HubOptions) -> Measured:
     """The report with the quality of both models on the user's pairs, or on scenes: the weights are loaded now, or where
     they do not fit, read layer by layer. Which tokens of scenes stay is heard where the weights are loaded anyway."""
-    refits = options.image_tokens is not None and options.image_tokens.refit
     if options.data.data is None:
         options = replace(options, eval_samples=options.eval_samples or SCENES)
     known = find_dense(options.model, progress, options.task, lambda config, family, architecture: None, hub_options)
     if found := exceeds(known, options, hub_options):
-        if refits:
+        if options.refits:
             hint = "Leave --refit out: models that are larger than memory keep their weights."
             raise UsageError(f"--refit: the weights take {mib(found.needed_bytes)}, more than may be used.", hint=hint)
         quality, own = measure(options, plan, known, found, progress, hub_options)
@@ -197,7 +196,7 @@ def measured(report: PruneReport, options: PruneOptions, plan: Plan, progress: P
     resolved = resolve_defaults(dense, pairs, options, progress)
     threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
     compact, weights = dense.runtime(plan), None
-    if refits:
+    if options.refits:
         weights = refitted(dense, compact, plan, pairs, resolved, progress)
     quality, _ = compare(dense, compact, pairs, resolved, progress)
     samples, pictures = of_scenes(compact, Runs(dense.family, dense.task, dense.collate_whole), progress)
@@ -217,8 +216,7 @@ def refitted(
         refit(dense, compact, plan, batches, bar.advance)
     dtypes = checkpoint_dtypes(dense.source.folder, dense.state)
     round_as_written(compact, dtypes)
-    state = untied_state_dict(compact)
-    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
+    return as_written(untied_state_dict(compact), dtypes)
 
 
 def _with_weights(report: PruneReport, how: str) -> ImageTokens:

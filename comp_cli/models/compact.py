@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from ..checkpoint.loading import load_model, load_processor, quiet_libraries, save_processor, untied_state_dict
 from ..checkpoint.places import copy_settings, without_places
-from ..checkpoint.precision import of_the_whole
+from ..checkpoint.precision import as_written, of_the_whole
 from ..checkpoint.runtimes import runtime_facts, ship
 from ..data.batches import Batch
 from ..engine.slicing import padded
@@ -38,8 +38,7 @@ def write_checkpoint(
     """config.json, weights, runtime, processor files and model card; of a uniform plan those of a stock class, without runtime.
     dtypes: of every floating-point tensor."""
     state = untied_state_dict(compact)
-    tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    save_tensors(as_written(state, dtypes), folder / "model.safetensors")
     write_beside(folder, dense, plan, document, of_the_whole(dtypes, state), dense.family.topology.facts(compact))
 
 
