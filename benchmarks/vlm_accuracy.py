@@ -168,7 +168,6 @@ def model_of(dense: Dense, method: str, plan: Plan, seed: int) -> nn.Module:
 RATIO_METHODS = {  # name -> options of `comp prune`
     "comp": {},
     "comp, tokens by attention": {"tokens_method": "attention"},
-    "comp, tokens only": {"modes": ("image_tokens",)},
     "comp, parameters only": {"modes": ("language_params", "vision_params")},
     "comp, all modes": {"modes": ("image_tokens", "language_params", "vision_params")},
     "wanda": {"method": "wanda"},
