@@ -377,9 +377,12 @@ def prune(
         from .commands.publishing import and_push, check_single
         from .commands.sweep import sweep
         from .commands.targets import prune_to_target
+        from .data.sources import check_place
 
         ways: dict[str, Any] = {"plan": plan, "plan_only": plan_only, "dry_run": dry_run}
         check_ways(options, targets, several=isinstance(ratios, tuple), link=link, **ways)
+        if dry_run and options.data.data is not None:
+            check_place(options.data.data)  # the run would read it
         how: dict[str, Any] = {"max_drop": max_drop, "hub_options": hub}
         pushed: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run}
         if plan is not None:

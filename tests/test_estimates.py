@@ -57,9 +57,14 @@ def test_a_search_that_takes_too_long_is_left(tiny_folder, monkeypatch):
     assert "of the reduction" in report.estimate.assumed and report.estimate.params[0] < report.estimate.params[1]
 
 
-def test_data_of_a_search_is_refused_as_by_the_run(tiny_folder, tmp_path):
-    with pytest.raises(UsageError, match="nowhere.jsonl"):
-        comp_cli.prune(tiny_folder, ratio=0.4, dry_run=True, data=tmp_path / "nowhere.jsonl", **FAST)
+WAYS = {"search": {"ratio": 0.4}, "several": {"ratio": (0.3, 0.4)}, "target": {"target_speedup": 1.5}, "tokens": {"tokens": 9}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_data_that_is_not_there_is_refused_as_by_the_run(way, tmp_path, assumes):
+    dense = tiny.write("llava" if way == "tokens" else "clip", tmp_path / "dense")
+    with pytest.raises(UsageError, match=r"nowhere\.jsonl: no such file"):
+        comp_cli.prune(dense, dry_run=True, data=tmp_path / "nowhere.jsonl", **WAYS[way])
 
 
 @pytest.mark.parametrize("method", ["wanda", "obs", "token", "joint", "comp-paper"])

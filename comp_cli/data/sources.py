@@ -39,14 +39,12 @@ def open_pairs(
 
     `split` is the one to calibrate on. Raises UsageError for a path that does not exist or a file of an unknown kind,
     RefusedError for data that holds no pairs or cannot be read, CompError where the hub cannot be reached."""
-    path, name = Path(data).expanduser(), re.sub("^(hf://|https://huggingface.co/)datasets/", "", data)
+    path, name = check_place(data)
     quiet_datasets(progress)
     if path.exists():
         if revision is not None:
             raise UsageError(f"--revision {revision} needs a hub data set; {data} is a local path.")
         splits, roots = open_files(path.absolute(), progress)
-    elif path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"--data {data}: no such file or folder.")
     else:
         splits, root = open_hub(name, revision, cache_dir)
         roots = dict.fromkeys(splits, root)
@@ -54,6 +52,14 @@ def open_pairs(
     for between in sorted({found for table in splits.values() if isinstance(table, TextTable) for found in table.separators()}):
         progress.say(f"{shown}: cells are separated by {between!r}")
     return split_by_column(PairSet(shown, splits, roots, columns or Columns(), split, progress))
+
+
+def check_place(data: str) -> tuple[Path, str]:
+    """The path and the name on the hub that `data` may be. Raises UsageError where it must be a path, and nothing is there."""
+    path, name = Path(data).expanduser(), re.sub("^(hf://|https://huggingface.co/)datasets/", "", data)
+    if not path.exists() and (path.suffix.lower() in KINDS or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UsageError(f"--data {data}: no such file or folder.")
+    return path, name
 
 
 def open_files(path: Path, progress: Progress) -> tuple[Mapping[str, Table], Mapping[str, Root]]:
