@@ -284,6 +284,7 @@ def pretend(count: int = 2, room: int = ROOM) -> Iterator[Memory]:
         "is_bf16_supported": lambda *args, **options: True,
         "_lazy_init": lambda: None,
         "device_count": lambda: count,
+        "memory_reserved": lambda device=None: memory.alive[number(device)],
         "current_device": lambda: current,
         "set_device": choose,
         "synchronize": lambda device=None: number(device) and None,
