@@ -62,6 +62,7 @@ def test_a_model_that_no_gpu_could_hold_becomes_what_it_becomes_in_memory(deep, 
     with pretend(room=whole - 1) as memory:
         through = comp_cli.prune(deep, ratio=0.3, output=tmp_path / "gpu", device=GPU, **HOW)
         assert memory.peak[0] == 0 and 0 < memory.peak[1] < whole / 2  # of it two of 24 layers; the most are Gram matrices
+        gc.collect()
         assert memory.alive[1] < whole / 100  # nothing stays
         assert through.streamed.peak_bytes == memory.peak[1]
     assert inside.streamed is None
@@ -89,6 +90,16 @@ def test_token_methods_are_measured_through_the_gpu(deep, tmp_path):
     assert through.streamed.device == GPU and inside.streamed is None
     assert through.quality.divergence == pytest.approx(inside.quality.divergence, rel=1e-3)
     assert through.quality.metrics["token accuracy"] == inside.quality.metrics["token accuracy"]
+
+
+@pytest.mark.gpu
+def test_on_a_real_gpu_the_way_layer_by_layer_ends_where_that_in_memory_does(deep, tmp_path):
+    inside = comp_cli.prune(deep, ratio=0.3, output=tmp_path / "memory", device="cuda", **HOW)
+    through = comp_cli.prune(deep, ratio=0.3, output=tmp_path / "layers", device="cuda", max_memory=size(deep) - 1, **HOW)
+    assert inside.streamed is None and through.streamed.device == "cuda:0"
+    assert 0 < through.streamed.peak_bytes == torch.cuda.max_memory_allocated("cuda:0")
+    assert through.plan == inside.plan
+    same_weights(tmp_path / "layers", tmp_path / "memory")
 
 
 @pytest.mark.slow

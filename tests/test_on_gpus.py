@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from pretended_gpus import gpus, pretend  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import comp_cli
 from comp_cli.measure import memory, memory_process
+from comp_cli.search.trainer import Trainer
 
 GPU = "cuda:1"
 FEW = {"num_samples": 4, "eval_samples": 4, "text_tokens": 8, "batch_size": 2}
@@ -61,6 +63,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def with_data(options: dict[str, Any], home: Path) -> dict[str, Any]:
+    if not options.get("data"):
+        return options
+    data = tiny.table(home, question=lambda n: "a red circle", answer=lambda n: ["red", "blue"][n % 2])
+    return options | {"data": data, "text_column": "question", "answer_column": "answer"}
+
+
 def same(found: Any, expected: Any) -> None:
     """Two documents, numbers to rounding."""
     if isinstance(expected, dict):
@@ -77,9 +86,7 @@ def same(found: Any, expected: Any) -> None:
 def test_what_is_pruned_there_is_what_is_pruned_here(name, tmp_path):
     family, options = (CASES | MORE)[name]
     folder = tiny.write(family, tmp_path / "dense")
-    if options.get("data"):
-        data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: ["red", "blue"][n % 2])
-        options |= {"data": data, "text_column": "question", "answer_column": "answer"}
+    options = with_data(options, tmp_path)
     with sdpa_kernel(SDPBackend.MATH):  # which is the one that a pretended GPU has
         here, expected = prune(folder, family, tmp_path, "cpu", **options)
     with pretend() as memory:
@@ -91,6 +98,39 @@ def test_what_is_pruned_there_is_what_is_pruned_here(name, tmp_path):
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(tensors[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_gpu_prunes_to_what_is_asked(name, tmp_path):
+    """Random weights have near ties, which its rounding decides otherwise: the plan is another, not its size and its worth."""
+    family, options = CASES[name]
+    folder = tiny.write(family, tmp_path / "dense")
+    options = with_data(options, tmp_path)
+    (here, expected), (there, found) = (prune(folder, family, tmp_path, device, **options) for device in ("cpu", "cuda"))
+    assert found["ratio"] == pytest.approx(expected["ratio"], abs=0.01)
+    assert found["quality"]["divergence"] == pytest.approx(expected["quality"]["divergence"], rel=0.5, abs=0.05)
+    assert weights(there).keys() == weights(here).keys() and comp_cli.load(there, device="cuda")
+
+
+def test_runs_of_one_program_train_where_and_how_each_is_told(tmp_path, monkeypatch):
+    """accelerate has one state a process, which the first who asks would settle for all."""
+    real, seen = Trainer._loss, []
+
+    def remembering(self, model, batch):
+        seen.append((self.accelerator.device.type, self.accelerator.mixed_precision))
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", remembering)
+    folder, ways = tiny.write("clip-text", tmp_path / "dense"), [("cpu", "no"), (GPU, "bf16"), ("cpu", "bf16"), (GPU, "no")]
+    theirs = Accelerator(cpu=True)
+    for device, precision in ways:
+        how = {"method": "magnitude", "recover": False, "steps": 1, "train_batch_size": 2, "mixed_precision": precision}
+        with pretend() as memory:
+            comp_cli.prune(folder, ratio=0.5, output=tmp_path / "compact", device=device, overwrite=True, **FEW | how)
+            assert (memory.peak[1] > 0) == (device == GPU) and memory.peak[0] == 0
+    assert seen == [(device.partition(":")[0], precision) for device, precision in ways]
+    assert (theirs.device.type, theirs.mixed_precision) == ("cpu", "no")
 
 
 @pytest.fixture(scope="module", params=["clip", pytest.param("blip-caption", marks=SLOW), "llava"])

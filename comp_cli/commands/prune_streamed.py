@@ -95,7 +95,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     memory. None where they fit, and for other models than decoders that read images, which are small. Raises UsageError where a
     limit is named for one of those, or one is too large for a GPU."""
     source, _, (family, architecture, _) = known
-    device, decodes = process_device(options.device), family.topology.drops_in == DECODER
+    device, decodes = device_of(options), family.topology.drops_in == DECODER
     if options.max_memory is not None and not decodes:
         said = f"--max-memory is for image-text decoders, and this model is a {architecture}, which is held in memory."
         raise UsageError(said, hint="Leave it out.")
@@ -121,6 +121,12 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     said = f"{architecture}: a run takes {mib(found.needed_bytes)} in fp32, and {mib(found.limit_bytes or 0)} are free on"
     hint = "Use --device cpu: only image-text decoders go through a GPU layer by layer."
     raise UsageError(f"{said} {found.device or 'this machine, through which it gets to the GPU'}.", hint=hint)
+
+
+def device_of(options: PruneOptions) -> torch.device:
+    """The device of a run, as its tensors name it: a GPU with its number."""
+    device = process_device(options.device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def gathers_grams(options: PruneOptions) -> bool:
@@ -161,7 +167,7 @@ def place_of(found: Streamed) -> str:
 def begin(options: PruneOptions) -> None:
     """Before a model is worked on layer by layer."""
     memory.give_back_large_blocks()
-    memory.forget_peak_on(process_device(options.device))
+    memory.forget_peak_on(device_of(options))
 
 
 @contextmanager
@@ -240,7 +246,7 @@ def opened(
     options: PruneOptions, progress: Progress, hub_options: HubOptions, known: Found, found: Streamed, spool: Spool
 ) -> tuple[StreamedDense, Pairs, ResolvedOptions]:
     """The dense model on disk, pairs and options. Raises UsageError where even a layer at a time is more than may be used."""
-    device = process_device(options.device)
+    device = device_of(options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
     described = describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known)
     dense = open_streamed(described, spool, options.score_rows, device)

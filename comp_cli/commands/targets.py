@@ -186,7 +186,8 @@ class TargetRun:
     def _ratio(self) -> float:
         """The ratio that the target asks for. Raises DeadEnd or GateError where there is none."""
         least, over = self.target.is_least, self._at_zero()
-        if not METHODS[self.resolved.method].compares_plans or self.resolved.uniform:  # plans cost what they cost
+        settled = self.resolved.uniform or self.resolved.looks == 0  # by the ratio alone
+        if settled or not METHODS[self.resolved.method].compares_plans:  # plans cost what they cost
             found = crossing(self._whole, 0.0, LARGEST, self.tolerance, over)
         else:
             guide = self._guide()
@@ -236,8 +237,9 @@ class TargetRun:
             found = self._searched(near := round(near, DIGITS))
         if isinstance(found, DeadEnd):
             return None
-        if isinstance(found, allocation.AllocationState) and not self.resolved.uniform:
-            self.cuts = min((look for look in found.looks if look.loss is not None), key=lambda look: look.loss or 0).cuts
+        seen = found.looks if isinstance(found, allocation.AllocationState) else []
+        if judged := [look for look in seen if look.loss is not None]:
+            self.cuts = min(judged, key=lambda look: look.loss or 0).cuts
         return near, self._measured(near, f"{near}", found.plan, whole=True)
 
     def _searched(self, ratio: float) -> State | DeadEnd:
