@@ -116,6 +116,16 @@ def test_batches_are_summed(dense, uneven_plan, inputs):
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("room", [0, 32_000])  # for no batch, and in the widest layers for one of the two
+def test_what_is_kept_of_a_layer_is_what_it_says_again(dense, uneven_plan, inputs, monkeypatch, room):
+    batches = [inputs, {name: tensor[:2] for name, tensor in inputs.items()}]
+    kept = refitted(dense, uneven_plan, batches)
+    monkeypatch.setattr(sequential_refit, "HELD", room)
+    again = refitted(dense, uneven_plan, batches)
+    for (name, found), expected in zip(kept.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_comes_nearer_to_its_dense_model(family, tmp_path):
     dense = open_dense(str(tiny.write(family, tmp_path / family)), Output("quiet"), text_tokens=12)

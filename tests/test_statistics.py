@@ -98,3 +98,11 @@ def test_pieces_and_halves_hold_every_pair_once(inputs):
     assert [part.samples for part in first] == [3, 2] and [part.samples for part in second] == [3, 1]
     one = Batch({name: tensor[:1] for name, tensor in inputs.items()}, None)
     assert [half[0].samples for half in halved([one])] == [1, 1]
+
+
+def test_halves_are_of_whole_batches_where_that_makes_halves(inputs):
+    batches = [Batch({name: tensor + number for name, tensor in inputs.items()}, None) for number in range(4)]
+    first, second = halved(batches)
+    assert first == batches[::2] and second == batches[1::2]
+    first, second = halved(batches[:3])  # which whole batches would share out as 6 and 3 pairs
+    assert [part.samples for part in first] == [2, 2, 2] and [part.samples for part in second] == [1, 1, 1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..families import Family, Part, Tower
 from ..plan import Plan
-from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, CompactAttention, TokenState, unmasked
+from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, CompactAttention, PreNormLayer, TokenState, unmasked
 from ..runtime.modeling_comp_vlm import DroppingLayer
 from ..runtime.token_selection import Selection, Stage
 from .recover import ridge_fit
@@ -24,6 +24,7 @@ from .scoring import reader_of, tower_layers
 
 # Times the mean of the Gram matrix's diagonal. Larger than in `recover`: targets hold what no channel of the part can say.
 RIDGE = 3e-2
+HELD = 2**27  # bytes of inner activations that are kept while a layer is refitted
 Run = Callable[[nn.Module, dict[str, Tensor]], Any]
 Sums = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -82,9 +83,10 @@ class Call:
     encoder: Any  # the module that runs the layers
     around: dict[str, Any]  # what it was called with itself
 
-    def step(self, layer: nn.Module, index: int) -> None:
-        """Behind a layer, with what the encoder adds there (Qwen3-VL: features of deeper layers of the vision tower)."""
-        self.hidden = self.run(layer)
+    def step(self, layer: nn.Module, index: int, said: Tensor | None = None) -> None:
+        """Behind a layer, with what the encoder adds there (Qwen3-VL: features of deeper layers of the vision tower). said:
+        what the layer says, where that is known."""
+        self.hidden = self.run(layer) if said is None else said
         deep = self.around.get("deepstack_visual_embeds") or ()
         if index < len(deep):
             self.encoder.comp_current = self.selection
@@ -295,7 +297,13 @@ def refit_layer(
     summed: Sums = dict,
 ) -> None:
     """Refit the output projections of a layer, one part after the other, to the streams of the dense model behind them; then
-    the calls go through it."""
+    the calls go through it.
+
+    Behind the last part of a layer of comp's own, pre-norm, is what it says: there the projection alone runs again, of calls
+    whose inner activations fit in HELD.
+    """
+    held: dict[int, tuple[Tensor, Tensor]] = {}  # number of a call -> residual and inner activations of the last part
+    last, room = tower.parts[-1] if isinstance(layer, PreNormLayer) else None, HELD
     with attended_once(layer, tower) as begin:
         for part in tower.parts:
             fit = Fit(reader_of(layer, part))
@@ -310,10 +318,13 @@ def refit_layer(
                     kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
                     found = seen[part.name]
                     fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
+                    if part is last and (room := room - found.inner.nbytes) >= 0:
+                        held[number] = found.residual, found.inner
             fit.replace(summed)
         for number, own in enumerate(calls):
             begin(number)
-            own.step(layer, index)
+            known = held.pop(number, None)
+            own.step(layer, index, known and known[0] + reader_of(layer, tower.parts[-1])(known[1]))
 
 
 @contextmanager

@@ -191,7 +191,10 @@ class HeldOut:
 
 
 def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Two halves of the pairs, each in batches; a pair alone is in both."""
+    """Two halves of the pairs: every other batch, or where that makes no halves half of every batch; a lone pair is in both."""
+    first, second = batches[::2], batches[1::2]
+    if sum(batch.samples for batch in first) == sum(batch.samples for batch in second):
+        return first, second
     pieces = [piece for batch in batches for piece in split(batch, max(1, (batch.samples + 1) // 2))]
     return (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
 
