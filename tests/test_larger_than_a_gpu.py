@@ -176,6 +176,15 @@ def test_what_is_not_done_layer_by_layer_names_the_gpu(llava, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("asked", [{"ratio": "0.3,0.4"}, {"target_size": "300kB"}])
+def test_what_shares_one_model_in_memory_is_refused_before_it_is_loaded(asked, deep, tmp_path):
+    with pretend(room=size(deep)) as memory:
+        with pytest.raises(UsageError, match="(ratios|0.3MB) takes .* MiB, and .* MiB are free on cuda:1"):
+            comp_cli.prune(deep, output=tmp_path / "compact", device=GPU, **asked)
+        assert not memory.peak
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_compact_model_that_is_larger_than_the_gpu_is_analysed_without_samples(llava, tmp_path):
     comp_cli.prune(llava, method="vitcop", tokens=9, output=tmp_path / "compact")
     with pretend(room=1000) as memory:

@@ -50,9 +50,11 @@ from ..tasks import comparison
 from . import threads
 from .judging import check_drop, quality_of
 from .prune import (
+    Opened,
     counts,
     describe,
     kept_with_folder,
+    open_all,
     prune_in_memory,
     resolve_defaults,
     save_plan,
@@ -121,6 +123,22 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     said = f"{architecture}: a run takes {mib(found.needed_bytes)} in fp32, and {mib(found.limit_bytes or 0)} are free on"
     hint = "Use --device cpu: only image-text decoders go through a GPU layer by layer."
     raise UsageError(f"{said} {found.device or 'this machine, through which it gets to the GPU'}.", hint=hint)
+
+
+def open_at_once(options: PruneOptions, largest: float, progress: Progress, hub_options: HubOptions, what: str) -> Opened:
+    """What runs of several ratios begin with, the model in memory; largest: of the ratios. Raises UsageError for `what` needs
+    it where that is more than a GPU has free."""
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    known = find_dense(options.model, progress, options.task, accepts, hub_options)
+    found = None if device_of(options).type == "cpu" else exceeds(known, replace(options, ratio=largest), hub_options)
+    if found is not None:
+        said = f"{what} takes {mib(found.needed_bytes)}, and {mib(found.limit_bytes or 0)} are free on"
+        hint = "Use --device cpu, or give one --ratio: that goes through a GPU layer by layer."
+        raise UsageError(f"{said} {found.device or 'this machine, through which weights get to the GPU'}.", hint=hint)
+    return open_all(options, progress, hub_options, known)
 
 
 def device_of(options: PruneOptions) -> torch.device:

@@ -33,8 +33,9 @@ from ..search.processes import from_main, is_main_process, join, process_device
 from ..search.run import calibration_pairs
 from ..search.sharding import check_launch
 from . import threads
-from .prune import Opened, early_settings, open_all, prune_once, settings_of
+from .prune import Opened, early_settings, prune_once, settings_of
 from .prune_options import check
+from .prune_streamed import open_at_once
 
 REPORT, TABLE, PAGE, MARKER = "comp_sweep.json", "tradeoff.md", "tradeoff.html", "comp_report.json"
 PLACE = "-o/--output"
@@ -105,7 +106,8 @@ class Sweep:
     def run(self) -> SweepReport:
         """All ratios, the report and its files. Raises the error of those that failed, behind it all."""
         started = time.perf_counter()
-        opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
+        given = (self.options, max(self.ratios), self.progress, self.how["hub_options"], "a search of several ratios")
+        opened = self.once("dense model", lambda: open_at_once(*given))
         finished = from_main(lambda: self._finished(opened))
         points = []
         for ratio in self.ratios:

@@ -35,7 +35,8 @@ from ..search.reach import nearest, reached
 from ..search.run import calibration_pairs, descent_of, prepare, seek, space_of, state_of
 from ..search.sharding import check_launch
 from ..search.training_free import State
-from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
+from .prune import Opened, check_free, describe, early_settings, prune_in_memory, prune_once, settings_of
+from .prune_streamed import open_at_once
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
 
 LARGEST = 0.95  # ratio that is tried
@@ -134,7 +135,8 @@ class TargetRun:
 
     def run(self) -> PruneReport:
         """The ratio, then its model."""
-        opened: Opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
+        given = (self.options, LARGEST, self.progress, self.how["hub_options"], self.target.option)
+        opened: Opened = self.once("dense model", lambda: open_at_once(*given))
         self.opened, self.resolved = opened, opened.resolved
         self._restore(from_main(lambda: self._saved(opened)))
         quiet = Unwarned(self.progress)
