@@ -50,11 +50,9 @@ from ..tasks import comparison
 from . import threads
 from .judging import check_drop, quality_of
 from .prune import (
-    Opened,
     counts,
     describe,
     kept_with_folder,
-    open_all,
     prune_in_memory,
     resolve_defaults,
     save_plan,
@@ -125,9 +123,9 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
     raise UsageError(f"{said} {found.device or 'this machine, through which it gets to the GPU'}.", hint=hint)
 
 
-def open_at_once(options: PruneOptions, largest: float, progress: Progress, hub_options: HubOptions, what: str) -> Opened:
-    """What runs of several ratios begin with, the model in memory; largest: of the ratios. Raises UsageError for `what` needs
-    it where that is more than a GPU has free."""
+def find_for_several(options: PruneOptions, largest: float, progress: Progress, hub_options: HubOptions, what: str) -> Found:
+    """The dense model of a run of several ratios, which share it in memory. largest: of the ratios. what: asks for them, in
+    words. Raises UsageError where that is more than a GPU has free."""
 
     def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
         check_fits(options.method, family, architecture, by_ratio=True)
@@ -138,7 +136,7 @@ def open_at_once(options: PruneOptions, largest: float, progress: Progress, hub_
         said = f"{what} takes {mib(found.needed_bytes)}, and {mib(found.limit_bytes or 0)} are free on"
         hint = "Use --device cpu, or give one --ratio: that goes through a GPU layer by layer."
         raise UsageError(f"{said} {found.device or 'this machine, through which weights get to the GPU'}.", hint=hint)
-    return open_all(options, progress, hub_options, known)
+    return known
 
 
 def device_of(options: PruneOptions) -> torch.device:

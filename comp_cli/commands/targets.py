@@ -35,8 +35,8 @@ from ..search.reach import nearest, reached
 from ..search.run import calibration_pairs, descent_of, prepare, seek, space_of, state_of
 from ..search.sharding import check_launch
 from ..search.training_free import State
-from .prune import Opened, check_free, describe, early_settings, prune_in_memory, prune_once, settings_of
-from .prune_streamed import open_at_once
+from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
+from .prune_streamed import find_for_several
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
 
 LARGEST = 0.95  # ratio that is tried
@@ -135,8 +135,7 @@ class TargetRun:
 
     def run(self) -> PruneReport:
         """The ratio, then its model."""
-        given = (self.options, LARGEST, self.progress, self.how["hub_options"], self.target.option)
-        opened: Opened = self.once("dense model", lambda: open_at_once(*given))
+        opened: Opened = self.once("dense model", self._open)
         self.opened, self.resolved = opened, opened.resolved
         self._restore(from_main(lambda: self._saved(opened)))
         quiet = Unwarned(self.progress)
@@ -144,6 +143,11 @@ class TargetRun:
         self.meter = self._meter(opened)
         self._check_needed()
         return self._written(self._ratio())
+
+    def _open(self) -> Opened:
+        hub_options = self.how["hub_options"]
+        known = find_for_several(self.options, LARGEST, self.progress, hub_options, self.target.option)
+        return open_all(self.options, self.progress, hub_options, known)
 
     def _saved(self, opened: Opened) -> dict[str, Any] | None:
         """What a killed run left. Raises UsageError where it had other settings."""
