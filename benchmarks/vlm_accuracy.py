@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from comp_cli.data import scenes
 from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import flops
 from comp_cli.engine.token_schedules import TOKEN_METHODS, mean_tokens
-from comp_cli.errors import CompError
+from comp_cli.errors import CompError, DeadEnd, UsageError
 from comp_cli.models.dense import Dense, open_dense
 from comp_cli.models.described import image_shape
 from comp_cli.models.pairs import batches_of
@@ -173,20 +174,37 @@ RATIO_METHODS = {  # name -> options of `comp prune`
     "wanda": {"method": "wanda"},
     "taylor": {"method": "taylor"},
 }
+TOKENS_ONLY = ("cover", "cover, refitted", "vitcop")  # as many of them leave as the ratio asks for
+
+
+def with_tokens_of(dense: Dense, method: str, ratio: float, seed: int) -> Plan:
+    """The plan of a method of tokens alone with which as many stay as the ratio of FLOPs allows. Raises DeadEnd where none."""
+    tokens = dense.reference.tokens["image"]
+    for kept in range(tokens - 1, 0, -1):
+        with suppress(UsageError):  # a schedule of several stages knows a least and a most
+            plan = with_stages(dense, method, kept / tokens, seed)
+            if saved(dense, plan)["ratio"] >= ratio:
+                return plan
+    raise DeadEnd(f"ratio {ratio} cannot be reached by tokens alone.")
 
 
 def found_by_ratio(dense: Dense, name: str, ratio: float, seed: int, steps: int) -> Iterator[tuple[int, Plan, nn.Module]]:
     """Steps, plan and model; of both, training-free and tuned."""
     training = Training(steps=steps, lr=1e-4, batch_size=32, mixed_precision="bf16")
-    samples = {"num_samples": 128, "stage_samples": 128, "batch_size": 32}
-    options = PruneOptions("demo-vlm", ratio, seed=seed, **samples, **RATIO_METHODS[name])
     pairs = ScenePairs(labelled=True, asked=True)
-    found = search(dense, pairs, options, None, Output("quiet"))
-    yield 0, found.plan, found.model
+    if name in TOKENS_ONLY:
+        plan = with_tokens_of(dense, name, ratio, seed)
+        model = model_of(dense, name, plan, seed)
+    else:
+        samples = {"num_samples": 128, "stage_samples": 128, "batch_size": 32}
+        options = PruneOptions("demo-vlm", ratio, seed=seed, **samples, **RATIO_METHODS[name])
+        found = search(dense, pairs, options, None, Output("quiet"))
+        plan, model = found.plan, found.model
+    yield 0, plan, model
     if steps:
         trainer = Trainer(dense, training, ratio, partial(training_batches, dense, pairs, training, seed), seed=seed)
-        trainer.take(found.plan, found.model)
-        yield steps, found.plan, trainer.tune(Output("quiet"), lambda: None)
+        trainer.take(plan, model)
+        yield steps, plan, trainer.tune(Output("quiet"), lambda: None)
 
 
 def table(runs: list[dict[str, Any]], columns: list[str], kinds: dict[str, str]) -> str:
@@ -295,5 +313,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, in the part ratios; 0 for none")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args()
-    parsed.methods = parsed.methods or list((*TOKEN_METHODS, *WEIGHTS, *REFITTED) if parsed.part == "tokens" else RATIO_METHODS)
+    every = {"tokens": (*TOKEN_METHODS, *WEIGHTS, *REFITTED), "ratios": (*RATIO_METHODS, *TOKENS_ONLY)}
+    parsed.methods = parsed.methods or list(every[parsed.part])
     main(parsed)
