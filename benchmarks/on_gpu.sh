@@ -24,7 +24,8 @@ latency() { # name, seconds, image tokens, batches, rounds
 }
 
 python3 -c "import torch, transformers; print(torch.__version__, transformers.__version__, torch.cuda.get_device_name())"
-piece tests 130 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_vlm_gpu.py tests/test_vlm_bench.py tests/test_runtime.py
+piece tests 130 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_vlm_gpu.py tests/test_vlm_bench.py tests/test_runtime.py \
+    tests/test_larger_than_a_gpu.py tests/test_on_gpus.py
 latency latency_576 110 576 1,8,32 8
 latency latency_2880 90 2880 1,8 4
 latency latency_2880_many 80 2880 32 2

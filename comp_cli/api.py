@@ -297,8 +297,8 @@ def prune(
             contradicts them is refused.
         looks: plans that are compared at most, 0 for the one that the descent begins with (default: as many as it takes; of a
             model larger than memory 2).
-        max_memory: what the work may take, "1GiB" or bytes (default: what the machine has): an image-text decoder whose weights
-            are more is worked on layer by layer from its files.
+        max_memory: what the work may take of the device's memory, "1GiB" or bytes (default: what is there): an image-text
+            decoder whose weights are more is worked on layer by layer from its files.
         push_to_hub: repository on the Hub, "org/name", that the folder is uploaded to when it is complete, and `max_drop` is
             met: as one commit, or not at all. One that holds something is refused unless `overwrite` is given.
         private: make the repository a private one.

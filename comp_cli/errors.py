@@ -109,7 +109,7 @@ def explain(error: Exception) -> CompError:
             f"the disk is full{where}.", hint="Free some space and run it again; TMPDIR names another scratch disk."
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-        hint = "A smaller --batch-size helps, or --device cpu: a decoder that is larger than memory too goes layer by layer."
+        hint = "A smaller --batch-size helps, or --device cpu; --max-memory prunes an image-text decoder layer by layer."
         return CompError(f"the GPU is out of memory ({lines[0]}).", hint=hint)
     if isinstance(error, MemoryError) or "allocate memory" in lines[0]:
         return CompError(f"out of memory ({lines[0]}).", hint="A smaller --batch-size or a larger machine helps.")

@@ -394,7 +394,7 @@ class PruneOptions(Checked):
         threads: CPU threads; 0 for as many as pay.
         image_tokens: how many image tokens of a decoder stay; left out for other models.
         looks: plans that are compared at most; left out for as many as the descent takes; 0 for the plan that it begins with.
-        max_memory: bytes that the work may take; left out for what the machine has.
+        max_memory: bytes that the work may take of the memory of the device; left out for what is there.
         effort: how much is looked at where nothing else is said: "fast", "normal" or "best".
         push_to_hub: repository that the folder is uploaded to; left out where it is not.
         private: whether that is made for its owners only.

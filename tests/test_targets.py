@@ -126,6 +126,12 @@ def test_a_method_in_stages_is_asked_itself(folder, tmp_path):
     assert all(each.whole for each in report.target.tried)
 
 
+def test_where_no_plan_is_compared_the_first_one_is_sized(folder, tmp_path):
+    report = comp_cli.prune(folder, output=tmp_path / "small", target_size="1.5MB", **FEW | {"looks": 0})
+    assert report.target.measured.value == (tmp_path / "small" / "model.safetensors").stat().st_size <= 1_500_000
+    assert report.compared == ()
+
+
 def test_a_decoder_by_size_and_in_half_precision(tmp_path):
     dense = tiny.write("llava", tmp_path / "llava")
     report = comp_cli.prune(dense, output=tmp_path / "small", target_size=160_000, dtype="bf16", **FEW | {"eval_samples": 2})

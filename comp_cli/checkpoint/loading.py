@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        hint = "Use auto, cpu, cuda or cuda:0. A model is on one device: what is larger than a GPU, --device cpu takes."
+        hint = "Use auto, cpu, cuda or cuda:0. A run has one device; a model that is larger may go with --device cpu."
         raise UsageError(f"--device {name}: not a device.", hint=hint) from None
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: comp runs on cpu and cuda.")

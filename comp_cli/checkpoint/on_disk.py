@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk: built without them, and filled layer by layer while a layer runs."""
+"""A model whose weights stay on disk: built without them, and filled layer by layer while a layer runs, on any device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +25,12 @@ KNOWN = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the tensors of a checkpoint are, by the names that the model has for them today. All are computed in fp32."""
+    """Where the tensors of a checkpoint are, by the names that the model has for them today. All are computed in fp32, on one
+    device."""
 
     folder: Path
     places: Mapping[str, tuple[Path, Place]]
+    device: torch.device
 
     def header(self, name: str) -> TensorHeader:
         place = self.places[name][1]
@@ -37,7 +39,7 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """A whole tensor in fp32. Raises RefusedError where one of its numbers is none."""
         with torch.inference_mode(False):  # what is made under it could not be differentiated through
-            found = read_rows(*self.places[name]).float()
+            found = read_rows(*self.places[name]).to(self.device).float()  # which takes half of the way in half precision
         check_finite({name: found}, self.folder)
         return found
 
@@ -48,19 +50,30 @@ class Weights:
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Some rows of a matrix, in fp32. index: (rows,) -> (rows, columns)."""
         with torch.inference_mode(False):
-            found = torch.cat([read_rows(*self.places[name], row, row + 1).float() for row in index.tolist()])
+            found = torch.cat([read_rows(*self.places[name], row, row + 1) for row in index.tolist()])
+            found = found.to(self.device).float()
         check_finite({name: found}, self.folder)
         return found
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A matrix in pieces: the number of the first row, and the rows in the precision of the file."""
+        """A matrix in pieces: the number of the first row, and the rows in the precision of the file, on the CPU."""
         return read_pieces(*self.places[name])
+
+    def computed_pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The same in fp32, on the device."""
+        return ((first, rows.to(self.device).float()) for first, rows in self.pieces(name))
 
 
 def weights_of(
-    folder: Path, files: list[str], config: transformers.PretrainedConfig, family: Family, architecture: str
+    folder: Path,
+    files: list[str],
+    config: transformers.PretrainedConfig,
+    family: Family,
+    architecture: str,
+    device: torch.device,
 ) -> Weights:
-    """The weights of a checkpoint of safetensors files. Raises RefusedError for precisions that comp does not compute in."""
+    """The weights of a checkpoint of safetensors files, to be computed with on a device. Raises RefusedError for precisions
+    that comp does not compute in."""
     there: dict[str, tuple[Path, Place]] = {}
     for file in files:
         there |= {name: (folder / file, place) for name, place in read_places(folder / file).items()}
@@ -70,7 +83,7 @@ def weights_of(
         if header.dtype not in KNOWN:
             hint = "Load it with transformers, .to(torch.float32), save_pretrained, and give that folder."
             raise RefusedError(f"{folder}: weight {name} is {header.dtype}; comp reads fp32, bf16 and fp16.", hint=hint)
-    return Weights(folder, dict(zip(named, there.values(), strict=True)))
+    return Weights(folder, dict(zip(named, there.values(), strict=True)), device)
 
 
 class MatricesOnMeta(TorchFunctionMode):
@@ -82,10 +95,16 @@ class MatricesOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
-def without_weights(config: transformers.PretrainedConfig, family: Family, architecture: str) -> nn.Module:
-    """The model of `config.comp` (see `loading.build_compact`), its matrices without memory."""
+def without_weights(
+    config: transformers.PretrainedConfig, family: Family, architecture: str, device: torch.device
+) -> nn.Module:
+    """The model of `config.comp` (see `loading.build_compact`), its matrices without memory, what is calculated on a device."""
     with MatricesOnMeta(), no_init_weights():
         model: nn.Module = family.topology.interface(runtime_of(family).compact_class(architecture))(config)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ from ..engine import flops
 from ..engine.scoring import Key
 from ..errors import RefusedError
 from ..families import Family, compact_block
-from ..files.memory import allowed
+from ..files.memory import allowed, allowed_on
 from ..files.store import departs, read_json
 from ..models.dense import Found, collator, longest_text
 from ..models.described import own_parameters
@@ -249,10 +249,10 @@ def shown(
     given = options.data.data is not None
     if not given and not leaves(compact.plan):
         return (), (), "no pairs", None
-    if why := too_large(compact, runs.family, given):
+    device = pick_device(options.device)
+    if why := too_large(compact, runs.family, given, device):
         progress.warn(f"no sample shows which tokens stay: {why}")
         return (), (), "no pairs", None
-    device = pick_device(options.device)
     progress.say("running the model on samples ...")
     model = load_model(folder, family=runs.family, dtype=torch.float32).to(device)
     if not given:
@@ -268,10 +268,10 @@ def leaves(plan: Plan) -> bool:
     return bool(plan.stages) or any(layer.keep for tower in plan.towers for layer in tower.layers)
 
 
-def too_large(compact: Side, family: Family, given: bool) -> str | None:
-    """Why a model is not run for pictures, as a sentence; None where it is."""
-    needed, room = 4 * compact.total, allowed()
-    if room is not None and needed > room:
+def too_large(compact: Side, family: Family, given: bool, device: torch.device) -> str | None:
+    """Why a model is not run for pictures, as a sentence; None where it is. What goes to a GPU comes through memory."""
+    needed, room = 4 * compact.total, min(allowed(), allowed_on(device))
+    if needed > room:
         return f"its weights take {needed >> 20:,} MiB in fp32, and {room >> 20:,} MiB may be used."
     if family.topology.drops_in == "decoder" and needed > LARGE and not given:
         return f"its weights take {needed >> 20:,} MiB in fp32, so it is run where --data names pairs of yours."

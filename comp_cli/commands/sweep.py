@@ -35,6 +35,7 @@ from ..search.sharding import check_launch
 from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
+from .prune_streamed import find_for_several
 
 REPORT, TABLE, PAGE, MARKER = "comp_sweep.json", "tradeoff.md", "tradeoff.html", "comp_report.json"
 PLACE = "-o/--output"
@@ -105,7 +106,7 @@ class Sweep:
     def run(self) -> SweepReport:
         """All ratios, the report and its files. Raises the error of those that failed, behind it all."""
         started = time.perf_counter()
-        opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
+        opened = self.once("dense model", self._open)
         finished = from_main(lambda: self._finished(opened))
         points = []
         for ratio in self.ratios:
@@ -119,6 +120,12 @@ class Sweep:
         if self.errors:
             raise failure(report, self.errors)
         return report
+
+    def _open(self) -> Opened:
+        hub_options = self.how["hub_options"]
+        what = "a search of several ratios"
+        known = find_for_several(self.options, max(self.ratios), self.progress, hub_options, what)
+        return open_all(self.options, self.progress, hub_options, known)
 
     def _finished(self, opened: Opened) -> dict[float, dict[str, Any]]:
         """The reports of the ratios that a killed run finished. Raises UsageError where it had other settings."""

@@ -36,6 +36,7 @@ from ..search.run import calibration_pairs, descent_of, prepare, seek, space_of,
 from ..search.sharding import check_launch
 from ..search.training_free import State
 from .prune import Opened, check_free, describe, early_settings, open_all, prune_in_memory, prune_once, settings_of
+from .prune_streamed import find_for_several
 from .target_meters import ClockMeter, DropMeter, Meter, SizeMeter
 
 LARGEST = 0.95  # ratio that is tried
@@ -134,7 +135,7 @@ class TargetRun:
 
     def run(self) -> PruneReport:
         """The ratio, then its model."""
-        opened: Opened = self.once("dense model", lambda: open_all(self.options, self.progress, self.how["hub_options"]))
+        opened: Opened = self.once("dense model", self._open)
         self.opened, self.resolved = opened, opened.resolved
         self._restore(from_main(lambda: self._saved(opened)))
         quiet = Unwarned(self.progress)
@@ -142,6 +143,11 @@ class TargetRun:
         self.meter = self._meter(opened)
         self._check_needed()
         return self._written(self._ratio())
+
+    def _open(self) -> Opened:
+        hub_options = self.how["hub_options"]
+        known = find_for_several(self.options, LARGEST, self.progress, hub_options, self.target.option)
+        return open_all(self.options, self.progress, hub_options, known)
 
     def _saved(self, opened: Opened) -> dict[str, Any] | None:
         """What a killed run left. Raises UsageError where it had other settings."""
@@ -186,7 +192,8 @@ class TargetRun:
     def _ratio(self) -> float:
         """The ratio that the target asks for. Raises DeadEnd or GateError where there is none."""
         least, over = self.target.is_least, self._at_zero()
-        if not METHODS[self.resolved.method].compares_plans or self.resolved.uniform:  # plans cost what they cost
+        settled = self.resolved.uniform or self.resolved.looks == 0  # by the ratio alone
+        if settled or not METHODS[self.resolved.method].compares_plans:  # plans cost what they cost
             found = crossing(self._whole, 0.0, LARGEST, self.tolerance, over)
         else:
             guide = self._guide()
@@ -236,8 +243,9 @@ class TargetRun:
             found = self._searched(near := round(near, DIGITS))
         if isinstance(found, DeadEnd):
             return None
-        if isinstance(found, allocation.AllocationState) and not self.resolved.uniform:
-            self.cuts = min((look for look in found.looks if look.loss is not None), key=lambda look: look.loss or 0).cuts
+        seen = found.looks if isinstance(found, allocation.AllocationState) else []
+        if judged := [look for look in seen if look.loss is not None]:
+            self.cuts = min(judged, key=lambda look: look.loss or 0).cuts
         return near, self._measured(near, f"{near}", found.plan, whole=True)
 
     def _searched(self, ratio: float) -> State | DeadEnd:

@@ -1,10 +1,14 @@
-"""What of the machine's memory this process may use, and what it has used."""
+"""What of the memory of the machine and of its GPUs this process may use, and what it has used."""
 
 import ctypes
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 1 << 17  # of glibc's mallopt; bytes, with which it begins
@@ -55,6 +59,17 @@ def _free() -> int:
     return psutil.virtual_memory().available
 
 
+def allowed_on(device: "torch.device") -> int:
+    """Bytes that this process may still take where a device has its memory: of a GPU what the driver has left, and what torch
+    holds there and does not use."""
+    if device.type != "cuda":
+        return allowed()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def resident() -> int:
     """Bytes of this process that are resident now."""
     return psutil.Process().memory_info().rss
@@ -75,6 +90,23 @@ def peak() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+def peak_on(device: "torch.device") -> int:
+    """Bytes that were taken at most where a device has its memory, see `peak`; of a GPU by tensors, since `forget_peak_on`."""
+    if device.type != "cuda":
+        return peak()
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
+
+
+def forget_peak_on(device: "torch.device") -> None:
+    """Begin anew with the peak of a GPU; that of the machine's memory is of the whole process."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def give_back_large_blocks() -> None:

@@ -69,7 +69,7 @@ class ShardWriter:
         rows = place.shape and (tensor.shape[0], *place.shape[1:])
         if tuple(tensor.shape) != rows or (place.shape and first + tensor.shape[0] > place.shape[0]):
             raise ValueError(f"{name}: rows of shape {tuple(tensor.shape)} from {first} on, of {place.shape}")
-        view, done = raw(tensor.detach().to(torch_dtype(place.dtype)).contiguous()), 0
+        view, done = raw(tensor.detach().to("cpu", torch_dtype(place.dtype)).contiguous()), 0
         try:
             with path.open("r+b", buffering=0) as file:
                 file.seek(place.begin + (first * place.row if place.shape else 0))
@@ -87,28 +87,29 @@ class ShardWriter:
 
 
 class Spool:
-    """Tensors on disk that a run needs again: raw numbers, one file each, read back as they were."""
+    """Tensors on disk that a run needs again: raw numbers, one file each, read back as they were, on the device where they
+    were."""
 
     def __init__(self, folder: Path):
-        self.folder, self._held = folder, dict[Any, tuple[Path, Any, tuple[int, ...]]]()
+        self.folder, self._held = folder, dict[Any, tuple[Path, Any, Any, tuple[int, ...]]]()
 
     def put(self, key: Any, tensor: "Tensor") -> None:
         """Raises CompError on a full disk."""
         path = self._held[key][0] if key in self._held else self.folder / f"{len(self._held)}.bin"
         tensor = tensor.detach().contiguous()
         try:
-            path.write_bytes(raw(tensor))
+            path.write_bytes(raw(tensor.cpu()))
         except OSError as error:
             raise write_failed(path, error) from error
-        self._held[key] = path, tensor.dtype, tuple(tensor.shape)
+        self._held[key] = path, tensor.device, tensor.dtype, tuple(tensor.shape)
 
     def __getitem__(self, key: Any) -> "Tensor":
         import torch
 
-        path, kind, shape = self._held[key]
+        path, device, kind, shape = self._held[key]
         found = torch.empty(shape, dtype=kind)
         fill(found, path)
-        return found
+        return found.to(device)
 
     def drop(self, key: Any) -> None:
         """Forget what is not needed any more, and give its room on the disk back."""

@@ -36,10 +36,15 @@ class ModelOnDisk(NamedTuple):
 
 @dataclass
 class StreamedDense(Dense):
-    """`state` has the shapes of the weights only. spool: room on the disk for what a run needs again."""
+    """`state` has the shapes of the weights only. spool: room on the disk for what a run needs again. Everything is computed on
+    the device of `weights`."""
 
     weights: on_disk.Weights
     spool: Spool
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
 
     @property
     def decoder(self) -> Tower:
@@ -71,7 +76,7 @@ class StreamedDense(Dense):
         return sum(tensor.numel() for tensor in found.values())
 
     def on_device(self, batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
-        return (batch.to(torch.device("cpu"), torch.float32).inputs for batch in batches)
+        return (batch.to(self.device, torch.float32).inputs for batch in batches)
 
     @cached_property
     def model(self) -> ModelOnDisk:
@@ -84,7 +89,7 @@ class StreamedDense(Dense):
         gc.collect()  # the model before this one, whose hooks and modules hold one another
         config = self.hf_config.__class__.from_dict(self.hf_config.to_dict())
         config.comp = plan.comp_block(self.family, self.hf_config.to_dict())
-        module = on_disk.without_weights(config, self.family, self.architecture)
+        module = on_disk.without_weights(config, self.family, self.architecture, self.device)
         on_disk.reads_rows(module.get_submodule(self.embedding.rpartition(".")[0]), self.embedding, self.weights)
         layers = []
         for tower in self.family.towers:
@@ -136,16 +141,16 @@ class StreamedDense(Dense):
         return found
 
 
-def open_streamed(described: Described, spool: Spool, score_rows: int) -> StreamedDense:
-    """A described dense model, to be run from its files. Raises RefusedError for what cannot be computed in, and for a layer
-    whose tensors its description does not name."""
+def open_streamed(described: Described, spool: Spool, score_rows: int, device: torch.device) -> StreamedDense:
+    """A described dense model, to be run from its files on a device. Raises RefusedError for what cannot be computed in, and
+    for a layer whose tensors its description does not name."""
     source = described.source
     weights = on_disk.weights_of(
-        source.folder, list(described.files), described.hf_config, described.family, described.architecture
+        source.folder, list(described.files), described.hf_config, described.family, described.architecture, device
     )
     config = described.hf_config.__class__.from_dict(described.hf_config.to_dict())
     config.comp = described.plan.comp_block(described.family, described.hf_config.to_dict())
-    shapes = on_disk.without_weights(config, described.family, described.architecture).state_dict()
+    shapes = on_disk.without_weights(config, described.family, described.architecture, device).state_dict()
     lacking = shapes.keys() - weights.places.keys()
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in shapes.items() if name not in lacking}
     if extra := weights.places.keys() - shapes.keys():

@@ -107,14 +107,17 @@ class Streamed:
     """A model that was larger than memory, and was worked on layer by layer from its files.
 
     Attributes:
-        needed_bytes: bytes of the dense and the compact weights in fp32, which a run in memory takes.
-        limit_bytes: bytes that the process might take when it began; left out in comp_report.json, as is the next.
-        peak_bytes: bytes that were resident at most, with Python and its libraries.
+        needed_bytes: bytes of the dense and the compact weights in fp32, which a run in memory takes; on a GPU with the Gram
+            matrices of its search.
+        limit_bytes: bytes that the process might take when it began; left out in comp_report.json, as are the next two.
+        peak_bytes: bytes that were resident at most, with Python and its libraries; on a GPU those of tensors.
+        device: the GPU whose memory it was larger than, such as "cuda:0"; left out where it was the machine's own.
     """
 
     needed_bytes: int
     limit_bytes: int | None = if_known()
     peak_bytes: int | None = if_known()
+    device: str | None = if_known()
 
 
 @dataclass(frozen=True)

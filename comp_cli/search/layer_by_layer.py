@@ -176,8 +176,8 @@ def draw_slopes(
                 raise RefusedError(said, hint="config.json, weights and processor files must fit.")
             read = tuple(part.detach().requires_grad_() for part in (logits(dense, features.detach()), features))
             by_logits, by_features = torch.autograd.grad(probe(dense.task, drawn_by(seed, number), read), read)
-        for first, rows in dense.weights.pieces(dense.head):
-            by_features += by_logits[:, first : first + len(rows)] @ rows.float()
+        for first, rows in dense.weights.computed_pieces(dense.head):
+            by_features += by_logits[:, first : first + len(rows)] @ rows
         found += torch.autograd.grad(features, last, by_features)
     return found
 
@@ -297,14 +297,14 @@ def put_back(call: Call, states: Tensor) -> Tensor:
 
 def logits(dense: StreamedDense, features: Tensor) -> Tensor:
     """(rows, dim) -> (rows, words), the matrix read in pieces."""
-    pieces = (features @ rows.float().T for _, rows in dense.weights.pieces(dense.head))
+    pieces = (features @ rows.T for _, rows in dense.weights.computed_pieces(dense.head))
     found = torch.cat(list(pieces), dim=-1)
     bias = getattr(dense.model.module.get_submodule(dense.place.head), "bias", None)
     return found if bias is None else found + bias
 
 
 def outputs_of(dense: StreamedDense, features: Sequence[Tensor]) -> Outputs:
-    """What the task judges, of the features of all batches: the matrix of the logits is read once."""
+    """What the task judges, of the features of all batches, on the CPU: the matrix of the logits is read once."""
     whole = torch.cat(list(features))
     with torch.inference_mode():
-        return logits(dense, whole), whole
+        return logits(dense, whole).cpu(), whole.cpu()

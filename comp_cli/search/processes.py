@@ -6,12 +6,14 @@ effect: so the plan is that of a process alone. Where there is one process nothi
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, distributed
 
@@ -57,6 +59,26 @@ def join(device: torch.device) -> None:
     if processes() > 1:
         disable_fsdp_ram_efficient_loading()  # transformers would load the weights in the first one only, and all calibrate
         PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
+
+
+class OwnState:
+    """accelerate has one state a process: the first Accelerator of a program settles precision and device for all. A run that
+    is alone has its own while it is open, and leaves to others what they have; where processes meet, they share it."""
+
+    def __init__(self) -> None:
+        self.states: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        if processes() > 1:
+            yield
+            return
+        before = PartialState._shared_state, AcceleratorState._shared_state
+        PartialState._shared_state, AcceleratorState._shared_state = self.states
+        try:
+            yield
+        finally:
+            PartialState._shared_state, AcceleratorState._shared_state = before
 
 
 def share(items: Sequence[T]) -> list[T]:

@@ -35,7 +35,7 @@ from ..progress import Progress
 from ..report.base import Texts
 from ..tasks import comparison
 from .calibration import Calibration
-from .processes import joined, own_rows, precision, processes, rank, tensors_from_main
+from .processes import OwnState, joined, own_rows, precision, processes, rank, tensors_from_main
 from .sharding import average_slopes, is_sharded, shard, shared_out, whole, whole_on_main
 
 WARM_UP = 0.05  # of the steps
@@ -111,9 +111,10 @@ class Trainer:
         self.ratio, self.batches = ratio, batches
         self.device = next(iter(dense.state.values())).device
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads of other tasks get no gradient
-        self.accelerator = Accelerator(
-            mixed_precision=precision(training), cpu=self.device.type == "cpu", kwargs_handlers=[unused]
-        )
+        how = {"mixed_precision": precision(training), "kwargs_handlers": [unused]}
+        self.own = OwnState()
+        with self.own.opened():
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu", **how)
         self.teacher = dense.runtime(dense.plan)
         self._stream: Iterator[Batch] | None = None
         self.texts = Texts(cut=0, of=0, at=dense.text_tokens)  # that were read
@@ -187,6 +188,10 @@ class Trainer:
         """`steps` steps of AdamW on the model, whose weights are those of `self.state`; returns the last loss."""
         if not steps:
             return math.nan
+        with self.own.opened():
+            return self._take_steps(model, steps, rate, before)
+
+    def _take_steps(self, model: nn.Module, steps: int, rate: Callable[[int], float], before: Callable[[int], None]) -> float:
         if self._stream is None:
             self._stream = self.batches(self.done)
         model.train().requires_grad_(True)
