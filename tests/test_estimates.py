@@ -88,13 +88,14 @@ def test_sizes_are_those_of_the_plan(tiny_folder, tmp_path):
     assert expected.size_bytes.compact == pytest.approx(4 * expected.params.compact, rel=0.03)
 
 
-def test_nothing_but_headers_is_read_of_a_large_model(tiny_folder, monkeypatch, assumes):
+def test_nothing_but_headers_is_read_of_a_large_model(tiny_folder, tmp_path, monkeypatch, assumes):
     from comp_cli.checkpoint import loading
     from comp_cli.models import pairs
 
     for module, name in ((loading, "load_model"), (pairs, "choose_pairs"), (pairs, "batches_of")):
         monkeypatch.setattr(module, name, lambda *given, **more: pytest.fail("weights or data were read"))
-    assert comp_cli.prune(tiny_folder, ratio=0.5, data="./nowhere.jsonl", dry_run=True).estimate.latency_ms
+    (tmp_path / "pairs.jsonl").write_text("no pairs")
+    assert comp_cli.prune(tiny_folder, ratio=0.5, data=tmp_path / "pairs.jsonl", dry_run=True).estimate.latency_ms
 
 
 def test_a_short_model_takes_as_long_as_the_whole_one(monkeypatch, tmp_path):
