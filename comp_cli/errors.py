@@ -111,6 +111,8 @@ def explain(error: Exception) -> CompError:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         hint = "A smaller --batch-size helps, or --device cpu; --max-memory prunes an image-text decoder layer by layer."
         return CompError(f"the GPU is out of memory ({lines[0]}).", hint=hint)
+    if type(error).__name__ == "SmallImage":  # of the runtime, which knows nothing of comp
+        return UsageError(lines[0])
     if isinstance(error, MemoryError) or "allocate memory" in lines[0]:
         return CompError(f"out of memory ({lines[0]}).", hint="A smaller --batch-size or a larger machine helps.")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):

@@ -610,6 +610,18 @@ def test_a_flat_config_of_older_releases_is_told_apart_too(tmp_path):
         getattr(transformers, report.architecture).from_pretrained(tmp_path / "compact")
 
 
+def test_an_image_that_is_smaller_than_what_a_stage_keeps_is_no_defect(tmp_path):
+    dense = written("qwen2-vl", tmp_path / "dense")
+    rows = [{"image": f"{grey}.png", "question": "what", "answer": "red"} for grey in range(0, 200, 10)]
+    for grey, row in zip(range(0, 200, 10), rows, strict=True):
+        Image.new("RGB", (16, 16), (grey, grey, grey)).save(tmp_path / row["image"])
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--method", "vitcop", "--tokens", "8", "--data", str(tmp_path / "pairs.jsonl"), "-o", str(tmp_path / "compact")]
+    found = CliRunner().invoke(app, ["prune", str(dense), *given])
+    said = " ".join(found.output.split())
+    assert found.exit_code == 2 and "the stage before layer 0 keeps" in said and "defect" not in said, said
+
+
 # Methods and mistakes ----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,10 @@ from .kept_cache import KeptLayer, KeptStaticLayer, KeptTokens
 from .token_rules import STAGE_RULES, View, needs_of
 
 
+class SmallImage(ValueError):
+    """An image has no more tokens than a stage keeps."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Before a layer of the decoder: how image tokens are ranked, and how many of each image stay."""
@@ -201,7 +205,7 @@ class Selection:
         return self.tokens if self.index is None else self.index.shape[1]
 
     def drop(self, stage: Stage, states: Tensor) -> Tensor:
-        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises ValueError where none would go; shares
+        """Let image tokens go. states (batch, left, dim) -> (batch, fewer, dim). Raises SmallImage where none would go; shares
         of small images may be the same number at two stages."""
         images = self.images
         assert images is not None and self.text is not None
@@ -209,7 +213,7 @@ class Selection:
         for count, have in zip(counts, images.counts, strict=True):
             same_share = count == have and stage.share is not None and self.index is not None
             if not (0 < count < have or same_share):
-                raise ValueError(
+                raise SmallImage(
                     f"an image of {have} tokens, and the stage before layer {stage.layer} keeps {count}: nothing would be "
                     "dropped. Give larger images, or prune with fewer tokens, or with a share of an image's (--tokens-share)."
                 )
