@@ -154,6 +154,14 @@ def test_weights_reach_a_gpu_through_the_machines_memory(deep, gpus, monkeypatch
     assert decided(deep) == Streamed(size(deep), size(deep) - 1)
 
 
+def test_where_the_machines_memory_is_too_small_the_cpu_is_not_advised(tiny_folder, deep, gpus, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(machine, "allowed", lambda: 1000)
+    for folder, ratio in (tiny_folder, "0.5"), (deep, "0.3,0.4"):
+        with pytest.raises(UsageError, match="0.0 MiB are free on this machine, through which") as refused:
+            comp_cli.prune(folder, ratio=ratio, output=folder.parent / "compact", device=GPU)
+        assert "--device cpu" not in refused.value.hint and "more memory" in refused.value.hint
+
+
 def test_models_that_do_not_go_through_a_gpu_are_told_where_they_fit(tiny_folder, tmp_path):
     said = "BlipForImageTextRetrieval: a run takes .* MiB in fp32, and 0.1 MiB are free on cuda:1"
     with pretend(room=100_000) as memory:

@@ -120,6 +120,8 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
         return found
     said = f"{architecture}: a run takes {mib(found.needed_bytes)} in fp32, and {mib(found.limit_bytes or 0)} are free on"
     hint = "Use --device cpu: only image-text decoders go through a GPU layer by layer."
+    if found.device is None:  # nor would it fit where --device cpu computes
+        hint = "Give the process more memory, or use a machine that has it."
     raise UsageError(f"{said} {found.device or 'this machine, through which it gets to the GPU'}.", hint=hint)
 
 
@@ -134,7 +136,9 @@ def find_for_several(options: PruneOptions, largest: float, progress: Progress, 
     found = None if device_of(options).type == "cpu" else exceeds(known, replace(options, ratio=largest), hub_options)
     if found is not None:
         said = f"{what} takes {mib(found.needed_bytes)}, and {mib(found.limit_bytes or 0)} are free on"
-        hint = "Use --device cpu, or give one --ratio: that goes through a GPU layer by layer."
+        hint = "Use --device cpu, or --method comp with one --ratio: that goes through a GPU layer by layer."
+        if found.device is None:
+            hint = "Give --method comp and one --ratio, which is worked on layer by layer, or the process more memory."
         raise UsageError(f"{said} {found.device or 'this machine, through which weights get to the GPU'}.", hint=hint)
     return known
 
