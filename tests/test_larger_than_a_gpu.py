@@ -3,6 +3,7 @@ what they become on the CPU, and no more than a part of the weights is ever ther
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from comp_cli.commands import prune_streamed
 from comp_cli.errors import UsageError
 from comp_cli.files import memory as machine
 from comp_cli.report.base import Streamed
+from comp_cli.report.prune_tables import print_streamed
 
 GPU = "cuda:1"
 HOW = {"num_samples": 2, "stage_samples": 2, "eval_samples": 2, "text_tokens": 8, "batch_size": 1, "looks": 1}
@@ -68,6 +70,9 @@ def test_a_model_that_no_gpu_could_hold_becomes_what_it_becomes_in_memory(deep, 
     assert inside.streamed is None
     assert (through.streamed.device, through.streamed.limit_bytes) == (GPU, whole - 1)
     assert any(f"larger than the memory that is free on {GPU}" in said for said in through.warnings)
+    said: list[str] = []
+    print_streamed(through, SimpleNamespace(line=said.append))
+    assert "that a run in memory takes there were never held at once" in said[0]
     assert through.plan == inside.plan
     assert [look.loss for look in through.compared] == pytest.approx([look.loss for look in inside.compared], rel=1e-4)
     assert through.quality.divergence == pytest.approx(inside.quality.divergence, rel=1e-3)
