@@ -3,6 +3,7 @@ what they become on the CPU, and no more than a part of the weights is ever ther
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from comp_cli.commands import prune_streamed
 from comp_cli.errors import UsageError
 from comp_cli.files import memory as machine
 from comp_cli.report.base import Streamed
+from comp_cli.report.prune_tables import print_streamed
 
 GPU = "cuda:1"
 HOW = {"num_samples": 2, "stage_samples": 2, "eval_samples": 2, "text_tokens": 8, "batch_size": 1, "looks": 1}
@@ -68,6 +70,9 @@ def test_a_model_that_no_gpu_could_hold_becomes_what_it_becomes_in_memory(deep, 
     assert inside.streamed is None
     assert (through.streamed.device, through.streamed.limit_bytes) == (GPU, whole - 1)
     assert any(f"larger than the memory that is free on {GPU}" in said for said in through.warnings)
+    said: list[str] = []
+    print_streamed(through, SimpleNamespace(line=said.append))
+    assert "that a run in memory takes there were never held at once" in said[0]
     assert through.plan == inside.plan
     assert [look.loss for look in through.compared] == pytest.approx([look.loss for look in inside.compared], rel=1e-4)
     assert through.quality.divergence == pytest.approx(inside.quality.divergence, rel=1e-3)
@@ -154,6 +159,14 @@ def test_weights_reach_a_gpu_through_the_machines_memory(deep, gpus, monkeypatch
     assert decided(deep) == Streamed(size(deep), size(deep) - 1)
 
 
+def test_where_the_machines_memory_is_too_small_the_cpu_is_not_advised(tiny_folder, deep, gpus, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(machine, "allowed", lambda: 1000)
+    for folder, ratio in (tiny_folder, "0.5"), (deep, "0.3,0.4"):
+        with pytest.raises(UsageError, match="0.0 MiB are free on this machine, through which") as refused:
+            comp_cli.prune(folder, ratio=ratio, output=folder.parent / "compact", device=GPU)
+        assert "--device cpu" not in refused.value.hint and "more memory" in refused.value.hint
+
+
 def test_models_that_do_not_go_through_a_gpu_are_told_where_they_fit(tiny_folder, tmp_path):
     said = "BlipForImageTextRetrieval: a run takes .* MiB in fp32, and 0.1 MiB are free on cuda:1"
     with pretend(room=100_000) as memory:
@@ -165,18 +178,19 @@ def test_models_that_do_not_go_through_a_gpu_are_told_where_they_fit(tiny_folder
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_done_layer_by_layer_names_the_gpu(llava, tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_is_not_done_layer_by_layer_names_the_gpu(llava, tmp_path, dry_run):
     said = "--steps, --epochs: the model is larger than the memory that is free on cuda:1"
     with pretend(room=size(llava)):
         with pytest.raises(UsageError, match=said) as refused:
-            comp_cli.prune(llava, ratio=0.3, steps=2, output=tmp_path / "compact", device=GPU)
+            comp_cli.prune(llava, ratio=0.3, steps=2, output=tmp_path / "compact", device=GPU, dry_run=dry_run)
         assert "--device cpu" in refused.value.hint
     with pretend(room=1000), pytest.raises(UsageError, match="a layer of this model and .* and 0 MiB may be used"):
         comp_cli.prune(llava, ratio=0.3, output=tmp_path / "compact", device=GPU, **HOW)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("asked", [{"ratio": "0.3,0.4"}, {"target_size": "300kB"}])
+@pytest.mark.parametrize("asked", [{"ratio": "0.3,0.4"}, {"ratio": "0.3,0.4", "dry_run": True}, {"target_size": "300kB"}])
 def test_what_shares_one_model_in_memory_is_refused_before_it_is_loaded(asked, deep, tmp_path):
     with pretend(room=size(deep)) as memory:
         with pytest.raises(UsageError, match="(ratios|0.3MB) takes .* MiB, and .* MiB are free on cuda:1"):

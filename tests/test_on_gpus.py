@@ -133,6 +133,21 @@ def test_runs_of_one_program_train_where_and_how_each_is_told(tmp_path, monkeypa
     assert (theirs.device.type, theirs.mixed_precision) == ("cpu", "no")
 
 
+def test_a_program_that_gathers_slopes_over_batches_goes_on_so_and_runs_do_not(tmp_path):
+    folder = tiny.write("clip-text", tmp_path / "dense")
+    how = FEW | {"ratio": 0.5, "method": "magnitude", "recover": False, "steps": 1, "train_batch_size": 2, "device": "cpu"}
+    comp_cli.prune(folder, output=tmp_path / "alone", **how)
+    theirs = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with theirs.accumulate():  # its optimizer waits for three more batches
+        assert not theirs.sync_gradients
+        comp_cli.prune(folder, output=tmp_path / "beside", **how)
+        assert not theirs.sync_gradients and theirs.gradient_accumulation_steps == 4
+    alone, beside = (weights(tmp_path / name) for name in ("alone", "beside"))
+    assert all(torch.equal(beside[name], tensor) for name, tensor in alone.items())
+    theirs.gradient_accumulation_steps = 1  # of all that this process trains
+    theirs.gradient_state._set_sync_gradients(True)
+
+
 @pytest.fixture(scope="module", params=["clip", pytest.param("blip-caption", marks=SLOW), "llava"])
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     """A dense model and a compact one of it."""

@@ -66,6 +66,7 @@ def estimate_several(
     for ratio in ratios:
         check(replace(options, ratio=ratio), max_drop, "--dry-run")
     begun = time.perf_counter()
+    prune_streamed.find_for_several(options, min(ratios), progress, hub_options, prune_streamed.SEVERAL)
     dense, known = opened(options, progress, hub_options)
     points, errors, once = [], [], Once()
     for ratio in ratios:
@@ -118,8 +119,10 @@ def estimated(
     check_asked(dense, resolved)
     plan = with_score_rule(with_score_rows(dense.plan, options.score_rows, dense.family), method.tokens, dense.family)
     dense = replace(dense, plan=plan)
-    streamed = prune_streamed.exceeds(known, options, hub_options) is not None
-    alone = processes() == 1 and not streamed and not options.training.stage_share  # which trains while it searches
+    streamed = prune_streamed.exceeds(known, options, hub_options)
+    if streamed is not None:
+        prune_streamed.check_streamable(options, streamed)
+    alone = processes() == 1 and streamed is None and not options.training.stage_share  # which trains while it searches
     quick = alone and work_of_a_search(dense, resolved) <= FLOPS_OF_A_SEARCH
     found = (quick and searched(known, options, progress, hub_options, once)) or assumed(dense, resolved)
     plan = found.plan.told_apart(dense.plan)
@@ -143,7 +146,7 @@ def estimated(
             latency_ms=timed if isinstance(timed, Values) else None,
             latency=TIMED if isinstance(timed, Values) else timed,
             device=str(device),
-            peak_weights_bytes=largest_layers(dense) if streamed else 4 * (params.dense + params.compact),
+            peak_weights_bytes=largest_layers(dense) if streamed is not None else 4 * (params.dense + params.compact),
         ),
     )
 

@@ -60,6 +60,7 @@ from .prune import (
     with_own_texts,
 )
 
+SEVERAL = "a search of several ratios"  # which asks for memory, in words
 # What is not done where every token that is written takes the weights from disk once more.
 LEFT_OUT = "texts are not written with the models, and nothing is generated to be judged: token by token is what counts"
 
@@ -120,21 +121,25 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
         return found
     said = f"{architecture}: a run takes {mib(found.needed_bytes)} in fp32, and {mib(found.limit_bytes or 0)} are free on"
     hint = "Use --device cpu: only image-text decoders go through a GPU layer by layer."
+    if found.device is None:  # nor would it fit where --device cpu computes
+        hint = "Give the process more memory, or use a machine that has it."
     raise UsageError(f"{said} {found.device or 'this machine, through which it gets to the GPU'}.", hint=hint)
 
 
-def find_for_several(options: PruneOptions, largest: float, progress: Progress, hub_options: HubOptions, what: str) -> Found:
-    """The dense model of a run of several ratios, which share it in memory. largest: of the ratios. what: asks for them, in
-    words. Raises UsageError where that is more than a GPU has free."""
+def find_for_several(options: PruneOptions, ratio: float, progress: Progress, hub_options: HubOptions, what: str) -> Found:
+    """The dense model of a run of several ratios, which share it in memory. ratio: that takes most of it, or that is surely
+    tried. what: asks for them, in words. Raises UsageError where that is more than a GPU has free."""
 
     def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
         check_fits(options.method, family, architecture, by_ratio=True)
 
     known = find_dense(options.model, progress, options.task, accepts, hub_options)
-    found = None if device_of(options).type == "cpu" else exceeds(known, replace(options, ratio=largest), hub_options)
+    found = None if device_of(options).type == "cpu" else exceeds(known, replace(options, ratio=ratio), hub_options)
     if found is not None:
         said = f"{what} takes {mib(found.needed_bytes)}, and {mib(found.limit_bytes or 0)} are free on"
-        hint = "Use --device cpu, or give one --ratio: that goes through a GPU layer by layer."
+        hint = "Use --device cpu, or --method comp with one --ratio: that goes through a GPU layer by layer."
+        if found.device is None:
+            hint = "Give --method comp and one --ratio, which is worked on layer by layer, or the process more memory."
         raise UsageError(f"{said} {found.device or 'this machine, through which weights get to the GPU'}.", hint=hint)
     return known
 

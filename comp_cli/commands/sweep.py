@@ -35,7 +35,7 @@ from ..search.sharding import check_launch
 from . import threads
 from .prune import Opened, early_settings, open_all, prune_once, settings_of
 from .prune_options import check
-from .prune_streamed import find_for_several
+from .prune_streamed import SEVERAL, find_for_several
 
 REPORT, TABLE, PAGE, MARKER = "comp_sweep.json", "tradeoff.md", "tradeoff.html", "comp_report.json"
 PLACE = "-o/--output"
@@ -123,8 +123,7 @@ class Sweep:
 
     def _open(self) -> Opened:
         hub_options = self.how["hub_options"]
-        what = "a search of several ratios"
-        known = find_for_several(self.options, max(self.ratios), self.progress, hub_options, what)
+        known = find_for_several(self.options, min(self.ratios), self.progress, hub_options, SEVERAL)
         return open_all(self.options, self.progress, hub_options, known)
 
     def _finished(self, opened: Opened) -> dict[float, dict[str, Any]]:

@@ -233,7 +233,8 @@ def print_pruned(report: PruneReport, out: Printer) -> None:
 def print_streamed(report: PruneReport, out: Printer) -> None:
     """Of a model that was larger than memory."""
     if (found := report.streamed) is not None:
-        held = f"{mib(found.needed_bytes)} of dense and compact weights in fp32 were never held at once"
+        of = "of dense and compact weights in fp32" if found.device is None else "that a run in memory takes there"
+        held = f"{mib(found.needed_bytes)} {of} were never held at once"
         where = "resident" if found.device is None else f"taken on {found.device}"
         out.line(f"Layer by layer: {held}; {mib(found.peak_bytes or 0)} were {where} at most.")
 

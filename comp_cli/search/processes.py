@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, distributed
 
@@ -62,23 +62,30 @@ def join(device: torch.device) -> None:
 
 
 class OwnState:
-    """accelerate has one state a process: the first Accelerator of a program settles precision and device for all. A run that
-    is alone has its own while it is open, and leaves to others what they have; where processes meet, they share it."""
+    """accelerate has one state a process: the first Accelerator of a program settles precision and device for all, and the last
+    one how many batches make a step. A run that is alone has its own while it is open, and leaves to others what they have;
+    where processes meet, they share it."""
+
+    KINDS: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
 
     def __init__(self) -> None:
-        self.states: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self.states: tuple[dict[str, Any], ...] = tuple({} for _ in self.KINDS)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         if processes() > 1:
             yield
             return
-        before = PartialState._shared_state, AcceleratorState._shared_state
-        PartialState._shared_state, AcceleratorState._shared_state = self.states
+        before = tuple(kind._shared_state for kind in self.KINDS)
+        self._put(self.states)
         try:
             yield
         finally:
-            PartialState._shared_state, AcceleratorState._shared_state = before
+            self._put(before)
+
+    def _put(self, states: tuple[dict[str, Any], ...]) -> None:
+        for kind, state in zip(self.KINDS, states, strict=True):
+            kind._shared_state = state
 
 
 def share(items: Sequence[T]) -> list[T]:
