@@ -33,7 +33,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"comp of {family}": (family, FEW | {"ratio": 0.5}) for family in tiny.FAMILIES},
     **{f"comp of {family}": (family, FEW | {"ratio": 0.2}) for family in tiny.DECODERS if family != "smolvlm"},
     **{
-        method: ("clip", FEW | {"ratio": 0.37, "method": method})
+        method: ("clip", FEW | {"ratio": 0.369, "method": method})
         for method in ("joint", "obs", "taylor", "upop", "cls", "random")
     },
     **{f"decoder, {method}": ("llava", FEW | {"ratio": 0.3, "method": method}) for method in ("wanda", "taylor", "upop")},
