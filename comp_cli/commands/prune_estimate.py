@@ -13,13 +13,12 @@ import torch
 from .. import __version__
 from ..checkpoint.loading import pick_device, pick_dtype
 from ..engine import allocation, flops
-from ..engine.methods import METHODS, check_fits
+from ..engine.methods import METHODS
 from ..engine.token_ranking import with_score_rows, with_score_rule
 from ..errors import CompError, DeadEnd
-from ..families import Family
 from ..files.store import folder_size
 from ..measure.layer_times import latencies
-from ..models.dense import Found, find_dense
+from ..models.dense import Found
 from ..models.described import Described, describe_dense
 from ..options import HUB_DEFAULTS, HubOptions, PruneOptions, ResolvedOptions, ResolvedTraining
 from ..progress import Bar, Progress, Silent
@@ -49,7 +48,8 @@ def estimate(
     Raises UsageError and RefusedError as the run would by config.json and headers, and DeadEnd for a ratio out of reach."""
     check(options, max_drop, "--dry-run")
     begun = time.perf_counter()
-    dense, known = opened(options, progress, hub_options)
+    known = prune_streamed.find_by_ratio(options, progress, hub_options)
+    dense = described(known, options, progress, hub_options)
     report = estimated(dense, known, options, progress, hub_options, Once())
     return replace(report, seconds=round(time.perf_counter() - begun, 1))
 
@@ -66,8 +66,8 @@ def estimate_several(
     for ratio in ratios:
         check(replace(options, ratio=ratio), max_drop, "--dry-run")
     begun = time.perf_counter()
-    prune_streamed.find_for_several(options, min(ratios), progress, hub_options, prune_streamed.SEVERAL)
-    dense, known = opened(options, progress, hub_options)
+    known = prune_streamed.find_for_several(options, min(ratios), progress, hub_options, prune_streamed.SEVERAL)
+    dense = described(known, options, progress, hub_options)
     points, errors, once = [], [], Once()
     for ratio in ratios:
         try:
@@ -96,17 +96,12 @@ def estimate_several(
     return report
 
 
-def opened(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> tuple[Described, Found]:
+def described(known: Found, options: PruneOptions, progress: Progress, hub_options: HubOptions) -> Described:
     """The dense model by its headers."""
-
-    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
-        check_fits(options.method, family, architecture, by_ratio=True)
-
-    known = find_dense(options.model, progress, options.task, accepts, hub_options)
     sizes: dict[str, Any] = {"text_tokens": options.text_tokens, "task": options.task}
     dense = describe_dense(options.model, progress, **sizes, hub_options=hub_options, found=known)
     threads.fit(flops.count(dense.plan, dense.reference).total * options.batch_size)
-    return dense, known
+    return dense
 
 
 def estimated(

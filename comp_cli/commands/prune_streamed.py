@@ -76,11 +76,7 @@ def prune_within_memory(
     **how: Any,
 ) -> PruneReport:
     """The work of `prune.prune_in_memory`, or where the model does not fit, the same layer by layer."""
-
-    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
-        check_fits(options.method, family, architecture, by_ratio=True)
-
-    known = find_dense(options.model, progress, options.task, accepts, hub_options)
+    known = find_by_ratio(options, progress, hub_options)
     found = exceeds(known, options, hub_options)
     if found is None:
         return prune_in_memory(options, output, journal, progress, once, hub_options=hub_options, known=known, **how)
@@ -88,6 +84,15 @@ def prune_within_memory(
     begin(options)
     with scratch(output if journal else None) as spool:
         return _prune(options, output, journal, progress, known, found, spool, hub_options, **how)
+
+
+def find_by_ratio(options: PruneOptions, progress: Progress, hub_options: HubOptions) -> Found:
+    """The dense model, before its weights are read. Raises UsageError for a method that is not for it, or goes by number."""
+
+    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
+        check_fits(options.method, family, architecture, by_ratio=True)
+
+    return find_dense(options.model, progress, options.task, accepts, hub_options)
 
 
 def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Streamed | None:
@@ -129,11 +134,7 @@ def exceeds(known: Found, options: PruneOptions, hub_options: HubOptions) -> Str
 def find_for_several(options: PruneOptions, ratio: float, progress: Progress, hub_options: HubOptions, what: str) -> Found:
     """The dense model of a run of several ratios, which share it in memory. ratio: that takes most of it, or that is surely
     tried. what: asks for them, in words. Raises UsageError where that is more than a GPU has free."""
-
-    def accepts(config: dict[str, Any], family: Family, architecture: str) -> None:
-        check_fits(options.method, family, architecture, by_ratio=True)
-
-    known = find_dense(options.model, progress, options.task, accepts, hub_options)
+    known = find_by_ratio(options, progress, hub_options)
     found = None if device_of(options).type == "cpu" else exceeds(known, replace(options, ratio=ratio), hub_options)
     if found is not None:
         said = f"{what} takes {mib(found.needed_bytes)}, and {mib(found.limit_bytes or 0)} are free on"
