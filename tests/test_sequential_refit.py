@@ -12,7 +12,8 @@ from comp_cli.engine import sequential_refit
 from comp_cli.engine.sequential_refit import counterparts, refit_in_sequence
 from comp_cli.models.dense import open_dense
 from comp_cli.models.pairs import batches_of, generated_pairs
-from comp_cli.search.calibration import refit
+from comp_cli.search.calibration import HeldOut, refit
+from comp_cli.tasks import comparison
 
 FAMILIES = tuple(tiny.FAMILIES)
 
@@ -145,3 +146,30 @@ def test_every_family_comes_nearer_to_its_dense_model(family, tmp_path):
     expected = features(whole)
     before, after = ((features(model) - expected).square().mean() for model in (plain, compact))
     assert after < before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_judge_knows_of_the_dense_model_is_what_it_says(family, tmp_path):
+    """Its streams, put together from two halves, refit the same weights, and its features are those of the whole model."""
+    dense = open_dense(str(tiny.write(family, tmp_path / family)), Output("quiet"), text_tokens=12)
+    plan = tiny.uneven(dense.plan, dense.family)
+    batches = batches_of(dense, generated_pairs(dense.task, labelled=False), "calibration", 16, 4)
+    judge = HeldOut(dense, batches, None, sequential=True)
+    judge.loss(plan)
+    for number, half in enumerate((batches[::2], batches[1::2])):
+        said = torch.cat([dense.task.features(part.outputs) for part in comparison.read(dense.whole, dense.task, half)])
+        assert torch.equal(judge.expected[number], said)
+    known = judge.known_streams()
+    assert known.kept.keys() == {tower.name for tower in dense.family.towers if tower.order != "stock" or tower.norms}
+    found, again = dense.runtime(plan), dense.runtime(plan)
+    refit(dense, found, plan, batches, streams=known)
+    refit(dense, again, plan, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), again.parameters(), strict=True))
+
+
+def test_streams_of_halved_batches_are_not_those_of_the_batches(dense):
+    batches = batches_of(dense, generated_pairs(dense.task, labelled=False), "calibration", 12, 4)
+    plan = tiny.uneven(dense.plan, dense.family)
+    judge = HeldOut(dense, batches, None, sequential=True)
+    judge.loss(plan)
+    assert judge.known_streams() is None

@@ -198,6 +198,20 @@ class Streams:
         if tower.name not in {known.name for known, _ in self.passed}:
             self.passed.append((tower, calls))
 
+    def taking_turns(self, other: "Streams") -> "Streams":
+        """Those of the batches of both, one of these and one of the others in turn."""
+
+        def in_turn(own: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+            return [each for pair in zip(own, others, strict=True) for each in pair]
+
+        joined = Streams(self.dense, in_turn(self.batches, other.batches), self.run, self.room + other.room)
+        for name in self.kept.keys() & other.kept.keys():
+            joined.kept[name] = [in_turn(*layers) for layers in zip(self.kept[name], other.kept[name], strict=True)]
+        for (tower, calls), (same, others) in zip(self.passed, other.passed, strict=False):
+            if tower.name == same.name:
+                joined.passed.append((tower, in_turn(calls, others)))
+        return joined
+
 
 class _Answer(nn.Module):
     """In the place of the last layer of a tower that batches went through: says of the present one what it said then."""

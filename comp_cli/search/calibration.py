@@ -11,13 +11,13 @@ from .. import tasks
 from ..data.batches import Batch
 from ..engine import scoring, stages
 from ..engine.recover import Fitted
-from ..engine.sequential_refit import Streams, refit_in_sequence
+from ..engine.sequential_refit import Streams, answered, refit_in_sequence
 from ..engine.statistics import Statistics, collect, per_flops
 from ..models.dense import Dense
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import comparison
-from .processes import from_main, gathered, share, summed, summed_numbers
+from .processes import from_main, gathered, processes, share, summed, summed_numbers
 
 Tensors = dict[scoring.Key, Tensor]
 
@@ -166,22 +166,36 @@ class HeldOut:
         the second half only."""
         self.dense, self.grams, self.sequential = dense, grams, sequential
         self.fitted: Fitted = {}
-        halves = halved(batches)
-        self.folds = [(halves[0], halves[1]), (halves[1], halves[0])][:folds]
+        self.halves = halved(batches)
+        self.whole = self.halves[0][0] is batches[0]  # every other batch, not a half of each
+        self.folds = [self.halves, self.halves[::-1]][:folds]
         self.streams = [streams_of_dense(dense, fitted_on, REMEMBERED // folds) for fitted_on, _ in self.folds]
-        self.expected = [self._features(dense.whole, batches) for batches in halves]
+        self.expected: dict[int, Tensor] = {}  # number of a half -> features of the dense model
 
     def loss(self, plan: Plan) -> float:
         """Mean squared distance of the features behind the decisions from the dense model's, in units of their variance. Of
         what was tried it ranks plans best as other pairs do: docs/methods.md."""
-        found = []
+        judged: dict[int, Tensor] = {}  # number of a half -> features
         for number, (fitted_on, judged_on) in enumerate(self.folds):
             model = self.dense.runtime(plan, self.grams, self.fitted)
             if self.sequential:
                 refit(self.dense, model, plan, fitted_on, streams=self.streams[number])
-            expected = self.expected[1 - number]
-            found.append(comparison.feature_distance(expected, self._features(model, judged_on)).item())
+            judged[1 - number] = self._features(model, judged_on)
+        found = [comparison.feature_distance(self._expected(half), features).item() for half, features in judged.items()]
         return from_main(lambda: sum(found) / len(found))
+
+    def known_streams(self) -> Streams | None:
+        """Of the dense model on all batches in their order; None where they are not known of whole batches."""
+        known = self.sequential and self.whole and len(self.streams) == 2 and processes() == 1
+        return self.streams[0].taking_turns(self.streams[1]) if known else None
+
+    def _expected(self, half: int) -> Tensor:
+        """What the dense model says on a half, which is not taken through what it went through for the refits."""
+        if half not in self.expected:
+            passed = self.streams[half].passed if half < len(self.streams) else []
+            with answered(self.dense.whole, passed):
+                self.expected[half] = self._features(self.dense.whole, self.halves[half])
+        return self.expected[half]
 
     def _features(self, model: nn.Module, batches: list[Batch]) -> Tensor:
         """Of the pairs of all processes, in their order."""

@@ -50,6 +50,7 @@ class TrainingFree:
         self.sequential = self.recovers and options.sequential
         priced = method.params == "obs"
         self._once = once or Once()
+        self._judge: HeldOut | None = None
         self.grams: Tensors | None = None
         self.prices: Tensors | None = None
         if gathers and (priced or (self.recovers and method.removes("parameters"))):
@@ -88,8 +89,8 @@ class TrainingFree:
     def held_out_loss(self, plan: Plan) -> float:
         """What a whole plan loses on pairs that its recovery has not seen."""
         folds = 2 if self.thorough else 1
-        judge = self._once("judge", lambda: HeldOut(self.dense, self.judges, self.grams, self.sequential, folds))
-        return judge.loss(plan)
+        self._judge = self._once("judge", lambda: HeldOut(self.dense, self.judges, self.grams, self.sequential, folds))
+        return self._judge.loss(plan)
 
     def save(self, state: State) -> None:
         """A stage is done, or a plan was looked at."""
@@ -102,7 +103,8 @@ class TrainingFree:
         if self.sequential:
             layers = sum(len(tower.layers) for tower in plan.towers)
             with self.progress.track("recovering", layers) as bar:
-                refit(self.dense, model, plan, self.batches, bar.advance)
+                known = self._judge.known_streams() if self._judge and self.judges is self.batches else None
+                refit(self.dense, model, plan, self.batches, bar.advance, known)
         return model
 
     def finish(self, state: State, model: nn.Module, progress: Progress) -> nn.Module:
