@@ -65,7 +65,7 @@ def judged(dense: Dense, plan: Plan, batches: list, pairs: list, tools: tuple) -
         "loss and distance, recovered part by part": calibration.measure(plan).loss,
         "loss and distance, recovered in sequence": same.loss + distance,
         "distance, recovered in sequence": distance,
-        "distance, recovered in sequence on the other half": held_out.loss(plan),
+        "distance, recovered in sequence on the other half": held_out.loss(plan)[0],
     }
 
 

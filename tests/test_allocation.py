@@ -179,6 +179,6 @@ def test_the_state_is_json(dense):
     import json
 
     state = AllocationState(
-        dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1), Look({}, {}, 0.0, None)]
+        dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1, 1), Look({}, {}, 0.0, None)]
     )
     assert AllocationState.from_json(json.loads(json.dumps(state.to_json()))) == state

@@ -1,5 +1,7 @@
 """Importance, FLOPs, slicing and schedule, against numbers worked out by hand and against what torch counts."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -343,8 +345,8 @@ class Priced:
             for name, index, part, units in parts
         }
 
-    def held_out_loss(self, plan):
-        return 1.0
+    def held_out_loss(self, plan, lowest):
+        return 1.0, 2
 
     def save(self, state):
         pass
@@ -355,6 +357,22 @@ def compared(dense, inputs, ratio):
     state = allocation.AllocationState(dense.plan)
     compare_plans(dense, PruneOptions("", ratio), Priced(dense), state, [Batch(inputs, None)], Output("quiet"))
     return state
+
+
+def test_every_plan_is_judged_beside_the_lowest_loss_before(dense, inputs):
+    told, losses = [], iter([0.5, 0.7, 0.4, 0.9, 0.6])
+
+    class Losing(Priced):
+        def held_out_loss(self, plan, lowest):
+            told.append(lowest)
+            loss = next(losses, 1.0)
+            return (loss, 1) if loss > 0.8 else (loss, 2)
+
+    state = allocation.AllocationState(dense.plan)
+    compare_plans(dense, PruneOptions("", 0.5), Losing(dense), state, [Batch(inputs, None)], Output("quiet"))
+    assert told[:6] == [math.inf, 0.5, 0.5, 0.4, 0.4, 0.4]
+    assert {look.halves for look in state.looks if look.loss is not None and look.loss > 0.8} == {1}
+    assert {look.halves for look in state.looks if look.loss is not None and look.loss < 0.8} == {2}
 
 
 def test_what_parameters_alone_cannot_reach_is_reached_with_tokens(dense, inputs):

@@ -245,6 +245,17 @@ def test_words_are_struck_out_at_the_layer_where_they_leave(pages):
     assert re.findall(r"<span>(red|circle|a|\.)</span>", text) == ["red", "circle"]
 
 
+def test_plans_that_were_judged_on_one_half_are_named(compact_folder):
+    """Where others were judged on both: of a run that judges on one half only nothing is said."""
+    document = json.loads((compact_folder / "comp_report.json").read_text())
+    plan = {"tokens": {}, "ratio": 0.3}
+    mixed = [plan | {"loss": 0.1, "halves": 2}, plan | {"loss": 0.3, "halves": 1}, plan | {"loss": None}]
+    page = prune_page(document | {"compared": mixed}, [None] * 8)
+    assert page.count("on one half of the pairs)") == 2  # the point and the row of the second
+    assert "was not judged on the other" in page
+    assert "one half" not in prune_page(document | {"compared": mixed[1:]}, [None] * 8)
+
+
 def test_squares_beside_each_other_are_one_outline_and_none_goes_around_a_corner():
     assert squares([0, 1, 5, 6, 7], 6) == "M0 0h2v1h-2zM5 0h1v1h-1zM0 1h2v1h-2z"
 

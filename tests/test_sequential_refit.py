@@ -173,3 +173,14 @@ def test_streams_of_halved_batches_are_not_those_of_the_batches(dense):
     judge = HeldOut(dense, batches, None, sequential=True)
     judge.loss(plan)
     assert judge.known_streams() is None
+
+
+def test_a_plan_that_cannot_win_is_judged_on_one_half(dense, uneven_plan):
+    """The mean of two halves is at least half of the first one's loss."""
+    batches = batches_of(dense, generated_pairs(dense.task, labelled=False), "calibration", 16, 4)
+    judge = HeldOut(dense, batches, None, sequential=True)
+    mean, both = judge.loss(uneven_plan)
+    first, one = HeldOut(dense, batches, None, sequential=True, folds=1).loss(uneven_plan)
+    assert (both, one) == (2, 1) and first / 2 < mean
+    assert judge.loss(uneven_plan, lowest=first / 2) == (mean, 2)
+    assert judge.loss(uneven_plan, lowest=0.99 * first / 2) == (first, 1)

@@ -240,7 +240,7 @@ def prune_in_memory(
             describe(dense, plan, resolved, Sizes(dense.params(dense.plan), dense.params(plan))),
             image_tokens=image_tokens(plan, dense.plan, dense.reference, held.itemsize) if decodes else None,
             stages=tuple(StageTaken(**asdict(stage)) for stage in found.stages),
-            compared=tuple(_compared(look) for look in found.looks),
+            compared=tuple(map(compared, found.looks)),
             texts={"calibration": found.texts},
             pairs=counts(pairs, resolved),
         )
@@ -336,8 +336,10 @@ def early_settings(options: PruneOptions) -> dict[str, Any]:
     return given | surroundings(options)
 
 
-def _compared(look: Look) -> PlanCompared:
-    return PlanCompared(look.tokens, round(look.ratio, 5), look.loss, look.units or None)
+def compared(look: Look) -> PlanCompared:
+    """A plan that was looked at, in a report."""
+    halves = None if look.loss is None else look.halves
+    return PlanCompared(look.tokens, round(look.ratio, 5), look.loss, halves, look.units or None)
 
 
 def check_disk(dense: Dense, options: ResolvedOptions, dtype: torch.dtype, output: Path) -> None:

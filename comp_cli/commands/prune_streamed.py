@@ -39,7 +39,7 @@ from ..progress import Progress
 from ..report.base import Sizes, Streamed
 from ..report.cards import prune_command
 from ..report.numbers import mib
-from ..report.prune import PlanCompared, PruneReport, Quality
+from ..report.prune import PruneReport, Quality
 from ..report.token_tables import image_tokens
 from ..search.journal import Journal
 from ..search.layer_by_layer import Each, Inputs, leave, outputs_of, through_compact, through_dense
@@ -50,6 +50,7 @@ from ..tasks import comparison
 from . import threads
 from .judging import check_drop, quality_of
 from .prune import (
+    compared,
     counts,
     describe,
     kept_with_folder,
@@ -235,7 +236,7 @@ def _prune(
         report = replace(
             describe(dense, plan, resolved, Sizes(dense.params(dense.plan), dense.params(plan))),
             image_tokens=image_tokens(plan, dense.plan, dense.reference, held.itemsize),
-            compared=tuple(PlanCompared(look.tokens, round(look.ratio, 5), look.loss) for look in result.looks),
+            compared=tuple(map(compared, result.looks)),
             texts={"calibration": result.texts},
             pairs=counts(pairs, resolved),
             streamed=Streamed(found.needed_bytes),

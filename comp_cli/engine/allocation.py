@@ -49,13 +49,14 @@ Streams = Mapping[str, tuple[int, Sequence[float]]]  # stream -> layers of its t
 @dataclass(frozen=True)
 class Look:
     """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. loss: distance of the
-    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. units: of a
-    uniform plan, tower and part -> units that every layer keeps."""
+    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. halves: of
+    the pairs, on so many of which it was judged. units: of a uniform plan, tower and part -> units that every layer keeps."""
 
     cuts: dict[str, Cut]
     tokens: dict[str, tuple[int, int]]
     ratio: float
     loss: float | None
+    halves: int = 2
     units: dict[str, int] = field(default_factory=dict)
 
     def in_words(self) -> str:
@@ -72,7 +73,7 @@ class Look:
     def from_json(cls, found: dict[str, Any]) -> "Look":
         cuts = {stream: Cut(**cut) for stream, cut in found["cuts"].items()}
         tokens = {stream: (layer, kept) for stream, (layer, kept) in found["tokens"].items()}
-        return cls(cuts, tokens, found["ratio"], found["loss"], found.get("units", {}))
+        return cls(cuts, tokens, found["ratio"], found["loss"], found.get("halves", 2), found.get("units", {}))
 
 
 @dataclass
@@ -81,6 +82,11 @@ class AllocationState:
 
     plan: Plan
     looks: list[Look] = field(default_factory=list)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest loss so far, infinite where there is none."""
+        return min((look.loss for look in self.looks if look.loss is not None), default=math.inf)
 
     def to_json(self) -> dict[str, Any]:
         return {"looks": [look.to_json() for look in self.looks], "plan": self.plan.to_json()}

@@ -1,5 +1,6 @@
 """Plans run over calibration pairs: what matters in them, how much they lose, and what recovery needs."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -172,22 +173,31 @@ class HeldOut:
         self.streams = [streams_of_dense(dense, fitted_on, REMEMBERED // folds) for fitted_on, _ in self.folds]
         self.expected: dict[int, Tensor] = {}  # number of a half -> features of the dense model
 
-    def loss(self, plan: Plan) -> float:
-        """Mean squared distance of the features behind the decisions from the dense model's, in units of their variance. Of
-        what was tried it ranks plans best as other pairs do: docs/methods.md."""
-        judged: dict[int, Tensor] = {}  # number of a half -> features
+    def loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
+        """Mean squared distance of the features behind the decisions from the dense model's, in units of their variance, and on
+        how many halves of the pairs. Of what was tried it ranks plans best as other pairs do: docs/methods.md.
+
+        lowest: of the plans before. Where the first half alone makes the mean of both larger, the second is not judged on.
+        """
+        judged: list[Tensor] = []
         for number, (fitted_on, judged_on) in enumerate(self.folds):
             model = self.dense.runtime(plan, self.grams, self.fitted)
             if self.sequential:
                 refit(self.dense, model, plan, fitted_on, streams=self.streams[number])
-            judged[1 - number] = self._features(model, judged_on)
-        found = [comparison.feature_distance(self._expected(half), features).item() for half, features in judged.items()]
-        return from_main(lambda: sum(found) / len(found))
+            judged.append(self._features(model, judged_on))
+            if lowest < math.inf and cannot_win(self._distance(0, judged[0]), lowest):
+                break
+        found = [self._distance(number, features) for number, features in enumerate(judged)]
+        return sum(found) / len(found), len(found)
 
     def known_streams(self) -> Streams | None:
         """Of the dense model on all batches in their order; None where they are not known of whole batches."""
         known = self.sequential and self.whole and len(self.streams) == 2 and processes() == 1
         return self.streams[0].taking_turns(self.streams[1]) if known else None
+
+    def _distance(self, number: int, features: Tensor) -> float:
+        """Of what a model says on the pairs that a fold judges on."""
+        return from_main(lambda: comparison.feature_distance(self._expected(1 - number), features).item())
 
     def _expected(self, half: int) -> Tensor:
         """What the dense model says on a half, which is not taken through what it went through for the refits."""
@@ -202,6 +212,11 @@ class HeldOut:
         task = self.dense.task
         own = [task.features(part.outputs) for part in comparison.read(model, task, share(batches))]
         return torch.cat(gathered(own))
+
+
+def cannot_win(first: float, lowest: float) -> bool:
+    """Whether what a plan loses on the first of two halves makes the mean of both more than the lowest loss."""
+    return first / 2 > lowest
 
 
 def halved(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -6,6 +6,7 @@ disk, the layer runs again with what it says remembered, and its slopes are hand
 lie on disk as well. The vision tower and the projector stay as they are, and only make what enters the decoder.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..options import EFFORTS, PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import Outputs, comparison
-from .calibration import PROBED, drawn_by, halved, probe, split
+from .calibration import PROBED, cannot_win, drawn_by, halved, probe, split
 from .journal import Journal
 from .training_free import State
 
@@ -75,18 +76,21 @@ class Streaming:
         """See TrainingFree."""
         return self.effort.is_thorough(self.dense.is_large)
 
-    def held_out_loss(self, plan: Plan) -> float:
-        """What a whole plan loses on pairs that its recovery has not seen, see calibration.HeldOut."""
+    def held_out_loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
+        """What a whole plan loses on pairs that its recovery has not seen, and on how many halves of them, see
+        calibration.HeldOut."""
         halves = [list(self.dense.on_device(half)) for half in halved(self.judges)]
         folds = [(halves[0], halves[1]), (halves[1], halves[0])][: 2 if self.thorough else 1]
         if self._expected is None:
             self._expected = [torch.cat(through_dense(self.dense, judged_on)) for _, judged_on in folds]
-        losses = []
+        losses: list[float] = []
         for expected, (fitted_on, judged_on) in zip(self._expected, folds, strict=True):
             fitted_on = fitted_on if self.sequential else []
             found = through_compact(self.dense, plan, fitted_on, judged_on, recovers=self.recovers, each=self._tell)
             losses.append(comparison.feature_distance(expected, torch.cat(found)).item())
-        return sum(losses) / len(losses)
+            if cannot_win(losses[0], lowest):
+                break
+        return sum(losses) / len(losses), len(losses)
 
     def _tell(self, index: int, layer: nn.Module) -> None:
         """Now and then how far a plan has come, below the bar of all plans."""

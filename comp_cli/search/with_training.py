@@ -1,5 +1,6 @@
 """Search with fine-tuning: inside the stages, while units fade, or after a training-free search (see trainer.py)."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -70,9 +71,9 @@ class Trained:
         """Whether plans are compared at length."""
         return self.free.thorough
 
-    def held_out_loss(self, plan: Plan) -> float:
-        """What a whole plan loses on pairs that its recovery has not seen."""
-        return self.free.held_out_loss(plan)
+    def held_out_loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
+        """See TrainingFree."""
+        return self.free.held_out_loss(plan, lowest)
 
     def save(self, state: State) -> None:
         """A stage is done, or a part of the tuning."""

@@ -64,7 +64,7 @@ def compared(document: Document) -> Html | None:
     chosen = next((index for index, one in enumerate(found) if one["loss"] is not None and one["loss"] == min(losses)), None)
     room = 1 / len(found)
     points = [
-        ((index + 0.5) * room, one["loss"], f"plan {index + 1}: {_tokens(one)}; loss {one['loss']:.4g}")
+        ((index + 0.5) * room, one["loss"], f"plan {index + 1}: {_tokens(one)}; loss {one['loss']:.4g}{_halves(one, found)}")
         for index, one in enumerate(found)
         if one["loss"] is not None
     ]
@@ -80,16 +80,20 @@ def compared(document: Document) -> Html | None:
         name = f"{index + 1}: taken" if index == chosen else str(index + 1)
         path = ("compared", index)
         loss = "no plan of the ratio" if one["loss"] is None else document.figure((*path, "loss"), plain_number)
-        rows.append([name, _tokens(one), document.figure((*path, "ratio"), percent), loss])
+        kept = _tokens(one) + _halves(one, found)
+        rows.append([name, kept, document.figure((*path, "ratio"), percent), loss])
     shown = table(
         ["plan", "what it keeps", "FLOPs reduction", "loss"], rows, marked=[] if chosen is None else [chosen], texts=[1]
     )
-    lead = joined(
-        [
-            f"{len(found)} plans of the ratio were compared. The loss is how far the features of each are from the dense "
-            "model's, in units of their variance, on pairs that it was not refitted on. The plan of the lowest one was taken."
-        ]
-    )
+    said = [
+        f"{len(found)} plans of the ratio were compared. The loss is how far the features of each are from the dense "
+        "model's, in units of their variance, on pairs that it was not refitted on. The plan of the lowest one was taken."
+    ]
+    if any(_halves(one, found) for one in found):
+        said.append(
+            " A plan that lost more than twice the lowest before it on one half of the pairs was not judged on the other."
+        )
+    lead = joined(said)
     key = legend(("compact", "a plan"), ("chosen", "the plan that was taken"))
     return section(
         "The search: plans that were compared",
@@ -97,6 +101,11 @@ def compared(document: Document) -> Html | None:
         folded("table: every plan", shown),
         lead=lead,
     )
+
+
+def _halves(one: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """Whether a plan was judged on fewer pairs than others."""
+    return " (on one half of the pairs)" if one.get("halves") == 1 and any(other.get("halves") == 2 for other in found) else ""
 
 
 def _tokens(one: dict[str, Any]) -> str:
