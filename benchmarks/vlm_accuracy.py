@@ -80,6 +80,8 @@ WEIGHTS = {
 # The same methods with output projections fitted anew behind their stages (--refit), on so many calibration pairs.
 REFITTED = {f"{name}, refitted": name for name in ("cover", "vitcop", "pyramiddrop", "tops", "divprune", "random-token")}
 PAIRS = 256
+TUNED = "cover, refitted, then tuned"  # for so many steps, at the shares of `--shares`
+TUNED_STEPS = 300
 KINDS = ("colour", "number")
 
 
@@ -134,8 +136,8 @@ def saved(dense: Dense, plan: Plan) -> dict[str, float]:
 def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     """The plan of a method that keeps so many of the image tokens, mean over layers. Raises UsageError where it cannot."""
     images = image_shape(dense.hf_config.to_dict(), dense.family)
-    if method in REFITTED:
-        return with_stages(dense, REFITTED[method], share, seed)
+    if method in REFITTED or method == TUNED:
+        return with_stages(dense, REFITTED.get(method, "cover"), share, seed)
     if method in WEIGHTS:
         own, rule = WEIGHTS[method]
         STAGE_RULES[method] = rule
@@ -150,20 +152,31 @@ def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     return replace(dense.plan, stages=stages_of(images, method, wanted, seed, True))
 
 
-def token_runs(dense: Dense, methods: list[str], seeds: list[int]) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Of every method and share the key of a run, and what makes its model."""
+def token_runs(dense: Dense, methods: list[str], shares: list[str], seeds: list[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Of every method and share the key of a run, and what makes its plan."""
     for method in methods:
-        for name, share in SHARES.items():
-            for seed in seeds if method in (*SEEDED, *REFITTED) else [0]:
-                yield {"name": method, "at": name, "seed": seed, "steps": 0}, partial(with_stages, dense, method, share, seed)
+        steps = TUNED_STEPS if method == TUNED else 0
+        for name in shares:
+            for seed in seeds if method in (*SEEDED, *REFITTED, TUNED) else [0]:
+                make = partial(with_stages, dense, method, SHARES[name], seed)
+                yield {"name": method, "at": name, "seed": seed, "steps": steps}, make
 
 
 def model_of(dense: Dense, method: str, plan: Plan, seed: int) -> nn.Module:
     """The model of a plan; of a method that refits, fitted on pairs of that seed."""
-    model = dense.runtime(plan)
-    if method in REFITTED:
-        refit(dense, model, plan, batches_of(dense, ScenePairs(labelled=True, asked=True), "calibration", PAIRS, 16, seed))
-    return model
+    model, pairs = dense.runtime(plan), ScenePairs(labelled=True, asked=True)
+    if method in REFITTED or method == TUNED:
+        refit(dense, model, plan, batches_of(dense, pairs, "calibration", PAIRS, 16, seed))
+    return tuned(dense, plan, model, TUNED_STEPS, saved(dense, plan)["ratio"], seed) if method == TUNED else model
+
+
+def tuned(dense: Dense, plan: Plan, model: nn.Module, steps: int, ratio: float, seed: int) -> nn.Module:
+    """The model after so many steps."""
+    training = Training(steps=steps, lr=1e-4, batch_size=32, mixed_precision="bf16")
+    batches = partial(training_batches, dense, ScenePairs(labelled=True, asked=True), training, seed)
+    trainer = Trainer(dense, training, ratio, batches, seed=seed)
+    trainer.take(plan, model)
+    return trainer.tune(Output("quiet"), lambda: None)
 
 
 RATIO_METHODS = {  # name -> options of `comp prune`
@@ -190,7 +203,6 @@ def with_tokens_of(dense: Dense, method: str, ratio: float, seed: int) -> Plan:
 
 def found_by_ratio(dense: Dense, name: str, ratio: float, seed: int, steps: int) -> Iterator[tuple[int, Plan, nn.Module]]:
     """Steps, plan and model; of both, training-free and tuned."""
-    training = Training(steps=steps, lr=1e-4, batch_size=32, mixed_precision="bf16")
     pairs = ScenePairs(labelled=True, asked=True)
     if name in TOKENS_ONLY:
         plan = with_tokens_of(dense, name, ratio, seed)
@@ -202,9 +214,7 @@ def found_by_ratio(dense: Dense, name: str, ratio: float, seed: int, steps: int)
         plan, model = found.plan, found.model
     yield 0, plan, model
     if steps:
-        trainer = Trainer(dense, training, ratio, partial(training_batches, dense, pairs, training, seed), seed=seed)
-        trainer.take(plan, model)
-        yield steps, plan, trainer.tune(Output("quiet"), lambda: None)
+        yield steps, plan, tuned(dense, plan, model, steps, ratio, seed)
 
 
 def table(runs: list[dict[str, Any]], columns: list[str], kinds: dict[str, str]) -> str:
@@ -255,7 +265,7 @@ def main(arguments: argparse.Namespace) -> None:
         write({"name": "dense", "at": "1/1", "seed": 0, "steps": 0} | right_answers(dense.whole, dense, questions))
     if arguments.part == "tokens":
         images = image_shape(dense.hf_config.to_dict(), dense.family)
-        for key, make in token_runs(dense, arguments.methods, arguments.seeds):
+        for key, make in token_runs(dense, arguments.methods, arguments.shares, arguments.seeds):
             if tuple(key.values()) in done:
                 continue
             try:
@@ -308,6 +318,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", choices=["tokens", "ratios"], default="tokens")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--methods", nargs="+", help="default: all of the part")
+    parser.add_argument("--shares", nargs="+", choices=SHARES, default=list(SHARES), help="of the part tokens")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, in the part ratios; 0 for none")
