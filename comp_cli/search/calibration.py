@@ -197,7 +197,8 @@ class HeldOut:
 
     def _distance(self, number: int, features: Tensor) -> float:
         """Of what a model says on the pairs that a fold judges on."""
-        return from_main(lambda: comparison.feature_distance(self._expected(1 - number), features).item())
+        expected = self._expected(1 - number)  # by all processes
+        return from_main(lambda: comparison.feature_distance(expected, features).item())
 
     def _expected(self, half: int) -> Tensor:
         """What the dense model says on a half, which is not taken through what it went through for the refits."""
