@@ -8,7 +8,7 @@ import torch
 from test_engine import counted, one_pair
 
 from comp_cli.engine import flops
-from comp_cli.engine.allocation import AllocationState, Cut, Look, Space, descend
+from comp_cli.engine.allocation import AllocationState, Cut, Judged, Look, Space, descend
 from comp_cli.engine.schedule import Floors
 
 
@@ -128,7 +128,7 @@ class Landscape:
         loss = self.none
         for cut in cuts.values():
             loss = abs(cut.layer - self.layer) + 10 * abs(cut.share - self.share) if self.reach(cut) else None
-        return Look(cuts, {}, 0.5, loss)
+        return Look(cuts, {}, 0.5, None if loss is None else Judged(loss, 2, loss))
 
     def run(self, known=()):
         return descend(self.look, {"vision": (12, self.depths)}, self.told.append, list(known))
@@ -147,7 +147,7 @@ def test_a_descent_that_is_caught_is_saved_by_another():
         def look(self, cuts):
             found = super().look(cuts)
             deep = 2 * abs(cuts["vision"].share - 0.8) - 3 if cuts and cuts["vision"].layer == 0 else math.inf
-            return replace(found, loss=min(found.loss, deep))
+            return replace(found, judged=Judged(min(found.loss, deep), 2, deep))
 
     assert Two(3, 0.5, none=9.0).run().cuts["vision"].layer == 3
     assert Two(3, 0.5, none=9.0, depths=(0.0, 1 / 4)).run().cuts == {"vision": Cut(0, 0.8)}
@@ -178,7 +178,18 @@ def test_a_descent_goes_on_from_what_was_looked_at():
 def test_the_state_is_json(dense):
     import json
 
-    state = AllocationState(
-        dense.plan, [Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, 0.1, 1), Look({}, {}, 0.0, None)]
-    )
+    found = Look({"vision": Cut(1, 0.35)}, {"vision": (1, 20)}, 0.5, Judged(0.1, 1, 0.09))
+    state = AllocationState(dense.plan, [found, Look({}, {}, 0.0, None)])
     assert AllocationState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_what_comp_0_5_wrote_of_a_plan_is_read():
+    written = {"cuts": {}, "tokens": {}, "ratio": 0.5, "loss": 0.1}
+    assert Look.from_json(written).judged == Judged(0.1, 2, 0.1)
+    assert Look.from_json(written | {"loss": None}).judged is None
+
+
+def test_the_leader_is_the_plan_of_the_lowest_loss():
+    looks = [Look({}, {}, 0.5, judged) for judged in (Judged(0.3, 2, 0.2), None, Judged(0.1, 2, 0.4), Judged(0.2, 1, 0.1))]
+    assert AllocationState(plan=None, looks=looks).leader == Judged(0.1, 2, 0.4)
+    assert AllocationState(plan=None).leader is None

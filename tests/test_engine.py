@@ -1,7 +1,5 @@
 """Importance, FLOPs, slicing and schedule, against numbers worked out by hand and against what torch counts."""
 
-import math
-
 import pytest
 import torch
 import transformers
@@ -12,6 +10,7 @@ from comp_cli.cli.output import Output
 from comp_cli.data.batches import Batch
 from comp_cli.data.scene_pairs import ScenePairs
 from comp_cli.engine import allocation, flops, importance, methods, schedule, scoring, stages
+from comp_cli.engine.allocation import Judged
 from comp_cli.engine.slicing import copied_channels, unit_channels
 from comp_cli.engine.token_ranking import with_score_rule
 from comp_cli.errors import CompError
@@ -345,8 +344,8 @@ class Priced:
             for name, index, part, units in parts
         }
 
-    def held_out_loss(self, plan, lowest):
-        return 1.0, 2
+    def held_out_loss(self, plan, leader):
+        return Judged(1.0, 2, 1.0)
 
     def save(self, state):
         pass
@@ -359,20 +358,20 @@ def compared(dense, inputs, ratio):
     return state
 
 
-def test_every_plan_is_judged_beside_the_lowest_loss_before(dense, inputs):
+def test_every_plan_is_judged_beside_the_best_before(dense, inputs):
     told, losses = [], iter([0.5, 0.7, 0.4, 0.9, 0.6])
 
     class Losing(Priced):
-        def held_out_loss(self, plan, lowest):
-            told.append(lowest)
+        def held_out_loss(self, plan, leader):
+            told.append(leader and leader.loss)
             loss = next(losses, 1.0)
-            return (loss, 1) if loss > 0.8 else (loss, 2)
+            return Judged(loss, 1 if loss > 0.8 else 2, loss)
 
     state = allocation.AllocationState(dense.plan)
     compare_plans(dense, PruneOptions("", 0.5), Losing(dense), state, [Batch(inputs, None)], Output("quiet"))
-    assert told[:6] == [math.inf, 0.5, 0.5, 0.4, 0.4, 0.4]
-    assert {look.halves for look in state.looks if look.loss is not None and look.loss > 0.8} == {1}
-    assert {look.halves for look in state.looks if look.loss is not None and look.loss < 0.8} == {2}
+    assert told[:6] == [None, 0.5, 0.5, 0.4, 0.4, 0.4]
+    judged = [look.judged for look in state.looks if look.judged is not None]
+    assert {(one.loss > 0.8, one.halves) for one in judged} == {(True, 1), (False, 2)}
 
 
 def test_what_parameters_alone_cannot_reach_is_reached_with_tokens(dense, inputs):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from comp_cli.cli.output import Output
 from comp_cli.engine import sequential_refit
+from comp_cli.engine.allocation import Judged
 from comp_cli.engine.sequential_refit import counterparts, refit_in_sequence
 from comp_cli.models.dense import open_dense
 from comp_cli.models.pairs import batches_of, generated_pairs
@@ -175,12 +176,14 @@ def test_streams_of_halved_batches_are_not_those_of_the_batches(dense):
     assert judge.known_streams() is None
 
 
-def test_a_plan_that_cannot_win_is_judged_on_one_half(dense, uneven_plan):
-    """The mean of two halves is at least half of the first one's loss."""
+def test_a_plan_that_loses_a_third_more_than_the_leader_on_one_half_is_not_judged_on_the_other(dense, uneven_plan):
     batches = batches_of(dense, generated_pairs(dense.task, labelled=False), "calibration", 16, 4)
     judge = HeldOut(dense, batches, None, sequential=True)
-    mean, both = judge.loss(uneven_plan)
-    first, one = HeldOut(dense, batches, None, sequential=True, folds=1).loss(uneven_plan)
-    assert (both, one) == (2, 1) and first / 2 < mean
-    assert judge.loss(uneven_plan, lowest=first / 2) == (mean, 2)
-    assert judge.loss(uneven_plan, lowest=0.99 * first / 2) == (first, 1)
+    alone = HeldOut(dense, batches, None, sequential=True, folds=1)
+    whole, half = judge.loss(uneven_plan), alone.loss(uneven_plan)
+    first = whole.first
+    assert half == (first, 1, first) and whole.halves == 2 and whole.loss != first
+    near, far = 0.76 * first, 0.74 * first  # of the leader
+    assert judge.loss(uneven_plan, Judged(0.5, 2, near)) == whole
+    assert judge.loss(uneven_plan, Judged(0.5, 2, far)) == (0.5 + first - far, 1, first)
+    assert alone.loss(uneven_plan, Judged(0.5, 1, far)) == half

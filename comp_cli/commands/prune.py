@@ -338,7 +338,7 @@ def early_settings(options: PruneOptions) -> dict[str, Any]:
 
 def compared(look: Look) -> PlanCompared:
     """A plan that was looked at, in a report."""
-    halves = None if look.loss is None else look.halves
+    halves = None if look.judged is None else look.judged.halves
     return PlanCompared(look.tokens, round(look.ratio, 5), look.loss, halves, look.units or None)
 
 

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -42,22 +42,35 @@ class Cut:
     share: float
 
 
+class Judged(NamedTuple):
+    """What a plan loses: the mean of both halves of the pairs, or what one of them says of it. halves: that it was judged on.
+    first: the loss on the first one."""
+
+    loss: float
+    halves: int
+    first: float
+
+
 Cuts = Mapping[str, Cut]  # stream -> its cut; none where no token of it goes
 Streams = Mapping[str, tuple[int, Sequence[float]]]  # stream -> layers of its tower, and how deep in it a descent begins
 
 
 @dataclass(frozen=True)
 class Look:
-    """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. loss: distance of the
-    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. halves: of
-    the pairs, on so many of which it was judged. units: of a uniform plan, tower and part -> units that every layer keeps."""
+    """A candidate that was looked at. tokens: stream -> the layer behind which, and how many, are kept. judged: distance of the
+    features from the dense model's, of pairs that were not recovered on; None where the ratio cannot be reached so. units: of a
+    uniform plan, tower and part -> units that every layer keeps."""
 
     cuts: dict[str, Cut]
     tokens: dict[str, tuple[int, int]]
     ratio: float
-    loss: float | None
-    halves: int = 2
+    judged: Judged | None
     units: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """What it loses; None where the ratio cannot be reached so."""
+        return None if self.judged is None else self.judged.loss
 
     def in_words(self) -> str:
         where = [f"{kept} {stream} tokens from layer {layer} on" for stream, (layer, kept) in self.tokens.items()]
@@ -67,13 +80,16 @@ class Look:
         return f"{', '.join(where) or 'all tokens'}: {self.loss:.4f}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"judged": None if self.judged is None else self.judged._asdict()}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Look":
         cuts = {stream: Cut(**cut) for stream, cut in found["cuts"].items()}
         tokens = {stream: (layer, kept) for stream, (layer, kept) in found["tokens"].items()}
-        return cls(cuts, tokens, found["ratio"], found["loss"], found.get("halves", 2), found.get("units", {}))
+        known = found.get("judged")
+        if (loss := found.get("loss")) is not None:  # plan files of comp 0.5
+            known = {"loss": loss, "halves": found.get("halves", 2), "first": loss}
+        return cls(cuts, tokens, found["ratio"], None if known is None else Judged(**known), found.get("units", {}))
 
 
 @dataclass
@@ -84,9 +100,10 @@ class AllocationState:
     looks: list[Look] = field(default_factory=list)
 
     @property
-    def lowest(self) -> float:
-        """The lowest loss so far, infinite where there is none."""
-        return min((look.loss for look in self.looks if look.loss is not None), default=math.inf)
+    def leader(self) -> Judged | None:
+        """What the plan of the lowest loss so far loses."""
+        known = (look.judged for look in self.looks if look.judged is not None)
+        return min(known, key=lambda judged: judged.loss, default=None)
 
     def to_json(self) -> dict[str, Any]:
         return {"looks": [look.to_json() for look in self.looks], "plan": self.plan.to_json()}

@@ -75,8 +75,9 @@ class PlanCompared:
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
         loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence
             had not seen; null where no plan of the ratio keeps so many tokens.
-        halves: of these pairs, on so many of which the loss was found: 1 where the first of two showed that the mean of both is
-            more than the lowest loss before, and where plans are judged on one only; left out where there is no loss.
+        halves: of these pairs, on so many of which it was judged: 1 where it lost a third more than the best plan before it on
+            the first (its loss is that of the best plan, and the difference on that half), and where plans are judged on one
+            only; left out where there is no loss.
         units: of a uniform plan, tower and part -> units that every layer keeps; left out for others.
     """
 

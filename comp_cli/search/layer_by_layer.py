@@ -6,8 +6,8 @@ disk, the layer runs again with what it says remembered, and its slopes are hand
 lie on disk as well. The vision tower and the projector stay as they are, and only make what enters the decoder.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..engine import scoring
+from ..engine.allocation import Judged
 from ..engine.decoder_scores import Prompts, listening
 from ..engine.sequential_refit import (
     Call,
@@ -32,7 +33,7 @@ from ..options import EFFORTS, PruneOptions
 from ..plan import Plan
 from ..progress import Progress
 from ..tasks import Outputs, comparison
-from .calibration import PROBED, cannot_win, drawn_by, halved, probe, split
+from .calibration import PROBED, drawn_by, halved, judged, probe, split
 from .journal import Journal
 from .training_free import State
 
@@ -76,21 +77,20 @@ class Streaming:
         """See TrainingFree."""
         return self.effort.is_thorough(self.dense.is_large)
 
-    def held_out_loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
-        """What a whole plan loses on pairs that its recovery has not seen, and on how many halves of them, see
-        calibration.HeldOut."""
+    def held_out_loss(self, plan: Plan, leader: Judged | None = None) -> Judged:
+        """What a whole plan loses on pairs that its recovery has not seen, see calibration.HeldOut."""
         halves = [list(self.dense.on_device(half)) for half in halved(self.judges)]
         folds = [(halves[0], halves[1]), (halves[1], halves[0])][: 2 if self.thorough else 1]
         if self._expected is None:
             self._expected = [torch.cat(through_dense(self.dense, judged_on)) for _, judged_on in folds]
-        losses: list[float] = []
-        for expected, (fitted_on, judged_on) in zip(self._expected, folds, strict=True):
+
+        def loss(expected: Tensor, fitted_on: list[Inputs], judged_on: list[Inputs]) -> float:
             fitted_on = fitted_on if self.sequential else []
             found = through_compact(self.dense, plan, fitted_on, judged_on, recovers=self.recovers, each=self._tell)
-            losses.append(comparison.feature_distance(expected, torch.cat(found)).item())
-            if cannot_win(losses[0], lowest):
-                break
-        return sum(losses) / len(losses), len(losses)
+            return comparison.feature_distance(expected, torch.cat(found)).item()
+
+        known = zip(self._expected, folds, strict=True)
+        return judged([partial(loss, expected, *fold) for expected, fold in known], leader)
 
     def _tell(self, index: int, layer: nn.Module) -> None:
         """Now and then how far a plan has come, below the bar of all plans."""

@@ -28,7 +28,7 @@ def reached(ratio: float, space: allocation.Space, streams: allocation.Streams, 
         plan = space.candidate(ratio, cuts)
         if plan is None:
             return allocation.Look(cuts, {}, 0.0, None)
-        return allocation.Look(cuts, {}, 1 - flops.count(plan, space.ref).total / space.total, 0.0)
+        return allocation.Look(cuts, {}, 1 - flops.count(plan, space.ref).total / space.total, allocation.Judged(0.0, 0, 0.0))
 
     found = allocation.descend(look, streams, lambda _: None, [], steps, most=1)
     return None if found is None else found.ratio

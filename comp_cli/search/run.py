@@ -236,8 +236,7 @@ def compare_plans(
             return allocation.Look(cuts, {}, 0.0, None)
         kept = {stream: (cut.layer, space.kept(plan, stream, cut.layer)) for stream, cut in cuts.items()}
         ratio = 1 - flops.count(plan, space.ref).total / space.total
-        loss, halves = way.held_out_loss(plan, state.lowest)
-        return allocation.Look(cuts, kept, ratio, loss, halves)
+        return allocation.Look(cuts, kept, ratio, way.held_out_loss(plan, state.leader))
 
     expected = min(allocation.EXPECTED, options.looks or allocation.EXPECTED)
     with progress.track("comparing plans", expected) as bar:

@@ -1,6 +1,5 @@
 """Search without training: plans are judged as they are sliced, their output projections refitted in closed form."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from ..data.batches import Batch
 from ..engine import allocation, stages
+from ..engine.allocation import Judged
 from ..engine.methods import METHODS
 from ..engine.statistics import keys_of, prices
 from ..models.dense import Dense
@@ -87,11 +87,11 @@ class TrainingFree:
         """Whether plans are compared at length: both halves of the pairs judge, and the descent takes its time."""
         return self.effort.is_thorough(self.dense.is_large)
 
-    def held_out_loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
-        """What a whole plan loses on pairs that its recovery has not seen, and on how many halves of them, see HeldOut."""
+    def held_out_loss(self, plan: Plan, leader: Judged | None = None) -> Judged:
+        """What a whole plan loses on pairs that its recovery has not seen, see HeldOut."""
         folds = 2 if self.thorough else 1
         self._judge = self._once("judge", lambda: HeldOut(self.dense, self.judges, self.grams, self.sequential, folds))
-        return self._judge.loss(plan, lowest)
+        return self._judge.loss(plan, leader)
 
     def save(self, state: State) -> None:
         """A stage is done, or a plan was looked at."""

@@ -78,8 +78,8 @@ def compare_uniform(
             if number >= len(state.looks):
                 ratio = 1 - flops.count(plan, space.ref).total / space.total
                 units = {f"{tower} {part}": count for (tower, part), count in sizes.items()}
-                loss, halves = way.held_out_loss(plan, state.lowest)
-                state.looks.append(allocation.Look({}, {}, ratio, loss, halves, units))
+                judged = way.held_out_loss(plan, state.leader)
+                state.looks.append(allocation.Look({}, {}, ratio, judged, units))
                 way.save(state)
             bar.advance(state.looks[number].in_words())
     losses = [math.inf if look.loss is None else look.loss for look in state.looks]

@@ -1,6 +1,5 @@
 """Search with fine-tuning: inside the stages, while units fade, or after a training-free search (see trainer.py)."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from ..data.batches import Batch
 from ..engine import stages
+from ..engine.allocation import Judged
 from ..models.dense import Dense
 from ..models.pairs import Pairs
 from ..options import ResolvedOptions
@@ -71,9 +71,9 @@ class Trained:
         """Whether plans are compared at length."""
         return self.free.thorough
 
-    def held_out_loss(self, plan: Plan, lowest: float = math.inf) -> tuple[float, int]:
+    def held_out_loss(self, plan: Plan, leader: Judged | None = None) -> Judged:
         """See TrainingFree."""
-        return self.free.held_out_loss(plan, lowest)
+        return self.free.held_out_loss(plan, leader)
 
     def save(self, state: State) -> None:
         """A stage is done, or a part of the tuning."""

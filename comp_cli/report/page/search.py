@@ -91,7 +91,8 @@ def compared(document: Document) -> Html | None:
     ]
     if any(_halves(one, found) for one in found):
         said.append(
-            " A plan that lost more than twice the lowest before it on one half of the pairs was not judged on the other."
+            " A plan that lost a third more than the best before it on one half of the pairs was not judged on the other: its "
+            "loss is that of the best one, and the difference on that half."
         )
     lead = joined(said)
     key = legend(("compact", "a plan"), ("chosen", "the plan that was taken"))
