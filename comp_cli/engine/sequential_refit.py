@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..families import Family, Part, Tower
 from ..plan import Plan
 from ..runtime.modeling_comp import CACHES, LAYOUT_DEFAULTS, CompactAttention, PreNormLayer, TokenState, unmasked
-from ..runtime.modeling_comp_vlm import DroppingLayer
 from ..runtime.token_selection import Selection, Stage
 from .recover import ridge_fit
 from .scoring import reader_of, tower_layers
@@ -148,7 +147,7 @@ def entering_calls(model: nn.Module, tower: Tower, batches: Sequence[dict[str, T
         around.update(options)
 
     first = layers[0]
-    if isinstance(first, DroppingLayer):  # which would drop tokens before its hooks hear of it
+    if hasattr(first, "comp_stage"):  # a DroppingLayer, which would drop tokens before its hooks hear of it
         layers[0] = nn.Identity()
     hooks = [
         layers[0].register_forward_pre_hook(remember, with_kwargs=True),
@@ -289,17 +288,18 @@ def step_watched(layer: nn.Module, tower: Tower, index: int, calls: Sequence[Cal
 def left_once(layer: nn.Module, calls: Sequence[Call]) -> Iterator[None]:
     """Let the image tokens of all calls leave that leave before a layer; while the context is open, it may run often, and none
     leaves again."""
-    stage = layer.comp_stage if isinstance(layer, DroppingLayer) else None
-    if not isinstance(layer, DroppingLayer) or stage is None:
+    dropping: Any = layer  # a DroppingLayer, or a layer before which nothing leaves
+    stage: Stage | None = getattr(layer, "comp_stage", None)
+    if stage is None:
         yield
         return
     for call in calls:
         call.drop(stage)
-    layer.comp_stage = None
+    dropping.comp_stage = None
     try:
         yield
     finally:
-        layer.comp_stage = stage
+        dropping.comp_stage = stage
 
 
 def refit_layer(

@@ -75,7 +75,7 @@ class PlanCompared:
         ratio: FLOPs reduction; 0 where no plan of the ratio keeps so many tokens.
         loss: distance of the features from the dense model's, in units of their variance, on pairs that recovery in sequence
             had not seen; null where no plan of the ratio keeps so many tokens.
-        halves: of these pairs, on so many of which it was judged: 1 where it lost a third more than the best plan before it on
+        halves: of these pairs, on so many of which it was judged: 1 where it lost 30 % more than the best plan before it on
             the first (its loss is that of the best plan, and the difference on that half), and where plans are judged on one
             only; left out where there is no loss.
         units: of a uniform plan, tower and part -> units that every layer keeps; left out for others.

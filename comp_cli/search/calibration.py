@@ -24,7 +24,7 @@ from .processes import from_main, gathered, processes, share, summed, summed_num
 Tensors = dict[scoring.Key, Tensor]
 
 REMEMBERED = 2**30  # bytes of the dense model's residual streams that are kept for the next plan
-HOPELESS = 4 / 3  # of what the leader loses on the first half: of 77 plans of the demo none that lost more on it won
+HOPELESS = 1.3  # times what the leader loses on the first half: of 77 plans of the demo none above 1.22 was the better one
 PROBED = 8  # pairs that are differentiated at once: all that their layers hold is in memory
 
 

@@ -91,7 +91,7 @@ def compared(document: Document) -> Html | None:
     ]
     if any(_halves(one, found) for one in found):
         said.append(
-            " A plan that lost a third more than the best before it on one half of the pairs was not judged on the other: its "
+            " A plan that lost 30 % more than the best before it on one half of the pairs was not judged on the other: its "
             "loss is that of the best one, and the difference on that half."
         )
     lead = joined(said)
