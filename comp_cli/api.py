@@ -401,7 +401,8 @@ def prune(
             aimed = how | pushed | {"resume": resume, "max_drop": max_drop if target.is_least else None}
             return and_push(lambda: prune_to_target(options, target, folder, told, **aimed), options, told, **pushed)
         if by_number(options, link):
-            return and_push(lambda: prune_tokens(options, folder, told, link=link, **how, **pushed), options, told, **pushed)
+            how |= {"link": link, "resume": resume}
+            return and_push(lambda: prune_tokens(options, folder, told, **how, **pushed), options, told, **pushed)
         if dry_run:
             check_name(options.push_to_hub, options.private, dry_run)
             return (

@@ -439,6 +439,11 @@ class PruneOptions(Checked):
         """Whether weights are refitted where image tokens go by their number."""
         return self.image_tokens is not None and self.image_tokens.refit
 
+    @property
+    def tunes(self) -> bool:
+        """Whether weights are trained."""
+        return bool(self.training.steps) or self.training.epochs is not None
+
 
 @dataclass(frozen=True)
 class ResolvedOptions(PruneOptions):

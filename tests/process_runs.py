@@ -36,6 +36,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model and what is asked fo
     "uniform": ("llava", {"ratio": 0.3, "uniform": True}),
     "by number": ("llava", {"method": "vitcop", "tokens": 9}),
     "by number, measured": ("llava", {"method": "vitcop", "tokens": 9, "answer_column": "answer", "eval_samples": 5}),
+    "by number, tuned": (
+        "llava",
+        {
+            "tokens": 9,
+            "answer_column": "answer",
+            "eval_samples": 5,
+            "refit": True,
+            "num_samples": 7,
+            "batch_size": 3,
+            **TRAINED,
+        },
+    ),
 }
 SCENES = {"matching", "paper", "paper, tuned in stages", "taylor", "qwen2-vl, tuned", "uniform"}  # others: the table
 

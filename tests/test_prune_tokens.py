@@ -490,13 +490,15 @@ def test_the_first_projection_is_that_of_least_squares_by_hand(dense, tmp_path, 
     stock = transformers.LlavaForConditionalGeneration.from_pretrained(dense).eval()
     plain, fitted = (comp_cli.load(tmp_path / name).eval() for name in ("plain", "compact"))
     (own, before), (all_, after) = watched(plain, given), watched(stock, given)
-    rows, wanted = [], []
-    for few, many in zip(own, all_, strict=True):
+    rows, wanted, counts = [], [], []
+    for few, many, batch in zip(own, all_, given, strict=True):
         stay = [many["angles"].eq(angle).all(-1).nonzero().item() for angle in few["angles"]]
         assert len(stay) == len(many["angles"]) - 36 + 12
         rows.append(few["inner"].flatten(0, 1))
         wanted.append((many["behind"][:, stay] - few["entering"]).flatten(0, 1))
-    x, y = torch.cat(rows).double(), torch.cat(wanted).double()
+        counts.append(torch.where(batch["input_ids"][:, stay] == stock.config.image_token_id, 1.0, 2.0).flatten())  # squared: 4
+    root = torch.cat(counts).double().unsqueeze(1)
+    x, y = root * torch.cat(rows), root * torch.cat(wanted)
     ridge = 3e-2 * (x * x).sum(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
     right = torch.linalg.solve(x.T @ x + ridge, x.T @ y + ridge @ before.double().T).T
     found = projection(fitted).weight
@@ -553,6 +555,72 @@ def test_the_card_and_the_terminal_say_that_weights_were_fitted(fitted, capsys):
     print_tokens_pruned(fitted[0], fitted[0].image_tokens, Output())
     assert "its weights are refitted" in " ".join(capsys.readouterr().out.split())
     jsonschema.validate(fitted[0].to_json(), strict("prune"))
+
+
+# Tuning ------------------------------------------------------------------------------------------------------------------
+
+
+TUNED = {"steps": 6, "lr": 1e-3, "train_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def tuned(dense, fitted):
+    """The same, then trained; the report and the folder."""
+    data = fitted[1].parent / "table.jsonl"
+    how = {"token_stages": "1:12,3:4", "data": data, "num_samples": 8, "eval_samples": 4, "batch_size": 2, **TUNED}
+    folder = fitted[1].parent / "tuned"
+    return comp_cli.prune(dense, method="pyramiddrop", refit=True, output=folder, **how), folder
+
+
+def test_what_was_refitted_is_trained_on(dense, fitted, tuned):
+    """By the same trainer as a plan of a ratio: from the refitted weights, for so many steps."""
+    from comp_cli.models.pairs import choose_pairs
+    from comp_cli.options import DataOptions, ResolvedTraining
+    from comp_cli.search.trainer import Trainer, training_batches
+
+    opened, training = open_dense(str(dense), Silent()), ResolvedTraining(steps=6, lr=1e-3, batch_size=4)
+    pairs = choose_pairs(opened, DataOptions(str(fitted[1].parent / "table.jsonl")), Silent())
+    trainer = Trainer(opened, training, 0.5, lambda skip: training_batches(opened, pairs, training, 0, skip))
+    trainer.take(tuned[0].plan, comp_cli.load(fitted[1]))
+    right = trainer.tune(Silent(), lambda: None).state_dict()
+    found, before = (comp_cli.load(folder).state_dict() for folder in (tuned[1], fitted[1]))
+    near = torch.cat([(found[name] - tensor).abs().flatten() for name, tensor in right.items()])
+    # Adam makes a step of the rate of the rounding of slopes that should be zero.
+    assert near.max() <= 6 * 2 * 1e-3 and (near < 1e-5).float().mean() > 0.95
+    assert sum(not torch.equal(found[name], before[name]) for name in before) > 20
+    assert tuned[0].plan.stages == fitted[0].plan.stages and tuned[0].image_tokens.weights == "tuned"
+
+
+def test_training_alone_begins_with_the_weights_of_the_model(dense, tuned, tmp_path):
+    how = {"token_stages": "1:12,3:4", "data": tuned[1].parent / "table.jsonl", "eval_samples": 4, "batch_size": 2}
+    report = comp_cli.prune(dense, method="pyramiddrop", output=tmp_path / "compact", **how, **TUNED | {"lr": 1e-5})
+    before = transformers.LlavaForConditionalGeneration.from_pretrained(dense).state_dict()
+    found = comp_cli.load(tmp_path / "compact").state_dict()
+    assert report.image_tokens.weights == "tuned" and report.options.training.steps == 6
+    assert 0 < max(float((found[name] - before[name]).abs().max()) for name in before) < 6 * 2 * 1e-5
+
+
+def test_the_card_and_the_terminal_say_that_weights_were_trained(tuned, capsys):
+    from comp_cli.cli.output import Output
+    from comp_cli.report.token_tables import print_tokens_pruned
+
+    card = (tuned[1] / "README.md").read_text()
+    assert "with weights that were fine-tuned" in card and "--refit" in card and "--steps 6" in card
+    print_tokens_pruned(tuned[0], tuned[0].image_tokens, Output())
+    assert "its weights are fine-tuned" in " ".join(capsys.readouterr().out.split())
+    jsonschema.validate(tuned[0].to_json(), strict("prune"))
+
+
+def test_a_drop_that_is_too_large_leaves_neither_folder_nor_journal(dense, fitted, tmp_path, monkeypatch):
+    def judged(report, quality, max_drop, progress):
+        assert list(tmp_path.glob(".compact.journal*"))
+        raise GateError("it falls too far.", report=report)
+
+    monkeypatch.setattr("comp_cli.commands.prune_tokens.check_drop", judged)
+    how = {"tokens": 9, "data": fitted[1].parent / "table.jsonl", "eval_samples": 4, **TUNED}
+    with pytest.raises(GateError, match="falls too far"):
+        comp_cli.prune(dense, output=tmp_path / "compact", **how)
+    assert [path for path in tmp_path.iterdir() if "lock" not in path.name] == []
 
 
 def test_a_dry_run_sends_nobody_who_named_pairs_for_pairs(dense, tmp_path):
@@ -664,7 +732,16 @@ MISTAKES = {
         "--tokens is for methods of image tokens in a decoder; --method wanda is none",
     ),
     "link for comp": (["--ratio", "0.5", "--link"], "--link is for methods of image tokens"),
-    "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps: nothing changes"),
+    "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps needs pairs to train on"),
+    "training in epochs": (["--tokens", "9", "--refit", "--epochs", "1"], "--refit needs pairs to fit on"),
+    "a rate of no steps": (["--tokens", "9", "--lr", "1e-3", "--data", "pairs.jsonl"], "--lr, --distill and"),
+    "a batch of no steps": (["--tokens", "9", "--train-batch-size", "4", "--data", "p.jsonl"], "--train-batch-size: nothing"),
+    "stages": (["--tokens", "9", "--steps", "5", "--stage-share", "0.5", "--data", "pairs.jsonl"], "in no stages of a search"),
+    "trained links": (["--tokens", "9", "--steps", "5", "--link", "--data", "pairs.jsonl"], "--steps changes weights, and"),
+    "samples of no refit": (
+        ["--tokens", "9", "--steps", "5", "--num-samples", "4", "--data", "p.jsonl"],
+        "--num-samples: nothing",
+    ),
     "precision": (["--method", "vitcop", "--tokens", "9", "--dtype", "bf16"], "--dtype: nothing changes"),
     "calibration": (["--method", "vitcop", "--tokens", "9", "--num-samples", "5"], "--num-samples: nothing changes"),
     "judged on nothing": (["--method", "vitcop", "--tokens", "9", "--max-drop", "1"], "needs pairs"),
@@ -674,7 +751,6 @@ MISTAKES = {
     "another task": (["--method", "vitcop", "--tokens", "9", "--task", "retrieval"], "--task retrieval"),
     "refitted on nothing": (["--tokens", "9", "--refit"], "--refit needs pairs"),
     "refitted links": (["--tokens", "9", "--refit", "--link", "--data", "pairs.jsonl"], "--link leaves them"),
-    "refitted by training": (["--tokens", "9", "--refit", "--data", "pairs.jsonl", "--steps", "5"], "--refit fits weights"),
     "refit of a ratio": (["--ratio", "0.5", "--refit"], "--refit is for methods of image tokens"),
 }
 

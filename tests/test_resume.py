@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import tiny
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -95,6 +96,32 @@ def test_killed_and_resumed(tiny_folder, uninterrupted, tmp_path, where):
     for name in ("model.safetensors", "config.json", "comp_report.json"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "killed.py"]
+
+
+@pytest.mark.parametrize("refit", [["--refit", *FEW[:2]], []], ids=["refitted", "as they are"])
+def test_killed_while_image_tokens_are_trained_for_and_resumed(tmp_path, refit):
+    """Image tokens of a decoder that leave by their number; with --no-resume it starts anew."""
+    dense, script = tiny.write("llava", tmp_path / "dense"), tmp_path / "killed.py"
+    data = tiny.table(tmp_path, text=lambda n: "a red circle", answer=lambda n: ["red", "two blue"][n % 2])
+    script.write_text(KILLED)
+
+    def given(output, *more):
+        asked = ["--tokens", "9", "--data", str(data), "--eval-samples", "4", "--device", "cpu", *refit, *TRAINED]
+        return ["prune", str(dense), "-o", str(tmp_path / output), *asked, *more]
+
+    assert run(*given("whole")).exit_code == 0
+    for where in (1, 3):
+        killed = subprocess.run([sys.executable, script, str(where), *given("compact")], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL and not (tmp_path / "compact").exists()
+    assert len(list(tmp_path.glob(".compact.journal.*.safetensors"))) == 1
+    other = run(*given("compact", "--seed", "1"))
+    assert other.exit_code == 2 and "seed was 0 and is 1" in other.stderr
+    for more in ([], ["--no-resume", "--overwrite"]):
+        result = run(*given("compact", *more))
+        assert result.exit_code == 0, result.stderr
+        for name in ("model.safetensors", "comp_report.json"):
+            assert (tmp_path / "compact" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".compact*"))
 
 
 def report_of(folder):

@@ -224,10 +224,11 @@ def prune(
                 show(missed.report, out)
             raise
 
+    by_number = link or tokens or tokens_share or token_stages
     perform(
         context,
         call,
         show,
         lambda report: report.output,
-        resumes=not (dry_run or plan_only or link or tokens or tokens_share or token_stages),
+        resumes=not (dry_run or plan_only) and bool(steps or epochs or not by_number),
     )

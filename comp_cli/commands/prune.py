@@ -56,6 +56,8 @@ from . import threads
 from .judging import check_drop, compare
 from .prune_options import check
 
+# Of each weight in a journal: itself and two moments in fp32, as they are and as they were at the last step.
+BYTES_OF_TRAINING = 2 * 3 * 4
 Work = Callable[..., PruneReport]  # as `prune_in_memory`
 Verify = Callable[[Dense, nn.Module, PruneReport], None]  # of the dense model, the compact one, and what is known of them
 
@@ -343,11 +345,10 @@ def compared(look: Look) -> PlanCompared:
 
 
 def check_disk(dense: Dense, options: ResolvedOptions, dtype: torch.dtype, output: Path) -> None:
-    """Raises CompError where the disk cannot hold what is left of the weights, and of what training keeps of each: itself and
-    two moments, as it is and as it was at the last step."""
+    """Raises CompError where the disk cannot hold what is left of the weights, and what training keeps of them."""
     left = (1 - options.ratio) * dense.params(dense.plan)
     if options.training.steps:
-        check_room(output, left * (dtype.itemsize + 2 * 3 * 4), "the compact model, with the journal of its training,")
+        check_room(output, left * (dtype.itemsize + BYTES_OF_TRAINING), "the compact model, with the journal of its training,")
     else:
         check_room(output, left * dtype.itemsize, "the compact model")
 

@@ -165,16 +165,19 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     for name in ("saliency", "compat"):
         if getattr(wanted, name) and options.method != "vitcop":
             raise UsageError(f"{flag(name)} is for --method vitcop.")
-    if wanted.refit and link:
-        raise UsageError("--refit changes weights, and --link leaves them those of the model.", hint="Leave one of them out.")
-    if wanted.refit and not has_pairs(options):
-        raise UsageError("--refit needs pairs to fit on.", hint="Name them with --data.")
+    check_training(options.training)
+    if options.training.stage_share:
+        said = "--stage-share: image tokens leave by their number, in no stages of a search."
+        raise UsageError(said, hint="Leave it out: --steps tunes the model that they leave.")
+    if (changing := changes_weights(options)) and link:
+        said = f"{changing[0]} changes weights, and --link leaves them those of the model."
+        raise UsageError(said, hint="Leave one of them out.")
+    if changing and not has_pairs(options):
+        raise UsageError(f"{changing[0]} needs pairs to {changing[1]} on.", hint="Name them with --data.")
     if idle := unused(options):
-        why = "and --refit fits weights in closed form" if wanted.refit else "which keeps the weights of the model"
+        why = "with weights that are fitted or trained" if changing else "which keeps the weights of the model"
         said = f"{', '.join(idle)}: nothing changes for --method {options.method}, {why}."
-        raise UsageError(
-            said, hint="Leave it out" + ("." if wanted.refit else "; --data measures the quality on pairs of yours.")
-        )
+        raise UsageError(said, hint="Leave it out" + ("." if changing else "; --data measures the quality on pairs of yours."))
     if max_drop is not None and not has_pairs(options):
         raise UsageError("--max-drop needs pairs to measure on.", hint="Name them with --data.")
     if max_drop is not None and (dry_run or not 0 <= max_drop <= 100):
@@ -182,10 +185,18 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
         raise UsageError(f"--max-drop {max_drop:g}: {said}.")
 
 
+def changes_weights(options: PruneOptions) -> tuple[str, str] | None:
+    """The first option that changes weights where image tokens go by their number, and what it does to them."""
+    found = [("--refit", "fit")] * options.refits
+    found += [("--steps" if options.training.steps else "--epochs", "train")] * options.tunes
+    return found[0] if found else None
+
+
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
     read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
-    read = (*read, *["num_samples"] * options.refits, *["seed"] * (options.refits or options.method == "random-token"))
+    read = (*read, *["num_samples"] * options.refits, *["training"] * options.tunes)
+    read = (*read, *["seed"] * (options.refits or options.tunes or options.method == "random-token"))
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]
     return [one for name in given for one in (_of_training(options) if name == "training" else [flag(name)])]
 

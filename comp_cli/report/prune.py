@@ -199,8 +199,8 @@ class ImageTokens:
         stages: where they leave.
         step_flops: FLOPs of the first token that is written behind the reference input.
         kv_cache_bytes: keys and values behind the reference input, bytes, in the precision of the checkpoint.
-        weights: how they lie in the folder: "copied", "linked" (hard links to the dense model's) or "refitted"; left out by a
-            dry run.
+        weights: how they lie in the folder: "copied", "linked" (hard links to the dense model's), "refitted" or "tuned"; left
+            out by a dry run.
     """
 
     of: int

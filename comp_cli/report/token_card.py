@@ -38,8 +38,11 @@ def token_card(document: dict[str, Any], family: Family, task: Task, source: Pat
         for name, (sizes, spell) in saved.items()
     ]
     quality = document.get("quality")
-    fitted = "its own weights, but for output projections of the language model, which were fitted anew"
-    own = fitted if found.get("weights") == "refitted" else "its own weights"
+    ways = {
+        "refitted": "its own weights, but for output projections of the language model, which were fitted anew",
+        "tuned": "weights that were fine-tuned",
+    }
+    own = ways.get(found.get("weights"), "its own weights")
     lines = [
         f"# {base}, {found['mean']:.0f} of {found['of']} image tokens",
         "",

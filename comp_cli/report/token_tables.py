@@ -56,7 +56,7 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
     print_streamed(report, out)
     if report.output is None:
         return out.line("Nothing was written (--dry-run).")
-    ways = {"linked": "hard links to those of the dense model", "refitted": "refitted"}
+    ways = {"linked": "hard links to those of the dense model", "refitted": "refitted", "tuned": "fine-tuned"}
     how = ways.get(found.weights or "", "copies")
     out.line(f"Wrote {report.output} in {report.seconds or 0:.1f} s; its weights are {how}.")
     out.line(
