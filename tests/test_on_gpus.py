@@ -43,6 +43,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "one size in all layers": ("llava", FEW | {"ratio": 0.3, "uniform": True, "modes": "vision_params,language_params"}),
     "all modes": ("llava", QUICK | {"ratio": 0.3, "modes": "vision_params,language_params,image_tokens"}),
     "ranked by attention": ("llava", QUICK | {"ratio": 0.3, "tokens_method": "attention"}),
+    "image tokens, trained": ("llava", TOKENS | {"steps": 2, "train_batch_size": 2, "eval_samples": 4, "data": True}),
     "a size": ("clip", QUICK | {"target_size": "400kB"}),
     "a drop": ("clip", QUICK | {"max_drop": 50}),
 }

@@ -627,6 +627,8 @@ def test_a_dry_run_sends_nobody_who_named_pairs_for_pairs(dense, tmp_path):
     data = tiny.table(tmp_path, question=lambda n: "a red circle", answer=lambda n: "red")
     said = " ".join(run(dense, "--tokens", 9, "--refit", "--data", data, "--dry-run").stdout.split())
     assert "the run without --dry-run does that" in said and "--data with pairs" not in said
+    said = " ".join(run("demo-vlm", "--tokens", 22, "--dry-run").stdout.split())
+    assert "the run without --dry-run does that" in said and "--data with pairs" not in said
 
 
 # Families ----------------------------------------------------------------------------------------------------------------

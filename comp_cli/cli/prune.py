@@ -197,6 +197,8 @@ def prune(
 
     `comp prune llava-hf/llava-1.5-7b-hf --method vitcop --tokens 64 --link`
 
+    `comp prune demo-vlm --tokens 22 --refit --steps 300 --mixed-precision bf16`
+
     `comp prune openai/clip-vit-base-patch32 --ratio 0.5 --data pairs.jsonl --max-drop 1.0`
 
     `comp prune demo --ratio 0.8 --steps 200 --mixed-precision bf16`

@@ -1,5 +1,6 @@
 """The tables of `comp prune` where image tokens leave a decoder."""
 
+from ..checkpoint.hub import DEMOS
 from ..engine import flops, token_schedules
 from ..plan import Plan
 from .base import Sizes
@@ -49,7 +50,7 @@ def print_tokens_pruned(report: PruneReport, found: ImageTokens, out: Printer) -
     out.line(f"Reference input: {in_words(report.reference.tokens)}; FLOPs are 2 x multiply-accumulates.")
     if report.quality is not None:
         out.line(f"Quality on {report.quality.data}, on {report.threads}.")
-    elif report.options.data.data is not None:
+    elif report.options.data.data is not None or report.options.model in DEMOS:
         out.line("No quality was measured: the run without --dry-run does that.")
     else:
         out.line("No quality was measured: --data with pairs of yours does that.")
