@@ -2,9 +2,8 @@
 holds behind its part, so that each part makes good what those before it lost, pruned tokens included.
 
 For a part with inner activations x and residual h in the compact model, and the dense model's stream d behind the part, at
-the tokens that are left:  min sum_n c_n ||d_n - h_n - W' x_n||^2 + ridge ||W' - W||^2.  c_n is 4 for text where image tokens
-leave a decoder, else 1. One layer after the other, all pairs at once, so the two models go through the pairs together and no
-activations of a whole model are held.
+the tokens that are left:  min sum_n ||d_n - h_n - W' x_n||^2 + ridge ||W' - W||^2. One layer after the other, all pairs at
+once, so the two models go through the pairs together and no activations of a whole model are held.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from .scoring import reader_of, tower_layers
 
 # Times the mean of the Gram matrix's diagonal. Larger than in `recover`: targets hold what no channel of the part can say.
 RIDGE = 3e-2
-TEXT = 4.0  # how often a text token of a decoder counts where image tokens leave: what is written is read off text tokens
 HELD = 2**27  # bytes of inner activations that are kept while a layer is refitted
 Run = Callable[[nn.Module, dict[str, Tensor]], Any]
 Sums = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -118,16 +116,6 @@ class Call:
         if self.selection is not None:
             return self.selection.index
         return None if self.token_state is None else self.token_state.positions(before=layer)
-
-    @property
-    def counted(self) -> Tensor | None:
-        """How often each token that is left counts in a fit, (batch, left); None for once."""
-        images = None if self.selection is None else self.selection.images
-        if images is None:
-            return None
-        weights = self.hidden.new_full(self.hidden.shape[:2], TEXT, dtype=torch.float32)
-        weights[images.rows.expand_as(images.columns)[images.valid], images.columns[images.valid]] = 1.0
-        return weights
 
     def valid(self, seen: dict[str, Any], index: int, entry: bool) -> Tensor | None:
         """Which tokens that a part is given are no padding, (batch, tokens); None for all."""
@@ -343,8 +331,7 @@ def refit_layer(
                         pass
                     kept, valid = own.kept_before(index + (0 if entry else 1)), own.valid(seen, index, entry)
                     found = seen[part.name]
-                    target = counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual
-                    fit.add(found.inner, target, valid, own.counted)
+                    fit.add(found.inner, counterparts(streams[part.name], kept, found.inner.shape[1]) - found.residual, valid)
                     if part is last and (room := room - found.inner.nbytes) >= 0:
                         held[number] = found.residual, found.inner
             fit.replace(summed)
@@ -467,19 +454,15 @@ class Fit:
         # fp64, of products in fp32; empty where no pair was seen.
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, inner: Tensor, target: Tensor, valid: Tensor | None, weights: Tensor | None = None) -> None:
-        """(batch, tokens, channels), (batch, tokens, outputs), which of these tokens are no padding, (batch or 1, tokens),
-        None for all, and how often each counts, (batch, tokens), None for once."""
+    def add(self, inner: Tensor, target: Tensor, valid: Tensor | None) -> None:
+        """(batch, tokens, channels), (batch, tokens, outputs), and which of these tokens are no padding, (batch or 1, tokens),
+        None for all."""
         rows, wanted = inner.flatten(0, 1).float(), target.flatten(0, 1).float()
-        roots = None if weights is None else weights.sqrt().flatten().unsqueeze(1)
         if valid is not None:
             counts = valid.expand(inner.shape[:2]).flatten()
             rows, wanted = rows[counts], wanted[counts]
-            roots = None if roots is None else roots[counts]
         if self.reader.bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-        if roots is not None:
-            rows, wanted = rows * roots, wanted * roots
         for name, product in ("gram", rows.T @ rows), ("cross", rows.T @ wanted):
             if name in self.sums:  # in place: of the widest part each of these is as large as a layer
                 self.sums[name] += product
