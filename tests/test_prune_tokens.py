@@ -490,15 +490,13 @@ def test_the_first_projection_is_that_of_least_squares_by_hand(dense, tmp_path, 
     stock = transformers.LlavaForConditionalGeneration.from_pretrained(dense).eval()
     plain, fitted = (comp_cli.load(tmp_path / name).eval() for name in ("plain", "compact"))
     (own, before), (all_, after) = watched(plain, given), watched(stock, given)
-    rows, wanted, counts = [], [], []
-    for few, many, batch in zip(own, all_, given, strict=True):
+    rows, wanted = [], []
+    for few, many in zip(own, all_, strict=True):
         stay = [many["angles"].eq(angle).all(-1).nonzero().item() for angle in few["angles"]]
         assert len(stay) == len(many["angles"]) - 36 + 12
         rows.append(few["inner"].flatten(0, 1))
         wanted.append((many["behind"][:, stay] - few["entering"]).flatten(0, 1))
-        counts.append(torch.where(batch["input_ids"][:, stay] == stock.config.image_token_id, 1.0, 2.0).flatten())  # squared: 4
-    root = torch.cat(counts).double().unsqueeze(1)
-    x, y = root * torch.cat(rows), root * torch.cat(wanted)
+    x, y = torch.cat(rows).double(), torch.cat(wanted).double()
     ridge = 3e-2 * (x * x).sum(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
     right = torch.linalg.solve(x.T @ x + ridge, x.T @ y + ridge @ before.double().T).T
     found = projection(fitted).weight
