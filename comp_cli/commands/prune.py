@@ -144,12 +144,19 @@ def prune_once(
     typed, output = output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
-        journal = Journal(output, {})
-        if not resume:
-            journal.remove()
-        check_free(journal, output, typed, overwrite)
-        journal.compare(early_settings(options))
+        journal = journal_of(options, output, typed, overwrite=overwrite, resume=resume)
         return replace(work(options, output, journal, progress, once, **how), output=typed)
+
+
+def journal_of(options: PruneOptions, output: Path, typed: Path, *, overwrite: bool, resume: bool) -> Journal:
+    """What a run goes on from. Raises UsageError where the output is not free, or an earlier run was made with other options.
+    typed: the output as the user has it."""
+    journal = Journal(output, {})
+    if not resume:
+        journal.remove()
+    check_free(journal, output, typed, overwrite)
+    journal.compare(early_settings(options))
+    return journal
 
 
 def check_free(journal: Journal, output: Path, typed: Path, overwrite: bool) -> None:

@@ -44,7 +44,7 @@ from ..search.sharding import check_launch
 from ..search.trainer import Trainer, training_batches
 from . import threads
 from .judging import check_drop, compare
-from .prune import BYTES_OF_TRAINING, check_free, describe, early_settings, kept_with_folder, resolve_defaults, settings_of
+from .prune import BYTES_OF_TRAINING, describe, journal_of, kept_with_folder, resolve_defaults, settings_of
 from .prune_options import changes_weights, check_tokens, has_pairs
 from .prune_streamed import ended, exceeds, measure
 
@@ -79,13 +79,8 @@ def prune_tokens(
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
-        journal = Journal(output, {}) if options.tunes else None
-        if journal and not resume:
-            journal.remove()
-        if journal:
-            check_free(journal, output, typed, overwrite)
-            journal.compare(early_settings(options))
-        else:
+        journal = journal_of(options, output, typed, overwrite=overwrite, resume=resume) if options.tunes else None
+        if journal is None:
             check_replaceable(output, overwrite)
         report, dense, plan = _report(options, progress, hub_options)
         found = Measured(report)
