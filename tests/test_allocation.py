@@ -153,6 +153,26 @@ def test_a_descent_that_is_caught_is_saved_by_another():
     assert Two(3, 0.5, none=9.0, depths=(0.0, 1 / 4)).run().cuts == {"vision": Cut(0, 0.8)}
 
 
+def test_no_second_descent_begins_where_far_more_is_lost():
+    """Of two valleys, the deep one at layer 0: its descent begins four times above the other one's floor, or more."""
+
+    class Two(Landscape):
+        def __init__(self, begin):
+            super().__init__(6, 0.5, none=99.0, depths=(0.0, 1 / 2))
+            self.begin = begin
+
+        def look(self, cuts):
+            found = super().look(cuts)
+            if not cuts or cuts["vision"].layer > 0:
+                return replace(found, judged=Judged(1 + found.loss, 2, 1.0))
+            return replace(found, judged=Judged(self.begin - 13 * abs(cuts["vision"].share - 0.5), 2, 1.0))
+
+    assert Two(3.9).run().cuts["vision"].layer == 0
+    far = Two(4.1)
+    assert far.run().cuts == {"vision": Cut(6, 0.5)}
+    assert sum(cuts.get("vision", Cut(1, 0)).layer == 0 for cuts in far.asked) == 1
+
+
 def test_no_cut_is_taken_where_none_is_better():
     assert Landscape(3, 0.5, none=-1.0).run().cuts == {}
 

@@ -31,6 +31,7 @@ EXPECTED = 16  # candidates that a descent looks at, about
 # better than its neighbours' and still not the best of all.
 DEPTHS: dict[str, tuple[float, ...]] = {"image": (0.0, 1 / 6)}
 MIDDLE = (1 / 2,)  # for others
+FAR = 4  # times the lowest loss, from where no second descent begins: none of the demo came down by more than 2.4
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,9 @@ def descend(
     steps: Sequence[float] = STEPS,
     most: float = math.inf,
 ) -> Look | None:
-    """From no cut at all, stream by stream: go on to whichever neighbour loses less, and take the best cut if it loses less
-    than none. Where all of these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the
-    largest.
+    """From no cut at all, stream by stream, from the deepest place first: go on to whichever neighbour loses less, and take the
+    best cut if it loses less than none. No descent begins at a further place that loses `FAR` more than the best. Where all of
+    these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
     with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. most: candidates
@@ -283,9 +284,10 @@ def descend(
     best = at({})
     for stream, (layers, depths) in towers.items():
         others = dict(best.cuts)
-        for depth in depths:
+        for place, depth in enumerate(reversed(depths)):
             here = Cut(min(round(depth * layers), layers - 1), START)
-            best = min(best, lowest_from(others, stream, here, layers), key=_loss)
+            if place == 0 or _loss(at(others | {stream: here})) <= FAR * _loss(best):
+                best = min(best, lowest_from(others, stream, here, layers), key=_loss)
         if best.loss is None:
             large = [Cut(0, share) for share in LARGE]
             here = next((cut for cut in large if at(others | {stream: cut}).loss is not None), large[-1])
