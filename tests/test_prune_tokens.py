@@ -733,7 +733,7 @@ MISTAKES = {
     ),
     "link for comp": (["--ratio", "0.5", "--link"], "--link is for methods of image tokens"),
     "training": (["--method", "vitcop", "--tokens", "9", "--steps", "5"], "--steps needs pairs to train on"),
-    "training in epochs": (["--tokens", "9", "--refit", "--epochs", "1"], "--refit needs pairs to fit on"),
+    "epochs of scenes": (["--tokens", "9", "--refit", "--epochs", "1", "--dry-run"], "--epochs needs --data"),
     "a rate of no steps": (["--tokens", "9", "--lr", "1e-3", "--data", "pairs.jsonl"], "--lr, --distill and"),
     "a batch of no steps": (["--tokens", "9", "--train-batch-size", "4", "--data", "p.jsonl"], "--train-batch-size: nothing"),
     "stages": (["--tokens", "9", "--steps", "5", "--stage-share", "0.5", "--data", "pairs.jsonl"], "in no stages of a search"),

@@ -32,7 +32,7 @@ def check(options: PruneOptions, max_drop: float | None, only: str | None) -> No
             f"--ratio {options.ratio}: expected a number between 0 and 1.",
             hint="It is the FLOPs reduction: 0.5 removes half.",
         )
-    check_training(options.training)
+    check_training(options.training, options.data.data)
     if not options.cip and method.params not in ("cip", "obs"):
         raise UsageError(f"--no-cip changes nothing for --method {options.method}.", hint="It is for comp and comp-paper.")
     in_stages = method.phases is None and not method.compares_plans
@@ -165,7 +165,7 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
     for name in ("saliency", "compat"):
         if getattr(wanted, name) and options.method != "vitcop":
             raise UsageError(f"{flag(name)} is for --method vitcop.")
-    check_training(options.training)
+    check_training(options.training, options.data.data)
     if options.training.stage_share:
         said = "--stage-share: image tokens leave by their number, in no stages of a search."
         raise UsageError(said, hint="Leave it out: --steps tunes the model that they leave.")

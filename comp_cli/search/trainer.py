@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import tasks
 from ..checkpoint.loading import untied_state_dict
 from ..data.batches import Batch
-from ..data.scene_pairs import ScenePairs
 from ..engine import flops, stages
 from ..engine.fading import fade_at, fading, forget_head_masks
 from ..engine.slicing import slice_state
@@ -44,12 +43,15 @@ WEIGHT_DECAY = 0.01
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of every parameter
 
 
-def check_training(training: Training) -> None:
-    """Raises UsageError for settings that make no sense together."""
+def check_training(training: Training, data: str | None) -> None:
+    """Raises UsageError for settings that make no sense together, and for epochs of generated scenes, which do not end. data:
+    the user's."""
     if training.epochs is not None and training.steps:
         raise UsageError("--steps and --epochs: give one of them.")
     if training.epochs is not None and not 0 < training.epochs < math.inf:
         raise UsageError(f"--epochs {training.epochs}: expected a number above 0.")
+    if training.epochs is not None and data is None:
+        raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
     if not training.steps and training.epochs is None and training != Training(batch_size=training.batch_size):
         hint = "Give --steps N, or --epochs E with --data."
         raise UsageError("--stage-share, --lr, --distill and --mixed-precision are for training.", hint=hint)
@@ -62,11 +64,9 @@ def check_training(training: Training) -> None:
 
 
 def count_steps(training: Training, task: tasks.Task, pairs: Pairs, progress: Progress) -> Training:
-    """Epochs as steps. Raises UsageError for epochs of generated scenes, which do not end."""
+    """Epochs as steps."""
     if training.epochs is None:
         return training
-    if isinstance(pairs, ScenePairs):
-        raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
     progress.say("counting the pairs ...")
     found = sum(1 for _ in pairs.read("calibration", accepts=task.accepts))
     return replace(training, steps=max(1, math.ceil(training.epochs * found / training.batch_size)))
