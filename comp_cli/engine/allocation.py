@@ -31,7 +31,7 @@ EXPECTED = 16  # candidates that a descent looks at, about
 # better than its neighbours' and still not the best of all.
 DEPTHS: dict[str, tuple[float, ...]] = {"image": (0.0, 1 / 6)}
 MIDDLE = (1 / 2,)  # for others
-FAR = 4  # times the lowest loss, from where no second descent begins: none of the demo came down by more than 2.4
+FAR = 3  # times what the first descent began with, from where no second one begins: at another layer, with the same share
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def descend(
     most: float = math.inf,
 ) -> Look | None:
     """From no cut at all, stream by stream, from the deepest place first: go on to whichever neighbour loses less, and take the
-    best cut if it loses less than none. No descent begins at a further place that loses `FAR` more than the best. Where all of
-    these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the largest.
+    best cut if it loses less than none. No descent begins at a further place that loses more than `FAR` times what the first does.
+    Where all of these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
     with the most FLOPs first. `known`: what was looked at before a kill. steps: of shares. most: candidates
@@ -284,9 +284,9 @@ def descend(
     best = at({})
     for stream, (layers, depths) in towers.items():
         others = dict(best.cuts)
-        for place, depth in enumerate(reversed(depths)):
-            here = Cut(min(round(depth * layers), layers - 1), START)
-            if place == 0 or _loss(at(others | {stream: here})) <= FAR * _loss(best):
+        begins = [Cut(min(round(depth * layers), layers - 1), START) for depth in reversed(depths)]
+        for here in begins:
+            if _loss(at(others | {stream: here})) <= FAR * _loss(at(others | {stream: begins[0]})):
                 best = min(best, lowest_from(others, stream, here, layers), key=_loss)
         if best.loss is None:
             large = [Cut(0, share) for share in LARGE]
