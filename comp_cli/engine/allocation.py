@@ -253,7 +253,7 @@ def descend(
     most: float = math.inf,
 ) -> Look | None:
     """From no cut at all, stream by stream, from the deepest place first: go on to whichever neighbour loses less, and take the
-    best cut if it loses less than none. No descent begins at a further place that loses more than `FAR` times what the first does.
+    best cut if it loses less than none. None begins at a further place that loses more than `FAR` times what the first does.
     Where all of these are out of reach, from the least of the `LARGE` shares that is not; the next stream from the largest.
 
     towers: stream -> layers of its tower, and how deep in it to begin, once or more; of those whose tokens may go, the ones
