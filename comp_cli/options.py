@@ -241,6 +241,11 @@ class Training(Checked):
     mixed_precision: str | None = None
 
     @property
+    def tunes(self) -> bool:
+        """Whether weights are trained."""
+        return bool(self.steps) or self.epochs is not None
+
+    @property
     def stage_steps(self) -> int:
         return round(self.stage_share * self.steps)
 
@@ -438,11 +443,6 @@ class PruneOptions(Checked):
     def refits(self) -> bool:
         """Whether weights are refitted where image tokens go by their number."""
         return self.image_tokens is not None and self.image_tokens.refit
-
-    @property
-    def tunes(self) -> bool:
-        """Whether weights are trained."""
-        return bool(self.training.steps) or self.training.epochs is not None
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def choose_target(
     if options.training.stage_share:
         said = f"--stage-share: {flag(found.kind)} tries several ratios, and the stages of each would be trained."
         raise UsageError(said, hint="Leave --stage-share out, or give a --ratio.")
-    if not found.is_least and (options.training.steps or options.training.epochs):
+    if not found.is_least and options.training.tunes:
         said = "--max-drop alone chooses the ratio on pairs that fine-tuning would have seen."
         raise UsageError(said, hint="Find the ratio without --steps, then give it: --ratio R --steps N --max-drop X.")
     return found
@@ -188,15 +188,15 @@ def check_tokens(options: PruneOptions, max_drop: float | None, dry_run: bool, l
 def changes_weights(options: PruneOptions) -> tuple[str, str] | None:
     """The first option that changes weights where image tokens go by their number, and what it does to them."""
     found = [("--refit", "fit")] * options.refits
-    found += [("--steps" if options.training.steps else "--epochs", "train")] * options.tunes
+    found += [("--steps" if options.training.steps else "--epochs", "train")] * options.training.tunes
     return found[0] if found else None
 
 
 def unused(options: PruneOptions) -> list[str]:
     """Options that were given, and that nothing of a decoder's image tokens depends on."""
     read = (*READ, *PUBLISHING, *(MEASURING if has_pairs(options) else ()))
-    read = (*read, *["num_samples"] * options.refits, *["training"] * options.tunes)
-    read = (*read, *["seed"] * (options.refits or options.tunes or options.method == "random-token"))
+    read = (*read, *["num_samples"] * options.refits, *["training"] * options.training.tunes)
+    read = (*read, *["seed"] * (options.refits or options.training.tunes or options.method == "random-token"))
     given = [one.name for one in fields(options) if one.name not in read and getattr(options, one.name) != one.default]
     return [one for name in given for one in (_of_training(options) if name == "training" else [flag(name)])]
 

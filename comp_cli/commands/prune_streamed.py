@@ -171,7 +171,7 @@ def check_streamable(options: PruneOptions, found: Streamed) -> None:
         cure = "Leave it out, or use --device cpu, where there may be more memory."
     beyond = {
         f"--method {options.method}": options.method != "comp",
-        "--steps, --epochs": bool(options.training.steps or options.training.epochs),
+        "--steps, --epochs": options.training.tunes,
         "--uniform": options.uniform,
         "--dtype": options.dtype is not None,
         "vision_params among --modes": "vision_params" in (options.modes or ()),

@@ -79,7 +79,7 @@ def prune_tokens(
     started, typed, output = time.perf_counter(), output, resolve(output)
     source = Path(options.model).expanduser()
     with reserve(output, source=source if source.is_dir() else None):
-        journal = journal_of(options, output, typed, overwrite=overwrite, resume=resume) if options.tunes else None
+        journal = journal_of(options, output, typed, overwrite=overwrite, resume=resume) if options.training.tunes else None
         if journal is None:
             check_replaceable(output, overwrite)
         report, dense, plan = _report(options, progress, hub_options)
@@ -103,7 +103,7 @@ def prune_tokens(
                 if journal:
                     journal.remove()
                 raise
-        how = "linked" if link else "copied" if found.weights is None else "tuned" if options.tunes else "refitted"
+        how = "linked" if link else "copied" if found.weights is None else "tuned" if options.training.tunes else "refitted"
         report = replace(report, image_tokens=_with_weights(report, how))
         report = replace(report, size_bytes=Sizes(weights, weights))
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -257,7 +257,7 @@ def with_other_weights(
     if options.refits and saved is None:
         with progress.track("refitting", len(plan.tower(dense.family.decoder_of_images[1].name).layers)) as bar:
             refit(dense, compact, plan, batches, bar.advance)
-    if not options.tunes:
+    if not options.training.tunes:
         return compact
     read = partial(training_batches, dense, pairs, options.training, options.seed)
     trainer = Trainer(dense, options.training, options.ratio, read, seed=options.seed)

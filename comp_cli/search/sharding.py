@@ -46,7 +46,7 @@ def _is_on(variable: str) -> bool:
 
 
 def _check_fsdp(training: Training) -> None:
-    if not training.steps and training.epochs is None:
+    if not training.tunes:
         said = "FSDP shares out the weights that are tuned, and nothing is tuned here: the search holds the whole model."
         raise UsageError(said, hint=f"Tuning is --steps N or --epochs E, without --plan-only. {DATA_PARALLEL}")
     if training.stage_share:

@@ -52,7 +52,7 @@ def check_training(training: Training, data: str | None) -> None:
         raise UsageError(f"--epochs {training.epochs}: expected a number above 0.")
     if training.epochs is not None and data is None:
         raise UsageError("--epochs needs --data: generated scenes have no end.", hint="Use --steps.")
-    if not training.steps and training.epochs is None and training != Training(batch_size=training.batch_size):
+    if not training.tunes and training != Training(batch_size=training.batch_size):
         hint = "Give --steps N, or --epochs E with --data."
         raise UsageError("--stage-share, --lr, --distill and --mixed-precision are for training.", hint=hint)
     if not 0 <= training.stage_share <= 1 or not 0 <= training.distill <= 1:
