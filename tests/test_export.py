@@ -305,8 +305,8 @@ def test_keep_failed_does_not_take_the_place_of_something_else(compact_folder, t
     assert caught.value.exit_code == 2
 
 
-def row(error, same, inputs="real"):
-    return ParityRow("itm_score", inputs, 8, 8, 9, error, error / 2, error, same)
+def row(error, same, inputs="real", samples=None):
+    return ParityRow("itm_score", inputs, 8, 8, 9, error, error / 2, error, samples or (error,) * 8, same)
 
 
 def test_the_gate_counts_errors_and_decisions():
@@ -315,6 +315,27 @@ def test_the_gate_counts_errors_and_decisions():
     assert "differs from PyTorch by 2.00e-01" in parity.problem([row(0.2, 1.0)], allowed)
     assert "differs from PyTorch by inf" in parity.problem([row(float("inf"), 1.0)], allowed)
     assert "93.8 % on the real pairs" in parity.problem([row(0.1, 1.0), row(0.1, 0.875)], allowed)
+
+
+def test_a_few_samples_may_jump_where_rounding_changes_which_tokens_stay():
+    allowed = parity.Tolerance(0.1, 0.95, jumps=0.1)
+    jumping = (0.7,) + (0.1,) * 7
+    assert parity.problem([row(0.7, 1.0, samples=jumping), row(0.1, 1.0)], allowed) is None  # 1 of 16
+    assert parity.problem([row(0.7, 1.0, samples=jumping)], replace(allowed, jumps=0.0))
+    said = parity.problem([row(0.7, 1.0, samples=jumping), row(0.7, 1.0, "random", samples=jumping)], allowed)
+    assert "differs from PyTorch by 7.00e-01" in said and "2 of 16 samples differ by more, 1 may." in said
+    assert "93.8 %" in parity.problem([row(0.7, 0.9375, samples=jumping), row(0.1, 0.9375)], allowed)
+    none = (float("inf"),) + (0.1,) * 7
+    assert "by inf" in parity.problem([row(float("inf"), 1.0, samples=none), row(0.1, 1.0)], allowed)
+
+
+@pytest.mark.parametrize("rounding, jumps", [("fp32", 0), ("fp16", parity.JUMPS), ("int8", parity.JUMPS)])
+def test_no_sample_may_jump_where_no_token_is_chosen_or_nothing_is_rounded(rounding, jumps):
+    task = tasks.TASKS["retrieval"]
+    assert parity.tolerance(task, rounding, None).jumps == 0
+    assert parity.tolerance(task, rounding, 0.3, drops_tokens=True) == replace(
+        parity.tolerance(task, rounding, None), atol=0.3, jumps=jumps
+    )
 
 
 def test_one_nan_is_an_infinite_difference(cases):

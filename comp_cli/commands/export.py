@@ -40,6 +40,7 @@ from ..files.store import count_weights, folder_size, read_config, sha256
 from ..models.dense import collator, longest_text
 from ..models.described import dense_flops
 from ..models.pairs import pair_counts, warn_cut_texts
+from ..models.samples import drops_tokens
 from ..onnx import parity, preprocessing, rewrite, transformers_js, wide_decoder
 from ..onnx.checks import least_runtime, require_runtime
 from ..onnx.sessions import OnnxModel
@@ -65,6 +66,7 @@ class Check:
     device: str
     tolerance: parity.Tolerance
     run: Run = in_turn  # how the graphs are run
+    drops_tokens: bool = False
 
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
         return OnnxModel(folder, names, self.device, self.run)
@@ -102,7 +104,6 @@ def _export(
     rounding, client = options.quantize or options.dtype, options.layout == LAYOUTS[1]
     task = tasks.TASKS[name]
     opset = opset_of(family, architecture, options.opset)
-    tolerance = parity.tolerance(task, rounding, options.atol, pictures=options.with_preprocessing)
     source = open_source(options, progress)
     processor = load_processor(folder)
     if client:
@@ -126,7 +127,11 @@ def _export(
             for split in splits
         )
         run = family.topology.runner(family, described.to_dict())
-        check = Check(list(chain(*made)), task, options.device, tolerance, parity.with_pictures(run) if pictures else run)
+        drops = drops_tokens(model, family)
+        tolerance = parity.tolerance(task, rounding, options.atol, pictures=options.with_preprocessing, drops_tokens=drops)
+        check = Check(
+            list(chain(*made)), task, options.device, tolerance, parity.with_pictures(run) if pictures else run, drops
+        )
         progress.say("exporting (this takes a minute for a full-size model) ...")
         rounded_model = cast(model, DTYPES[options.dtype])
         how: dict[str, Any] = {"opset": opset, "target": options.target}
@@ -318,7 +323,8 @@ def optimize(folder: Path, names: list[str], check: Check, options: ExportOption
     try:
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
-        allowed = parity.tolerance(check.task, options.dtype, None, pictures=options.with_preprocessing)
+        how = {"pictures": options.with_preprocessing, "drops_tokens": check.drops_tokens}
+        allowed = parity.tolerance(check.task, options.dtype, None, **how)
         problem = parity.problem(check.rows(check.open(trial, names), progress), allowed)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]

@@ -57,10 +57,12 @@ class Allowed:
     Attributes:
         atol: max. abs. error; for embeddings and logits of words in units of the largest number.
         agreement: least share of the real pairs with the same prediction.
+        jumps: share of the samples that may differ by more, where rounding may change which tokens stay.
     """
 
     atol: float
     agreement: float
+    jumps: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class ParityRow:
         max_error: max. abs. error.
         mean_error: mean abs. error.
         judged: the error that the tolerance is for; null for outputs that are not judged.
+        samples: the same of each sample; empty for outputs that are not judged.
         same_decision: prediction agreement, in one row of each case; null in the others.
     """
 
@@ -87,6 +90,7 @@ class ParityRow:
     max_error: float
     mean_error: float
     judged: float | None
+    samples: tuple[float, ...]
     same_decision: float | None
 
 
