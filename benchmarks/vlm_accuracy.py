@@ -49,7 +49,6 @@ SHARES = {"1/3": 1 / 3, "2/9": 2 / 9, "1/9": 1 / 9, "1/18": 1 / 18}  # of the im
 RATIOS = (0.5, 0.7, 0.8)
 QUESTIONS = 1000
 SEED = 7  # of the test questions: `comp prune` judges by those of seed 0
-STEPS = 100
 BATCH = 50
 # Methods that drop once inside the decoder, and the layer: of 32 layers the published one is 2, of six the first that can be.
 INSIDE_ONCE = {"fastv": 1, "dart": 1}
@@ -80,8 +79,8 @@ WEIGHTS = {
 # The same methods with output projections fitted anew behind their stages (--refit), on so many calibration pairs.
 REFITTED = {f"{name}, refitted": name for name in ("cover", "vitcop", "pyramiddrop", "tops", "divprune", "random-token")}
 PAIRS = 256
-TUNED = "cover, refitted, then tuned"  # for so many steps, at the shares of `--shares`
-TUNED_STEPS = 300
+TUNED = "cover, refitted, then tuned"  # at the shares of `--shares`
+STEPS = {"tokens": 900, "ratios": 100}  # of tuning, where somebody is tuned
 KINDS = ("colour", "number")
 
 
@@ -152,22 +151,22 @@ def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     return replace(dense.plan, stages=stages_of(images, method, wanted, seed, True))
 
 
-def token_runs(dense: Dense, methods: list[str], shares: list[str], seeds: list[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+def token_runs(dense: Dense, arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
     """Of every method and share the key of a run, and what makes its plan."""
-    for method in methods:
-        steps = TUNED_STEPS if method == TUNED else 0
-        for name in shares:
-            for seed in seeds if method in (*SEEDED, *REFITTED, TUNED) else [0]:
+    for method in arguments.methods:
+        steps = arguments.steps if method == TUNED else 0
+        for name in arguments.shares:
+            for seed in arguments.seeds if method in (*SEEDED, *REFITTED, TUNED) else [0]:
                 make = partial(with_stages, dense, method, SHARES[name], seed)
                 yield {"name": method, "at": name, "seed": seed, "steps": steps}, make
 
 
-def model_of(dense: Dense, method: str, plan: Plan, seed: int) -> nn.Module:
-    """The model of a plan; of a method that refits, fitted on pairs of that seed."""
+def model_of(dense: Dense, method: str, plan: Plan, seed: int, steps: int = 0) -> nn.Module:
+    """The model of a plan; of a method that refits, fitted on pairs of that seed; tuned, if it is to be."""
     model, pairs = dense.runtime(plan), ScenePairs(labelled=True, asked=True)
     if method in REFITTED or method == TUNED:
         refit(dense, model, plan, batches_of(dense, pairs, "calibration", PAIRS, 16, seed))
-    return tuned(dense, plan, model, TUNED_STEPS, saved(dense, plan)["ratio"], seed) if method == TUNED else model
+    return tuned(dense, plan, model, steps, saved(dense, plan)["ratio"], seed) if steps else model
 
 
 def tuned(dense: Dense, plan: Plan, model: nn.Module, steps: int, ratio: float, seed: int) -> nn.Module:
@@ -265,7 +264,7 @@ def main(arguments: argparse.Namespace) -> None:
         write({"name": "dense", "at": "1/1", "seed": 0, "steps": 0} | right_answers(dense.whole, dense, questions))
     if arguments.part == "tokens":
         images = image_shape(dense.hf_config.to_dict(), dense.family)
-        for key, make in token_runs(dense, arguments.methods, arguments.shares, arguments.seeds):
+        for key, make in token_runs(dense, arguments):
             if tuple(key.values()) in done:
                 continue
             try:
@@ -275,7 +274,8 @@ def main(arguments: argparse.Namespace) -> None:
                 continue
             mean = mean_tokens(plan.stages, images.image_tokens, images.layers)
             facts = {"mean": round(mean, 2), "kept": [(stage.layer, stage.keep) for stage in plan.stages]} | saved(dense, plan)
-            write(key | right_answers(model_of(dense, key["name"], plan, key["seed"]), dense, questions) | facts)
+            model = model_of(dense, key["name"], plan, key["seed"], key["steps"])
+            write(key | right_answers(model, dense, questions) | facts)
     else:
         for name in arguments.methods:
             for ratio in RATIOS:
@@ -321,9 +321,10 @@ if __name__ == "__main__":
     parser.add_argument("--shares", nargs="+", choices=SHARES, default=list(SHARES), help="of the part tokens")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=QUESTIONS)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, in the part ratios; 0 for none")
+    parser.add_argument("--steps", type=int, help=f"of tuning; default: {STEPS}; in the part ratios 0 for none")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args()
     every = {"tokens": (*TOKEN_METHODS, *WEIGHTS, *REFITTED), "ratios": (*RATIO_METHODS, *TOKENS_ONLY)}
     parsed.methods = parsed.methods or list(every[parsed.part])
+    parsed.steps = STEPS[parsed.part] if parsed.steps is None else parsed.steps
     main(parsed)
