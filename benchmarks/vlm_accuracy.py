@@ -79,7 +79,7 @@ WEIGHTS = {
 # The same methods with output projections fitted anew behind their stages (--refit), on so many calibration pairs.
 REFITTED = {f"{name}, refitted": name for name in ("cover", "vitcop", "pyramiddrop", "tops", "divprune", "random-token")}
 PAIRS = 256
-TUNED = "cover, refitted, then tuned"  # at the shares of `--shares`
+TUNED = {f"{name}, then tuned": method for name, method in REFITTED.items()}  # behind that; where they are asked for
 STEPS = {"tokens": 900, "ratios": 100}  # of tuning, where somebody is tuned
 KINDS = ("colour", "number")
 
@@ -135,8 +135,8 @@ def saved(dense: Dense, plan: Plan) -> dict[str, float]:
 def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
     """The plan of a method that keeps so many of the image tokens, mean over layers. Raises UsageError where it cannot."""
     images = image_shape(dense.hf_config.to_dict(), dense.family)
-    if method in REFITTED or method == TUNED:
-        return with_stages(dense, REFITTED.get(method, "cover"), share, seed)
+    if own := (REFITTED | TUNED).get(method):
+        return with_stages(dense, own, share, seed)
     if method in WEIGHTS:
         own, rule = WEIGHTS[method]
         STAGE_RULES[method] = rule
@@ -154,9 +154,9 @@ def with_stages(dense: Dense, method: str, share: float, seed: int) -> Plan:
 def token_runs(dense: Dense, arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
     """Of every method and share the key of a run, and what makes its plan."""
     for method in arguments.methods:
-        steps = arguments.steps if method == TUNED else 0
+        steps = arguments.steps if method in TUNED else 0
         for name in arguments.shares:
-            for seed in arguments.seeds if method in (*SEEDED, *REFITTED, TUNED) else [0]:
+            for seed in arguments.seeds if method in (*SEEDED, *REFITTED, *TUNED) else [0]:
                 make = partial(with_stages, dense, method, SHARES[name], seed)
                 yield {"name": method, "at": name, "seed": seed, "steps": steps}, make
 
@@ -164,7 +164,7 @@ def token_runs(dense: Dense, arguments: argparse.Namespace) -> Iterator[tuple[di
 def model_of(dense: Dense, method: str, plan: Plan, seed: int, steps: int = 0) -> nn.Module:
     """The model of a plan; of a method that refits, fitted on pairs of that seed; tuned, if it is to be."""
     model, pairs = dense.runtime(plan), ScenePairs(labelled=True, asked=True)
-    if method in REFITTED or method == TUNED:
+    if method in REFITTED | TUNED:
         refit(dense, model, plan, batches_of(dense, pairs, "calibration", PAIRS, 16, seed))
     return tuned(dense, plan, model, steps, saved(dense, plan)["ratio"], seed) if steps else model
 
