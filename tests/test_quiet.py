@@ -28,8 +28,12 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("mode", ["--quiet", "--json"])
-@pytest.mark.parametrize("family", ["clip", "blip-caption"])
+SLOW = pytest.mark.slow
+CASES = [("clip", "--quiet"), ("blip-caption", "--json")]
+MORE = [pytest.param("clip", "--json", marks=SLOW), pytest.param("blip-caption", "--quiet", marks=SLOW)]
+
+
+@pytest.mark.parametrize(("family", "mode"), CASES + MORE)
 def test_commands_let_no_library_speak(family, mode, tmp_path):
     dense = str(tiny.write(family, tmp_path / "dense"))
     compact, served = str(tmp_path / "compact"), str(tmp_path / "served")

@@ -202,7 +202,11 @@ def agrees(found: dict[str, Any], right: dict[str, Any]) -> None:
             np.testing.assert_allclose(found[name], value, atol=1e-6 if name == "pixels" else 2e-4, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+# blip-caption writes texts as blip-vqa does.
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name == "blip-vqa" else ()) for name in tiny.FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_of_graphs_says_what_torch_says(family, every, pictures, tmp_path):
     """With ONNX Runtime, NumPy, Pillow and tokenizers alone, on a turned photo, a wide picture and one with alpha."""
     written, jobs = every[family], []

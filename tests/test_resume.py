@@ -136,7 +136,10 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+QUICKLY = ("comp", "comp-paper in stages")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICKLY else pytest.mark.slow) for name in TRAININGS])
 def test_killed_while_training_and_resumed(tiny_folder, tmp_path, name):
     """While plans are compared, inside a stage, and in the fine-tuning: weights, moments and the place in the data come
     back."""

@@ -20,7 +20,7 @@ from comp_cli.search import layer_by_layer
 
 HOW = {"num_samples": 8, "stage_samples": 6, "eval_samples": 4, "text_tokens": 8, "batch_size": 2, "looks": 3}
 RATIOS = {"qwen2-vl": 0.25, "qwen3-vl": 0.2}  # whose tiny models reach no more
-SLOW = ("llava-onevision", "qwen2-vl", "qwen2.5-vl")
+SLOW = ("llava-onevision", "paligemma", "qwen2-vl", "qwen2.5-vl")
 KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in tiny.DECODERS if kind != "smolvlm"]
 
 
@@ -103,7 +103,12 @@ def test_the_pass_back_has_the_slopes_of_the_whole_model(llava, tmp_path, forced
         assert energy == pytest.approx(whole.energies[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("more", [{"recover": False}, {"sequential": False}, {"cip": False, "tokens_method": "divprune"}])
+WITHOUT = [{"recover": False}, {"sequential": False}]
+
+
+@pytest.mark.parametrize(
+    "more", [*(pytest.param(one, marks=pytest.mark.slow) for one in WITHOUT), {"cip": False, "tokens_method": "divprune"}]
+)
 def test_what_a_search_can_be_without_it_can_be_without_here_as_well(more, llava, tmp_path, monkeypatch):
     inside = comp_cli.prune(llava, ratio=0.3, output=tmp_path / "memory", **HOW, **more)
     monkeypatch.setattr(prune_streamed, "exceeds", lambda *given: Streamed(1 << 41, 1 << 40))

@@ -115,7 +115,7 @@ def options(**changes):
     return PruneOptions("tiny", 0.5, "comp-paper", training=training, **samples, **changes)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_training_brings_accuracy_back(share):
     """The demo model at 0.7 of its FLOPs gone: a few seconds of training, judged on pairs that nothing was fitted on."""
     dense = open_dense("demo", QUIET)
