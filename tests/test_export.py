@@ -323,7 +323,10 @@ def test_a_few_samples_may_jump_where_rounding_changes_which_tokens_stay():
     assert parity.problem([row(0.7, 1.0, samples=jumping), row(0.1, 1.0)], allowed) is None  # 1 of 16
     assert parity.problem([row(0.7, 1.0, samples=jumping)], replace(allowed, jumps=0.0))
     said = parity.problem([row(0.7, 1.0, samples=jumping), row(0.7, 1.0, "random", samples=jumping)], allowed)
-    assert "differs from PyTorch by 7.00e-01" in said and "2 of 16 samples differ by more, 1 may." in said
+    assert "differs from PyTorch by 7.00e-01" in said and "2 of 16 samples differ by more, 1 may, never all of a case." in said
+    padded = row(0.7, 1.0, "random", samples=(0.7, 0.6))
+    assert "never all of a case" in parity.problem([row(0.1, 1.0)] * 8 + [padded], allowed)
+    assert parity.problem([row(0.1, 1.0)] * 8 + [replace(padded, samples=(0.7, 0.1))], allowed) is None
     assert "93.8 %" in parity.problem([row(0.7, 0.9375, samples=jumping), row(0.1, 0.9375)], allowed)
     none = (float("inf"),) + (0.1,) * 7
     assert "by inf" in parity.problem([row(float("inf"), 1.0, samples=none), row(0.1, 1.0)], allowed)
