@@ -66,7 +66,6 @@ class Check:
     device: str
     tolerance: parity.Tolerance
     run: Run = in_turn  # how the graphs are run
-    drops_tokens: bool = False
 
     def open(self, folder: Path, names: list[str]) -> OnnxModel:
         return OnnxModel(folder, names, self.device, self.run)
@@ -127,18 +126,19 @@ def _export(
             for split in splits
         )
         run = family.topology.runner(family, described.to_dict())
-        drops = drops_tokens(model, family)
-        tolerance = parity.tolerance(task, rounding, options.atol, pictures=options.with_preprocessing, drops_tokens=drops)
-        check = Check(
-            list(chain(*made)), task, options.device, tolerance, parity.with_pictures(run) if pictures else run, drops
+        allowed = partial_of(
+            parity.tolerance, task, pictures=options.with_preprocessing, drops_tokens=drops_tokens(model, family)
         )
+        tolerance = allowed(rounding, options.atol)
+        check = Check(list(chain(*made)), task, options.device, tolerance, parity.with_pictures(run) if pictures else run)
         progress.say("exporting (this takes a minute for a full-size model) ...")
         rounded_model = cast(model, DTYPES[options.dtype])
         how: dict[str, Any] = {"opset": opset, "target": options.target}
         names = [name for split in splits for name in write_graphs(rounded_model, task, family, partial, split=split, **how)]
         if pictures:
             preprocessing.prepend_all(partial, names, pictures)
-        fused = optimize(partial, names, check, options, progress) if options.optimize else {}
+        of_floats = replace(check, tolerance=allowed(options.dtype, None))
+        fused = optimize(partial, names, of_floats, progress) if options.optimize else {}
         chosen = {"int8": names, "int4": list(family.topology.weight_only)}
         left_out = quantize(partial, names, chosen[kind], kind, check, progress) if (kind := options.quantize) else []
         least = least_runtime(onnx.load(partial / name, load_external_data=False) for name in names)
@@ -315,7 +315,7 @@ def check_options(options: ExportOptions) -> None:
         )
 
 
-def optimize(folder: Path, names: list[str], check: Check, options: ExportOptions, progress: Progress) -> dict[str, int]:
+def optimize(folder: Path, names: list[str], check: Check, progress: Progress) -> dict[str, int]:
     """Put the graphs with fused nodes in the place of the plain ones, if they still say what torch says, else say why not."""
     fused: Counter[str] = Counter()
     trial = folder / "fused"
@@ -323,9 +323,7 @@ def optimize(folder: Path, names: list[str], check: Check, options: ExportOption
     try:
         for name in names:
             fused.update(rewrite.optimize(folder / name, trial / name))
-        how = {"pictures": options.with_preprocessing, "drops_tokens": check.drops_tokens}
-        allowed = parity.tolerance(check.task, options.dtype, None, **how)
-        problem = parity.problem(check.rows(check.open(trial, names), progress), allowed)
+        problem = parity.problem(check.rows(check.open(trial, names), progress), check.tolerance)
     except Exception as error:  # whatever ONNX Runtime's tool or session stumbles over
         problem = str(error).strip().splitlines()[0]
     if problem:

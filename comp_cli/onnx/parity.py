@@ -18,7 +18,7 @@ from ..data.rows import Pair
 from ..families import Family
 from ..models.dense import collator
 from ..models.pairs import Pairs, generated_pairs
-from ..report.export import ParityRow
+from ..report.export import ParityRow, jumped
 from ..tasks import comparison
 from ..topology import input_sizes, with_one_image
 from ..topology.base import IMAGE, PIXELS
@@ -232,12 +232,6 @@ def agreement(rows: list[ParityRow]) -> float:
     """Share of the real pairs on which graph and torch decide alike."""
     real = [(row.same_decision, row.batch) for row in rows if row.same_decision is not None and row.inputs == "real"]
     return sum(same * batch for same, batch in real) / sum(batch for _, batch in real)
-
-
-def jumped(rows: list[ParityRow], atol: float) -> tuple[int, int]:
-    """How many of the samples differ by more than that, and of how many. Only what the task names is judged."""
-    errors = [error for row in rows for error in row.samples]
-    return sum(not error <= atol for error in errors), len(errors)
 
 
 def problem(rows: list[ParityRow], tolerance: Tolerance) -> str | None:

@@ -1,5 +1,6 @@
 """The report of `comp export`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ class ParityRow:
     judged: float | None
     samples: tuple[float, ...]
     same_decision: float | None
+
+
+def jumped(rows: Sequence[ParityRow], atol: float) -> tuple[int, int]:
+    """How many of the samples that are judged differ by more than that, and of how many."""
+    errors = [error for row in rows for error in row.samples]
+    return sum(not error <= atol for error in errors), len(errors)
 
 
 @dataclass(frozen=True, kw_only=True)

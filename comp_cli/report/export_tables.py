@@ -1,6 +1,6 @@
 """The table of `comp export`."""
 
-from .export import ExportReport, ParityRow
+from .export import ExportReport, ParityRow, jumped
 from .numbers import Printer, mib, percent
 
 
@@ -16,9 +16,9 @@ def print_export(report: ExportReport, out: Printer) -> None:
     rows = [[name, row.text_tokens, f"{row.max_error:.1e}", f"{row.mean_error:.1e}"] for name, row in worst.items()]
     out.table("Parity with PyTorch", ["", "text tokens", "max abs. error", "mean abs. error"], rows)
     out.line(f"Tolerance: {report.allowed.atol:.0e}. Prediction agreement on real pairs: {percent(report.agreement)}.")
-    samples = [error for row in report.parity for error in row.samples]
-    if jumped := sum(not error <= report.allowed.atol for error in samples):
-        out.line(f"{jumped} of {len(samples)} samples differ by more: rounding changes which tokens stay.")
+    beyond, samples = jumped(report.parity, report.allowed.atol)
+    if beyond:
+        out.line(f"{beyond} of {samples} samples differ by more: rounding changes which tokens stay.")
     if report.quantization:
         kind = "int8 dynamic quantization" if report.quantization.weights == "int8" else "int4 weights"
         out.line(f"{kind}; {len(report.quantization.left_out)} layers stay in float.")
